@@ -1,0 +1,51 @@
+"""What core itself offers, registered the way any plugin's offers are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from modelexpress_core.hooks import hookimpl
+from modelexpress_core.providers import Candidate, LoadRequest, StorageCapabilities, StorageProvider
+
+if TYPE_CHECKING:
+    from modelexpress_core.storage import Storage
+    from modelexpress_core.uri import ModelURI
+
+
+def _open_file(uri: ModelURI, settings: Mapping[str, str]) -> Storage:
+    from modelexpress_core.storage.file import open_file
+
+    return open_file(uri, settings)
+
+
+def _open_memory(uri: ModelURI, settings: Mapping[str, str]) -> Storage:
+    from modelexpress_core.storage.memory import open_memory
+
+    return open_memory(uri, settings)
+
+
+@hookimpl
+def mx_register_storages() -> list[StorageProvider]:
+    """``file`` and ``memory``."""
+    return [
+        # A system call costs about what copying a page costs, so gaps are skipped; a few threads fill the memory bus.
+        StorageProvider(
+            "file",
+            ("file",),
+            _open_file,
+            capabilities=StorageCapabilities(concurrency=8, request_cost_bytes=4 << 10),
+        ),
+        StorageProvider(
+            "memory",
+            ("memory",),
+            _open_memory,
+            capabilities=StorageCapabilities(concurrency=4, request_cost_bytes=1 << 10),
+        ),
+    ]
+
+
+@hookimpl(trylast=True)
+def mx_rank_candidates(request: LoadRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate]:  # noqa: ARG001 - the hook's signature
+    """In the order in which they were found."""
+    return candidates

@@ -1,0 +1,188 @@
+"""The records that register hooks return: what a plugin offers, and how to get it.
+
+A record is data. Building one does no I/O and imports no SDK; the factory in it does, at first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+from attrs import field, frozen
+
+from modelexpress_core.uri import SCHEME_PATTERN, ModelURI
+
+if TYPE_CHECKING:
+    from modelexpress_core.storage import Storage
+
+__all__ = [
+    "API_VERSION",
+    "Candidate",
+    "CommandProvider",
+    "DiscoveryProvider",
+    "LoadRequest",
+    "MetadataStoreProvider",
+    "SchemeProvider",
+    "ServerServiceProvider",
+    "StorageCapabilities",
+    "StorageProvider",
+    "TransportProvider",
+]
+
+#: Version of the hook contract. Raised when a plugin written for the old one would misbehave.
+API_VERSION = 1
+
+_R = TypeVar("_R")
+
+
+def _check_name(_record: object, _attribute: attrs.Attribute[str], name: object) -> None:
+    if not isinstance(name, str) or not name.strip():
+        message = f"a record needs a name, not {name!r}"
+        raise ValueError(message)
+
+
+def _scheme_tuple(schemes: object) -> tuple[str, ...]:
+    if isinstance(schemes, str):
+        message = f"schemes is {schemes!r}; have you forgotten the comma? Write ({schemes!r},)"
+        raise TypeError(message)
+    schemes = tuple(schemes)  # type: ignore[arg-type]  # anything iterable; what is in it is checked next
+    for scheme in schemes:
+        if not isinstance(scheme, str) or not SCHEME_PATTERN.fullmatch(scheme):
+            message = f"{scheme!r} is no URI scheme: lower-case letters, digits, + . - after a letter"
+            raise ValueError(message)
+    if not schemes:
+        message = "a record needs at least one scheme"
+        raise ValueError(message)
+    if len(set(schemes)) < len(schemes):
+        message = f"a scheme stands twice in {schemes!r}"
+        raise ValueError(message)
+    return schemes
+
+
+def _check_factory(_record: object, _attribute: attrs.Attribute[Any], factory: object) -> None:
+    if not callable(factory):
+        message = f"factory is {factory!r}, which cannot be called; pass the function itself"
+        raise TypeError(message)
+
+
+@frozen
+class StorageCapabilities:
+    """What a storage can do beyond the required, and what its reads cost.
+
+    Attributes:
+        read_batch: It has an engine of its own, behind ``read_batch``.
+        write: It has ``write``.
+        concurrency: Reads in flight where the user set no bound.
+        request_cost_bytes: What one more request costs, in bytes that could be read in the same time.
+            Gaps up to this size are read through and thrown away rather than skipped.
+    """
+
+    read_batch: bool = False
+    write: bool = False
+    concurrency: int = field(default=8, validator=attrs.validators.ge(1))
+    request_cost_bytes: int = field(default=256 << 10, validator=attrs.validators.ge(0))
+
+
+@frozen
+class SchemeProvider:
+    """Fields that all records resolved by URI scheme have.
+
+    Attributes:
+        name: Name of the provider, usually the distribution's.
+        schemes: Lower-case URI schemes that it handles.
+        factory: Called as ``factory(uri, settings)`` at first use, with the parsed URI and a mapping of
+            environment variables. SDKs are imported there.
+        alternative: Only used where ``MX_PREFER`` names it, so it never conflicts.
+        install_hint: What to install if the factory finds its SDK missing.
+        api_version: The hook contract that it was written for.
+        settings: Settings class that the factory reads, for ``mx settings``.
+    """
+
+    name: str = field(validator=_check_name)
+    schemes: tuple[str, ...] = field(converter=_scheme_tuple)
+    factory: Callable[[ModelURI, Mapping[str, str]], Any] = field(validator=_check_factory)
+    alternative: bool = field(default=False, kw_only=True)
+    install_hint: str | None = field(default=None, kw_only=True)
+    api_version: int = field(default=API_VERSION, kw_only=True)
+    settings: type | None = field(default=None, kw_only=True)
+
+
+@frozen
+class StorageProvider(SchemeProvider):
+    """A place that checkpoint files are read from; the factory returns a ``Storage``."""
+
+    factory: Callable[[ModelURI, Mapping[str, str]], Storage] = field(validator=_check_factory)
+    capabilities: StorageCapabilities = field(factory=StorageCapabilities, kw_only=True)
+
+
+@frozen
+class TransportProvider(SchemeProvider):
+    """A way to pull named tensors out of a peer's memory; the factory returns a ``Transport``."""
+
+
+@frozen
+class DiscoveryProvider(SchemeProvider):
+    """Finds the peers and places that hold a model now."""
+
+
+@frozen
+class MetadataStoreProvider(SchemeProvider):
+    """Keeps the server's metadata."""
+
+
+@frozen
+class ServerServiceProvider:
+    """A gRPC service that ``mx serve`` also offers.
+
+    Attributes:
+        name: Full gRPC service name.
+        factory: Called once, when the server starts.
+        api_version: The hook contract that it was written for.
+    """
+
+    name: str = field(validator=_check_name)
+    factory: Callable[..., Any] = field(validator=_check_factory)
+    api_version: int = field(default=API_VERSION, kw_only=True)
+
+
+@frozen
+class CommandProvider:
+    """A subcommand of ``mx``.
+
+    Attributes:
+        name: The word after ``mx``.
+        factory: Called without arguments when the command line is built; returns a ``typer.Typer`` (a group)
+            or a function that typer turns into a command.
+        help: One line for ``mx --help``.
+        api_version: The hook contract that it was written for.
+    """
+
+    name: str = field(validator=_check_name)
+    factory: Callable[[], Any] = field(validator=_check_factory)
+    help: str = field(default="", kw_only=True)
+    api_version: int = field(default=API_VERSION, kw_only=True)
+
+
+@frozen
+class LoadRequest:
+    """What a load is asked for, as ranking sees it.
+
+    Attributes:
+        uri: The checkpoint, after ``mx_rewrite_uri``.
+    """
+
+    uri: ModelURI
+
+
+@frozen
+class Candidate:
+    """A place that may hold what the load needs.
+
+    Attributes:
+        uri: Where; its scheme picks the plugin.
+        origin: Who named it: ``"caller"``, or the name of a discovery.
+    """
+
+    uri: ModelURI
+    origin: str = "caller"

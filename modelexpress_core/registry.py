@@ -1,0 +1,202 @@
+"""Which plugin handles which scheme: tables built once from all records, then only looked up in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Generic, TypeVar
+
+from attrs import frozen
+
+from modelexpress_core.errors import PluginConflictError, PluginLoadError, SettingsError, UnknownSchemeError
+from modelexpress_core.providers import SchemeProvider
+
+__all__ = ["INSTALL_HINTS", "PluginInfo", "Registered", "SchemeTable"]
+
+#: What to install for the schemes that first-party packages handle.
+INSTALL_HINTS: Mapping[str, str] = {
+    "s3": "modelexpress-core[s3]",
+    "gs": "modelexpress-core[gcs]",
+    "az": "modelexpress-core[azure]",
+    "hf": "modelexpress-core[hf]",
+    "mx": "modelexpress-core[grpc]",
+    "mxs": "modelexpress-core[grpc]",
+    "nixl": "modelexpress-core[nixl]",
+    "grpc": "modelexpress-core[grpc]",
+}
+
+#: Which distribution a first-party scheme comes from, to tell a broken or disabled plugin from a missing one.
+_DISTRIBUTIONS: Mapping[str, str] = {
+    "file": "modelexpress-core",
+    "memory": "modelexpress-core",
+    "s3": "mx-s3",
+    "gs": "mx-gcs",
+    "az": "mx-azure",
+    "hf": "mx-hf",
+    "mx": "mx-grpc-stream",
+    "mxs": "mx-grpc-stream",
+    "grpc": "mx-grpc-stream",
+    "nixl": "mx-nixl",
+}
+
+#: Schemes that people write for others.
+_SYNONYMS: Mapping[str, str] = {
+    "s3a": "s3",
+    "s3n": "s3",
+    "gcs": "gs",
+    "azure": "az",
+    "abfs": "az",
+    "huggingface": "hf",
+    "mem": "memory",
+    "local": "file",
+}
+
+
+@frozen
+class PluginInfo:
+    """One plugin, usable or not.
+
+    Attributes:
+        name: Entry-point name, which is the distribution's name.
+        version: Version of the distribution; empty for plugins registered from code.
+        status: ``"loaded"``, ``"broken"`` or ``"disabled"``.
+        reason: Why it is broken or disabled; empty for one that is loaded.
+        schemes: Schemes of its records, by kind: ``{"storage": ("s3",)}``.
+    """
+
+    name: str
+    version: str = ""
+    status: str = "loaded"
+    reason: str = ""
+    schemes: Mapping[str, tuple[str, ...]] = {}
+
+
+P = TypeVar("P", bound=SchemeProvider)
+
+
+@frozen
+class Registered(Generic[P]):
+    """A record and the plugin that it came from."""
+
+    provider: P
+    plugin: PluginInfo
+
+    @property
+    def label(self) -> str:
+        """The distribution, and the record's name where that says more."""
+        if self.provider.name in {self.plugin.name, *self.provider.schemes}:
+            return self.plugin.name
+        return f"{self.plugin.name} ({self.provider.name})"
+
+
+@frozen
+class SchemeTable(Generic[P]):
+    """The records of one kind by scheme.
+
+    Attributes:
+        kind: ``"storage"``, ``"transport"``, ``"discovery"`` or ``"metadata store"``.
+        records: All records.
+        prefer: ``MX_PREFER``: scheme -> name of a provider or its distribution.
+        plugins: Every plugin found, for messages.
+    """
+
+    kind: str
+    records: Sequence[Registered[P]]
+    prefer: Mapping[str, str]
+    plugins: Sequence[PluginInfo]
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Every scheme that some record handles, sorted."""
+        return tuple(sorted({scheme for record in self.records for scheme in record.provider.schemes}))
+
+    def conflicts(self) -> tuple[PluginConflictError, ...]:
+        """One error for each scheme that several plugins claim and ``MX_PREFER`` does not settle."""
+        found = []
+        for scheme in self.schemes:
+            try:
+                self.lookup(scheme)
+            except PluginConflictError as exc:
+                found.append(exc)
+            except UnknownSchemeError:  # only alternatives: an error when it is used, not before
+                continue
+        return tuple(found)
+
+    def lookup(self, scheme: str) -> Registered[P]:
+        """The record that handles ``scheme``. Does not depend on the order in which plugins were found.
+
+        Raises:
+            PluginConflictError: Several plugins claim it.
+            SettingsError: ``MX_PREFER`` names a plugin that does not handle it.
+            UnknownSchemeError: No usable plugin handles it.
+        """
+        claims = sorted(
+            (record for record in self.records if scheme in record.provider.schemes),
+            key=lambda record: (record.plugin.name, record.provider.name),
+        )
+        preferred = self.prefer.get(scheme)
+        if preferred is not None and (claims or self._knows(preferred)):
+            return self._preferred(scheme, preferred, claims)
+        regular = [record for record in claims if not record.provider.alternative]
+        if len(regular) == 1:
+            return regular[0]
+        if regular:
+            labels = " and ".join(record.label for record in regular)
+            message = f"{len(regular)} plugins claim the {self.kind} scheme {scheme}: {labels}"
+            hint = " or ".join(f"MX_PREFER={scheme}={record.plugin.name}" for record in regular)
+            raise PluginConflictError(message, plugin=labels, hint=f"set {hint}, or uninstall one")
+        raise self._unknown(scheme, claims)
+
+    def _knows(self, name: str) -> bool:
+        return any(plugin.name == name for plugin in self.plugins)
+
+    def _preferred(self, scheme: str, preferred: str, claims: Iterable[Registered[P]]) -> Registered[P]:
+        claims = list(claims)
+        named = [record for record in claims if preferred in {record.provider.name, record.plugin.name}]
+        exact = [record for record in named if record.provider.name == preferred]
+        regular = [record for record in named if not record.provider.alternative]
+        for choice in (named, exact, regular):
+            if len(choice) == 1:
+                return choice[0]
+        options = ", ".join(record.label for record in claims) or "none"
+        for plugin in self.plugins:
+            if plugin.name == preferred and plugin.status == "broken":
+                message = f"MX_PREFER names {preferred} for {scheme}, which is broken: {plugin.reason}"
+                raise PluginLoadError(message, plugin=preferred, hint=f"mend it, or choose among: {options}")
+        message = f"MX_PREFER={scheme}={preferred}: no such {self.kind} plugin for {scheme}"
+        raise SettingsError(message, hint=f"choose among: {options}")
+
+    def _unknown(self, scheme: str, alternatives: Sequence[Registered[P]]) -> UnknownSchemeError:
+        message = f"no usable plugin handles the {self.kind} scheme {scheme!r}"
+        usable = ", ".join(self.schemes) or "none"
+        distribution = _DISTRIBUTIONS.get(scheme)
+        for plugin in self.plugins:
+            if plugin.name != distribution or plugin.status == "loaded":
+                continue
+            message = f"{plugin.name}, which handles {scheme}, is installed but {plugin.status}: {plugin.reason}"
+            hint = "unset the setting" if plugin.status == "disabled" else f"reinstall {plugin.name}, or report it"
+            return UnknownSchemeError(message, hint=hint)
+        if alternatives:
+            choice = " or ".join(f"MX_PREFER={scheme}={record.plugin.name}" for record in alternatives)
+            return UnknownSchemeError(
+                message,
+                cause=f"what is installed for it is used only on request: {', '.join(r.label for r in alternatives)}",
+                hint=f"set {choice}",
+            )
+        message += f"; installed {self.kind} schemes: {usable}"
+        broken = "; ".join(f"{p.name} is broken: {p.reason}" for p in self.plugins if p.status == "broken")
+        if broken:
+            message += f"; {broken}"
+        near = _SYNONYMS.get(scheme)
+        if near is None and scheme not in INSTALL_HINTS:
+            guesses = difflib.get_close_matches(scheme, {*self.schemes, *INSTALL_HINTS}, n=1)
+            near = guesses[0] if guesses else None
+        if near is not None:
+            hint = f"write {near}:// instead"
+            if near not in self.schemes and near in INSTALL_HINTS:
+                hint += f" after pip install '{INSTALL_HINTS[near]}'"
+        elif scheme in INSTALL_HINTS:
+            hint = f"pip install '{INSTALL_HINTS[scheme]}'"
+        else:
+            hint = f"install the plugin that handles {scheme}; `mx plugins` lists what is there"
+        return UnknownSchemeError(message, hint=hint)

@@ -1,0 +1,78 @@
+"""What a load did, in figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+__all__ = ["LoadReport", "format_bytes"]
+
+
+@frozen
+class LoadReport:
+    """The account of one load.
+
+    Attributes:
+        uri: Redacted URI of the checkpoint.
+        storage: Plugin that read it: ``{"plugin": distribution, "version": ...}``.
+        tensors: Tensors of the checkpoint of which anything was used.
+        tensors_in_checkpoint: Tensors in the checkpoint.
+        files: Files read from.
+        bytes_needed: Bytes of the tensors (or parts of tensors) asked for, each counted once per use.
+        bytes_fetched: Weight bytes read from the storage, gaps between merged reads included.
+        bytes_materialised: Bytes turned into plain tensors because code computed with them.
+        header_bytes: Bytes read to open the checkpoint.
+        seconds: From opening to the last byte in place.
+        phase_seconds: The same, by phase: ``open``, ``load``.
+        goodput_bytes_per_second: ``bytes_needed`` over ``seconds``.
+        requests: Reads sent to the storage, headers not included.
+        retries: Reads sent again.
+        concurrency: Most reads in flight at once.
+        verified: What was checked, and how often: ``versions``, ``sizes``, ``digests``.
+        materialised_operations: Operations that made bytes into plain tensors, and how often.
+        meta_destinations: Copies onto the meta device, which has no memory: nothing moved for them.
+        peak_rss_bytes: Largest resident memory of the process so far.
+    """
+
+    uri: str
+    storage: Mapping[str, str]
+    tensors: int
+    tensors_in_checkpoint: int
+    files: int
+    bytes_needed: int
+    bytes_fetched: int
+    bytes_materialised: int
+    header_bytes: int
+    seconds: float
+    phase_seconds: Mapping[str, float]
+    goodput_bytes_per_second: float
+    requests: int
+    retries: int
+    concurrency: int
+    verified: Mapping[str, int]
+    materialised_operations: Mapping[str, int]
+    meta_destinations: int
+    peak_rss_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return attrs.asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensors} tensors from {self.uri}: {format_bytes(self.bytes_needed)} needed, "
+            f"{format_bytes(self.bytes_fetched)} fetched in {self.requests} reads, {self.seconds:.2f} s, "
+            f"{format_bytes(self.goodput_bytes_per_second)}/s, {self.retries} retries"
+        )
+
+
+def format_bytes(count: float) -> str:
+    """``count`` bytes for people, in powers of 1000: ``"1.23 GB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,7 @@
+"""The Storage protocol, and the storages that need nothing installed: ``file`` and ``memory``."""
+
+from __future__ import annotations
+
+from modelexpress_core.storage.protocol import ObjectInfo, Storage
+
+__all__ = ["ObjectInfo", "Storage"]

@@ -1,0 +1,157 @@
+"""Files of this machine (and of whatever is mounted on it): ``file://`` and plain paths."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    BackendError,
+    NotFoundError,
+    SourceChangedError,
+    UnavailableError,
+    UnsupportedError,
+)
+from modelexpress_core.storage.protocol import ObjectInfo
+from modelexpress_core.uri import ModelURI
+
+__all__ = ["FileStorage", "open_file"]
+
+_PROVIDER = "modelexpress-core"
+
+#: errno -> (class, likely cause, next step); anything else is a plain BackendError.
+_ERRORS: Mapping[int, tuple[type[BackendError], str, str]] = {
+    errno.ENOENT: (NotFoundError, "the path is misspelt or not mounted", "check it with ls"),
+    errno.ENOTDIR: (NotFoundError, "a part of the path is a file", "check it with ls"),
+    errno.EACCES: (AccessDeniedError, "this user may not read it", "check owner and mode with ls -l"),
+    errno.EPERM: (AccessDeniedError, "this user may not read it", "check owner and mode with ls -l"),
+    errno.EISDIR: (UnsupportedError, "it is a directory", "name a file in it"),
+    errno.EIO: (UnavailableError, "the disk or the network file system has a fault", "look at dmesg"),
+    errno.ESTALE: (SourceChangedError, "the network file system replaced the file", "start the load again"),
+    errno.ETIMEDOUT: (UnavailableError, "the network file system does not answer", "check the mount"),
+    errno.EMFILE: (UnavailableError, "too many open files", "raise the limit with ulimit -n"),
+}
+
+
+def _version(stat: os.stat_result) -> str:
+    return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def _translated(exc: OSError, path: str, operation: str) -> BackendError:
+    cls, cause, hint = _ERRORS.get(exc.errno or 0, (BackendError, None, None))
+    return cls(
+        f"{exc.strerror or exc} [{errno.errorcode.get(exc.errno or 0, exc.errno)}]",
+        uri=str(ModelURI("file", path=path)),
+        operation=operation,
+        provider=_PROVIDER,
+        cause=cause,
+        hint=hint,
+    )
+
+
+class FileStorage:
+    """Reads with ``preadv`` into the caller's memory, through the page cache.
+
+    A file's version is its inode, size and modification time. Descriptors stay open until ``close``, so a file
+    that is replaced by renaming goes on being read in the version that the load began with.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._descriptors: dict[str, int] = {}
+        self._in_use = 0
+        self._closed = False
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """The regular files below the directory ``prefix``; links are followed, hidden directories are not."""
+        try:
+            with os.scandir(prefix or "/") as entries:
+                children = sorted(entries, key=lambda entry: entry.name)
+        except OSError as exc:
+            if exc.errno in {errno.ENOENT, errno.ENOTDIR}:
+                return
+            raise _translated(exc, prefix, "list the files") from exc
+        for entry in children:
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    if not entry.name.startswith("."):
+                        yield from self.list(entry.path)
+                elif entry.is_file():
+                    stat = entry.stat()
+                    yield ObjectInfo(entry.path, stat.st_size, _version(stat))
+            except OSError as exc:
+                raise _translated(exc, entry.path, "read the size") from exc
+
+    def stat(self, path: str) -> ObjectInfo:
+        """The regular file at ``path``."""
+        try:
+            stat = os.stat(path)
+        except OSError as exc:
+            raise _translated(exc, path, "read the size") from exc
+        if not Path(path).is_file():
+            raise _translated(IsADirectoryError(errno.EISDIR, "not a regular file"), path, "read the size")
+        return ObjectInfo(path, stat.st_size, _version(stat))
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        """Read into ``buffer``; the version is compared after reading, so a change in between is seen."""
+        operation = f"read bytes {offset}-{offset + len(buffer) - 1}"
+        try:
+            descriptor = self._descriptor(path)
+            try:
+                done = 0
+                while done < len(buffer):
+                    count = os.preadv(descriptor, [buffer[done:]], offset + done)
+                    if count == 0:
+                        break
+                    done += count
+                stat = os.fstat(descriptor)
+            finally:
+                self._release()
+        except OSError as exc:
+            raise _translated(exc, path, operation) from exc
+        if version is not None and _version(stat) != version:
+            reason = "the file was changed or replaced since the load began"
+            raise SourceChangedError(
+                reason,
+                uri=str(ModelURI("file", path=path)),
+                operation=operation,
+                provider=_PROVIDER,
+                hint="start the load again when nothing writes to the model",
+            )
+        return done
+
+    def _descriptor(self, path: str) -> int:
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.EBADF, "the storage is closed")
+            descriptor = self._descriptors.get(path)
+            if descriptor is None:
+                descriptor = self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._in_use += 1
+            return descriptor
+
+    def _release(self) -> None:
+        with self._lock:
+            self._in_use -= 1
+            if self._closed and not self._in_use:
+                self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def close(self) -> None:
+        """Close the files: at once, or when the last read that is under way has ended."""
+        with self._lock:
+            self._closed = True
+            if not self._in_use:
+                self._close_descriptors()
+
+
+def open_file(uri: ModelURI, settings: Mapping[str, str]) -> FileStorage:  # noqa: ARG001 - the factory's signature
+    """The storage for ``file`` URIs and plain paths."""
+    return FileStorage()

@@ -1,0 +1,85 @@
+"""What core asks of a storage, and what a storage tells of an object."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Protocol, runtime_checkable
+
+import attrs
+from attrs import field, frozen
+
+__all__ = ["ObjectInfo", "Storage"]
+
+
+def _unmodifiable(digests: Mapping[str, str]) -> Mapping[str, str]:
+    return MappingProxyType(dict(digests))
+
+
+@frozen
+class ObjectInfo:
+    """One object as the storage knows it, without its content.
+
+    Attributes:
+        path: Path below the authority, as ``stat`` and ``read_into`` take it.
+        size: Length in bytes.
+        version: What pins this content: an ETag, a generation, a modification stamp. None where the storage
+            has nothing of the kind.
+        digests: Digests of the whole object that the storage publishes, by algorithm
+            (``"crc32c"``, ``"crc64nvme"``, ``"md5"``, ``"sha256"``), in lower-case hex.
+    """
+
+    path: str
+    size: int = field(validator=attrs.validators.ge(0))
+    version: str | None = None
+    digests: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False)
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """Reads byte ranges of objects. Thread-safe; one instance serves one authority (bucket, host, account).
+
+    Retries, splitting, concurrency, progress and verification belong to core: a storage does one request
+    per call, and raises a ``BackendError`` that says whether trying again can help.
+    """
+
+    def list(self, prefix: str) -> Iterable[ObjectInfo]:
+        """The objects below the directory ``prefix``, at any depth, in any order; none where it is empty.
+
+        Raises:
+            BackendError: NotFoundError where the authority itself does not exist.
+        """
+        ...
+
+    def stat(self, path: str) -> ObjectInfo:
+        """The object at ``path``.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        ...
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        """Read ``len(buffer)`` bytes from ``offset`` of the object at ``path`` straight into ``buffer``.
+
+        Where the connection breaks after some bytes, return their number: core goes on at the first missing
+        byte. Raise only where nothing of this call arrived.
+
+        Args:
+            path: As in ``ObjectInfo.path``.
+            offset: First byte.
+            buffer: Writable, one-dimensional, of bytes, and never empty.
+            version: As in ``ObjectInfo.version``; None takes any.
+
+        Returns:
+            Number of bytes written to the start of ``buffer``; fewer than asked for where the stream ended early.
+
+        Raises:
+            SourceChangedError: The object is no longer ``version``.
+            BackendError: Any other failure.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give up connections and files. May be called while reads run in other threads: those then fail soon."""
+        ...
