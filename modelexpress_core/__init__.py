@@ -1,1 +1,102 @@
-"""placeholder."""
+"""ModelExpress: model weights from wherever they are, straight to where they belong.
+
+Everything public is here, and is imported at first use: importing this package imports no torch and no SDK.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modelexpress_core.checkpoint import Checkpoint, CheckpointFile, TensorInfo
+    from modelexpress_core.errors import (
+        AccessDeniedError,
+        BackendError,
+        CheckpointError,
+        DeadlineError,
+        IncompleteLoadError,
+        IntegrityError,
+        InvalidURIError,
+        ModelExpressError,
+        NotFoundError,
+        PlacementError,
+        PluginApiError,
+        PluginConflictError,
+        PluginError,
+        PluginLoadError,
+        ResolveError,
+        SettingsError,
+        SourceChangedError,
+        UnavailableError,
+        UnknownSchemeError,
+        UnsupportedError,
+    )
+    from modelexpress_core.hooks import hookimpl
+    from modelexpress_core.loader import DeferredWeights, deferred_weights, load_into, load_state_dict, open_checkpoint
+    from modelexpress_core.plugins import PluginManager
+    from modelexpress_core.report import LoadReport
+    from modelexpress_core.uri import ModelURI
+
+_MODULES = {
+    "Checkpoint": "checkpoint",
+    "CheckpointFile": "checkpoint",
+    "DeferredWeights": "loader",
+    "LoadReport": "report",
+    "ModelURI": "uri",
+    "PluginManager": "plugins",
+    "TensorInfo": "checkpoint",
+    "deferred_weights": "loader",
+    "hookimpl": "hooks",
+    "load_into": "loader",
+    "load_state_dict": "loader",
+    "open_checkpoint": "loader",
+}
+
+__all__ = [
+    "AccessDeniedError",
+    "BackendError",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointFile",
+    "DeadlineError",
+    "DeferredWeights",
+    "IncompleteLoadError",
+    "IntegrityError",
+    "InvalidURIError",
+    "LoadReport",
+    "ModelExpressError",
+    "ModelURI",
+    "NotFoundError",
+    "PlacementError",
+    "PluginApiError",
+    "PluginConflictError",
+    "PluginError",
+    "PluginLoadError",
+    "PluginManager",
+    "ResolveError",
+    "SettingsError",
+    "SourceChangedError",
+    "TensorInfo",
+    "UnavailableError",
+    "UnknownSchemeError",
+    "UnsupportedError",
+    "deferred_weights",
+    "hookimpl",
+    "load_into",
+    "load_state_dict",
+    "open_checkpoint",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -29,7 +29,7 @@ Only ``modelexpress_core.fetch.retry`` acts on that.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,12 +74,29 @@ class ModelExpressError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        parts = [self.message]
+        parts = [self._headline()]
         if self.cause:
-            parts.append(f"Likely cause: {self.cause}.")
+            parts.append(f"Likely cause: {_sentence(self.cause)}")
         if self.hint:
-            parts.append(f"Next step: {self.hint}.")
+            parts.append(f"Next step: {_sentence(self.hint)}")
         return "\n".join(parts)
+
+    def _headline(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickle would call the class with the message alone, and engines hand errors from process to process.
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _rebuilt(cls: type[ModelExpressError], args: tuple[Any, ...], state: dict[str, Any]) -> ModelExpressError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class SettingsError(ModelExpressError):
@@ -244,11 +261,11 @@ class BackendError(ModelExpressError):
         #: How often the operation was tried in all; set by the retry policy when it gives up.
         self.attempts = 1
 
-    def __str__(self) -> str:
-        tried = f"could not {self.operation} of {self.uri}" if self.operation and self.uri else self.uri
+    def _headline(self) -> str:
+        tried = f"could not {self.operation}" if self.operation else ""
+        tried = " of ".join(part for part in (tried, self.uri) if part)
         attempts = f" after {self.attempts} attempts" if self.attempts > 1 else ""
-        head = f"{tried}{attempts}: {self.message}" if tried else self.message
-        return "\n".join([head, *super().__str__().split("\n")[1:]])
+        return f"{tried}{attempts}: {self.message}" if tried else self.message
 
 
 class NotFoundError(BackendError):

@@ -50,6 +50,7 @@ def mx_register_storages() -> Iterable[StorageProvider]:  # type: ignore[empty-b
         >>> from modelexpress_core.providers import StorageProvider
         >>> def open_hello(uri, settings):
         ...     from mx_hello._storage import HelloStorage
+        ...
         ...     return HelloStorage(uri.authority)
         >>> @hookimpl
         ... def mx_register_storages():
@@ -112,7 +113,7 @@ def mx_register_metadata_stores() -> Iterable[MetadataStoreProvider]:  # type: i
 
 @hookspec
 def mx_register_server_services() -> Iterable[ServerServiceProvider]:  # type: ignore[empty-body]  # a specification
-    """gRPC services that a server offers beside its own.
+    """GRPC services that a server offers beside its own.
 
     Not used where no server runs in the process.
 

@@ -14,8 +14,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
@@ -31,7 +30,6 @@ from modelexpress_core.providers import (
     DiscoveryProvider,
     LoadRequest,
     MetadataStoreProvider,
-    SchemeProvider,
     ServerServiceProvider,
     StorageProvider,
     TransportProvider,
@@ -43,7 +41,7 @@ from modelexpress_core.uri import ModelURI
 if TYPE_CHECKING:
     from modelexpress_core.storage import Storage
 
-__all__ = ["ENTRY_POINT_GROUP", "CORE", "PluginManager"]
+__all__ = ["CORE", "ENTRY_POINT_GROUP", "PluginManager"]
 
 _log = logging.getLogger(__name__)
 _R = TypeVar("_R")
@@ -64,21 +62,38 @@ _REGISTER: Mapping[str, tuple[str, type]] = {
     "mx_register_commands": ("command", CommandProvider),
 }
 
+#: Hooks whose result decides something; what is neither here nor in ``_REGISTER`` observes.
+_POLICY = frozenset({"mx_rank_candidates", "mx_rewrite_uri"})
+
+_HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("mx_"))
+
+#: What a factory of storages must return has these.
+_STORAGE_METHODS = ("list", "stat", "read_into", "close")
+
+_MEND = "mend it, or go on without it: MX_DISABLED_PLUGINS={name}"
+
 #: An observer that keeps failing is logged this often at most.
 _OBSERVER_LOG_SECONDS = 60.0
 
 
 @frozen
 class _Found:
-    """An entry point and the distribution that it stands in."""
+    """An entry point and the distribution that it stands in, or why the distribution cannot be read."""
 
     entry_point: importlib.metadata.EntryPoint
     distribution: str
     version: str
+    error: Exception | None = None
 
     @property
-    def name(self) -> str:
-        return self.entry_point.name
+    def well_named(self) -> bool:
+        return _normalised(self.entry_point.name) == _normalised(self.distribution)
+
+    @property
+    def order(self) -> tuple[bool, bool, str, str]:
+        """Sorts by name; core last, so that its ``trylast`` defaults come after those of plugins."""
+        name = _normalised(self.distribution)
+        return not self.well_named, name == CORE, name, self.entry_point.name
 
 
 def _normalised(name: str) -> str:
@@ -90,22 +105,41 @@ def _installed() -> list[_Found]:
     """Every entry point of our group. Of a distribution found twice on the path the first counts, as for imports."""
     found, seen = [], set()
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
+        try:
+            metadata = distribution.metadata
+            name = metadata["Name"] if "Name" in metadata else ""  # noqa: SIM401 - get came with 3.12
+        except Exception as exc:  # noqa: BLE001 - whatever is wrong with another package is not ours to report
+            _log.debug("passing over a distribution whose metadata cannot be read: %s", exc)
+            continue
         if not name or _normalised(name) in seen:
             continue
         seen.add(_normalised(name))
-        found += [
-            _Found(entry_point, name, distribution.version)
-            for entry_point in distribution.entry_points
-            if entry_point.group == ENTRY_POINT_GROUP
-        ]
+        found += _announced(distribution, name)
     return found
 
 
-def _first_line(exc: BaseException) -> str:
+def _announced(distribution: importlib.metadata.Distribution, name: str) -> list[_Found]:
+    """The entry points of our group in ``distribution``."""
+    try:
+        entry_points = [point for point in distribution.entry_points if point.group == ENTRY_POINT_GROUP]
+        return [_Found(point, name, distribution.version) for point in entry_points]
+    except Exception as exc:  # noqa: BLE001 - one unreadable file must not hide all plugins
+        try:
+            text = distribution.read_text("entry_points.txt") or ""
+        except UnicodeDecodeError as undecodable:
+            text = repr(undecodable.object)
+        if ENTRY_POINT_GROUP not in text:
+            return []
+        message = f"the entry_points.txt of {name} cannot be read: {_reason(exc)}"
+        error = PluginLoadError(message, plugin=name, hint=f"reinstall {name}")
+        return [_Found(importlib.metadata.EntryPoint(name, "", ENTRY_POINT_GROUP), name, "", error)]
+
+
+def _reason(exc: BaseException) -> str:
+    """What ``exc`` says, on one line; of our own errors also what to do."""
     text = str(exc).strip().split("\n")[0]
-    if isinstance(exc, PluginError):
-        return text
+    if isinstance(exc, ModelExpressError):
+        return f"{text}; {exc.hint}" if exc.hint else text
     return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
 
 
@@ -139,10 +173,7 @@ class PluginManager:
             PluginError: In strict mode, for the first broken plugin or conflict.
         """
         manager = cls(from_env(PluginSettings, os.environ if environ is None else environ))
-        for entry in sorted(
-            _installed() if found is None else found,
-            key=lambda entry: (entry.name, entry.name != _normalised(entry.distribution), entry.distribution),
-        ):
+        for entry in sorted(_installed() if found is None else found, key=lambda entry: entry.order):
             manager._load(entry)
         if manager._settings.strict:
             for table in (manager.storages, manager.transports, manager.discoveries, manager.metadata_stores):
@@ -162,30 +193,37 @@ class PluginManager:
         return ""
 
     def _load(self, found: _Found) -> None:
-        reason = self._blocked(found.name) or self._blocked(found.distribution)
-        if reason:
-            self._remember(PluginInfo(found.name, found.version, "disabled", reason))
+        name = _normalised(found.distribution)
+        # A second entry point of a distribution is remembered beside the first.
+        label = f"{name} ({found.entry_point.name})" if name in self._infos else name
+        blocked = self._blocked(found.entry_point.name) or self._blocked(name)
+        if blocked:
+            self._remember(PluginInfo(label, found.version, "disabled", blocked))
             return
         try:
-            if _normalised(found.name) != _normalised(found.distribution):
-                message = (
-                    f"the entry point is called {found.name!r} but stands in the distribution {found.distribution!r}"
-                )
-                hint = "give the entry point the distribution's name"
-                raise PluginLoadError(message, plugin=found.distribution, hint=hint)
-            self.register(found.entry_point.load(), name=found.name, version=found.version)
-        except Exception as exc:
-            name = found.distribution if found.name in self._infos else found.name
-            self._broken(name, found.version, exc)
+            self.register(self._imported(found), name=name, version=found.version)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # noqa: BLE001 - also SystemExit: no plugin decides when the process ends
+            self._broken(label, found.version, exc)
 
-    def _broken(self, name: str, version: str, exc: Exception) -> None:
-        reason = _first_line(exc)
+    def _imported(self, found: _Found) -> object:
+        if found.error is not None:
+            raise found.error
+        if not found.well_named:
+            called, distribution = found.entry_point.name, found.distribution
+            message = f"the entry point is called {called!r} but stands in the distribution {distribution!r}"
+            raise PluginLoadError(message, plugin=distribution, hint="give the entry point the distribution's name")
+        return found.entry_point.load()
+
+    def _broken(self, name: str, version: str, exc: BaseException) -> None:
+        reason = _reason(exc)
         self._remember(PluginInfo(name, version, "broken", reason))
         if self._settings.strict:
             if isinstance(exc, PluginError):
                 raise exc
             message = f"the plugin {name} does not load: {reason}"
-            raise PluginLoadError(message, plugin=name, hint="mend it, or set MX_DISABLED_PLUGINS") from exc
+            raise PluginLoadError(message, plugin=name, hint=_MEND.format(name=name)) from exc
         _log.warning("going on without the plugin %s, which is broken: %s", name, reason)
         _log.debug("why the plugin %s is broken", name, exc_info=exc)
 
@@ -203,20 +241,22 @@ class PluginManager:
         if name in self._infos:
             message = f"two plugins are called {name!r}"
             raise PluginLoadError(message, plugin=name, hint="uninstall one of them")
-        self._check_functions(plugin, name)
         try:
+            hooks = self._check_functions(plugin, name)
             self._pluggy.register(plugin, name)
+            self._check_registered(plugin, name, hooks)
             records = self._collect(plugin, name)
-        except Exception as exc:
+        except BaseException as exc:
             if self._pluggy.get_plugin(name) is not None:
                 self._pluggy.unregister(name=name)
-            if isinstance(exc, PluginError):
+            if isinstance(exc, (PluginError, KeyboardInterrupt)):
                 raise
             if isinstance(exc, pluggy.PluginValidationError):
                 message = f"a hook of {name} does not fit its specification: {_validation_reason(exc)}"
-                raise PluginLoadError(message, plugin=name) from exc
-            message = f"{name} failed while it was registered: {_first_line(exc)}"
-            raise PluginLoadError(message, plugin=name) from exc
+                hint = "compare its arguments with those in modelexpress_core.hookspecs"
+                raise PluginLoadError(message, plugin=name, hint=hint) from exc
+            message = f"{name} failed while it was registered: {_reason(exc)}"
+            raise PluginLoadError(message, plugin=name, hint=_MEND.format(name=name)) from exc
         schemes = {
             _REGISTER[hook][0]: tuple(s for record in of_hook for s in getattr(record, "schemes", (record.name,)))
             for hook, of_hook in records.items()
@@ -233,31 +273,48 @@ class PluginManager:
         del self._infos[name], self._records[name]
         self._tables.clear()
 
-    def _check_functions(self, plugin: object, name: str) -> None:
-        """Refuse what pluggy would accept in silence: misspelt, unmarked, async and wrapping hook functions."""
-        known = [hook for hook in vars(hookspecs) if hook.startswith("mx_")]
+    def _check_functions(self, plugin: object, name: str) -> list[str]:
+        """The hooks that ``plugin`` implements, without what pluggy would accept in silence.
+
+        That is: misspelt, unmarked and async functions, wrappers where there is nothing to wrap.
+        """
+        hooks = []
         for attribute in dir(plugin):
             function = getattr(plugin, attribute, None)
-            if not callable(function) or isinstance(function, type):
-                continue
-            options = getattr(function, f"{PROJECT_NAME}_impl", None)
+            options = _mark(function, "impl")
             if options is None:
-                if attribute in known and _defined_in(function, plugin):
+                if attribute in _HOOKS and callable(function) and _mark(function, "spec") is None:
                     message = f"{name} defines {attribute} without marking it"
                     raise PluginLoadError(message, plugin=name, hint="have you forgotten @hookimpl above it?")
                 continue
             hook = options.get("specname") or attribute
-            if hook not in known:
-                near = difflib.get_close_matches(hook, known, n=1)
+            if hook not in _HOOKS:
+                if options["optionalhook"]:  # of a later version of the contract, say
+                    continue
+                near = difflib.get_close_matches(hook, _HOOKS, n=1)
                 message = f"{name} implements {hook}, which is no hook"
-                hint = f"did you mean {near[0]}?" if near else f"the hooks are: {', '.join(sorted(known))}"
+                hint = f"did you mean {near[0]}?" if near else f"the hooks are: {', '.join(sorted(_HOOKS))}"
                 raise PluginLoadError(message, plugin=name, hint=hint)
             if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
                 message = f"{name} implements {hook} as async def; hooks are called without an event loop"
                 raise PluginLoadError(message, plugin=name, hint="write it as a plain def")
-            if hook in _REGISTER and (options["wrapper"] or options["hookwrapper"]):
+            wraps = options["wrapper"] or options["hookwrapper"]
+            if hook in _REGISTER and wraps:
                 message = f"{name} wraps {hook}; what a plugin registers is its own and is not wrapped"
                 raise PluginLoadError(message, plugin=name, hint="return your own records from a plain @hookimpl")
+            if hook not in _REGISTER and hook not in _POLICY and (wraps or inspect.isgeneratorfunction(function)):
+                message = f"{name} implements {hook} as a generator or wrapper; observers are called, nothing more"
+                raise PluginLoadError(message, plugin=name, hint="write it as a plain def without yield")
+            hooks.append(hook)
+        return hooks
+
+    def _check_registered(self, plugin: object, name: str, hooks: Iterable[str]) -> None:
+        """Refuse marked objects that pluggy passes over because they are no plain functions."""
+        seen = {caller.name for caller in self._pluggy.get_hookcallers(plugin) or ()}
+        for hook in hooks:
+            if hook not in seen:
+                message = f"{name} implements {hook} as something that is no plain function or method"
+                raise PluginLoadError(message, plugin=name, hint="write it as a plain def, with @hookimpl on top")
 
     def _collect(self, plugin: object, name: str) -> dict[str, tuple[Any, ...]]:
         """The records of one plugin, checked."""
@@ -266,16 +323,33 @@ class PluginManager:
             for implementation in getattr(self._pluggy.hook, hook).get_hookimpls():
                 if implementation.plugin is not plugin:
                     continue
-                collected[hook] = self._records_of(implementation.function(), hook, kind, cls, name)
+                records: tuple[Any, ...] = self._records_of(implementation.function(), hook, kind, cls, name)
+                collected[hook] = (*collected.get(hook, ()), *records)
+            self._check_unique(collected.get(hook, ()), kind, name)
         return collected
 
-    def _records_of(self, returned: object, hook: str, kind: str, cls: type[_R], name: str) -> tuple[_R, ...]:
+    @staticmethod
+    def _check_unique(records: Iterable[Any], kind: str, name: str) -> None:
+        seen: dict[tuple[str, str], str] = {}
+        for record in records:
+            for scheme in getattr(record, "schemes", ()):
+                # One regular record for a scheme, and any number of alternatives as long as their names differ.
+                keys = [("record", f"{scheme} {record.name}")]
+                keys += [] if record.alternative else [("regular", scheme)]
+                for key in keys:
+                    if key in seen:
+                        message = f"{name} claims the {kind} scheme {scheme} twice: {seen[key]}, {record.name}"
+                        hint = "mark one alternative=True, and give each a name of its own"
+                        raise PluginLoadError(message, plugin=name, hint=hint)
+                    seen[key] = record.name
+
+    @staticmethod
+    def _records_of(returned: object, hook: str, kind: str, cls: type[_R], name: str) -> tuple[_R, ...]:
         if isinstance(returned, cls) or not isinstance(returned, Iterable) or isinstance(returned, str):
             message = f"{hook} of {name} returned {type(returned).__name__}, not a list of {cls.__name__} records"
             hint = "put the record into a list" if isinstance(returned, cls) else f"return [{cls.__name__}(...)]"
             raise PluginLoadError(message, plugin=name, hint=hint)
         records = tuple(returned)
-        seen: dict[str, str] = {}
         for record in records:
             version = getattr(record, "api_version", None)
             if version is not None and version != API_VERSION:
@@ -285,12 +359,6 @@ class PluginManager:
             if not isinstance(record, cls):
                 message = f"{hook} of {name} returned a {type(record).__name__} among its records"
                 raise PluginLoadError(message, plugin=name, hint=f"return {cls.__name__} records for a {kind}")
-            if isinstance(record, SchemeProvider) and not record.alternative:
-                for scheme in record.schemes:
-                    if scheme in seen:
-                        message = f"{name} claims the {kind} scheme {scheme} twice: {seen[scheme]}, {record.name}"
-                        raise PluginLoadError(message, plugin=name, hint="mark one alternative=True")
-                    seen[scheme] = record.name
         return records
 
     # -- what is there ------------------------------------------------------------------------------------------------
@@ -307,8 +375,23 @@ class PluginManager:
                 for name in sorted(self._records)
                 for record in self._records[name].get(hook, ())
             ]
-            self._tables[cls] = SchemeTable(_REGISTER[hook][0], tuple(records), self._settings.prefer, self.plugins)
+            prefer = {
+                scheme: name
+                for scheme, name in self._settings.prefer.items()
+                if hook in (meant := self._hooks_with(scheme, name)) or not meant
+            }
+            self._tables[cls] = SchemeTable(_REGISTER[hook][0], tuple(records), prefer, self.plugins)
         return self._tables[cls]
+
+    def _hooks_with(self, scheme: str, name: str) -> set[str]:
+        """Hooks by which the plugin or record ``name`` offers ``scheme``: one word may be a scheme of two kinds."""
+        return {
+            hook
+            for plugin, by_hook in self._records.items()
+            for hook, records in by_hook.items()
+            for record in records
+            if scheme in getattr(record, "schemes", ()) and name in {plugin, record.name}
+        }
 
     @property
     def storages(self) -> SchemeTable[StorageProvider]:
@@ -359,22 +442,33 @@ class PluginManager:
 
         Raises:
             ResolveError: No usable plugin handles the scheme.
-            PluginError: The plugin's factory failed for a reason of its own.
+            PluginError: The plugin's factory failed for a reason of its own, or returned no storage.
             ModelExpressError: Whatever the factory reports.
         """
         registered = self.storages.lookup(uri.scheme)
+        plugin, label = registered.plugin.name, registered.label
+        what = registered.provider.install_hint or plugin
         try:
-            return registered, registered.provider.factory(uri, environ)
+            storage = registered.provider.factory(uri, environ)
         except ModelExpressError:
             raise
+        except ModuleNotFoundError as exc:
+            message = f"{label} cannot be used for {uri}: the package {exc.name or exc} is missing"
+            raise PluginLoadError(message, plugin=plugin, hint=f"pip install '{what}'") from exc
         except ImportError as exc:
-            missing = exc.name or str(exc)
-            what = registered.provider.install_hint or registered.plugin.name
-            message = f"{registered.label} cannot be used for {uri}: the package {missing} is missing"
-            raise PluginLoadError(message, plugin=registered.plugin.name, hint=f"pip install '{what}'") from exc
+            message = f"{label} cannot be used for {uri}: {_reason(exc)}"
+            cause = "another version of the package is installed than the plugin was written for"
+            raise PluginLoadError(message, plugin=plugin, cause=cause, hint=f"pip install -U '{what}'") from exc
         except Exception as exc:
-            message = f"{registered.label} failed to open {uri}: {_first_line(exc)}"
-            raise PluginLoadError(message, plugin=registered.plugin.name, hint="report it to its authors") from exc
+            message = f"{label} failed to open {uri}: {_reason(exc)}"
+            raise PluginLoadError(message, plugin=plugin, hint="report it to its authors") from exc
+        lacking = [method for method in _STORAGE_METHODS if not callable(getattr(storage, method, None))]
+        if lacking or isinstance(storage, type):
+            returned = "a class, not an instance" if isinstance(storage, type) else type(storage).__name__
+            message = f"the factory of {label} returned {returned}, which is no storage"
+            cause = f"it has no {', '.join(lacking)}" if lacking else "have you forgotten the ()?"
+            raise PluginLoadError(message, plugin=plugin, cause=cause, hint="have it return an open Storage")
+        return registered, storage
 
     # -- one typed method per hook ------------------------------------------------------------------------------------
 
@@ -390,6 +484,8 @@ class PluginManager:
         ranked = self._policy("mx_rank_candidates", request=request, candidates=tuple(candidates))
         if ranked is None:
             return tuple(candidates)
+        if not isinstance(ranked, Iterable):
+            raise self._unexpected(ranked, "a sequence of Candidate", "mx_rank_candidates")
         return tuple(self._expect(candidate, Candidate, "mx_rank_candidates") for candidate in ranked)
 
     def load_started(self, event: events.LoadStarted) -> None:
@@ -411,32 +507,35 @@ class PluginManager:
     def _policy(self, hook: str, **arguments: object) -> Any:  # noqa: ANN401 - checked by the callers
         caller = getattr(self._pluggy.hook, hook)
         try:
-            return caller(**arguments)
+            decision = caller(**arguments)
+            return tuple(decision) if inspect.isgenerator(decision) else decision  # it may fail as it is read
         except ModelExpressError:
             raise
         except Exception as exc:
-            name = _culprit(exc, {impl.function: impl.plugin_name for impl in caller.get_hookimpls()})
-            message = f"{hook} of the plugin {name} failed: {_first_line(exc)}"
+            name = _culprit(exc, caller.get_hookimpls())
+            message = f"{hook} of the plugin {name} failed: {_reason(exc)}"
             raise PluginError(message, plugin=name, hint=f"MX_DISABLED_PLUGINS={name} goes on without it") from exc
 
     def _expect(self, value: object, cls: type[_R], hook: str) -> _R:
         if isinstance(value, cls):
             return value
-        implementations = getattr(self._pluggy.hook, hook).get_hookimpls()
-        names = ", ".join(impl.plugin_name for impl in implementations if impl.plugin_name != CORE)
-        message = f"{hook} (of {names}) returned {type(value).__name__} where {cls.__name__} belongs"
-        raise PluginError(message, plugin=names)
+        raise self._unexpected(value, cls.__name__, hook)
+
+    def _unexpected(self, value: object, wanted: str, hook: str) -> PluginError:
+        names = _asked(getattr(self._pluggy.hook, hook).get_hookimpls())
+        message = f"{hook} (of {names}) returned {type(value).__name__} where {wanted} belongs"
+        return PluginError(message, plugin=names, hint=f"MX_DISABLED_PLUGINS={names} goes on without it")
 
     def _observe(self, hook: str, event: object) -> None:
         for implementation in getattr(self._pluggy.hook, hook).get_hookimpls():
             try:
                 implementation.function(*(event for _ in implementation.argnames))
-            except Exception as exc:  # an observer must not break a load
+            except Exception as exc:  # noqa: BLE001 - an observer must not break a load
                 now = time.monotonic()
                 name = implementation.plugin_name
                 if now - self._observer_logged.get(name, -_OBSERVER_LOG_SECONDS) >= _OBSERVER_LOG_SECONDS:
                     self._observer_logged[name] = now
-                    _log.warning("%s of the plugin %s failed: %s", hook, name, _first_line(exc), exc_info=exc)
+                    _log.warning("%s of the plugin %s failed: %s", hook, name, _reason(exc), exc_info=exc)
 
 
 def _validation_reason(exc: pluggy.PluginValidationError) -> str:
@@ -444,18 +543,29 @@ def _validation_reason(exc: pluggy.PluginValidationError) -> str:
     return "; ".join(lines[1:]) or lines[0]
 
 
-def _defined_in(function: Callable[..., object], plugin: object) -> bool:
-    """Whether ``function`` was written in ``plugin``, not imported into it."""
-    if isinstance(plugin, ModuleType):
-        return getattr(function, "__module__", None) == plugin.__name__
-    return True
+def _mark(function: object, kind: str) -> dict[str, Any] | None:
+    """The options that a marker left at ``function``."""
+    # Looked up so that lazy modules stay unloaded and stand-ins that have any attribute are not taken for hooks.
+    lookup = getattr if inspect.isroutine(function) else inspect.getattr_static
+    options = lookup(function, f"{PROJECT_NAME}_{kind}", None)
+    return options if isinstance(options, dict) else None
 
 
-def _culprit(exc: BaseException, functions: Mapping[Callable[..., object], str]) -> str:
-    """The plugin whose function stands in the traceback of ``exc``."""
-    by_code = {getattr(function, "__code__", None): name for function, name in functions.items()}
-    name, traceback = "unknown", exc.__traceback__
+def _asked(implementations: Iterable[pluggy.HookImpl]) -> str:
+    return ",".join(sorted({impl.plugin_name for impl in implementations} - {CORE}))
+
+
+def _culprit(exc: BaseException, implementations: Sequence[pluggy.HookImpl]) -> str:
+    """The plugin whose function stands deepest in the traceback of ``exc``; all that were asked, where none does."""
+    plugins: dict[object, set[str]] = {}
+    for implementation in implementations:
+        # A decorator that several plugins use says nothing; the function that it decorates does.
+        for function in (implementation.function, inspect.unwrap(implementation.function)):
+            plugins.setdefault(getattr(function, "__code__", None), set()).add(implementation.plugin_name)
+    name = ""
+    traceback = exc.__traceback__
     while traceback is not None:
-        name = by_code.get(traceback.tb_frame.f_code, name)
+        among = plugins.get(traceback.tb_frame.f_code, set())
+        name = next(iter(among)) if len(among) == 1 else name
         traceback = traceback.tb_next
-    return name
+    return name or _asked(implementations)

@@ -6,7 +6,7 @@ A record is data. Building one does no I/O and imports no SDK; the factory in it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import field, frozen
@@ -33,8 +33,6 @@ __all__ = [
 #: Version of the hook contract. Raised when a plugin written for the old one would misbehave.
 API_VERSION = 1
 
-_R = TypeVar("_R")
-
 
 def _check_name(_record: object, _attribute: attrs.Attribute[str], name: object) -> None:
     if not isinstance(name, str) or not name.strip():
@@ -46,18 +44,18 @@ def _scheme_tuple(schemes: object) -> tuple[str, ...]:
     if isinstance(schemes, str):
         message = f"schemes is {schemes!r}; have you forgotten the comma? Write ({schemes!r},)"
         raise TypeError(message)
-    schemes = tuple(schemes)  # type: ignore[arg-type]  # anything iterable; what is in it is checked next
-    for scheme in schemes:
+    listed: tuple[str, ...] = tuple(schemes)  # type: ignore[arg-type]  # checked next
+    for scheme in listed:
         if not isinstance(scheme, str) or not SCHEME_PATTERN.fullmatch(scheme):
             message = f"{scheme!r} is no URI scheme: lower-case letters, digits, + . - after a letter"
             raise ValueError(message)
-    if not schemes:
+    if not listed:
         message = "a record needs at least one scheme"
         raise ValueError(message)
-    if len(set(schemes)) < len(schemes):
-        message = f"a scheme stands twice in {schemes!r}"
+    if len(set(listed)) < len(listed):
+        message = f"a scheme stands twice in {listed!r}"
         raise ValueError(message)
-    return schemes
+    return listed
 
 
 def _check_factory(_record: object, _attribute: attrs.Attribute[Any], factory: object) -> None:

@@ -57,7 +57,7 @@ class PluginInfo:
     """One plugin, usable or not.
 
     Attributes:
-        name: Entry-point name, which is the distribution's name.
+        name: Name of the distribution, normalised as pip does it (PEP 503).
         version: Version of the distribution; empty for plugins registered from code.
         status: ``"loaded"``, ``"broken"`` or ``"disabled"``.
         reason: Why it is broken or disabled; empty for one that is loaded.
@@ -128,6 +128,7 @@ class SchemeTable(Generic[P]):
         Raises:
             PluginConflictError: Several plugins claim it.
             SettingsError: ``MX_PREFER`` names a plugin that does not handle it.
+            PluginLoadError: ``MX_PREFER`` names a plugin that is broken or disabled.
             UnknownSchemeError: No usable plugin handles it.
         """
         claims = sorted(
@@ -160,9 +161,10 @@ class SchemeTable(Generic[P]):
                 return choice[0]
         options = ", ".join(record.label for record in claims) or "none"
         for plugin in self.plugins:
-            if plugin.name == preferred and plugin.status == "broken":
-                message = f"MX_PREFER names {preferred} for {scheme}, which is broken: {plugin.reason}"
-                raise PluginLoadError(message, plugin=preferred, hint=f"mend it, or choose among: {options}")
+            if plugin.name == preferred and plugin.status != "loaded":
+                message = f"MX_PREFER names {preferred} for {scheme}, which is {plugin.status}: {plugin.reason}"
+                remedy = "mend it" if plugin.status == "broken" else "let it be used"
+                raise PluginLoadError(message, plugin=preferred, hint=f"{remedy}, or choose among: {options}")
         message = f"MX_PREFER={scheme}={preferred}: no such {self.kind} plugin for {scheme}"
         raise SettingsError(message, hint=f"choose among: {options}")
 
@@ -177,16 +179,20 @@ class SchemeTable(Generic[P]):
             hint = "unset the setting" if plugin.status == "disabled" else f"reinstall {plugin.name}, or report it"
             return UnknownSchemeError(message, hint=hint)
         if alternatives:
-            choice = " or ".join(f"MX_PREFER={scheme}={record.plugin.name}" for record in alternatives)
+            plugins = [record.plugin.name for record in alternatives]
+            # The name of the distribution will do, unless it offers several.
+            choices = (r.provider.name if plugins.count(r.plugin.name) > 1 else r.plugin.name for r in alternatives)
+            choice = " or ".join(f"MX_PREFER={scheme}={name}" for name in choices)
             return UnknownSchemeError(
                 message,
                 cause=f"what is installed for it is used only on request: {', '.join(r.label for r in alternatives)}",
                 hint=f"set {choice}",
             )
         message += f"; installed {self.kind} schemes: {usable}"
-        broken = "; ".join(f"{p.name} is broken: {p.reason}" for p in self.plugins if p.status == "broken")
-        if broken:
-            message += f"; {broken}"
+        # What a plugin that is not loaded would have handled is not known: it may be this one.
+        for plugin in self.plugins:
+            if plugin.status != "loaded":
+                message += f"; {plugin.name} is {plugin.status}: {plugin.reason}"
         near = _SYNONYMS.get(scheme)
         if near is None and scheme not in INSTALL_HINTS:
             guesses = difflib.get_close_matches(scheme, {*self.schemes, *INSTALL_HINTS}, n=1)

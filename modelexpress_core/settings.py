@@ -7,6 +7,7 @@ process environment. Nothing is read at import and nothing changes later::
     class MySettings:
         timeout_seconds: float = env("MX_MY_TIMEOUT", default=10.0, converter=seconds, help="...")
 
+
     settings = from_env(MySettings, os.environ)
 """
 
@@ -157,13 +158,13 @@ def seconds(text: str) -> float:
 
 def byte_count(text: str) -> int:
     """A number of bytes, plain or with a unit: ``268435456``, ``256MiB``, ``256M``, ``1GiB``, ``1GB``."""
-    match = re.fullmatch(r"(\d+)\s*([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18})\s*(?:([kmgt])(i?))?b?", text.strip(), re.IGNORECASE)
     if match is None or int(match[1]) < 1:
         reason = "expected a number of bytes such as 268435456, 256MiB or 1GB"
         raise ValueError(reason)
     decimal = text.strip().lower().endswith("b") and not match[3] and match[2]
     base = 1000 if decimal else 1024
-    return cast("int", int(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+    return cast("int", int(match[1]) * base ** " kmgt".index((match[2] or " ").lower()))
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -173,11 +174,14 @@ def names(text: str) -> tuple[str, ...]:
 
 def pairs(text: str) -> Mapping[str, str]:
     """``key=value`` pairs separated by commas."""
-    result = {}
+    result: dict[str, str] = {}
     for part in names(text):
         key, equals, value = part.partition("=")
         if not equals or not key.strip() or not value.strip():
             reason = f"expected key=value, not {part!r}"
+            raise ValueError(reason)
+        if key.strip() in result:
+            reason = f"{key.strip()} is given twice"
             raise ValueError(reason)
         result[key.strip()] = value.strip()
     return result
@@ -214,8 +218,9 @@ def from_env(cls: type[_T], environ: Mapping[str, str] | None = None) -> _T:
         try:
             values[attribute.name] = converter(text) if converter else text
         except ValueError as exc:
-            shown = "***" if variable.secret else repr(text)
-            problems.append(f"{name}={shown}: {exc}")
+            # The reason may quote the value, as int() does.
+            problem = "***: the value (not shown) cannot be used" if variable.secret else f"{text!r}: {exc}"
+            problems.append(f"{name}={problem}")
     if problems:
         message = "settings that cannot be used:\n  " + "\n  ".join(problems)
         raise SettingsError(message, hint="correct or unset them; `mx settings` shows all that are read")
@@ -229,7 +234,7 @@ def variables(cls: type) -> tuple[str, ...]:
 
 def describe(cls: type, environ: Mapping[str, str], *, owner: str) -> tuple[SettingValue, ...]:
     """Every setting of ``cls`` with its value in ``environ`` and where that came from."""
-    settings = from_env(cls, environ)
+    settings: object = from_env(cls, environ)
     rows = []
     for attribute, variable, _ in _fields(cls):
         found = _text(variable, environ)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 from attrs import field, frozen
@@ -26,8 +27,26 @@ _ONE_SLASH = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?!/)(?P<rest>.*)
 #: Shown as they are in a path: all but the percent sign, what ends a path, and control characters.
 _PLAIN_IN_PATH = "/ :@!$&'()*+,;=~[]{}|^<>\"`\\"
 
+#: The same for an authority, where an at sign, a slash or a question mark would end it.
+_PLAIN_IN_AUTHORITY = "!$&'()*+,;=~[]:"
+
 #: Query values that are shown; all others may be credentials (SAS tokens, signatures) and are hidden.
 _PUBLIC_QUERY = frozenset({"region", "revision", "version", "versionId"})
+
+
+def _without_secrets(text: str) -> str:
+    """``text``, which is no valid URI, without whatever in it may be user information or a query."""
+    start, mark, _ = text.partition("?")
+    return re.sub(r"^([^/]*:/+).*@", r"\1***@", start.partition("#")[0]) + (f"{mark}***" if mark else "")
+
+
+def _is_unsafe(text: str) -> bool:
+    """Whether it holds what could forge a line of a log."""
+    return any(ord(c) < 32 or ord(c) == 127 for c in text)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _unmodifiable(query: Mapping[str, str]) -> Mapping[str, str]:
@@ -61,40 +80,43 @@ class ModelURI:
         ``~`` at the start of a plain path is the user's home.
 
         Raises:
-            InvalidURIError: Empty, malformed, or a control character in it.
+            InvalidURIError: No text, empty, malformed, or a control character in it.
         """
         if isinstance(text, ModelURI):
             return text
         is_path = isinstance(text, os.PathLike)
-        text = os.fspath(text)
+        if is_path:
+            text = os.fspath(text)
         if not isinstance(text, str):
-            message = f"a model URI is text, not {type(text).__name__}"
-            raise InvalidURIError(message)
+            message = f"a model URI is text or a path, not {type(text).__name__}"
+            raise InvalidURIError(message, hint="give a URI such as s3://bucket/model, or a path")
         if not text.strip():
             message = "the model URI is empty"
             raise InvalidURIError(message, hint="give a URI such as s3://bucket/model, or a path")
-        if any(ord(c) < 32 or ord(c) == 127 for c in text):
-            message = f"a control character in the model URI: {text!r}"
+        if _is_unsafe(text):
+            message = f"a control character in the model URI: {_without_secrets(text)!r}"
             raise InvalidURIError(message, hint="look for a stray newline in the variable or argument")
+        try:
+            os.fsencode(text)
+        except UnicodeEncodeError as exc:
+            message = f"text that cannot be encoded: {_without_secrets(text)!r}"
+            raise InvalidURIError(message, hint="look for half a character in the variable or argument") from exc
         match = None if is_path else _URI.fullmatch(text)
-        if match is None:
-            slip = None if is_path else _ONE_SLASH.match(text)
-            if slip is not None and not os.path.exists(text):
-                scheme, rest = slip["scheme"], slip["rest"].lstrip("/")
-                start = f"{scheme}:///" if scheme.lower() == "file" else f"{scheme}://"
-                message = f"one slash after the scheme: {text!r}"
-                raise InvalidURIError(message, hint=f"write {start}{rest}")
-            return cls("file", path=os.path.abspath(os.path.expanduser(text)))
-        return cls._from_match(match)
+        if match is not None:
+            return cls._from_match(match)
+        if not os.path.exists(text):
+            _refuse_slips(text)
+        return cls("file", path=os.path.abspath(os.path.expanduser(text)))
 
     @classmethod
     def _from_match(cls, match: re.Match[str]) -> ModelURI:
         scheme = match["scheme"].lower()
         if match["fragment"]:
-            message = f"a fragment in a {scheme} URI: {match['fragment']!r}"
+            message = f"a fragment (what follows a #) in a {scheme} URI"
             raise InvalidURIError(message, hint="if the # is part of the name, write it as %23")
         userinfo, _, authority = match["authority"].rpartition("@")
-        path = unquote(match["path"])
+        authority = unquote(authority, errors="surrogateescape")
+        path = unquote(match["path"], errors="surrogateescape")
         if scheme == "file":
             if authority not in {"", "localhost"}:
                 message = f"a file URI with the host {authority!r}"
@@ -107,14 +129,18 @@ class ModelURI:
             path = os.path.normpath(path or "/")
         elif authority:
             path = path.strip("/")
-        if any(ord(c) < 32 for c in path):
-            message = f"an encoded control character in the path of the {scheme} URI"
-            raise InvalidURIError(message)
+        if _is_unsafe(authority + path):
+            message = f"an encoded control character in the {scheme} URI"
+            raise InvalidURIError(message, hint="look for %0A and the like")
+        # Names of files may be any bytes.
+        if not _is_unicode(authority + (match["query"] or "") + ("" if scheme == "file" else path)):
+            message = f"something in the {scheme} URI that is not UTF-8"
+            raise InvalidURIError(message, hint="percent-encode names as UTF-8")
         if scheme != "file" and any(part in {".", ".."} for part in path.split("/")):
             message = f"'.' or '..' in the path of a URI: {path!r}"
             raise InvalidURIError(message, hint="write the path out")
         query = dict(parse_qsl(match["query"] or "", keep_blank_values=True))
-        return cls(scheme, unquote(authority), path, query, userinfo)
+        return cls(scheme, authority, path, query, userinfo)
 
     @property
     def name(self) -> str:
@@ -127,14 +153,32 @@ class ModelURI:
 
     def join(self, relative: str) -> ModelURI:
         """The URI of ``relative`` below this one."""
-        return self.with_path(f"{self.path.rstrip('/')}/{relative}" if self.path else relative)
+        start = f"{self.path.rstrip('/')}/" if self.path or not self.authority else ""
+        return self.with_path(f"{start}{relative}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only mapping cannot be pickled or copied as it is.
+        return ModelURI, (self.scheme, self.authority, self.path, dict(self.query), self.userinfo)
 
     def __str__(self) -> str:
         """The URI with every possible credential hidden: safe in messages, logs and reports."""
         userinfo = "***@" if self.userinfo else ""
-        slash = "/" if self.authority and self.path else ""
-        path = quote(self.path, safe=_PLAIN_IN_PATH)
-        query = "&".join(
-            f"{quote(k)}={quote(v) if k in _PUBLIC_QUERY else '***'}" for k, v in self.query.items()
-        )
-        return f"{self.scheme}://{userinfo}{self.authority}{slash}{path}{'?' if query else ''}{query}"
+        authority = quote(self.authority, safe=_PLAIN_IN_AUTHORITY)
+        slash = "/" if self.path and (authority or not self.path.startswith("/")) else ""
+        path = quote(self.path, safe=_PLAIN_IN_PATH, errors="surrogateescape")
+        query = "&".join(f"{quote(k)}={quote(v) if k in _PUBLIC_QUERY else '***'}" for k, v in self.query.items())
+        return f"{self.scheme}://{userinfo}{authority}{slash}{path}{'?' if query else ''}{query}"
+
+
+def _refuse_slips(text: str) -> None:
+    """Raise for what was meant as a URI and would be taken for the path of a file that is not there."""
+    slip = _ONE_SLASH.match(text)
+    if slip is not None:
+        scheme, rest = slip["scheme"], slip["rest"]
+        start = f"{scheme}:///" if scheme.lower() == "file" else f"{scheme}://"
+        message = f"one slash after the scheme: {_without_secrets(text)!r}"
+        raise InvalidURIError(message, hint=f"write {start}{_without_secrets(f':/{rest}')[2:]}")
+    if "://" in text:
+        message = f"neither a URI nor a file: {_without_secrets(text)!r}"
+        cause = "a URI starts with its scheme: a letter, then letters, digits, + . -"
+        raise InvalidURIError(message, cause=cause, hint="look for quotes, spaces or a misspelt scheme before ://")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import stat as modes
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from modelexpress_core.errors import (
     AccessDeniedError,
@@ -57,17 +57,21 @@ class FileStorage:
     """Reads with ``preadv`` into the caller's memory, through the page cache.
 
     A file's version is its inode, size and modification time. Descriptors stay open until ``close``, so a file
-    that is replaced by renaming goes on being read in the version that the load began with.
+    that is replaced by renaming goes on being read in the version that the load began with, while a later load
+    reads the new one.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._descriptors: dict[str, int] = {}
+        self._descriptors: dict[tuple[str, str | None], int] = {}
         self._in_use = 0
         self._closed = False
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """The regular files below the directory ``prefix``; links are followed, hidden directories are not."""
+        """The regular files below the directory ``prefix``, and links to such files.
+
+        Hidden directories, links to directories (which may lead in a circle) and links that lead nowhere are left out.
+        """
         try:
             with os.scandir(prefix or "/") as entries:
                 children = sorted(entries, key=lambda entry: entry.name)
@@ -92,15 +96,24 @@ class FileStorage:
             stat = os.stat(path)
         except OSError as exc:
             raise _translated(exc, path, "read the size") from exc
-        if not Path(path).is_file():
-            raise _translated(IsADirectoryError(errno.EISDIR, "not a regular file"), path, "read the size")
+        if modes.S_ISDIR(stat.st_mode):
+            raise _translated(OSError(errno.EISDIR, "Is a directory"), path, "read the size")
+        if not modes.S_ISREG(stat.st_mode):
+            reason = "a pipe, socket or device, not a regular file"
+            raise UnsupportedError(
+                reason,
+                uri=str(ModelURI("file", path=path)),
+                operation="read the size",
+                provider=_PROVIDER,
+                hint="copy what it holds into a file",
+            )
         return ObjectInfo(path, stat.st_size, _version(stat))
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read into ``buffer``; the version is compared after reading, so a change in between is seen."""
         operation = f"read bytes {offset}-{offset + len(buffer) - 1}"
         try:
-            descriptor = self._descriptor(path)
+            descriptor = self._descriptor(path, version)
             try:
                 done = 0
                 while done < len(buffer):
@@ -124,13 +137,15 @@ class FileStorage:
             )
         return done
 
-    def _descriptor(self, path: str) -> int:
+    def _descriptor(self, path: str, version: str | None) -> int:
         with self._lock:
             if self._closed:
                 raise OSError(errno.EBADF, "the storage is closed")
-            descriptor = self._descriptors.get(path)
+            descriptor = self._descriptors.get((path, version))
             if descriptor is None:
-                descriptor = self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                # A pipe would block the open, and with it every other read, until someone writes to it.
+                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                self._descriptors[path, version] = descriptor
             self._in_use += 1
             return descriptor
 

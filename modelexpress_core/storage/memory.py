@@ -25,10 +25,11 @@ class MemoryStorage:
 
     def put(self, path: str, content: bytes | bytearray | memoryview) -> ObjectInfo:
         """Keep ``content`` at ``path`` (not a copy of it), as a new version."""
+        view = memoryview(content).cast("B")
         with self._lock:
             self._writes += 1
-            self._objects[path.strip("/")] = (self._writes, memoryview(content).cast("B"))
-        return self.stat(path)
+            self._objects[path.strip("/")] = (self._writes, view)
+            return ObjectInfo(path.strip("/"), len(view), str(self._writes))
 
     def delete(self, path: str) -> None:
         """Forget the object at ``path``, if there is one."""

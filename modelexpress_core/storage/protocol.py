@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import attrs
 from attrs import field, frozen
@@ -33,6 +33,10 @@ class ObjectInfo:
     size: int = field(validator=attrs.validators.ge(0))
     version: str | None = None
     digests: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A read-only mapping cannot be pickled or copied as it is.
+        return ObjectInfo, (self.path, self.size, self.version, dict(self.digests))
 
 
 @runtime_checkable

@@ -1,0 +1,88 @@
+"""A checkpoint that was opened: its files, their versions, and the byte range of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from types import MappingProxyType
+
+from attrs import define, field, frozen
+
+from modelexpress_core.uri import ModelURI
+
+__all__ = ["Checkpoint", "CheckpointFile", "TensorInfo"]
+
+
+def _unmodifiable(mapping: Mapping[str, str]) -> Mapping[str, str]:
+    return MappingProxyType(dict(mapping))
+
+
+@frozen
+class CheckpointFile:
+    """One safetensors file.
+
+    Attributes:
+        path: Path below the storage's authority.
+        name: Path below the checkpoint, as messages and reports give it.
+        size: Length in bytes.
+        version: What pins its content; None where the storage has nothing of the kind.
+        header_bytes: Where the tensors' bytes begin.
+        digests: Digests that the storage publishes, by algorithm, in hex.
+        metadata: Free text that the writer left in the header.
+    """
+
+    path: str
+    name: str
+    size: int
+    version: str | None
+    header_bytes: int
+    digests: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False)
+    metadata: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False)
+
+
+@define(frozen=True, slots=True, eq=False)
+class TensorInfo:
+    """One tensor as it is stored.
+
+    Attributes:
+        name: Its name.
+        dtype: The format's word for it (``"BF16"``).
+        shape: Sizes in elements; scalars have none.
+        file: The file that it is in.
+        offset: First byte, counted from the start of the file.
+        length: Bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: CheckpointFile
+    offset: int
+    length: int
+
+
+@define(frozen=True, slots=False, eq=False)
+class Checkpoint:
+    """Files, versions and tensors; no weight byte has moved.
+
+    Attributes:
+        uri: The checkpoint.
+        provider: Name of the storage plugin that opened it.
+        files: In order of name.
+        tensors: By name, in the order of files and of bytes in them.
+        opened_bytes: Bytes read to open it.
+    """
+
+    uri: ModelURI
+    provider: str
+    files: tuple[CheckpointFile, ...]
+    tensors: Mapping[str, TensorInfo]
+    opened_bytes: int
+
+    @cached_property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.length for tensor in self.tensors.values())
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.uri}: {len(self.tensors)} tensors in {len(self.files)} files>"

@@ -1,0 +1,245 @@
+"""From a storage and a URI to a checkpoint: find the files, read their headers, check that they fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from types import MappingProxyType
+
+from modelexpress_core.checkpoint.checkpoint import Checkpoint, CheckpointFile, TensorInfo
+from modelexpress_core.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
+from modelexpress_core.checkpoint.index import INDEX_SUFFIX, MAX_INDEX_BYTES, SUFFIX, missing_shards, parse_index
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    BackendError,
+    CheckpointError,
+    NotFoundError,
+    SourceChangedError,
+    UnsupportedError,
+)
+from modelexpress_core.storage import ObjectInfo, Storage
+from modelexpress_core.uri import ModelURI
+
+__all__ = ["open_files"]
+
+#: Read at once of each file: most headers are shorter, so that one request does.
+_FIRST_READ_BYTES = 128 << 10
+
+#: A directory with more objects than this below it is no checkpoint.
+_MAX_OBJECTS = 10_000
+
+_PREFERRED_INDEX = "model.safetensors.index.json"
+_PREFERRED_FILE = "model.safetensors"
+
+
+def open_files(storage: Storage, uri: ModelURI, *, provider: str = "", concurrency: int = 16) -> Checkpoint:
+    """The checkpoint at ``uri``: a directory with or without an index, an index, or one safetensors file.
+
+    Reads headers only, in parallel.
+
+    Raises:
+        CheckpointError: The files are no valid checkpoint: the message names the one at fault.
+        BackendError: The storage failed.
+    """
+    return _Opening(storage, uri, provider, concurrency).checkpoint()
+
+
+class _Opening:
+    """What is known while a checkpoint is opened."""
+
+    def __init__(self, storage: Storage, uri: ModelURI, provider: str, concurrency: int) -> None:
+        self._storage = storage
+        self._uri = uri
+        self._provider = provider
+        self._concurrency = concurrency
+
+    def checkpoint(self) -> Checkpoint:
+        objects, weight_map = self._files()
+        workers = max(1, min(self._concurrency, len(objects)))
+        with ThreadPoolExecutor(workers, thread_name_prefix="mx-header") as pool:
+            opened = list(pool.map(self._open_file, objects.items()))
+        tensors: dict[str, TensorInfo] = {}
+        for file, header in opened:
+            for entry in header.tensors:
+                offset = file.header_bytes + entry.begin
+                info = TensorInfo(entry.name, entry.dtype, entry.shape, file, offset, entry.end - entry.begin)
+                other = tensors.setdefault(entry.name, info)
+                if other is not info:
+                    raise self._twice(info, other)
+        if weight_map is not None:
+            self._check_index(weight_map, tensors)
+        return Checkpoint(
+            self._uri,
+            self._provider,
+            tuple(file for file, _ in opened),
+            MappingProxyType(tensors),
+            sum(file.header_bytes for file, _ in opened),
+        )
+
+    def _fault(self, message: str, *, file: str = "", cause: str | None = None, hint: str) -> CheckpointError:
+        return CheckpointError(f"{self._uri}: {message}", uri=str(self._uri), file=file, cause=cause, hint=hint)
+
+    def _twice(self, info: TensorInfo, other: TensorInfo) -> CheckpointError:
+        return self._fault(
+            f"the tensor {info.name!r} is in two files: {other.file.name} and {info.file.name}",
+            file=info.file.name,
+            cause="files of two checkpoints, or of two formats of one, lie in one directory",
+            hint="remove those that do not belong, add an index, or give the URI of the one file that is meant",
+        )
+
+    # -- which files --------------------------------------------------------------------------------------------------
+
+    def _files(self) -> tuple[Mapping[str, ObjectInfo], Mapping[str, str] | None]:
+        """The files by name, and the index where there is one."""
+        if self._uri.path.endswith(SUFFIX):
+            return {self._uri.name: self._storage.stat(self._uri.path)}, None
+        if self._uri.path.endswith(INDEX_SUFFIX):
+            directory, _, name = self._uri.path.rpartition("/")
+            self._uri = self._uri.with_path(directory)
+            return self._from_index(name, self._listed())
+        listed = self._listed()
+        indexes = [name for name in listed if name.endswith(INDEX_SUFFIX) and "/" not in name]
+        if _PREFERRED_INDEX in indexes:
+            return self._from_index(_PREFERRED_INDEX, listed)
+        if len(indexes) > 1:
+            raise self._fault(
+                f"{len(indexes)} indexes and none is called {_PREFERRED_INDEX}: {', '.join(sorted(indexes))}",
+                hint="give the URI of the index that is meant",
+            )
+        if indexes:
+            return self._from_index(indexes[0], listed)
+        return self._without_index(listed), None
+
+    def _listed(self) -> Mapping[str, ObjectInfo]:
+        """What lies below the URI, by name relative to it. Where listing is not allowed, the usual names are tried."""
+        prefix = self._uri.path
+        start = f"{prefix.rstrip('/')}/" if prefix else ""
+        try:
+            found = list(islice(self._storage.list(prefix), _MAX_OBJECTS + 1))
+        except (AccessDeniedError, UnsupportedError):
+            # Without the right to list, stores answer "denied" for objects that are not there.
+            absent = (NotFoundError, AccessDeniedError)
+            probed = {name: self._probe(name, absent) for name in (_PREFERRED_INDEX, _PREFERRED_FILE)}
+            usable = {name: info for name, info in probed.items() if info is not None}
+            if not usable:
+                raise
+            return usable
+        if len(found) > _MAX_OBJECTS:
+            raise self._fault(
+                f"more than {_MAX_OBJECTS} objects lie below it, too many for one checkpoint",
+                hint="give the URI of the model's own directory",
+            )
+        return {info.path.removeprefix(start): info for info in found}
+
+    def _probe(self, name: str, absent: tuple[type[BackendError], ...] = (NotFoundError,)) -> ObjectInfo | None:
+        try:
+            return self._storage.stat(self._uri.join(name).path)
+        except absent:
+            return None
+
+    def _without_index(self, listed: Mapping[str, ObjectInfo]) -> Mapping[str, ObjectInfo]:
+        names = sorted(name for name in listed if name.endswith(SUFFIX) and "/" not in name)
+        missing = missing_shards(names)
+        if missing:
+            raise self._missing(missing, len(names))
+        if names:
+            return {name: listed[name] for name in names}
+        if not listed:
+            raise NotFoundError(
+                "nothing is there",
+                uri=str(self._uri),
+                operation="list the files",
+                provider=self._provider,
+                cause="the path is misspelt, or the model was not uploaded",
+                hint="check the URI",
+            )
+        below = sorted({name.rpartition("/")[0] for name in listed if name.endswith(SUFFIX)})
+        others = sorted(name for name in listed if "/" not in name)
+        if below:
+            shown = ", ".join(below[:5])
+            raise self._fault("no safetensors files in it, but in directories below it", hint=f"add one: {shown}")
+        raise self._fault(
+            f"no {SUFFIX} files among the {len(listed)} files: {', '.join(others[:5])}{' ...' * (len(others) > 5)}",
+            cause="the weights are in another format, or were not uploaded",
+            hint="convert them with the safetensors library, or check the URI",
+        )
+
+    def _from_index(
+        self, name: str, listed: Mapping[str, ObjectInfo]
+    ) -> tuple[Mapping[str, ObjectInfo], Mapping[str, str]]:
+        info = listed.get(name) or self._storage.stat(self._uri.join(name).path)
+        if info.size > MAX_INDEX_BYTES:
+            raise self._fault(
+                f"the index {name} has {info.size} bytes, more than {MAX_INDEX_BYTES}",
+                file=name,
+                hint="check that it is an index",
+            )
+        weight_map = parse_index(self._read(info, 0, info.size), file=name, uri=str(self._uri))
+        found = {file: listed.get(file) or self._probe(file) for file in sorted(set(weight_map.values()))}
+        files = {file: info for file, info in found.items() if info is not None}
+        missing = sorted(found.keys() - files.keys())
+        if missing:
+            raise self._missing(missing, len(files))
+        return files, weight_map
+
+    def _missing(self, missing: Iterable[str], present: int) -> CheckpointError:
+        missing = list(missing)
+        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+        return self._fault(
+            f"{len(missing)} of {len(missing) + present} shards missing: {shown}",
+            file=missing[0],
+            cause="the copy of the model is not complete",
+            hint="copy the missing files",
+        )
+
+    def _check_index(self, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+        for tensor, file in weight_map.items():
+            info = tensors.get(tensor)
+            if info is not None and info.file.name == file:
+                continue
+            where = "no file has it" if info is None else f"it is in {info.file.name}"
+            raise self._fault(
+                f"the index says that the tensor {tensor!r} is in {file}, but {where}",
+                file=file,
+                cause="the index and the shards are of different checkpoints",
+                hint="copy the index and all shards again from one source",
+            )
+
+    # -- one file -----------------------------------------------------------------------------------------------------
+
+    def _open_file(self, item: tuple[str, ObjectInfo]) -> tuple[CheckpointFile, Header]:
+        name, info = item
+        start = self._read(info, 0, min(info.size, _FIRST_READ_BYTES))
+        try:
+            length = header_length(start, info.size)
+        except ValueError as exc:
+            raise self._fault(
+                f"{name} is no valid safetensors file: {exc}",
+                file=name,
+                cause="the file is cut short, still being written, or in another format",
+                hint="compare its size with the original and copy it again",
+            ) from exc
+        end = LENGTH_BYTES + length
+        text = start[LENGTH_BYTES:end]
+        if len(text) < length:
+            text += self._read(info, len(start), end - len(start))
+        header = parse_header(text, info.size - end, file=name, uri=str(self._uri))
+        return CheckpointFile(info.path, name, info.size, info.version, end, info.digests, header.metadata), header
+
+    def _read(self, info: ObjectInfo, offset: int, length: int) -> bytes:
+        content = bytearray(length)
+        done = 0
+        while done < length:
+            count = self._storage.read_into(info.path, offset + done, memoryview(content)[done:], version=info.version)
+            if count == 0:
+                raise SourceChangedError(
+                    f"it ends at byte {offset + done}, but had {info.size} bytes when it was listed",
+                    uri=str(self._uri.with_path(info.path)),
+                    operation=f"read bytes {offset}-{offset + length - 1}",
+                    provider=self._provider,
+                    cause="the file is being written",
+                    hint="start again when it is complete",
+                )
+            done += count
+        return bytes(content)

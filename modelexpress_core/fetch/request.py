@@ -1,0 +1,79 @@
+"""What the engine is asked to move: ranges of files, and where their bytes go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modelexpress_core.checkpoint import CheckpointFile
+
+__all__ = ["Range", "Segment", "Ticket"]
+
+
+class Ticket:
+    """Something that is complete when all its segments have arrived.
+
+    Attributes:
+        remaining: Segments that have not arrived; counted by the engine.
+        done: Whether everything arrived. Once true it stays true.
+    """
+
+    __slots__ = ("done", "remaining")
+
+    def __init__(self) -> None:
+        self.remaining = 0
+        self.done = False
+
+
+class Segment:
+    """A contiguous range of a file and its destination.
+
+    Attributes:
+        offset: First byte in the file.
+        length: Bytes.
+        memory: Where they go, of exactly ``length`` bytes; None where ``deliver`` is set.
+        deliver: Called with the bytes, in a buffer that is reused afterwards; None where ``memory`` is set.
+        ticket: What this is a part of. It keeps the destination alive.
+    """
+
+    __slots__ = ("deliver", "length", "memory", "offset", "ticket")
+
+    def __init__(
+        self,
+        offset: int,
+        length: int,
+        ticket: Ticket,
+        *,
+        memory: memoryview | None = None,
+        deliver: Callable[[memoryview], None] | None = None,
+    ) -> None:
+        self.offset = offset
+        self.length = length
+        self.ticket = ticket
+        self.memory = memory
+        self.deliver = deliver
+
+
+class Range:
+    """One read: a contiguous range of one file, with the segments that lie in it.
+
+    Where it is one segment with memory of its own, the bytes are read straight there. Otherwise they go through a
+    staging buffer, from which each segment takes its part; bytes between segments are thrown away.
+    """
+
+    __slots__ = ("file", "length", "offset", "segments")
+
+    def __init__(self, file: CheckpointFile, offset: int, length: int, segments: Sequence[Segment]) -> None:
+        self.file = file
+        self.offset = offset
+        self.length = length
+        self.segments = segments
+
+    @property
+    def direct(self) -> memoryview | None:
+        """The destination, where the bytes can be read straight into it."""
+        if len(self.segments) != 1:
+            return None
+        segment = self.segments[0]
+        return segment.memory if segment.length == self.length else None

@@ -1,0 +1,192 @@
+"""Trying again: the only place that decides to, and the only one that waits.
+
+A read is taken up again at the first byte that is missing. The time between tries is drawn at random between zero and
+a bound that doubles (full jitter: https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/),
+or is what the other side asked for. All reads of a load share one budget of waiting time, so that a dead storage fails
+a load once, not once per read.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from attrs import frozen
+
+from modelexpress_core.errors import BackendError, ModelExpressError, SourceChangedError, UnavailableError
+from modelexpress_core.settings import LoadSettings
+from modelexpress_core.storage import ObjectInfo, Storage
+
+__all__ = ["LoadCancelledError", "RetryBudget", "RetryPolicy", "RetryingStorage"]
+
+_R = TypeVar("_R")
+
+
+class LoadCancelledError(ModelExpressError):
+    """The load ended while this read waited; the load's own error says why."""
+
+
+@frozen
+class RetryPolicy:
+    """When to try again.
+
+    Attributes:
+        attempts: Tries of one read without a byte of progress.
+        base_seconds: Bound of the first wait.
+        cap_seconds: Bound that no wait exceeds, unless the other side asks for more.
+    """
+
+    attempts: int = 8
+    base_seconds: float = 0.1
+    cap_seconds: float = 10.0
+
+    @classmethod
+    def from_settings(cls, settings: LoadSettings) -> RetryPolicy:
+        """The policy that the user set."""
+        return cls(attempts=settings.retry_attempts)
+
+    def delay(self, failures: int, asked: float | None, uniform: Callable[[float, float], float]) -> float:
+        """Seconds to wait after ``failures`` failed tries in a row; ``asked`` is what the other side wants."""
+        bound = min(self.cap_seconds, self.base_seconds * 2 ** min(failures - 1, 30))
+        drawn = uniform(0.0, bound)
+        return drawn if asked is None else asked + drawn
+
+
+class RetryBudget:
+    """Waiting time that the reads of one load share."""
+
+    def __init__(self, seconds: float) -> None:
+        self._lock = threading.Lock()
+        self._left = seconds
+
+    def spend(self, seconds: float) -> bool:
+        """Take ``seconds``; False, taking nothing, where that much is not left."""
+        with self._lock:
+            if seconds > self._left:
+                return False
+            self._left -= seconds
+            return True
+
+
+class RetryingStorage:
+    """A storage that tries again where its errors say that this can help. ``read_into`` fills the whole buffer.
+
+    Args:
+        storage: The storage to ask.
+        policy: When to try again.
+        budget: Waiting time, shared by all that was made with it.
+        cancelled: Set when the load ends: waiting stops at once.
+        on_request: Called for each request with ``again=True`` for one that is sent again.
+        uniform: Draws a number between two others.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        policy: RetryPolicy,
+        budget: RetryBudget,
+        *,
+        cancelled: threading.Event | None = None,
+        on_request: Callable[[bool], None] = lambda again: None,  # noqa: ARG005 - counts nothing
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._storage = storage
+        self._policy = policy
+        self._budget = budget
+        self._cancelled = cancelled or threading.Event()
+        self._on_request = on_request
+        self._uniform = uniform
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """As the storage's; a listing that breaks is begun again and goes on after what was already seen."""
+        seen: set[str] = set()
+        failures = 0
+        while True:
+            self._on_request(failures > 0)
+            try:
+                for info in self._storage.list(prefix):
+                    if info.path not in seen:
+                        failures = 0
+                        seen.add(info.path)
+                        yield info
+            except BackendError as exc:
+                failures += 1
+                self._wait(exc, failures)
+            else:
+                return
+
+    def stat(self, path: str) -> ObjectInfo:
+        """As the storage's."""
+        return self._call(lambda: self._storage.stat(path))
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        """Fill ``buffer``, however many requests that takes.
+
+        Returns:
+            The length of ``buffer``.
+        """
+        total, done, failures = len(buffer), 0, 0
+        while done < total:
+            if self._cancelled.is_set():
+                raise LoadCancelledError("the load was cancelled")
+            self._on_request(failures > 0 or done > 0)
+            try:
+                count = self._read_some(path, offset + done, buffer[done:], version)
+            except BackendError as exc:
+                failures += 1
+                self._wait(exc, failures)
+            else:
+                done += count
+                failures = 0
+        return total
+
+    def close(self) -> None:
+        """Close the storage."""
+        self._storage.close()
+
+    def _read_some(self, path: str, offset: int, buffer: memoryview, version: str | None) -> int:
+        """At least one byte."""
+        count = self._storage.read_into(path, offset, buffer, version=version)
+        if not 0 <= count <= len(buffer):
+            message = f"read_into returned {count} for a buffer of {len(buffer)} bytes"
+            raise BackendError(message, uri=path, operation="read", hint="report it to the plugin's authors")
+        if count == 0:
+            raise self._ended_early(path, offset, len(buffer))
+        return count
+
+    def _call(self, function: Callable[[], _R]) -> _R:
+        failures = 0
+        while True:
+            self._on_request(failures > 0)
+            try:
+                return function()
+            except BackendError as exc:
+                failures += 1
+                self._wait(exc, failures)
+
+    def _ended_early(self, path: str, offset: int, length: int) -> BackendError:
+        """What a stream without a byte means: the object was cut short, or the connection was."""
+        size = self._storage.stat(path).size
+        operation = f"read bytes {offset}-{offset + length - 1}"
+        if size < offset + length:
+            return SourceChangedError(
+                f"it has {size} bytes now, fewer than when the load began",
+                uri=path,
+                operation=operation,
+                cause="the file is being written, or was cut short",
+                hint="start the load again when it is complete",
+            )
+        return UnavailableError("the stream ended before its first byte", uri=path, operation=operation)
+
+    def _wait(self, exc: BackendError, failures: int) -> None:
+        """Wait before the next try, or raise ``exc`` where there is none."""
+        exc.attempts = failures
+        if not exc.retryable or failures >= self._policy.attempts:
+            raise exc
+        delay = self._policy.delay(failures, exc.retry_after_seconds, self._uniform)
+        if not self._budget.spend(delay):
+            raise exc
+        if self._cancelled.wait(delay):
+            raise LoadCancelledError("the load was cancelled") from exc

@@ -1,0 +1,8 @@
+"""Where bytes go: deferred tensors, what is done with them, and the reads that follow from it."""
+
+from __future__ import annotations
+
+from modelexpress_core.placement.deferred import DeferredTensor, Source
+from modelexpress_core.placement.recording import Recorder
+
+__all__ = ["DeferredTensor", "Recorder", "Source"]

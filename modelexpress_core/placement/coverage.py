@@ -1,0 +1,114 @@
+"""Whether every element of a model was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from modelexpress_core.placement.memory import Region, region_of
+
+__all__ = ["Coverage"]
+
+
+class Coverage:
+    """Which memory of some tensors was written.
+
+    Args:
+        tensors: The tensors that have to be written, by name. Those that share memory are covered together.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors: dict[str, _Covered] = {}
+        self._unreachable: list[str] = []
+        by_memory: dict[tuple[int, int], _Covered] = {}
+        for name, tensor in tensors.items():
+            if tensor.device.type == "meta" and tensor.numel():
+                self._unreachable.append(name)
+                continue
+            region = region_of(tensor)
+            if region is not None:
+                key = (region.start, region.end)
+                self._tensors[name] = by_memory.setdefault(key, _Covered(region))
+        self._by_start = sorted(by_memory.values(), key=lambda covered: covered.region.start)
+
+    def wrote(self, tensor: torch.Tensor) -> None:
+        """All elements of ``tensor`` were written, or will be before the load ends."""
+        if tensor.device.type == "meta" or tensor.layout is not torch.strided:
+            return
+        region = region_of(tensor)
+        if region is None:
+            return
+        for covered in self._near(region):
+            covered.add(region)
+
+    def _near(self, region: Region) -> list[_Covered]:
+        low, high = 0, len(self._by_start)
+        while low < high:  # regions of parameters do not overlap, but for views that somebody registered
+            middle = (low + high) // 2
+            if self._by_start[middle].region.end <= region.start:
+                low = middle + 1
+            else:
+                high = middle
+        near = []
+        for covered in self._by_start[low:]:
+            if covered.region.start >= region.end:
+                break
+            near.append(covered)
+        return near
+
+    def missing(self) -> tuple[str, ...]:
+        """Names of the tensors that were not written, or only in part."""
+        unwritten = [name for name, covered in self._tensors.items() if not covered.complete()]
+        return tuple(sorted([*self._unreachable, *unwritten]))
+
+
+class _Covered:
+    """The memory of one tensor, and what of it was written.
+
+    Gapless writes are kept as intervals. A write with gaps turns the account into a mask of bytes, exact whatever the
+    pattern, at one byte for each of the tensor's.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self._intervals: list[tuple[int, int]] = []
+        self._mask: torch.Tensor | None = None
+
+    def add(self, region: Region) -> None:
+        if self._mask is None and region.gapless and self.region.gapless:
+            start, end = max(region.start, self.region.start), min(region.end, self.region.end)
+            if self._intervals and self._intervals[-1][1] == start:
+                self._intervals[-1] = (self._intervals[-1][0], end)
+            else:
+                self._intervals.append((start, end))
+            return
+        if self._mask is None:
+            self._mask = torch.zeros(self.region.end - self.region.start, dtype=torch.bool, device="cpu")
+            for start, end in self._intervals:
+                self._mask[start - self.region.start : end - self.region.start] = True
+        self._paint(self._mask, region)
+
+    def _paint(self, mask: torch.Tensor, region: Region) -> None:
+        if region.start >= self.region.start and region.end <= self.region.end:
+            sizes, strides = zip(*region.dims, strict=True)
+            mask.as_strided(sizes, strides, region.start - self.region.start).fill_(True)
+            return
+        # It reaches over the edge: paint it on a sheet of its own size and take the part that lies on ours.
+        sheet = torch.zeros(region.end - region.start, dtype=torch.bool, device="cpu")
+        sizes, strides = zip(*region.dims, strict=True)
+        sheet.as_strided(sizes, strides).fill_(True)
+        start, end = max(region.start, self.region.start), min(region.end, self.region.end)
+        part = sheet[start - region.start : end - region.start]
+        mask[start - self.region.start : end - self.region.start] |= part
+
+    def complete(self) -> bool:
+        if self._mask is not None:
+            sizes, strides = zip(*self.region.dims, strict=True)
+            return bool(self._mask.as_strided(sizes, strides).all())
+        position = self.region.start
+        for start, end in sorted(self._intervals):
+            if start > position:
+                return False
+            position = max(position, end)
+        return position >= self.region.end

@@ -1,0 +1,154 @@
+"""The tensors of a model that a checkpoint is loaded into, and whether the two fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelexpress_core.checkpoint import Checkpoint
+from modelexpress_core.errors import IncompleteLoadError, PlacementError
+from modelexpress_core.placement.dtypes import torch_dtype, torch_shape
+
+__all__ = ["Destinations"]
+
+_SHOWN = 8
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+class Destinations:
+    """Where each tensor of a checkpoint goes.
+
+    Parameters and buffers of a module that are on the meta device get memory here, and become the module's own only in
+    ``adopt``: a load that fails leaves the module as it was.
+
+    Args:
+        target: A module (its parameters and persistent buffers are meant), or tensors by name.
+        device: Where tensors on the meta device get memory.
+    """
+
+    def __init__(self, target: nn.Module | Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self._adopt: list[Callable[[], None]] = []
+        if isinstance(target, nn.Module):
+            self.tensors = self._of_module(target, device)
+        else:
+            self.tensors = dict(target)
+            meta = [name for name, tensor in self.tensors.items() if tensor.is_meta]
+            if meta:
+                raise PlacementError(
+                    f"destinations on the meta device, which has no memory: {_listed(meta)}",
+                    tensor=meta[0],
+                    hint="allocate them with torch.empty_like(tensor, device=...), or pass the module itself",
+                )
+
+    def _of_module(self, module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+        made: dict[int, torch.Tensor] = {}
+        for owner in module.modules():
+            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)  # noqa: SLF001 - Module.to_empty writes to them too
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is None or not tensor.is_meta:
+                        continue
+                    new = made.get(id(tensor))
+                    if new is None:
+                        new = made[id(tensor)] = _with_memory(tensor, device)
+                    self._adopt.append(_setter(table, name, new))
+        state = module.state_dict(keep_vars=True)
+        tensors = {name: made.get(id(tensor), tensor) for name, tensor in state.items() if torch.is_tensor(tensor)}
+        reached = {id(tensor) for tensor in tensors.values()}
+        lost = [
+            name for name, buffer in module.named_buffers() if buffer.is_meta and id(made[id(buffer)]) not in reached
+        ]
+        if lost:
+            raise IncompleteLoadError(
+                f"buffers that no checkpoint holds are on the meta device: {_listed(lost)}",
+                missing=lost,
+                cause="the module was built on the meta device, and computes these buffers itself",
+                hint="build it on a real device, or recompute them before the load",
+            )
+        return tensors
+
+    def adopt(self) -> None:
+        """Give the module the memory that its tensors on the meta device were loaded into."""
+        for assign in self._adopt:
+            assign()
+
+    def check(self, checkpoint: Checkpoint, *, strict: bool, cast: bool) -> None:
+        """Raise unless every destination can be written from the checkpoint as it is.
+
+        Raises:
+            IncompleteLoadError: A destination has no tensor, or (``strict``) a tensor has no destination.
+            PlacementError: A shape differs, or (without ``cast``) a dtype.
+        """
+        missing = self._missing(checkpoint)
+        unexpected = [name for name in checkpoint.tensors if name not in self.tensors]
+        if missing or (unexpected and strict):
+            parts = []
+            if missing:
+                parts.append(f"{len(missing)} tensors are not in the checkpoint: {_listed(missing)}")
+            if unexpected and strict:
+                parts.append(f"{len(unexpected)} tensors have no destination: {_listed(unexpected)}")
+            raise IncompleteLoadError(
+                f"{checkpoint.uri} does not fit the destination: {'; '.join(parts)}",
+                missing=missing,
+                unexpected=unexpected,
+                cause="it is the checkpoint of another model, or its names have another prefix",
+                hint="compare with `mx inspect`" if missing else "pass strict=False to leave those out",
+            )
+        self._check_fit(checkpoint, cast=cast)
+
+    def _missing(self, checkpoint: Checkpoint) -> list[str]:
+        """Destinations that nothing in the checkpoint goes to. One that shares memory with another counts once."""
+        written = {
+            _memory(tensor) for name, tensor in self.tensors.items() if name in checkpoint.tensors and tensor.numel()
+        }
+        return [
+            name
+            for name, tensor in self.tensors.items()
+            if name not in checkpoint.tensors and not (tensor.numel() and _memory(tensor) in written)
+        ]
+
+    def _check_fit(self, checkpoint: Checkpoint, *, cast: bool) -> None:
+        shapes, dtypes = [], []
+        for name, tensor in self.tensors.items():
+            info = checkpoint.tensors.get(name)
+            if info is None:
+                continue
+            if torch_shape(info) != tuple(tensor.shape):
+                shapes.append(f"{name} is {list(info.shape)} in {info.file.name} and {list(tensor.shape)} here")
+            elif torch_dtype(info) != tensor.dtype and not cast:
+                dtypes.append(f"{name} is {info.dtype} in {info.file.name} and {tensor.dtype} here")
+        if shapes:
+            raise PlacementError(
+                f"{len(shapes)} tensors have another shape: {'; '.join(shapes[:_SHOWN])}",
+                tensor=shapes[0].split(" is ")[0],
+                cause="it is the checkpoint of another model, or of another size of it",
+                hint="compare with `mx inspect`",
+            )
+        if dtypes:
+            raise PlacementError(
+                f"{len(dtypes)} tensors have another dtype: {'; '.join(dtypes[:_SHOWN])}",
+                tensor=dtypes[0].split(" is ")[0],
+                hint="pass cast=True to convert, or make the destination in the checkpoint's dtype",
+            )
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype]:
+    return tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+
+
+def _with_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    memory = torch.empty_like(tensor, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(memory.detach(), requires_grad=tensor.requires_grad)
+    return memory
+
+
+def _setter(table: dict[str, Any], name: str, tensor: torch.Tensor) -> Callable[[], None]:
+    return lambda: table.__setitem__(name, tensor)

@@ -1,0 +1,179 @@
+"""Addresses: which memory a tensor occupies, and which of several pieces of memory overlap."""
+
+from __future__ import annotations
+
+import ctypes
+from bisect import bisect_left, insort
+from itertools import pairwise
+from typing import Generic, TypeVar
+
+import torch
+
+from modelexpress_core.fetch import Ticket
+
+__all__ = ["PendingMemory", "Region", "bytes_at", "merged_dims", "region_of"]
+
+_memoryview_from_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+_memoryview_from_memory.restype = ctypes.py_object
+_memoryview_from_memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_PYBUF_WRITE = 0x200
+
+
+def bytes_at(address: int, length: int) -> memoryview:
+    """The ``length`` bytes of memory at ``address``, writable. Whoever uses them keeps their owner alive."""
+    return _memoryview_from_memory(address, length, _PYBUF_WRITE)  # type: ignore[no-any-return]  # ctypes says Any
+
+
+def merged_dims(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
+    """``(size, stride)`` pairs of the same elements in as few dimensions as possible, by falling stride."""
+    dims = sorted(((size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1), key=_by_stride)
+    merged: list[tuple[int, int]] = []
+    for size, stride in dims:
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def _by_stride(dim: tuple[int, int]) -> int:
+    return -dim[1]
+
+
+class Region:
+    """The memory of a strided tensor.
+
+    Attributes:
+        start: Address of its first byte.
+        end: One past the address of its last.
+        dims: ``(size, stride)`` in bytes, by falling stride; one of stride 1 where the region has no gaps.
+    """
+
+    __slots__ = ("dims", "end", "start")
+
+    def __init__(self, start: int, end: int, dims: tuple[tuple[int, int], ...]) -> None:
+        self.start = start
+        self.end = end
+        self.dims = dims
+
+    @property
+    def gapless(self) -> bool:
+        """Whether every byte between start and end belongs to it."""
+        return len(self.dims) == 1
+
+    def overlaps(self, other: Region) -> bool:
+        """Whether a byte may belong to both. Never False where one does."""
+        if self.end <= other.start or other.end <= self.start:
+            return False
+        if self.gapless and other.gapless:
+            return True
+        return not _apart_in_one_grid(self, other)
+
+
+def _apart_in_one_grid(a: Region, b: Region) -> bool:
+    """Whether both are boxes of one array (columns of one matrix, say) that share no byte.
+
+    Both are described in the strides of the finer description; a box that leaves a row of the array is not one.
+    """
+    strides = sorted({stride for _, stride in (*a.dims, *b.dims)}, reverse=True)
+    if any(larger % smaller for larger, smaller in pairwise(strides)):
+        return False
+    origin = min(a.start, b.start)
+    boxes = []
+    for region in (a, b):
+        sizes = {stride: size for size, stride in region.dims}
+        if len(sizes) < len(region.dims):
+            return False
+        rest, box = region.start - origin, []
+        for level, stride in enumerate(strides):
+            first, rest = divmod(rest, stride)
+            count = sizes.get(stride, 1)
+            limit = strides[level - 1] // stride if level else None
+            if limit is not None and first + count > limit:
+                return False
+            box.append((first, first + count))
+        boxes.append(box)
+    return any(a_end <= b_first or b_end <= a_first for (a_first, a_end), (b_first, b_end) in zip(*boxes, strict=True))
+
+
+def region_of(tensor: torch.Tensor) -> Region | None:
+    """The memory of ``tensor``; None where it has no element."""
+    if not tensor.numel():
+        return None
+    item = tensor.itemsize
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        length = tensor.numel() * item
+        return Region(start, start + length, ((length, 1),))
+    strides = tuple(tensor.stride())
+    sizes = tuple(size if stride else 1 for size, stride in zip(tensor.shape, strides, strict=True))
+    dims = merged_dims(sizes, strides)
+    span = sum((size - 1) * stride for size, stride in dims) + 1
+    in_bytes = merged_dims((*(size for size, _ in dims), item), (*(stride * item for _, stride in dims), 1))
+    return Region(start, start + span * item, tuple(in_bytes))
+
+
+_T = TypeVar("_T", bound=Ticket)
+
+
+class PendingMemory(Generic[_T]):
+    """What is still to be written where: regions with their owners, looked up by overlap.
+
+    Memory is cut into buckets, so that a lookup sees only what lies near; within a bucket regions are sorted.
+    """
+
+    _BUCKET_BITS = 24
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, list[tuple[int, int]]] = {}
+        self._entries: dict[int, tuple[Region, _T]] = {}
+        self._longest: dict[int, int] = {}
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _buckets_of(self, region: Region) -> range:
+        return range(region.start >> self._BUCKET_BITS, (region.end - 1 >> self._BUCKET_BITS) + 1)
+
+    def add(self, region: Region, owner: _T) -> None:
+        """``owner`` will write ``region``."""
+        key = self._next
+        self._next += 1
+        self._entries[key] = (region, owner)
+        for bucket in self._buckets_of(region):
+            insort(self._buckets.setdefault(bucket, []), (region.start, key))
+            self._longest[bucket] = max(self._longest.get(bucket, 0), region.end - region.start)
+
+    def overlapping(self, region: Region) -> list[_T]:
+        """The owners of regions that overlap ``region``, in the order in which they were added."""
+        return [self._entries[key][1] for key in sorted(self._keys(region))]
+
+    def owners(self) -> list[_T]:
+        """All owners, in the order in which they were added."""
+        return [owner for _, owner in self._entries.values()]
+
+    def purge(self) -> None:
+        """Forget every region whose owner is done."""
+        for key in [key for key, (_, owner) in self._entries.items() if owner.done]:
+            self._remove(key)
+
+    def _keys(self, region: Region) -> set[int]:
+        found: set[int] = set()
+        for bucket in self._buckets_of(region):
+            items = self._buckets.get(bucket)
+            if not items:
+                continue
+            first = bisect_left(items, (region.start - self._longest[bucket], -1))
+            last = bisect_left(items, (region.end, -1))
+            found.update(key for _, key in items[first:last] if self._entries[key][0].overlaps(region))
+        return found
+
+    def _remove(self, key: int) -> None:
+        region, _ = self._entries.pop(key)
+        for bucket in self._buckets_of(region):
+            items = self._buckets[bucket]
+            position = bisect_left(items, (region.start, key))
+            del items[position]
+            if not items:
+                del self._buckets[bucket], self._longest[bucket]

@@ -1,0 +1,71 @@
+"""What an operation does to its arguments, as its schema says: looks at them anew, reads them, writes them."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from attrs import frozen
+
+__all__ = ["Operation", "operation"]
+
+#: Operations that only ask a tensor for its shape, dtype and layout.
+_SHAPE_ONLY = frozenset(
+    f"aten::{name}"
+    for name in (
+        "empty_like",
+        "full_like",
+        "new_empty",
+        "new_empty_strided",
+        "new_full",
+        "new_ones",
+        "new_zeros",
+        "ones_like",
+        "rand_like",
+        "randn_like",
+        "zeros_like",
+    )
+)
+
+
+@frozen
+class Operation:
+    """What core needs to know of an operation.
+
+    Attributes:
+        name: For the report: ``"aten.mul"``.
+        view: It returns another look at its input and writes nothing. Some do so only where they can, and copy
+            otherwise (``reshape``): whoever relies on it checks the result.
+        reshapes_in_place: It changes size or strides of its argument (``t_``).
+        shape_only: It reads no element.
+        written: Positions of the arguments that it writes.
+        written_names: Names of those that can be given by name.
+    """
+
+    name: str
+    view: bool
+    reshapes_in_place: bool
+    shape_only: bool
+    written: frozenset[int]
+    written_names: frozenset[str]
+
+
+@cache
+def operation(func: Any) -> Operation:
+    """What ``func`` does."""
+    schema = func._schema  # the only place that says it
+    written = [
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    aliases = [result.alias_info is not None and not result.alias_info.is_write for result in schema.returns]
+    return Operation(
+        name=schema.name.replace("::", "."),
+        view=bool(aliases) and all(aliases) and not written,
+        reshapes_in_place=torch.Tag.inplace_view in func.tags,
+        shape_only=schema.name in _SHAPE_ONLY,
+        written=frozenset(position for position, _ in written),
+        written_names=frozenset(name for _, name in written),
+    )
