@@ -23,13 +23,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from modelexpress_core.checkpoint import Checkpoint, open_files
-from modelexpress_core.errors import BackendError, CheckpointError, IncompleteLoadError, PlacementError, ResolveError
+from modelexpress_core.errors import (
+    BackendError,
+    CheckpointError,
+    IncompleteLoadError,
+    ModelExpressError,
+    PlacementError,
+    ResolveError,
+)
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.fetch import FetchEngine, RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.providers import Candidate, LoadRequest
 from modelexpress_core.report import LoadReport
-from modelexpress_core.settings import LoadSettings, PluginSettings, from_env, variables, warn_unknown_variables
+from modelexpress_core.settings import LoadSettings, from_env
 from modelexpress_core.uri import ModelURI
 
 if TYPE_CHECKING:
@@ -48,11 +55,7 @@ _PROGRESS_SECONDS = 0.1
 
 @cache
 def _default_plugins() -> PluginManager:
-    plugins = PluginManager.discover()
-    known = [*variables(LoadSettings), *variables(PluginSettings)]
-    known += [name for _, cls in plugins.settings_classes() for name in variables(cls)]
-    warn_unknown_variables(os.environ, known)
-    return plugins
+    return PluginManager.discover()
 
 
 class _Context:
@@ -132,12 +135,16 @@ class _Load:
         )
 
     def _failed(self, exc: BaseException) -> None:
-        if self._engine is not None and self.report is None:
-            self._engine.abort(exc)
-        elif self._engine is None:
+        stopped = True
+        if self._engine is None:
             self._closing.close()
+        else:
+            stopped = self._engine.abort(exc)
         seconds = time.monotonic() - self._begun
         self._plugins.load_failed(LoadFailed(load_id=self._id, uri=str(self._uri), error=exc, seconds=seconds))
+        if not stopped:  # no error that another candidate could make good: somebody still writes to the destination
+            message = f"reads of {self._uri} go on after the load has failed, so its destination must not be used"
+            raise ModelExpressError(message, hint="end this process") from exc
 
     def _arrived(self) -> None:
         """Called by the fetching threads: tell observers, but seldom, and never two at a time."""

@@ -35,7 +35,7 @@ from modelexpress_core.providers import (
     TransportProvider,
 )
 from modelexpress_core.registry import PluginInfo, Registered, SchemeTable
-from modelexpress_core.settings import PluginSettings, from_env
+from modelexpress_core.settings import CORE_SETTINGS, PluginSettings, from_env, variables, warn_unknown_variables
 from modelexpress_core.uri import ModelURI
 
 if TYPE_CHECKING:
@@ -168,17 +168,22 @@ class PluginManager:
     ) -> PluginManager:
         """A manager with every installed plugin that ``environ`` (default: the process's) allows.
 
+        Variables with our prefix that neither core nor a plugin reads earn a warning.
+
         Raises:
             SettingsError: A variable that says which plugins to use makes no sense.
             PluginError: In strict mode, for the first broken plugin or conflict.
         """
-        manager = cls(from_env(PluginSettings, os.environ if environ is None else environ))
+        environ = os.environ if environ is None else environ
+        manager = cls(from_env(PluginSettings, environ))
         for entry in sorted(_installed() if found is None else found, key=lambda entry: entry.order):
             manager._load(entry)
         if manager._settings.strict:
             for table in (manager.storages, manager.transports, manager.discoveries, manager.metadata_stores):
                 for conflict in table.conflicts():
                     raise conflict
+        classes = [*CORE_SETTINGS, *(settings for _, settings in manager.settings_classes())]
+        warn_unknown_variables(environ, [name for settings in classes for name in variables(settings)])
         return manager
 
     # -- loading ------------------------------------------------------------------------------------------------------

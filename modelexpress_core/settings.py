@@ -26,6 +26,7 @@ from attrs import frozen
 from modelexpress_core.errors import SettingsError
 
 __all__ = [
+    "CORE_SETTINGS",
     "LoadSettings",
     "PluginSettings",
     "SettingValue",
@@ -333,3 +334,7 @@ class LoadSettings:
         converter=seconds,
         help="Total time that all reads of one load may spend waiting between tries.",
     )
+
+
+#: Every settings class of core, in the order in which `mx settings` shows them.
+CORE_SETTINGS: tuple[type, ...] = (LoadSettings, PluginSettings)

@@ -98,9 +98,10 @@ class ModelURI:
             raise InvalidURIError(message, hint="look for a stray newline in the variable or argument")
         try:
             os.fsencode(text)
-        except UnicodeEncodeError as exc:
+        except UnicodeEncodeError:
             message = f"text that cannot be encoded: {_without_secrets(text)!r}"
-            raise InvalidURIError(message, hint="look for half a character in the variable or argument") from exc
+            hint = "look for half a character in the variable or argument"
+            raise InvalidURIError(message, hint=hint) from None  # the other error holds the whole text
         match = None if is_path else _URI.fullmatch(text)
         if match is not None:
             return cls._from_match(match)

@@ -126,7 +126,7 @@ class FetchEngine:
             IncompleteLoadError: Bytes are missing although nothing failed.
         """
         with self._lock:
-            while self._pending_segments:
+            while self._pending_segments or self._busy:
                 self._raise_error()
                 self._progress.wait()
             self._raise_error()

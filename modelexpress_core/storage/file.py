@@ -29,6 +29,7 @@ _ERRORS: Mapping[int, tuple[type[BackendError], str, str]] = {
     errno.ENOTDIR: (NotFoundError, "a part of the path is a file", "check it with ls"),
     errno.EACCES: (AccessDeniedError, "this user may not read it", "check owner and mode with ls -l"),
     errno.EPERM: (AccessDeniedError, "this user may not read it", "check owner and mode with ls -l"),
+    errno.ELOOP: (NotFoundError, "links lead in a circle", "check it with ls -l"),
     errno.EISDIR: (UnsupportedError, "it is a directory", "name a file in it"),
     errno.EIO: (UnavailableError, "the disk or the network file system has a fault", "look at dmesg"),
     errno.ESTALE: (SourceChangedError, "the network file system replaced the file", "start the load again"),
@@ -88,7 +89,8 @@ class FileStorage:
                     stat = entry.stat()
                     yield ObjectInfo(entry.path, stat.st_size, _version(stat))
             except OSError as exc:
-                raise _translated(exc, entry.path, "read the size") from exc
+                if exc.errno != errno.ELOOP:  # a link to itself leads nowhere
+                    raise _translated(exc, entry.path, "read the size") from exc
 
     def stat(self, path: str) -> ObjectInfo:
         """The regular file at ``path``."""

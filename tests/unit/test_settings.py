@@ -1,0 +1,302 @@
+"""How settings are read: converters, precedence, errors that name every bad variable, and no secrets anywhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import pytest
+from attrs import frozen
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modelexpress_core.errors import SettingsError
+from modelexpress_core.settings import (
+    LoadSettings,
+    PluginSettings,
+    SettingValue,
+    boolean,
+    byte_count,
+    describe,
+    env,
+    from_env,
+    names,
+    pairs,
+    positive_integer,
+    seconds,
+    variables,
+    warn_unknown_variables,
+)
+
+_SECRET = "hunter2"
+
+
+def _port(text: str) -> int:
+    return int(text)
+
+
+@frozen
+class Example:
+    """A settings class with a field of each sort."""
+
+    bound: int | None = env("MX_BOUND", "OLD_BOUND", "OLDER_BOUND", default=None, converter=positive_integer, help="A.")
+    flag: bool = env("MX_FLAG", default=False, converter=boolean, help="B.")
+    word: str = env("MX_WORD", default="plain", help="C.")
+    token: str | None = env("MX_TOKEN", default=None, help="D.", secret=True)
+    port: int = env("MX_SECRET_PORT", default=1, converter=_port, help="E.", secret=True)
+    prefer: Mapping[str, str] = env("MX_PAIRS", default=attrs.Factory(dict), converter=pairs, help="F.")
+    listed: tuple[str, ...] = env("MX_NAMES", default=(), converter=names, help="G.")
+    other: int = 7
+
+
+# -- converters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("converter", "text", "expected"),
+    [
+        *((boolean, text, True) for text in ("1", "true", "TRUE", "yes", "on", " On ")),
+        *((boolean, text, False) for text in ("0", "false", "False", "no", "off")),
+        (positive_integer, "1", 1),
+        (positive_integer, " 64 ", 64),
+        (seconds, "10", 10.0),
+        (seconds, "0.5", 0.5),
+        (seconds, "2.5s", 2.5),
+        (seconds, "1e3", 1000.0),
+        (byte_count, "268435456", 268435456),
+        (byte_count, "256MiB", 256 << 20),
+        (byte_count, "256M", 256 << 20),
+        (byte_count, "256 mib", 256 << 20),
+        (byte_count, "1GiB", 1 << 30),
+        (byte_count, "1GB", 10**9),
+        (byte_count, "1kb", 1000),
+        (byte_count, "1K", 1024),
+        (byte_count, "2TiB", 2 << 40),
+        (byte_count, "5b", 5),
+        (names, "a", ("a",)),
+        (names, " a , b,, ", ("a", "b")),
+        (pairs, "s3=mx-s3-fast", {"s3": "mx-s3-fast"}),
+        (pairs, " s3 = a , gs=b,", {"s3": "a", "gs": "b"}),
+        (pairs, "k=a=b", {"k": "a=b"}),
+    ],
+)
+def test_a_converter_understands(converter: Callable[[str], Any], text: str, expected: object) -> None:
+    """Every way of writing a value that the reference promises."""
+    assert expected == converter(text)
+
+
+@pytest.mark.parametrize(
+    ("converter", "text"),
+    [
+        *((boolean, text) for text in ("2", "y", "maybe", "truee", "-1")),
+        *((positive_integer, text) for text in ("0", "-1", "1.5", "one", "1e3", "0x10", "9" * 30, "1 000")),
+        *((seconds, text) for text in ("0", "-1", "nan", "inf", "1m", "10ms", "s", "1e999")),
+        *((byte_count, text) for text in ("0", "0MiB", "-1", "1.5GiB", "1XB", "MiB", "256i", "256ib", "9" * 5000)),
+        *((pairs, text) for text in ("s3", "=a", "s3=", "s3=a,gs", "s3=a,s3=b")),
+    ],
+)
+def test_a_converter_refuses_with_a_reason(converter: Callable[[str], Any], text: str) -> None:
+    """The reason says what is expected, so that the message is of use."""
+    with pytest.raises(ValueError, match=r"expected|twice"):
+        converter(text)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30), st.sampled_from([boolean, positive_integer, seconds, byte_count, names, pairs]))
+def test_a_converter_never_fails_in_another_way(text: str, converter: Callable[[str], Any]) -> None:
+    """Whatever stands in a variable: a value or a ``ValueError``, which becomes a ``SettingsError``."""
+    try:
+        converter(text)
+    except ValueError:
+        return
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10**12), st.sampled_from(["", "K", "M", "KiB", "MiB", "kB", "MB"]))
+def test_units_only_multiply(count: int, unit: str) -> None:
+    """A number with a unit is the number times the unit."""
+    assert count * byte_count(f"1{unit}") == byte_count(f"{count}{unit}")
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_stand_where_nothing_is_set() -> None:
+    """An empty environment gives the defaults, also of fields that no variable sets."""
+    assert Example() == from_env(Example, {})
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"MX_BOUND": "1", "OLD_BOUND": "2", "OLDER_BOUND": "3"}, 1),
+        ({"OLD_BOUND": "2", "OLDER_BOUND": "3"}, 2),
+        ({"OLDER_BOUND": "3"}, 3),
+        ({"MX_BOUND": "", "OLD_BOUND": "2"}, 2),
+        ({"MX_BOUND": "  ", "OLD_BOUND": "", "OLDER_BOUND": "3"}, 3),
+        ({"MX_BOUND": ""}, None),
+        ({"MX_BOUND": "1", "OLD_BOUND": "nonsense"}, 1),
+    ],
+)
+def test_the_name_comes_before_its_aliases_and_empty_counts_as_unset(
+    environ: dict[str, str], expected: int | None
+) -> None:
+    """The first that is set counts, in the order in which they are declared."""
+    assert expected == from_env(Example, environ).bound
+
+
+def test_the_process_environment_is_read_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a mapping the variables of the process count."""
+    monkeypatch.setenv("MX_WORD", "from outside")
+
+    assert "from outside" == from_env(Example).word
+
+
+def test_all_bad_variables_are_reported_at_once() -> None:
+    """Nobody wants to correct them one run at a time; each is named with its value and the reason."""
+    environ = {"OLD_BOUND": "many", "MX_FLAG": "perhaps", "MX_PAIRS": "s3", "MX_WORD": "fine"}
+
+    with pytest.raises(SettingsError) as caught:
+        from_env(Example, environ)
+
+    text = str(caught.value)
+    for part in ("OLD_BOUND='many'", "MX_FLAG='perhaps'", "MX_PAIRS='s3'", "whole number", "key=value"):
+        assert part in text, text
+    assert "MX_WORD" not in text
+    assert "MX_BOUND" not in text.replace("OLD_BOUND", "")
+    assert caught.value.hint
+
+
+def test_settings_cannot_be_changed() -> None:
+    """They are read once; what was read stays."""
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        from_env(Example, {}).word = "other"  # type: ignore[misc]  # what must not work
+
+
+# -- secrets -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_secret_is_in_no_repr() -> None:
+    """Settings get logged; secrets must not be in them."""
+    read = from_env(Example, {"MX_TOKEN": _SECRET, "MX_SECRET_PORT": "4242"})
+
+    assert _SECRET == read.token
+    assert _SECRET not in repr(read)
+    assert "4242" not in repr(read)
+    assert _SECRET not in str(read)
+
+
+def test_a_secret_is_in_no_message() -> None:
+    """Not even where it cannot be converted and the converter's own reason quotes it, as that of ``int`` does."""
+    with pytest.raises(SettingsError) as caught:
+        from_env(Example, {"MX_SECRET_PORT": _SECRET})
+
+    text = f"{caught.value}{caught.value!r}{caught.value.__cause__!r}{caught.value.__context__!r}"
+    assert _SECRET not in text
+    assert "MX_SECRET_PORT" in text
+
+
+def test_a_secret_is_in_no_description() -> None:
+    """``mx settings`` shows that it is set, and where, not what it is."""
+    rows = {row.name: row for row in describe(Example, {"MX_TOKEN": _SECRET}, owner="mx-x")}
+
+    assert ("***", "MX_TOKEN") == (rows["MX_TOKEN"].value, rows["MX_TOKEN"].source)
+    assert ("", "default") == (rows["MX_SECRET_PORT"].value, rows["MX_SECRET_PORT"].source)
+    assert _SECRET not in repr(rows)
+
+
+# -- describing --------------------------------------------------------------------------------------------------------
+
+
+def test_describe_shows_every_setting_with_its_value_and_source() -> None:
+    """One row for each variable, in the order of the class; values as they would be written."""
+    environ = {"OLD_BOUND": "4", "MX_FLAG": "on", "MX_PAIRS": "s3=a,gs=b", "MX_NAMES": "x, y"}
+
+    rows = describe(Example, environ, owner="mx-x")
+
+    expected = SettingValue("MX_BOUND", ("OLD_BOUND", "OLDER_BOUND"), "4", "OLD_BOUND", "A.", "mx-x")
+    assert expected == rows[0]
+    shown = {row.name: (row.value, row.source) for row in rows}
+    assert ("plain", "default") == shown["MX_WORD"]
+    assert ("s3=a,gs=b", "MX_PAIRS") == shown["MX_PAIRS"]
+    assert ("x,y", "MX_NAMES") == shown["MX_NAMES"]
+    assert 7 == len(rows)
+    assert ("", "default") == {row.name: (row.value, row.source) for row in describe(Example, {}, owner="")}["MX_BOUND"]
+
+
+def test_describe_refuses_what_cannot_be_read() -> None:
+    """A bad value has no row; the same error as when it is read comes up."""
+    with pytest.raises(SettingsError, match="MX_FLAG"):
+        describe(Example, {"MX_FLAG": "perhaps"}, owner="mx-x")
+
+
+@pytest.mark.parametrize("cls", [PluginSettings, LoadSettings])
+def test_our_own_settings_can_be_described_and_are_explained(cls: type) -> None:
+    """Every setting of core has help, a name with our prefix, and a default that describes itself."""
+    rows = describe(cls, {}, owner="modelexpress-core")
+
+    assert len(rows) == len(attrs.fields(cls))
+    assert [] == [row.name for row in rows if not row.name.startswith("MX_") or not row.help.endswith(".")]
+    assert {"default"} == {row.source for row in rows}
+
+
+def test_the_plugin_settings_read_the_variables_of_the_contract() -> None:
+    """``MX_PLUGINS``, ``MX_DISABLED_PLUGINS``, ``MX_PREFER`` and ``MX_STRICT_PLUGINS``."""
+    environ = {
+        "MX_PLUGINS": "a",
+        "MX_DISABLED_PLUGINS": "b,c",
+        "MX_PREFER": "s3=mx-s3-fast",
+        "MX_STRICT_PLUGINS": "1",
+    }
+
+    assert PluginSettings(("a",), ("b", "c"), {"s3": "mx-s3-fast"}, True) == from_env(PluginSettings, environ)
+    assert set(environ) == set(variables(PluginSettings))
+
+
+def test_the_other_streamers_bound_on_concurrency_is_understood() -> None:
+    """``RUNAI_STREAMER_CONCURRENCY`` works where ``MX_CONCURRENCY`` is not set."""
+    assert 32 == from_env(LoadSettings, {"RUNAI_STREAMER_CONCURRENCY": "32"}).concurrency
+    assert 4 == from_env(LoadSettings, {"RUNAI_STREAMER_CONCURRENCY": "32", "MX_CONCURRENCY": "4"}).concurrency
+    assert 256 << 20 == from_env(LoadSettings, {}).staging_bytes
+
+
+# -- unknown variables -------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_variable_earns_a_warning_with_the_nearest_name(caplog: pytest.LogCaptureFixture) -> None:
+    """A misspelt variable would otherwise do nothing, and nobody would know."""
+    environ = {"MX_CONCURENCY": "4", "MX_QQQQ": "1", "PATH": "/bin", "MX_WORD": "x", "OTHER_MX_X": "1"}
+
+    with caplog.at_level(logging.WARNING):
+        unknown = warn_unknown_variables(environ, [*variables(Example), *variables(LoadSettings)])
+
+    assert ("MX_CONCURENCY", "MX_QQQQ") == unknown
+    assert 2 == len(caplog.records)
+    assert "did you mean MX_CONCURRENCY?" in caplog.records[0].getMessage()
+    assert "MX_QQQQ" in caplog.records[1].getMessage()
+    assert "did you mean" not in caplog.records[1].getMessage()
+
+
+def test_the_value_of_an_unknown_variable_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """It may be a misspelt secret."""
+    with caplog.at_level(logging.DEBUG):
+        warn_unknown_variables({"MX_TOKN": _SECRET}, variables(Example))
+
+    assert _SECRET not in caplog.text
+    assert "MX_TOKEN" in caplog.text
+
+
+def test_variables_of_other_parts_are_not_called_unknown(caplog: pytest.LogCaptureFixture) -> None:
+    """The server and the client of peers read variables with our prefix too."""
+    with caplog.at_level(logging.WARNING):
+        unknown = warn_unknown_variables({"MX_SERVER_ADDRESS": "x", "MX_MODEL_URI": "x"}, [])
+
+    assert () == unknown
+    assert [] == caplog.records
+
+
+def test_variables_names_aliases_too() -> None:
+    """Whatever the class reads, in order."""
+    assert ("MX_BOUND", "OLD_BOUND", "OLDER_BOUND", "MX_FLAG") == variables(Example)[:4]
