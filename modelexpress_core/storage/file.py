@@ -71,7 +71,10 @@ class FileStorage:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The regular files below the directory ``prefix``, and links to such files.
 
-        Hidden directories, links to directories (which may lead in a circle) and links that lead nowhere are left out.
+        Hidden directories, hidden links and links to directories (which may lead in a circle) are left out.
+
+        Raises:
+            NotFoundError: A link leads nowhere.
         """
         try:
             with os.scandir(prefix or "/") as entries:
@@ -85,12 +88,14 @@ class FileStorage:
                 if entry.is_dir(follow_symlinks=False):
                     if not entry.name.startswith("."):
                         yield from self.list(entry.path)
-                elif entry.is_file():
-                    stat = entry.stat()
+                    continue
+                if entry.is_symlink() and entry.name.startswith("."):  # editors leave such locks, which lead nowhere
+                    continue
+                stat = entry.stat()  # a link that leads nowhere is a part that is missing, and says so
+                if modes.S_ISREG(stat.st_mode):
                     yield ObjectInfo(entry.path, stat.st_size, _version(stat))
             except OSError as exc:
-                if exc.errno != errno.ELOOP:  # a link to itself leads nowhere
-                    raise _translated(exc, entry.path, "read the size") from exc
+                raise _translated(exc, entry.path, "read the size") from exc
 
     def stat(self, path: str) -> ObjectInfo:
         """The regular file at ``path``."""

@@ -436,25 +436,35 @@ def test_a_link_that_is_turned_to_another_blob_is_noticed(snapshot: Path, storag
         read(storage, path, 0, 10, version)
 
 
-def test_a_link_that_leads_nowhere_does_not_spoil_a_listing(snapshot: Path, storage: FileStorage) -> None:
-    """It is no file: left out of listings, and not found when it is asked for."""
-    (snapshot / "vocab.json").symlink_to("../../blobs/gone")
+def test_a_link_that_leads_nowhere_is_a_missing_part(snapshot: Path, storage: FileStorage) -> None:
+    """A cache that was copied or cleaned in part is no whole model: the listing names the link, and does not go on."""
+    (snapshot / "model-2.safetensors").symlink_to("../../blobs/gone")
 
-    listed = [os.path.basename(info.path) for info in storage.list(str(snapshot))]
+    for ask in (lambda: list(storage.list(str(snapshot))), lambda: storage.stat(str(snapshot / "model-2.safetensors"))):
+        with pytest.raises(NotFoundError, match=r"model-2\.safetensors"):
+            ask()
 
-    assert ["config.json", "model.safetensors"] == sorted(listed)
-    with pytest.raises(NotFoundError):
-        storage.stat(str(snapshot / "vocab.json"))
+
+def test_the_locks_of_editors_do_not_spoil_a_listing(snapshot: Path, storage: FileStorage) -> None:
+    """Hidden links that lead nowhere are left out."""
+    (snapshot / ".#config.json").symlink_to("user@host.1234")
+
+    assert ["config.json", "model.safetensors"] == sorted(
+        os.path.basename(info.path) for info in storage.list(str(snapshot))
+    )
 
 
 def test_links_in_a_circle_end(tmp_path: Path, storage: FileStorage) -> None:
-    """A link to a parent directory, or to itself, does not keep a listing going for ever."""
+    """A link to a parent directory is not followed; one to itself leads nowhere, and says so."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a").touch()
     (tmp_path / "model" / "up").symlink_to("..")
-    (tmp_path / "model" / "self").symlink_to("self")
 
     assert ["a"] == [os.path.basename(info.path) for info in storage.list(str(tmp_path))]
+
+    (tmp_path / "model" / "self").symlink_to("self")
+    with pytest.raises(NotFoundError, match="circle"):
+        list(storage.list(str(tmp_path)))
     with pytest.raises(NotFoundError, match="circle"):
         storage.stat(str(tmp_path / "model" / "self"))
 
