@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from modelexpress_core.api import DeferredWeights, deferred_weights, load_into, load_state_dict, open_checkpoint
     from modelexpress_core.checkpoint import Checkpoint, CheckpointFile, TensorInfo
     from modelexpress_core.errors import (
         AccessDeniedError,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from modelexpress_core.hooks import hookimpl
-    from modelexpress_core.loader import DeferredWeights, deferred_weights, load_into, load_state_dict, open_checkpoint
     from modelexpress_core.plugins import PluginManager
     from modelexpress_core.report import LoadReport
     from modelexpress_core.uri import ModelURI
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
 _MODULES = {
     "Checkpoint": "checkpoint",
     "CheckpointFile": "checkpoint",
-    "DeferredWeights": "loader",
+    "DeferredWeights": "api",
     "LoadReport": "report",
     "ModelURI": "uri",
     "PluginManager": "plugins",
     "TensorInfo": "checkpoint",
-    "deferred_weights": "loader",
+    "deferred_weights": "api",
     "hookimpl": "hooks",
-    "load_into": "loader",
-    "load_state_dict": "loader",
-    "open_checkpoint": "loader",
+    "load_into": "api",
+    "load_state_dict": "api",
+    "open_checkpoint": "api",
 }
 
 __all__ = [

@@ -15,14 +15,17 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from itertools import islice
+from typing import Any, NoReturn, TypeVar
 
 from attrs import frozen
 
-from modelexpress_core.checkpoint.strict_json import repeated_key
+from modelexpress_core.checkpoint.strict_json import repeated_key, shown
 from modelexpress_core.errors import CheckpointError
 
 __all__ = ["DTYPE_BITS", "LENGTH_BYTES", "MAX_HEADER_BYTES", "Header", "HeaderTensor", "header_length", "parse_header"]
+
+_R = TypeVar("_R")
 
 #: Length of the length.
 LENGTH_BYTES = 8
@@ -61,8 +64,20 @@ DTYPE_BITS: Mapping[str, int] = {
 
 _METADATA = "__metadata__"
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_FIELDS_SHOWN = "dtype, shape and data_offsets"
+_HALF = r"\ud800-\udfff"  # lone surrogates, which JSON can spell but UTF-8 cannot
+_NOT_IN_NAMES = re.compile(rf"[\x00-\x1f\x7f{_HALF}]")
+_NOT_IN_TEXTS = re.compile(f"[{_HALF}]")
 _DIGITS_OF_U64 = 20
+_MAX_BITS = (1 << 64) - 1
+_A_LONE_ENTRY = "the header is a single tensor entry without a name"
+
+#: A list or an object that begins within a list: members of an object have their name before them.
+_INNER = re.compile(rb"[\[,][ \t\r\n]*[\[{]")
+_TEXT_OR_INNER = re.compile(rb'"[^"]*"?|(?P<inner>' + _INNER.pattern + rb")")
+
+#: One is the metadata, one may be an empty header, and a few more may be wrong before we give up.
+_MAX_OTHERS = 100
 
 
 @frozen
@@ -101,21 +116,30 @@ class _Fault(Exception):  # noqa: N818 - never leaves this module
     """What is wrong, without the name of the file."""
 
 
-class _Entry:
-    """An object of the JSON text that has the fields of a tensor; checked when its name is known."""
+class _Object:
+    """An object of the JSON text, other than one of texts; inner ones are met first, before their name is known."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "{...}"
+
+
+class _Entry(_Object):
+    """An object that has the fields of a tensor."""
 
     __slots__ = ("begin", "dtype", "end", "shape")
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-            raise _Fault(f"has the unknown dtype {_shown(dtype)}")
+            raise _Fault(f"has the unknown dtype {shown(dtype)}")
         if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-            raise _Fault(f"has the shape {_shown(shape)}, which is no list of sizes")
+            raise _Fault(f"has the shape {shown(shape)}, which is no list of sizes")
         if len(shape) > MAX_DIMENSIONS:
             raise _Fault(f"has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and o >= 0 for o in offsets):
-            raise _Fault(f"has the data_offsets {_shown(offsets)}, which are no two byte positions")
+            raise _Fault(f"has the data_offsets {shown(offsets)}, which are no two byte positions")
         self.dtype = dtype
         self.shape = tuple(shape)
         self.begin, self.end = offsets
@@ -124,45 +148,121 @@ class _Entry:
     def _check_length(self) -> None:
         # Sizes have at most 20 digits and there are at most 64, so the product stays a small number of words.
         bits = math.prod(self.shape) * DTYPE_BITS[self.dtype]
+        # Strides are products of sizes too, so beside a zero the others must not overflow either.
+        if bits > _MAX_BITS or (bits == 0 and math.prod(filter(None, self.shape)) > _MAX_BITS):
+            raise _Fault(f"has the shape {shown(list(self.shape))}, more elements than 64 bits can count")
         if bits % 8:
-            raise _Fault(f"does not end on a whole byte: shape {list(self.shape)} of {self.dtype}")
+            raise _Fault(f"does not end on a whole byte: shape {shown(list(self.shape))} of {self.dtype}")
         if self.end - self.begin != bits // 8:
             raise _Fault(
                 f"has {self.end - self.begin} bytes by its data_offsets [{self.begin}, {self.end}], "
-                f"but {bits // 8} by its shape {list(self.shape)} of {self.dtype}"
+                f"but {bits // 8} by its shape {shown(list(self.shape))} of {self.dtype}"
             )
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+class _Entries(_Object):
+    """An object of tensors, and perhaps the metadata: the header, or something that has no place in one."""
+
+    __slots__ = ("members",)
+
+    def __init__(self, members: list[tuple[str, Any]]) -> None:
+        self.members = members
+
+
+class _Wrong(_Object):
+    """An object that is nothing of a header.
+
+    Attributes:
+        as_tensor: What is wrong with it where it stands for a tensor, to follow the tensor's name.
+        as_header: The same where it stands for the header.
+    """
+
+    __slots__ = ("as_header", "as_tensor")
+
+    def __init__(self, as_tensor: str, as_header: str) -> None:
+        self.as_tensor = as_tensor
+        self.as_header = as_header
+
+
+class _Objects:
+    """Makes of each object of the JSON text what it stands for, so that no more is kept than is needed."""
+
+    def __init__(self) -> None:
+        self._others = 0
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> Any:  # noqa: ANN401 - an _Object, or the metadata
+        twice = repeated_key(pairs)
+        if twice is not None:
+            raise _Fault(f"the key {shown(twice)} stands twice in one object")
+        if len(pairs) == len(_FIELDS) and all(key in _FIELDS for key, _ in pairs):
+            fields = dict(pairs)
+            try:
+                return _Entry(fields)
+            except _Fault as fault:
+                if not _are_texts(pairs):  # which they may be in the metadata
+                    return self._other(_Wrong(str(fault), _A_LONE_ENTRY))
+        if _are_texts(pairs):
+            return self._other(dict(pairs))
+        for key, value in pairs:
+            if isinstance(value, (_Object, dict)):
+                self._check_member(key, value)
+            else:
+                names = shown([name for name, _ in pairs[:9]])
+                return self._other(
+                    _Wrong(
+                        f"has the fields {names}, and a tensor has {_FIELDS_SHOWN}",
+                        f"the entry {shown(key)} is {shown(value)}, which describes no tensor",
+                    )
+                )
+        return _Entries(pairs)
+
+    def _other(self, made: _R) -> _R:
+        # One object of texts is the metadata; the others wait for their name, in order to be reported with it.
+        self._others += 1
+        if self._others > _MAX_OTHERS:
+            raise _Fault(f"more than {_MAX_OTHERS} entries describe no tensor")
+        return made
+
+    @staticmethod
+    def _check_member(name: str, value: object) -> None:
+        """Raise unless ``value`` can stand in a header under ``name``."""
+        if name == _METADATA:
+            if not isinstance(value, dict):
+                raise _Fault(f"{_METADATA} is not an object of texts")
+        elif isinstance(value, dict):
+            if value.keys() == _FIELDS:
+                raise _Fault(f"the tensor {shown(name)} has texts where a shape and byte positions belong")
+            names = shown([*islice(value, 9)])
+            raise _Fault(f"the tensor {shown(name)} has the fields {names}, and a tensor has {_FIELDS_SHOWN}")
+        elif isinstance(value, _Wrong):
+            raise _Fault(f"the tensor {shown(name)} {value.as_tensor}")
+        elif not isinstance(value, _Entry):
+            raise _Fault(f"the tensor {shown(name)} is an object of objects, and a tensor has {_FIELDS_SHOWN}")
+
+
+def _are_texts(pairs: list[tuple[str, Any]]) -> bool:
+    return all(isinstance(value, str) for _, value in pairs)
 
 
 def _integer(text: str) -> int:
     if len(text) > _DIGITS_OF_U64:
         raise _Fault(f"a number of {len(text)} digits")
+    if text == "-0":
+        raise _Fault("the number -0, which no size or position is")
     return int(text)
 
 
 def _no_float(text: str) -> NoReturn:
-    raise _Fault(f"the number {_shown(text)}, which is not a whole one")
+    raise _Fault(f"the number {shown(text)}, which is not a whole one")
 
 
-def _json_object(pairs: list[tuple[str, Any]]) -> Any:  # noqa: ANN401 - one of three things
-    """An entry, the metadata, or the whole header: inner objects come first, so wrong ones stop the parse at once."""
-    twice = repeated_key(pairs)
-    if twice is not None:
-        raise _Fault(f"the key {_shown(twice)} stands twice in one object")
-    if all(isinstance(value, str) for _, value in pairs):
-        return dict(pairs)
-    if len(pairs) == len(_FIELDS) and all(key in _FIELDS for key, _ in pairs):
-        return _Entry(dict(pairs))
-    for key, value in pairs:
-        if not isinstance(value, (_Entry, dict)):
-            raise _Fault(f"the entry {_shown(key)} is {_shown(value)}, which describes no tensor")
-        if isinstance(value, dict) and key != _METADATA:
-            raise _Fault(f"the entry {_shown(key)} has the fields {_shown(sorted(value))}, which describe no tensor")
-    return pairs
+def _has_inner_list(text: bytes) -> bool:
+    """Whether a list or an object stands in a list. There is no use for one, and millions would take much memory."""
+    if _INNER.search(text) is None:
+        return False
+    # What was found may stand in a text. Without escapes, each quote begins or ends one.
+    plain = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    return any(found.lastgroup == "inner" for found in _TEXT_OR_INNER.finditer(plain))
 
 
 def header_length(start: bytes, file_bytes: int) -> int:
@@ -193,8 +293,9 @@ def parse_header(text: bytes, data_bytes: int, *, file: str, uri: str = "") -> H
     try:
         return _parse(text, data_bytes)
     except _Fault as fault:
+        where = f"{uri}: {file}" if uri else file
         raise CheckpointError(
-            f"{file} is no valid safetensors file: {fault}",
+            f"{where} is no valid safetensors file: {fault}",
             uri=uri,
             file=file,
             cause="the file was cut short, damaged, or written by a faulty program",
@@ -205,11 +306,13 @@ def parse_header(text: bytes, data_bytes: int, *, file: str, uri: str = "") -> H
 def _json(text: bytes) -> Any:  # noqa: ANN401 - whatever the text holds
     if not text.startswith(b"{"):
         raise _Fault("the header does not start with {")
+    if _has_inner_list(text):
+        raise _Fault("the header is nested too deeply: a list or an object stands in a list")
     try:
         # A trailing run of spaces is padding; json takes it as white space.
         return json.loads(
             text.decode("utf-8"),
-            object_pairs_hook=_json_object,
+            object_pairs_hook=_Objects(),
             parse_int=_integer,
             parse_float=_no_float,
             parse_constant=_no_float,
@@ -224,32 +327,28 @@ def _json(text: bytes) -> Any:  # noqa: ANN401 - whatever the text holds
 
 def _parse(text: bytes, data_bytes: int) -> Header:
     parsed = _json(text)
+    if isinstance(parsed, _Wrong):
+        raise _Fault(parsed.as_header)
     if isinstance(parsed, _Entry):
-        raise _Fault("the header is a single tensor entry without a name")
+        raise _Fault(_A_LONE_ENTRY)
+    if isinstance(parsed, dict) and parsed:
+        name, value = next(iter(parsed.items()))
+        raise _Fault(f"the entry {shown(name)} is {shown(value)}, which describes no tensor")
     metadata: Mapping[str, str] = {}
     tensors = []
-    for name, value in parsed.items() if isinstance(parsed, dict) else parsed:
+    for name, value in parsed.members if isinstance(parsed, _Entries) else ():
         if name == _METADATA:
-            if not isinstance(value, dict):
-                raise _Fault(f"{_METADATA} is not an object of texts")
             metadata = value
             continue
-        if not isinstance(value, _Entry):
-            raise _Fault(f"the entry {_shown(name)} describes no tensor")
-        if _CONTROL.search(name) or not _is_text(name):
-            raise _Fault(f"a tensor has the name {_shown(name)}, with characters that no name has")
+        if _NOT_IN_NAMES.search(name):
+            raise _Fault(f"a tensor has the name {shown(name)}, with characters that no name has")
         tensors.append(HeaderTensor(name, value.dtype, value.shape, value.begin, value.end))
+    for key, value in metadata.items():
+        if _NOT_IN_TEXTS.search(key) or _NOT_IN_TEXTS.search(value):
+            raise _Fault(f"{_METADATA} has half a character (a lone surrogate) in {shown(key)}")
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     _check_cover(tensors, data_bytes)
     return Header(tuple(tensors), metadata)
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell but UTF-8 cannot
-        return False
-    return True
 
 
 def _check_cover(tensors: list[HeaderTensor], data_bytes: int) -> None:
@@ -257,12 +356,10 @@ def _check_cover(tensors: list[HeaderTensor], data_bytes: int) -> None:
     position, before = 0, "the header"
     for tensor in tensors:
         if tensor.begin > position:
-            raise _Fault(
-                f"a hole of {tensor.begin - position} bytes between {_shown(before)} and {_shown(tensor.name)}"
-            )
+            raise _Fault(f"a hole of {tensor.begin - position} bytes between {before} and {shown(tensor.name)}")
         if tensor.begin < position:
-            raise _Fault(f"the bytes of {_shown(before)} and {_shown(tensor.name)} overlap")
-        position, before = tensor.end, tensor.name
+            raise _Fault(f"the bytes of {before} and {shown(tensor.name)} overlap")
+        position, before = tensor.end, shown(tensor.name)
     if position != data_bytes:
         what = "is cut short" if position > data_bytes else "goes on after the last tensor"
         raise _Fault(f"the file {what}: its tensors need {position} bytes after the header, and there are {data_bytes}")

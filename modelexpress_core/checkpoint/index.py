@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from modelexpress_core.checkpoint.strict_json import repeated_key
+from modelexpress_core.checkpoint.strict_json import repeated_key, shown
 from modelexpress_core.errors import CheckpointError
 
 __all__ = ["INDEX_SUFFIX", "MAX_INDEX_BYTES", "SUFFIX", "missing_shards", "parse_index"]
@@ -18,17 +18,19 @@ SUFFIX = ".safetensors"
 #: Ending of an index.
 INDEX_SUFFIX = ".safetensors.index.json"
 
-#: About a million tensors; a larger one is no index.
-MAX_INDEX_BYTES = 256 << 20
+#: Several hundred thousand tensors; a larger one is no index.
+MAX_INDEX_BYTES = 64 << 20
 
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5,9})-of-(?P<count>[0-9]{5,9})\.safetensors")
+_NOT_IN_NAMES = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and half characters
+_MAX_SHARDS = 100_000
 _HINT = "copy the index again from the original"
 
 
 def _pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = repeated_key(pairs)
     if twice is not None:
-        message = f"the key {twice!r} stands twice"
+        message = f"the key {shown(twice)} stands twice in one object"
         raise ValueError(message)
     return dict(pairs)
 
@@ -41,10 +43,12 @@ def parse_index(text: bytes, *, file: str, uri: str = "") -> Mapping[str, str]:
     """
 
     def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"{file} is no valid index: {what}", uri=uri, file=file, hint=_HINT)
+        where = f"{uri}: {file}" if uri else file
+        return CheckpointError(f"{where} is no valid index: {what}", uri=uri, file=file, hint=_HINT)
 
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=_pairs_once)
+        # No number in an index is of use, and one of a million digits would take long to work out.
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_pairs_once, parse_int=str, parse_float=str)
     except RecursionError:
         raise refuse("it is nested too deeply") from None
     except ValueError as exc:  # not UTF-8, not JSON, a key twice
@@ -54,25 +58,29 @@ def parse_index(text: bytes, *, file: str, uri: str = "") -> Mapping[str, str]:
         raise refuse("it has no weight_map")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name.endswith(SUFFIX):
-            raise refuse(f"the tensor {tensor!r} is said to be in {name!r}, which is no {SUFFIX} file")
+            raise refuse(f"the tensor {shown(tensor)} is said to be in {shown(name)}, which is no {SUFFIX} file")
         # A name that leads elsewhere could make us read, and hand out, any file there is.
         if name.startswith("/") or "\\" in name or any(part in {"", ".", ".."} for part in name.split("/")):
-            raise refuse(f"the tensor {tensor!r} is said to be in {name!r}, outside the checkpoint")
+            raise refuse(f"the tensor {shown(tensor)} is said to be in {shown(name)}, outside the checkpoint")
+        if _NOT_IN_NAMES.search(name):
+            raise refuse(f"the tensor {shown(tensor)} is said to be in {shown(name)}, which is no name of a file")
     return weight_map
 
 
 def missing_shards(files: Iterable[str]) -> tuple[str, ...]:
-    """Shards that the names of the others (``model-00001-of-00003.safetensors``) promise and that are not there."""
+    """Shards that the names of others (``model-00001-of-00003.safetensors``) promise and that are not there.
+
+    Those of one series, where several are incomplete: thousands of names could promise 100,000 shards each.
+    """
     present = set(files)
-    promised = set()
-    for name in present:
-        match = _SHARD.fullmatch(name)
-        if match is None:
-            continue
-        stem, width, count = match["stem"], len(match["number"]), match["count"]
-        if int(count) > 100_000:  # a name, not a promise
+    series = {(m["stem"], len(m["number"]), m["count"]) for m in map(_SHARD.fullmatch, present) if m is not None}
+    for stem, width, count in sorted(series):
+        if int(count) > _MAX_SHARDS:  # a name, not a promise
             continue
         # Numbering from one is the rule; some writers begin at zero.
         first = 0 if f"{stem}-{0:0{width}}-of-{count}{SUFFIX}" in present else 1
-        promised |= {f"{stem}-{n:0{width}}-of-{count}{SUFFIX}" for n in range(first, first + int(count))}
-    return tuple(sorted(promised - present))
+        promised = (f"{stem}-{n:0{width}}-of-{count}{SUFFIX}" for n in range(first, first + int(count)))
+        missing = tuple(name for name in promised if name not in present)
+        if missing:
+            return missing
+    return ()

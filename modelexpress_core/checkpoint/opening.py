@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -10,6 +11,7 @@ from types import MappingProxyType
 from modelexpress_core.checkpoint.checkpoint import Checkpoint, CheckpointFile, TensorInfo
 from modelexpress_core.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
 from modelexpress_core.checkpoint.index import INDEX_SUFFIX, MAX_INDEX_BYTES, SUFFIX, missing_shards, parse_index
+from modelexpress_core.checkpoint.strict_json import shown
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -28,6 +30,9 @@ _FIRST_READ_BYTES = 128 << 10
 
 #: A directory with more objects than this below it is no checkpoint.
 _MAX_OBJECTS = 10_000
+
+#: What stands in place of a large file in a repository that was cloned without them.
+_LFS_POINTER = b"version https://git-lfs"
 
 _PREFERRED_INDEX = "model.safetensors.index.json"
 _PREFERRED_FILE = "model.safetensors"
@@ -53,6 +58,8 @@ class _Opening:
         self._uri = uri
         self._provider = provider
         self._concurrency = concurrency
+        self._lock = threading.Lock()
+        self._bytes_read = 0
 
     def checkpoint(self) -> Checkpoint:
         objects, weight_map = self._files()
@@ -74,7 +81,7 @@ class _Opening:
             self._provider,
             tuple(file for file, _ in opened),
             MappingProxyType(tensors),
-            sum(file.header_bytes for file, _ in opened),
+            self._bytes_read,
         )
 
     def _fault(self, message: str, *, file: str = "", cause: str | None = None, hint: str) -> CheckpointError:
@@ -82,7 +89,7 @@ class _Opening:
 
     def _twice(self, info: TensorInfo, other: TensorInfo) -> CheckpointError:
         return self._fault(
-            f"the tensor {info.name!r} is in two files: {other.file.name} and {info.file.name}",
+            f"the tensor {shown(info.name)} is in two files: {other.file.name} and {info.file.name}",
             file=info.file.name,
             cause="files of two checkpoints, or of two formats of one, lie in one directory",
             hint="remove those that do not belong, add an index, or give the URI of the one file that is meant",
@@ -97,8 +104,8 @@ class _Opening:
         if self._uri.path.endswith(INDEX_SUFFIX):
             directory, _, name = self._uri.path.rpartition("/")
             self._uri = self._uri.with_path(directory)
-            return self._from_index(name, self._listed())
-        listed = self._listed()
+            return self._from_index(name, self._listed(name))
+        listed = self._listed(_PREFERRED_INDEX, _PREFERRED_FILE)
         indexes = [name for name in listed if name.endswith(INDEX_SUFFIX) and "/" not in name]
         if _PREFERRED_INDEX in indexes:
             return self._from_index(_PREFERRED_INDEX, listed)
@@ -111,8 +118,8 @@ class _Opening:
             return self._from_index(indexes[0], listed)
         return self._without_index(listed), None
 
-    def _listed(self) -> Mapping[str, ObjectInfo]:
-        """What lies below the URI, by name relative to it. Where listing is not allowed, the usual names are tried."""
+    def _listed(self, *likely: str) -> Mapping[str, ObjectInfo]:
+        """What lies below the URI, by name relative to it. Where listing is not allowed, ``likely`` names are tried."""
         prefix = self._uri.path
         start = f"{prefix.rstrip('/')}/" if prefix else ""
         try:
@@ -120,7 +127,7 @@ class _Opening:
         except (AccessDeniedError, UnsupportedError):
             # Without the right to list, stores answer "denied" for objects that are not there.
             absent = (NotFoundError, AccessDeniedError)
-            probed = {name: self._probe(name, absent) for name in (_PREFERRED_INDEX, _PREFERRED_FILE)}
+            probed = {name: self._probe(name, absent) for name in likely}
             usable = {name: info for name, info in probed.items() if info is not None}
             if not usable:
                 raise
@@ -138,6 +145,13 @@ class _Opening:
         except absent:
             return None
 
+    def _is_file(self) -> bool:
+        """Whether the URI is that of an object. Asked only where something else has failed, so errors say no more."""
+        try:
+            return bool(self._uri.path) and self._storage.stat(self._uri.path) is not None
+        except BackendError:
+            return False
+
     def _without_index(self, listed: Mapping[str, ObjectInfo]) -> Mapping[str, ObjectInfo]:
         names = sorted(name for name in listed if name.endswith(SUFFIX) and "/" not in name)
         missing = missing_shards(names)
@@ -146,6 +160,11 @@ class _Opening:
         if names:
             return {name: listed[name] for name in names}
         if not listed:
+            if self._is_file():
+                raise self._fault(
+                    f"it is a file, and not a {SUFFIX} file",
+                    hint=f"give the URI of a directory, or of one {SUFFIX} file; other formats have to be converted",
+                )
             raise NotFoundError(
                 "nothing is there",
                 uri=str(self._uri),
@@ -200,7 +219,7 @@ class _Opening:
                 continue
             where = "no file has it" if info is None else f"it is in {info.file.name}"
             raise self._fault(
-                f"the index says that the tensor {tensor!r} is in {file}, but {where}",
+                f"the index says that the tensor {shown(tensor)} is in {file}, but {where}",
                 file=file,
                 cause="the index and the shards are of different checkpoints",
                 hint="copy the index and all shards again from one source",
@@ -214,6 +233,13 @@ class _Opening:
         try:
             length = header_length(start, info.size)
         except ValueError as exc:
+            if start.startswith(_LFS_POINTER):
+                raise self._fault(
+                    f"{name} is no safetensors file but a Git LFS pointer to one",
+                    file=name,
+                    cause="the repository was cloned without its large files",
+                    hint="run git lfs pull in it",
+                ) from exc
             raise self._fault(
                 f"{name} is no valid safetensors file: {exc}",
                 file=name,
@@ -242,4 +268,6 @@ class _Opening:
                     hint="start again when it is complete",
                 )
             done += count
+        with self._lock:
+            self._bytes_read += length
         return bytes(content)

@@ -9,9 +9,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from modelexpress_core.api import open_checkpoint
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.cli.output import JsonOption, console, print_json
-from modelexpress_core.loader import open_checkpoint
 from modelexpress_core.report import format_bytes
 
 __all__ = ["inspect"]

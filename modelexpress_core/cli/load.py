@@ -16,11 +16,11 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from modelexpress_core.api import load_state_dict
 from modelexpress_core.cli.output import JsonOption, console, print_json, status_console
 from modelexpress_core.errors import ModelExpressError, PlacementError
 from modelexpress_core.events import LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.loader import load_state_dict
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import LoadReport, format_bytes
 

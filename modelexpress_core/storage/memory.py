@@ -38,12 +38,13 @@ class MemoryStorage:
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The objects below ``prefix``."""
+        root = "/" if prefix.startswith("/") else ""  # memory:///path has no authority, and so an absolute path
         start = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         with self._lock:
             objects = sorted(self._objects.items())
         for path, (version, content) in objects:
             if path.startswith(start):
-                yield ObjectInfo(path, len(content), str(version))
+                yield ObjectInfo(root + path, len(content), str(version))
 
     def stat(self, path: str) -> ObjectInfo:
         """The object at ``path``."""

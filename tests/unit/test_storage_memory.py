@@ -119,7 +119,8 @@ def test_listing_takes_a_directory_and_not_the_start_of_a_name() -> None:
     for path in ("model/a", "model/b/c", "model-2/a", "/model/d/"):
         storage.put(path, b"x")
 
-    assert ["model/a", "model/b/c", "model/d"] == sorted(info.path for info in storage.list("/model/"))
+    assert ["model/a", "model/b/c", "model/d"] == sorted(info.path for info in storage.list("model/"))
+    assert ["/model/a", "/model/b/c", "/model/d"] == sorted(info.path for info in storage.list("/model/"))
     assert 4 == len(list(storage.list("")))
     assert [] == list(storage.list("mod"))
     assert [] == list(storage.list("model/a"))

@@ -1,0 +1,328 @@
+"""The story of a load: candidates, events, what happens when one fails."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from torch import nn
+
+import modelexpress_core as mx
+from modelexpress_core.events import LoadFailed, LoadFinished, LoadStarted
+from modelexpress_core.providers import Candidate, LoadRequest, StorageProvider
+from modelexpress_core.storage.memory import MemoryStorage, store
+
+STATE = {
+    "a": torch.arange(1000, dtype=torch.float32),
+    "b": torch.randn(64, 32),
+    "c": torch.tensor(5, dtype=torch.int64),
+}
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> str:
+    """The URI of a checkpoint in memory that only this test uses."""
+    name = request.node.name.replace("[", "-").replace("]", "")
+    store(name).put("model/model.safetensors", save(STATE))
+    return f"memory://{name}/model"
+
+
+def manager(*plugins: object) -> mx.PluginManager:
+    result = mx.PluginManager.discover({})
+    for number, plugin in enumerate(plugins):
+        result.register(plugin, name=f"test-{number}")
+    return result
+
+
+class Ranking:
+    """A policy plugin that puts other places before (or in place of) the one that was asked for."""
+
+    def __init__(self, *uris: str, keep: bool = True) -> None:
+        self.uris = uris
+        self.keep = keep
+
+    @mx.hookimpl
+    def mx_rank_candidates(self, request: LoadRequest, candidates: Sequence[Candidate]) -> list[Candidate]:
+        assert [candidate.uri for candidate in candidates] == [request.uri]
+        others = [Candidate(mx.ModelURI.parse(uri), "ranking") for uri in self.uris]
+        return [*others, *candidates] if self.keep else others
+
+
+class Events:
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    @mx.hookimpl
+    def mx_load_started(self, event: LoadStarted) -> None:
+        self.seen.append(event)
+
+    @mx.hookimpl
+    def mx_load_finished(self, event: LoadFinished) -> None:
+        self.seen.append(event)
+
+    @mx.hookimpl
+    def mx_load_failed(self, event: LoadFailed) -> None:
+        self.seen.append(event)
+
+
+def assert_state(actual: Mapping[str, torch.Tensor]) -> None:
+    assert sorted(STATE) == sorted(actual)
+    for name, tensor in STATE.items():
+        assert tensor.dtype == actual[name].dtype
+        assert torch.equal(tensor, actual[name]), name
+
+
+# -- candidates -----------------------------------------------------------------------------------------------------
+
+
+def test_the_next_candidate_is_tried_and_the_log_says_why(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A place that has nothing gives way; one line names it and the reason."""
+    events = Events()
+
+    with caplog.at_level(logging.WARNING):
+        state = mx.load_state_dict(model, environ={}, plugins=manager(Ranking("memory://empty/model"), events))
+
+    assert_state(state)
+    assert [type(event) for event in events.seen] == [LoadFailed, LoadStarted, LoadFinished]
+    assert "memory://empty/model" in caplog.text
+
+
+def test_the_last_candidates_error_is_raised() -> None:
+    """Where no place has the model, the error is that of the one that was tried last."""
+    plugins = manager(Ranking("memory://empty/one"))
+
+    for load in (mx.load_state_dict, mx.open_checkpoint):
+        with pytest.raises(mx.NotFoundError, match="memory://empty/two"):
+            load("memory://empty/two", environ={}, plugins=plugins)
+
+
+def test_a_candidate_that_fails_half_way_is_made_good_by_the_next(model: str) -> None:
+    """What the first place wrote is overwritten, wholly, by the second."""
+    name = model.split("/")[2]
+    store(name).put("bad/model.safetensors", save({key: torch.zeros_like(value) for key, value in STATE.items()}))
+
+    class Replacing:
+        @mx.hookimpl
+        def mx_load_started(self, event: LoadStarted) -> None:
+            if event.uri.endswith("bad"):
+                store(name).put("bad/model.safetensors", save(STATE)[:-1] + b"x")
+
+    target = {key: torch.full_like(value, 7) for key, value in STATE.items()}
+
+    report = mx.load_into(target, model, environ={}, plugins=manager(Ranking(f"memory://{name}/bad"), Replacing()))
+
+    assert_state(target)
+    assert report.uri == model
+
+
+def test_deferred_weights_open_the_next_candidate(model: str) -> None:
+    """Before anything was recorded, the next place can still be taken."""
+    target = {key: torch.empty_like(value) for key, value in STATE.items()}
+
+    with mx.deferred_weights(model, model=target, environ={}, plugins=manager(Ranking("memory://empty/x"))) as weights:
+        for name, tensor in weights:
+            target[name].copy_(tensor)
+
+    assert_state(target)
+
+
+def test_a_ranking_that_leaves_nothing_is_an_error(model: str) -> None:
+    """It is the plugin that dropped them, and the message says how to go on without it."""
+    with pytest.raises(mx.ResolveError, match="MX_DISABLED_PLUGINS"):
+        mx.load_state_dict(model, environ={}, plugins=manager(Ranking(keep=False)))
+
+
+def test_a_uri_can_be_rewritten(model: str) -> None:
+    """A plugin may give names of its own to places; the report names the place."""
+
+    class Alias:
+        @mx.hookimpl
+        def mx_rewrite_uri(self, uri: mx.ModelURI) -> mx.ModelURI | None:
+            return mx.ModelURI.parse(model) if uri.scheme == "models" else None
+
+    checkpoint = mx.open_checkpoint("models://current", environ={}, plugins=manager(Alias()))
+
+    assert str(checkpoint.uri) == model
+
+
+# -- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_an_observer_that_fails_does_not_break_a_load(model: str) -> None:
+    """Whoever only watches has no say."""
+
+    class Broken:
+        @mx.hookimpl
+        def mx_load_started(self, event: LoadStarted) -> None:
+            raise RuntimeError(event.uri)
+
+    assert_state(mx.load_state_dict(model, environ={}, plugins=manager(Broken())))
+
+
+def test_an_error_in_the_block_ends_the_load_and_is_raised_as_it_is(model: str) -> None:
+    """The very exception comes out, and observers hear of it."""
+    events = Events()
+    error = KeyboardInterrupt("from the block")
+
+    with (
+        pytest.raises(KeyboardInterrupt) as caught,
+        mx.deferred_weights(model, environ={}, plugins=manager(events)) as weights,
+    ):
+        for _name, tensor in weights:
+            torch.empty_like(tensor).copy_(tensor)
+        raise error
+
+    assert caught.value is error
+    assert isinstance(events.seen[-1], LoadFailed)
+    assert events.seen[-1].error is error
+    assert weights.report is None
+
+
+def test_nothing_is_written_after_a_load_has_failed(tmp_path: Path) -> None:
+    """When the error reaches the caller, the destination is the caller's again."""
+    save_file({f"t{number}": torch.ones(20_000) for number in range(50)}, tmp_path / "model.safetensors")
+    inside, release = threading.Event(), threading.Event()
+
+    class Slow(MemoryStorage):
+        def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+            if len(buffer) == 80_000:  # a tensor, not a header
+                inside.set()
+                release.wait(30)
+            return super().read_into(path, offset, buffer, version=version)
+
+        def close(self) -> None:
+            release.set()
+
+    slow = Slow()
+    slow.put("model.safetensors", (tmp_path / "model.safetensors").read_bytes())
+
+    class Plugin:
+        @mx.hookimpl
+        def mx_register_storages(self) -> list[StorageProvider]:
+            return [StorageProvider("slow", ("slow",), lambda uri, settings: slow)]
+
+    target = {f"t{number}": torch.zeros(20_000) for number in range(50)}
+    with (
+        pytest.raises(RuntimeError, match="enough"),
+        mx.deferred_weights("slow://x", environ={"MX_CHUNK_BYTES": "80000"}, plugins=manager(Plugin())) as weights,
+    ):
+        for name, tensor in weights:
+            target[name].copy_(tensor)
+        weights._recorder._submit()  # type: ignore[union-attr]  # what a full batch does
+        assert inside.wait(30)
+        raise RuntimeError("enough")
+    before = {name: tensor.clone() for name, tensor in target.items()}
+
+    release.set()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mx-fetch")]
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.items())
+    assert any(not tensor.all() for tensor in target.values())
+
+
+def test_a_shape_that_differs_is_refused_before_a_byte_moves(model: str) -> None:
+    """Both shapes are named, and nothing is touched."""
+    target = {key: torch.full_like(value, 7) for key, value in STATE.items()}
+    target["b"] = torch.full((32, 64), 7.0)
+
+    with pytest.raises(mx.PlacementError, match=r"b is \[64, 32\].*\[32, 64\]"):
+        mx.load_into(target, model, environ={})
+
+    assert all((tensor == 7).all() for tensor in target.values())
+
+
+def test_a_dtype_that_differs_is_refused_unless_a_cast_is_asked_for(model: str) -> None:
+    """Silent conversion is nobody's surprise here."""
+    target = {key: torch.empty(value.shape, dtype=torch.float64) for key, value in STATE.items()}
+
+    with pytest.raises(mx.PlacementError, match="cast=True"):
+        mx.load_into(target, model, environ={})
+    mx.load_into(target, model, environ={}, cast=True)
+
+    assert all(torch.equal(STATE[name].double(), tensor) for name, tensor in target.items())
+
+
+def test_missing_and_unexpected_tensors_are_named(model: str) -> None:
+    """Both lists are on the error; strict=False allows the one, nothing allows the other."""
+    target = {"a": torch.empty(1000), "z": torch.empty(3)}
+
+    with pytest.raises(mx.IncompleteLoadError, match="z") as caught:
+        mx.load_into(target, model, environ={}, strict=False)
+    with pytest.raises(mx.IncompleteLoadError, match="strict=False"):
+        mx.load_into({"a": torch.empty(1000)}, model, environ={})
+    mx.load_into({"a": target["a"]}, model, environ={}, strict=False)
+
+    assert caught.value.missing == ("z",)
+    assert set(caught.value.unexpected) == {"b", "c"}
+    assert torch.equal(STATE["a"], target["a"])
+
+
+def test_names_choose_tensors(model: str) -> None:
+    """Only what was asked for is read; a wrong name is an error that names it."""
+    state = mx.load_state_dict(model, names=["b"], environ={})
+
+    assert list(state) == ["b"]
+    assert torch.equal(STATE["b"], state["b"])
+    with pytest.raises(mx.PlacementError, match="'nosuch'"):
+        mx.load_state_dict(model, names=["nosuch"], environ={})
+
+
+def test_a_module_on_the_meta_device_gets_memory(tmp_path: Path) -> None:
+    """Built without memory, loaded into memory of its own, with ties kept."""
+    reference = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    save_file(reference.state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    mx.load_into(model, tmp_path, environ={})
+
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    assert isinstance(model[0].weight, nn.Parameter)
+
+
+def test_concurrent_loads_do_not_disturb_each_other(model: str) -> None:
+    """Several threads, one plugin manager."""
+    plugins = manager()
+    results: list[dict[str, torch.Tensor]] = []
+
+    def load() -> None:
+        results.append(mx.load_state_dict(model, environ={}, plugins=plugins))
+
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(results) == 8
+    for state in results:
+        assert_state(state)
+
+
+def test_a_path_object_is_a_place(tmp_path: Path) -> None:
+    """os.PathLike works as a plain path does, odd characters and all."""
+    directory = tmp_path / "odd # name?%20"
+    directory.mkdir()
+    save_file(STATE, directory / "model.safetensors")
+
+    assert_state(mx.load_state_dict(directory, environ={}))
+    assert_state(mx.load_state_dict(os.fspath(directory), environ={}))
+
+
+def test_deferred_weights_serve_one_block(model: str) -> None:
+    """They cannot be iterated outside it, nor entered twice."""
+    weights = mx.deferred_weights(model, environ={})
+    with pytest.raises(mx.PlacementError, match="with block"):
+        list(weights)
+    with weights:
+        {name: tensor.clone() for name, tensor in weights}
+
+    with pytest.raises(mx.PlacementError, match="again"), weights:
+        pass
