@@ -18,7 +18,9 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    uri: Annotated[str, typer.Argument(help="A directory, an index, or one safetensors file: a URI or a path.")],
+    uri: Annotated[
+        str, typer.Argument(help="A directory, an index, or one safetensors file: a URI or a path.", metavar="URI")
+    ],
     json_output: JsonOption = False,
 ) -> None:
     """Show tensors, dtypes, shapes, sizes, files and versions; reads headers only."""

@@ -54,7 +54,9 @@ class _Watch:
 
 
 def load(
-    uri: Annotated[str, typer.Argument(help="A directory, an index, or one safetensors file: a URI or a path.")],
+    uri: Annotated[
+        str, typer.Argument(help="A directory, an index, or one safetensors file: a URI or a path.", metavar="URI")
+    ],
     json_output: JsonOption = False,
     digests: Annotated[
         Path | None,
@@ -159,6 +161,10 @@ def _sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(bytes_at(tensor.data_ptr(), tensor.numel() * tensor.itemsize)).hexdigest()
 
 
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
 def _print(report: LoadReport, digests: Path | None) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
@@ -167,12 +173,12 @@ def _print(report: LoadReport, digests: Path | None) -> None:
     rows = {
         "loaded": report.uri,
         "storage": storage,
-        "tensors": f"{report.tensors} in {report.files} files",
+        "tensors": f"{report.tensors} in {_files(report.files)}",
         "needed": format_bytes(report.bytes_needed),
-        "fetched": f"{format_bytes(report.bytes_fetched)} in {report.requests} reads, {report.retries} of them again",
+        "fetched": f"{format_bytes(report.bytes_fetched)} in {report.requests} reads, {report.retries} of them retries",
         "time": f"{report.seconds:.2f} s, {format_bytes(report.goodput_bytes_per_second)}/s",
         "concurrency": f"at most {report.concurrency} reads at once",
-        "verified": ", ".join(f"{count} {kind}" for kind, count in report.verified.items()),
+        "verified": ", ".join(f"{kind} of {_files(count)}" for kind, count in report.verified.items() if count),
         "peak RSS": format_bytes(report.peak_rss_bytes),
     }
     if digests is not None:
