@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping
+from itertools import accumulate
 
 import torch
 
-from modelexpress_core.placement.memory import Region, region_of
+from modelexpress_core.placement.memory import Region, has_memory, region_of
 
 __all__ = ["Coverage"]
 
@@ -15,26 +17,36 @@ class Coverage:
     """Which memory of some tensors was written.
 
     Args:
-        tensors: The tensors that have to be written, by name. Those that share memory are covered together.
+        tensors: The tensors that have to be written, by name. Those that share memory are covered together. One whose
+            class hides its memory counts as written when it is written itself.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors: dict[str, _Covered] = {}
         self._unreachable: list[str] = []
-        by_memory: dict[tuple[int, int], _Covered] = {}
+        self._opaque: dict[int, list[str]] = {}
+        by_memory: dict[object, _Covered] = {}
         for name, tensor in tensors.items():
+            if not has_memory(tensor):
+                self._opaque.setdefault(id(tensor), []).append(name)
+                continue
             if tensor.device.type == "meta" and tensor.numel():
                 self._unreachable.append(name)
                 continue
             region = region_of(tensor)
             if region is not None:
-                key = (region.start, region.end)
+                key = (region.start, region.end, region.dims)
                 self._tensors[name] = by_memory.setdefault(key, _Covered(region))
         self._by_start = sorted(by_memory.values(), key=lambda covered: covered.region.start)
+        # One tensor may lie within another. With the furthest end so far, these rise and can be searched.
+        self._furthest = list(accumulate((covered.region.end for covered in self._by_start), max))
 
     def wrote(self, tensor: torch.Tensor) -> None:
         """All elements of ``tensor`` were written, or will be before the load ends."""
-        if tensor.device.type == "meta" or tensor.layout is not torch.strided:
+        if not has_memory(tensor):
+            self._opaque.pop(id(tensor), None)
+            return
+        if tensor.device.type == "meta":
             return
         region = region_of(tensor)
         if region is None:
@@ -43,24 +55,19 @@ class Coverage:
             covered.add(region)
 
     def _near(self, region: Region) -> list[_Covered]:
-        low, high = 0, len(self._by_start)
-        while low < high:  # regions of parameters do not overlap, but for views that somebody registered
-            middle = (low + high) // 2
-            if self._by_start[middle].region.end <= region.start:
-                low = middle + 1
-            else:
-                high = middle
         near = []
-        for covered in self._by_start[low:]:
+        for covered in self._by_start[bisect_right(self._furthest, region.start) :]:
             if covered.region.start >= region.end:
                 break
-            near.append(covered)
+            if covered.region.end > region.start:
+                near.append(covered)
         return near
 
     def missing(self) -> tuple[str, ...]:
         """Names of the tensors that were not written, or only in part."""
         unwritten = [name for name, covered in self._tensors.items() if not covered.complete()]
-        return tuple(sorted([*self._unreachable, *unwritten]))
+        opaque = [name for names in self._opaque.values() for name in names]
+        return tuple(sorted([*self._unreachable, *opaque, *unwritten]))
 
 
 class _Covered:

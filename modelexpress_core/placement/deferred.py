@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DeferredTensor", "Source"]
 
+_CPU = torch.device("cpu")
+
 
 class Source:
     """One stored tensor during one load; all views of it share this.
@@ -64,15 +66,14 @@ class DeferredTensor(torch.Tensor):
             strides=meta.stride(),
             storage_offset=meta.storage_offset(),
             dtype=meta.dtype,
-            device=torch.device("cpu"),
+            device=_CPU,
         )
+        # What reaches for its memory past all that is watched here gets an error instead of a null pointer.
+        torch._C._set_throw_on_mutable_data_ptr(self)
         self._meta = meta
         self._source = source
         self._read = None
         return self
-
-    def __init__(self, source: Source, meta: torch.Tensor) -> None:
-        """All is done in ``__new__``."""
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's own annotation lacks the class
@@ -102,6 +103,9 @@ class DeferredTensor(torch.Tensor):
         """A plain tensor over the memory that all views of the stored tensor share from now on."""
         return self._source.recorder.shared_memory(self)
 
+    def __format__(self, spec: str) -> str:
+        return format(self._plain().item(), spec) if self.dim() == 0 else object.__format__(self, spec)
+
     def tolist(self) -> Any:
         return self._plain().tolist()
 
@@ -119,6 +123,15 @@ class DeferredTensor(torch.Tensor):
 
     def storage(self) -> Any:
         return self._memory().storage()
+
+    def apply_(self, *args: Any) -> Any:
+        return self._memory().apply_(*args)
+
+    def map_(self, *args: Any) -> Any:
+        return self._memory().map_(*args)
+
+    def map2_(self, *args: Any) -> Any:
+        return self._memory().map2_(*args)
 
     def __dlpack__(self, **kwargs: Any) -> Any:
         return self._memory().__dlpack__(**kwargs)

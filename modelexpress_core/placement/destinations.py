@@ -39,13 +39,13 @@ class Destinations:
             self.tensors = self._of_module(target, device)
         else:
             self.tensors = dict(target)
-            meta = [name for name, tensor in self.tensors.items() if tensor.is_meta]
-            if meta:
-                raise PlacementError(
-                    f"destinations on the meta device, which has no memory: {_listed(meta)}",
-                    tensor=meta[0],
-                    hint="allocate them with torch.empty_like(tensor, device=...), or pass the module itself",
-                )
+        meta = [name for name, tensor in self.tensors.items() if tensor.is_meta]
+        if meta:
+            raise PlacementError(
+                f"destinations on the meta device, which has no memory: {_listed(meta)}",
+                tensor=meta[0],
+                hint="allocate them with torch.empty_like(tensor, device=...), or pass the module itself",
+            )
 
     def _of_module(self, module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
         made: dict[int, torch.Tensor] = {}
@@ -62,14 +62,13 @@ class Destinations:
         state = module.state_dict(keep_vars=True)
         tensors = {name: made.get(id(tensor), tensor) for name, tensor in state.items() if torch.is_tensor(tensor)}
         reached = {id(tensor) for tensor in tensors.values()}
-        lost = [
-            name for name, buffer in module.named_buffers() if buffer.is_meta and id(made[id(buffer)]) not in reached
-        ]
+        own = (*module.named_parameters(), *module.named_buffers())
+        lost = [name for name, tensor in own if tensor.is_meta and id(made[id(tensor)]) not in reached]
         if lost:
             raise IncompleteLoadError(
-                f"buffers that no checkpoint holds are on the meta device: {_listed(lost)}",
+                f"parameters and buffers that no checkpoint holds are on the meta device: {_listed(lost)}",
                 missing=lost,
-                cause="the module was built on the meta device, and computes these buffers itself",
+                cause="the module was built on the meta device, and computes these itself",
                 hint="build it on a real device, or recompute them before the load",
             )
         return tensors

@@ -11,7 +11,7 @@ import torch
 
 from modelexpress_core.fetch import Ticket
 
-__all__ = ["PendingMemory", "Region", "bytes_at", "merged_dims", "region_of"]
+__all__ = ["PendingMemory", "Region", "bytes_at", "has_memory", "merged_dims", "region_of"]
 
 _memoryview_from_memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _memoryview_from_memory.restype = ctypes.py_object
@@ -59,7 +59,7 @@ class Region:
     @property
     def gapless(self) -> bool:
         """Whether every byte between start and end belongs to it."""
-        return len(self.dims) == 1
+        return len(self.dims) == 1 and self.dims[0][1] == 1
 
     def overlaps(self, other: Region) -> bool:
         """Whether a byte may belong to both. Never False where one does."""
@@ -75,7 +75,7 @@ def _apart_in_one_grid(a: Region, b: Region) -> bool:
 
     Both are described in the strides of the finer description; a box that leaves a row of the array is not one.
     """
-    strides = sorted({stride for _, stride in (*a.dims, *b.dims)}, reverse=True)
+    strides = sorted({1, *(stride for _, stride in (*a.dims, *b.dims))}, reverse=True)
     if any(larger % smaller for larger, smaller in pairwise(strides)):
         return False
     origin = min(a.start, b.start)
@@ -96,6 +96,12 @@ def _apart_in_one_grid(a: Region, b: Region) -> bool:
     return any(a_end <= b_first or b_end <= a_first for (a_first, a_end), (b_first, b_end) in zip(*boxes, strict=True))
 
 
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is a strided one whose memory is its own, not that of a wrapping class."""
+    plain = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return plain and tensor.layout is torch.strided and not tensor.is_quantized
+
+
 def region_of(tensor: torch.Tensor) -> Region | None:
     """The memory of ``tensor``; None where it has no element."""
     if not tensor.numel():
@@ -110,7 +116,7 @@ def region_of(tensor: torch.Tensor) -> Region | None:
     dims = merged_dims(sizes, strides)
     span = sum((size - 1) * stride for size, stride in dims) + 1
     in_bytes = merged_dims((*(size for size, _ in dims), item), (*(stride * item for _, stride in dims), 1))
-    return Region(start, start + span * item, tuple(in_bytes))
+    return Region(start, start + span * item, tuple(in_bytes) or ((1, 1),))
 
 
 _T = TypeVar("_T", bound=Ticket)

@@ -39,6 +39,7 @@ class Operation:
             otherwise (``reshape``): whoever relies on it checks the result.
         reshapes_in_place: It changes size or strides of its argument (``t_``).
         shape_only: It reads no element.
+        composite: It is made of other operations, and torch can take it apart.
         written: Positions of the arguments that it writes.
         written_names: Names of those that can be given by name.
     """
@@ -47,6 +48,7 @@ class Operation:
     view: bool
     reshapes_in_place: bool
     shape_only: bool
+    composite: bool
     written: frozenset[int]
     written_names: frozenset[str]
 
@@ -66,6 +68,7 @@ def operation(func: Any) -> Operation:
         view=bool(aliases) and all(aliases) and not written,
         reshapes_in_place=torch.Tag.inplace_view in func.tags,
         shape_only=schema.name in _SHAPE_ONLY,
+        composite=torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
         written=frozenset(position for position, _ in written),
         written_names=frozenset(name for _, name in written),
     )

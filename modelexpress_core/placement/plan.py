@@ -33,6 +33,10 @@ _Dims = Sequence[tuple[int, int, int]]
 #: One thread is handed small ranges together until they are worth this much of its time, in bytes.
 _BATCH_BYTES = 256 << 10
 
+#: Reads of different tensors are joined across a gap only where they need this many times its bytes: parts of the
+#: tensors between them belong to other ranks.
+_NEEDED_PER_WASTED = 16
+
 
 #: Bytes of an element -> a dtype of that size which torch copies as it is.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
@@ -154,19 +158,23 @@ class ReadPlanner:
     def _ranges(self, file: CheckpointFile, segments: Iterable[Segment]) -> Iterator[Range]:
         """Reads for the segments of one file, sorted by offset."""
         shared: list[Segment] = []
-        begin = end = 0
+        begin = end = needed = 0
         for segment in segments:
             if segment.length > self._small_bytes:
                 yield Range(file, segment.offset, segment.length, (segment,))
                 continue
             reaches = max(end, segment.offset + segment.length)
-            if shared and segment.offset - end <= self._request_cost_bytes and reaches - begin <= self._chunk_bytes:
+            needed += segment.length
+            gap = segment.offset - end
+            worth = gap <= min(self._request_cost_bytes, needed // _NEEDED_PER_WASTED)
+            if shared and worth and reaches - begin <= self._chunk_bytes:
                 shared.append(segment)
                 end = reaches
                 continue
             if shared:
                 yield Range(file, begin, end - begin, shared)
             shared, begin, end = [segment], segment.offset, segment.offset + segment.length
+            needed = segment.length
         if shared:
             yield Range(file, begin, end - begin, shared)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelexpress_core.checkpoint import Checkpoint, TensorInfo
-from modelexpress_core.errors import PlacementError
+from modelexpress_core.errors import IncompleteLoadError, PlacementError
 from modelexpress_core.fetch import FetchEngine
 from modelexpress_core.placement.coverage import Coverage
 from modelexpress_core.placement.deferred import DeferredTensor, Source
-from modelexpress_core.placement.memory import PendingMemory, region_of
+from modelexpress_core.placement.memory import PendingMemory, has_memory, region_of
 from modelexpress_core.placement.operations import Operation, operation
 from modelexpress_core.placement.plan import Copy, ReadPlanner
 
@@ -41,24 +41,45 @@ _SMALL_TOTAL_BYTES = 256 << 20
 _BATCH_BYTES = 64 << 20
 _BATCH_COPIES = 256
 
-#: Completed copies are forgotten when this many are kept.
+#: Completed copies, which keep their destinations alive, are forgotten when this many or this much is kept ...
 _PURGE_COPIES = 4096
+_PURGE_BYTES = 256 << 20
+#: ... or this many times what was left the last time, so that looking through what is still on its way stays cheap.
+_PURGE_GROWTH = 2
 
-#: Ways from a tensor to its memory that are no operations.
-_ESCAPES = frozenset(
+#: Ways from a tensor to its whole storage, which other tensors may share, that are no operations.
+_STORAGE_ESCAPES = frozenset(
     {
-        torch.Tensor.__array__,
-        torch.Tensor.__dlpack__,
-        torch.Tensor.__reduce_ex__,
-        torch.Tensor.data_ptr,
-        torch.Tensor.numpy,
+        torch.Tensor.__deepcopy__,
+        torch.Tensor.share_memory_,
         torch.Tensor.storage,
-        torch.Tensor.tolist,
         torch.Tensor.untyped_storage,
     }
 )
+#: ``tensor.data = other``, which would give a tensor the memory that a deferred one does not have.
+_SET_DATA: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]  # the stubs show its value's type
+#: All ways from a tensor to memory that are no operations.
+_ESCAPES = _STORAGE_ESCAPES | {
+    _SET_DATA,
+    torch.Tensor.__array__,
+    torch.Tensor.__dlpack__,
+    torch.Tensor.__reduce_ex__,
+    torch.Tensor.apply_,
+    torch.Tensor.data_ptr,
+    torch.Tensor.map_,
+    torch.Tensor.map2_,
+    torch.Tensor.numpy,
+    torch.Tensor.tolist,
+}
 
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_AS_STRIDED = torch.ops.aten.as_strided.default
 _COPY = torch.ops.aten.copy_.default
+#: Views whose values are not the bytes that they look at.
+_VALUE_VIEWS = frozenset({torch.ops.aten._conj.default, torch.ops.aten._neg_view.default})
+
+#: The recorders whose blocks this thread is in, outermost first.
+_entered = threading.local()
 
 
 class Recorder:
@@ -76,12 +97,15 @@ class Recorder:
         self._planner = ReadPlanner(engine.chunk_bytes, engine.capabilities.request_cost_bytes)
         self._coverage = coverage
         self._lock = threading.RLock()
-        self._thread = 0
         self._mode = _RecordingMode(self)
         self._escapes = _EscapeMode(self)
         self._pending: PendingMemory[Copy] = PendingMemory()
         self._unsubmitted: list[Copy] = []
         self._unsubmitted_bytes = 0
+        self._recorded_bytes = 0
+        self._purge_copies = _PURGE_COPIES
+        self._purge_bytes = _PURGE_BYTES
+        self._fault: BaseException | None = None
         self._ended = False
         self._sources: dict[str, Source] = {}
         self.needed_bytes = 0
@@ -92,40 +116,71 @@ class Recorder:
     # -- for the loader -----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Recorder:
-        self._thread = threading.get_ident()
+        _settle_outer()
         self._prefetch()
         self._escapes.__enter__()
         self._mode.__enter__()
+        _entered.recorders = [*_outer(), self]
         return self
 
     def __exit__(self, *exc: object) -> None:
+        _entered.recorders = [recorder for recorder in _outer() if recorder is not self]
         self._mode.__exit__(None, None, None)
         self._escapes.__exit__(None, None, None)
-        self._thread = 0
 
     def deferred(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the checkpoint, deferred, in the order of files and of bytes in them."""
         for name, info in self._checkpoint.tensors.items():
-            source = self._source(name, info)
-            yield name, DeferredTensor(source, source.meta)
+            with _Unwatched():
+                source = self._source(name, info)
+                tensor = DeferredTensor(source, source.meta)
+            yield name, tensor
 
     def place(self, info: TensorInfo, destination: torch.Tensor) -> None:
-        """Copy the whole of the stored tensor ``info`` to ``destination``, which has its shape."""
+        """Copy the whole of the stored tensor ``info`` to ``destination``, which has its shape.
+
+        Raises:
+            PlacementError: ``destination`` has no memory.
+        """
+        if destination.device.type == "meta":
+            message = f"the destination of {info.name} is on the meta device, which has no memory"
+            raise PlacementError(
+                message, tensor=info.name, hint="allocate it with torch.empty_like(tensor, device=...)"
+            )
         source = self._source(info.name, info)
+        _settle_outer()
         with self._lock:
             source.used = True
-            self._record(source, source.meta, destination)
+            if _fits_bytewise(source.meta, destination):
+                self._record(source, source.meta, destination)
+            else:
+                with torch.no_grad():
+                    destination.copy_(self.materialise(DeferredTensor(source, source.meta), "aten.copy_"))
 
     def finish(self) -> None:
-        """Complete everything that was recorded; deferred tensors cannot be used any more."""
+        """Complete everything that was recorded; deferred tensors cannot be used any more.
+
+        Raises:
+            IncompleteLoadError: A copy was recorded and not done although nothing failed.
+        """
         with self._lock:
             self._submit()
             self._engine.finish()
+            lost = sorted({copy.info.name for copy in self._pending.owners() if not copy.done})
+            if lost:
+                message = f"{len(lost)} tensors were recorded and not fetched: {', '.join(lost[:8])}"
+                cause = "an error that ended the recording of other tensors was caught by the code that loads"
+                raise IncompleteLoadError(message, missing=lost, cause=cause, hint="let that error pass")
             self.end()
 
     def end(self) -> None:
-        """Deferred tensors cannot be used any more."""
-        self._ended = True
+        """Deferred tensors cannot be used any more, and nothing is kept alive for them."""
+        with self._lock:
+            self._ended = True
+            self._pending = PendingMemory()
+            self._unsubmitted = []
+            for source in self._sources.values():
+                source.prefetched = source.prefetch = None
 
     @property
     def tensors_used(self) -> int:
@@ -145,6 +200,10 @@ class Recorder:
             with self._lock:
                 return self._copy(args, kwargs)
         what = operation(func)
+        if what.composite and any(isinstance(value, DeferredTensor) for value in args):
+            # Inference mode has not taken it apart on the way here, and on the meta device it may not do the same.
+            with _RecordingMode(self):
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
         if what.view:
             return self._view(func, what, args, kwargs)
         with self._lock:
@@ -153,36 +212,53 @@ class Recorder:
     def dispatch_elsewhere(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do ``func`` where no mode watches: other operations cannot be ordered after it, so it is completed."""
         result = self.dispatch(func, args, kwargs)
-        if threading.get_ident() != self._thread:
-            with self._lock:
-                self._complete(self._unsubmitted)
-                self._engine.wait([copy for copy in self._pending.owners() if not copy.done])
+        self.settle_all()
         return result
 
-    def settle(self, values: Iterable[Any]) -> None:
-        """Complete the copies to memory of the tensors among ``values``."""
+    def escaping(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of ``func``, which hands out memory past dispatch, with what belongs there in it."""
         with self._lock:
-            for value in values:
-                if isinstance(value, torch.Tensor) and not isinstance(value, DeferredTensor):
+            if func == _SET_DATA:
+                return self._setting_data(*args)
+            if func in _STORAGE_ESCAPES:
+                self._complete(self._pending.owners())
+            args = tuple(_shared(value) for value in args)
+            for value in args:
+                if isinstance(value, torch.Tensor):
                     self._settle(value)
+            return args
+
+    def _setting_data(self, tensor: torch.Tensor, data: Any) -> tuple[Any, ...]:
+        if isinstance(tensor, DeferredTensor):
+            message = f"{tensor!r} cannot be given other data"
+            raise PlacementError(message, tensor=tensor._source.info.name, hint="make a tensor of the data instead")
+        if isinstance(data, DeferredTensor):
+            data = _shared(data)
+            self._wrote(tensor)
+        return tensor, data
+
+    def settle_all(self) -> None:
+        """Complete all copies."""
+        with self._lock:
+            self._complete(self._pending.owners())
 
     def _copy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         destination: torch.Tensor = args[0]
         deferred: DeferredTensor = args[1]
         source, meta = deferred._source, deferred._meta
-        source.used = True
-        if source.real is None and _has_memory(destination):
+        if source.real is None and source.recorder is self and has_memory(destination):
             shape = destination.shape
             view = meta if meta.shape == shape else meta.expand(shape)
+            source.used = True
             if destination.device.type == "meta":
                 self.meta_destinations += 1
                 return destination
-            if _can_be_read(view) and _can_be_written(destination):
+            if _fits_bytewise(view, destination):
                 if source.prefetched is not None:
                     self.needed_bytes += meta.numel() * meta.itemsize
                     self._settle(destination)
-                    self._wrote(destination)
                     destination.copy_(self._prefetched_view(source, view))
+                    self._wrote(destination)
                 else:
                     self._record(source, view, destination)
                 return destination
@@ -192,9 +268,13 @@ class Recorder:
         first = args[0] if args else None
         if isinstance(first, DeferredTensor):
             source = first._source
+            if func in _VALUE_VIEWS:
+                source.recorder.shared_memory(first)
             if source.real is None:
                 plain = [a._meta if isinstance(a, DeferredTensor) else a for a in args]
                 result = func(*plain, **kwargs)
+                if func is _AS_STRIDED:
+                    _check_bounds(result, source)
                 if _all_alias(result, first._meta):
                     return _wrapped(result, source)
             with self._lock:
@@ -208,35 +288,54 @@ class Recorder:
             return self._compute(func, what, args, kwargs)
 
     def _compute(self, func: Any, what: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if what.shape_only and isinstance(args[0], DeferredTensor):
+        if what.shape_only:
             return self._shape_only(func, args, kwargs)
+        if what.reshapes_in_place:  # may move the storage, which other tensors share
+            self._complete(self._pending.owners())
+        for name in what.written_names & kwargs.keys():  # before others, which may be views of the same tensor
+            self._made_real(kwargs[name], what, written=True)
         new_args = tuple(self._made_real(value, what, position in what.written) for position, value in enumerate(args))
         new_kwargs = {key: self._made_real(value, what, key in what.written_names) for key, value in kwargs.items()}
-        return func(*new_args, **new_kwargs)
+        result = func(*new_args, **new_kwargs)
+        for position in what.written:
+            if position < len(new_args):
+                self._was_written(args[position], new_args[position], what)
+        for name in what.written_names:
+            if name in kwargs:
+                self._was_written(kwargs[name], new_kwargs[name], what)
+        return result
+
+    def _was_written(self, value: Any, made: Any, what: Operation) -> None:
+        if isinstance(value, (list, tuple)):
+            for item, made_item in zip(value, made, strict=True):
+                self._was_written(item, made_item, what)
+        elif isinstance(value, DeferredTensor):
+            if value.shape != made.shape:
+                raise _reshaped(what, value)
+        elif isinstance(value, torch.Tensor) and not what.reshapes_in_place:
+            self._wrote(value)
 
     def _made_real(self, value: Any, what: Operation, written: bool) -> Any:
         if isinstance(value, DeferredTensor):
+            source = value._source
             if written and what.reshapes_in_place:
-                message = f"{what.name} changes the shape of {value!r} in place, which a deferred tensor cannot follow"
-                raise PlacementError(
-                    message, tensor=value._source.info.name, hint="use the operation that returns a view instead"
-                )
-            if written or value._source.real is not None:
-                value = self.shared_memory(value)
+                raise _reshaped(what, value)
+            if written or what.reshapes_in_place or source.real is not None:
+                value = _shared(value)
             else:
-                plain = self.materialise(value, what.name)
+                plain = source.recorder.materialise(value, what.name)
                 # An operation that may return its very input must not return what we keep for the next reader.
                 return plain.clone() if what.view else plain
         if isinstance(value, torch.Tensor):
             self._settle(value)
-            if written:
-                self._wrote(value)
             return value
         if isinstance(value, (list, tuple)):
             return type(value)([self._made_real(item, what, written) for item in value])
         return value
 
     def _shape_only(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not isinstance(args[0], DeferredTensor):
+            return func(*args, **kwargs)
         kwargs = dict(kwargs)
         if kwargs.get("device") is None:
             kwargs["device"] = torch.device("cpu")
@@ -244,30 +343,51 @@ class Recorder:
 
     # -- copies -------------------------------------------------------------------------------------------------------
 
-    def _record(self, source: Source, view: torch.Tensor, destination: torch.Tensor) -> Copy | None:
-        """The copy of ``view`` to ``destination``, on its way; None where there is nothing to copy."""
+    def _record(self, source: Source, view: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copy ``view`` to ``destination`` in the background."""
         self._check_usable(source.info)
         region = region_of(destination)
         if region is None:
-            return None
+            return
         if len(self._pending):
             self._complete(self._pending.overlapping(region))
-        copy = Copy(source.info, view, destination)
+        # The memory as it is now: the tensor itself may be given other memory before this is planned or done.
+        with torch._C.DisableTorchFunction():
+            memory = destination.detach()
+        copy = Copy(source.info, view, memory)
         self.needed_bytes += copy.needed_bytes
         self._pending.add(region, copy)
-        if len(self._pending) >= _PURGE_COPIES:
-            self._pending.purge()
-        self._wrote(destination)
         self._unsubmitted.append(copy)
         self._unsubmitted_bytes += copy.needed_bytes
+        self._recorded_bytes += copy.needed_bytes
+        self._wrote(destination)
         if self._unsubmitted_bytes >= _BATCH_BYTES or len(self._unsubmitted) >= _BATCH_COPIES:
             self._submit()
-        return copy
+        if len(self._pending) >= self._purge_copies or self._recorded_bytes >= self._purge_bytes:
+            self._purge()
+
+    def _purge(self) -> None:
+        """Forget the copies that are done."""
+        self._pending.purge()
+        self._recorded_bytes = sum(copy.needed_bytes for copy in self._pending.owners())
+        self._purge_copies = max(_PURGE_COPIES, _PURGE_GROWTH * len(self._pending))
+        self._purge_bytes = max(_PURGE_BYTES, _PURGE_GROWTH * self._recorded_bytes)
 
     def _submit(self, *, urgent: bool = False) -> None:
         copies, self._unsubmitted, self._unsubmitted_bytes = self._unsubmitted, [], 0
-        if copies:
-            self._engine.submit(self._planner.batches(copies), urgent=urgent)
+        self._fetch(copies, urgent=urgent)
+
+    def _fetch(self, copies: Sequence[Copy], *, urgent: bool) -> None:
+        if self._fault is not None:
+            raise self._fault
+        if not copies:
+            return
+        try:
+            with _Unwatched():
+                self._engine.submit(self._planner.batches(copies), urgent=urgent)
+        except BaseException as exc:
+            self._fault = exc  # none of these copies will be done, whoever catches this
+            raise
 
     def _complete(self, copies: Iterable[Copy]) -> None:
         waiting = [copy for copy in copies if not copy.done]
@@ -279,21 +399,21 @@ class Recorder:
         """Complete the copies to memory of ``tensor``."""
         if not len(self._pending) or tensor.device.type == "meta":
             return
-        region = region_of(tensor) if _has_memory(tensor) else None
+        region = region_of(tensor) if has_memory(tensor) else None
         if region is not None:
             self._complete(self._pending.overlapping(region))
-        elif not _has_memory(tensor):  # we cannot tell which memory it stands for
+        elif not has_memory(tensor):  # we cannot tell which memory it stands for
             self._complete(self._pending.owners())
 
     def _wrote(self, tensor: torch.Tensor) -> None:
-        if self._coverage is not None and _has_memory(tensor):
+        if self._coverage is not None:
             self._coverage.wrote(tensor)
 
     # -- real tensors -------------------------------------------------------------------------------------------------
 
     def materialise(self, deferred: DeferredTensor, reason: str) -> torch.Tensor:
         """A plain tensor with the elements of ``deferred``; ``reason`` is counted in the report."""
-        with self._lock, torch.inference_mode(mode=False):
+        with self._lock, torch.inference_mode(mode=False), _Unwatched():
             source, meta = deferred._source, deferred._meta
             if source.real is not None:
                 shared = self.shared_memory(deferred)
@@ -311,9 +431,7 @@ class Recorder:
         if source.prefetched is not None:
             self.needed_bytes += meta.numel() * meta.itemsize
             return self._prefetched_view(source, meta).clone()
-        if meta.is_conj() or meta.is_neg():  # values that are not the bytes: torch makes them of the bytes
-            return _same_view(self._fetched(source, source.meta), meta).clone()
-        if not _can_be_read(meta):
+        if not _plain_bytes(meta):
             strides = meta.stride()
             once = [size if stride else min(size, 1) for size, stride in zip(meta.shape, strides, strict=True)]
             return self._fetched(source, meta.as_strided(once, strides)).expand(meta.shape).clone()
@@ -322,14 +440,17 @@ class Recorder:
     def _fetched(self, source: Source, meta: torch.Tensor) -> torch.Tensor:
         """A new plain tensor with the elements of ``meta``, with the strides that a clone would have."""
         real = torch.empty_strided(meta.size(), torch.empty_like(meta).stride(), dtype=meta.dtype, device="cpu")
-        copy = self._record(source, meta, real)
-        if copy is not None:
-            self._complete([copy])
+        if meta.numel():
+            copy = Copy(source.info, meta, real)
+            self.needed_bytes += copy.needed_bytes
+            self._submit()  # what waits to be fetched is fetched meanwhile
+            self._fetch([copy], urgent=True)
+            self._engine.wait([copy])
         return real
 
     def shared_memory(self, deferred: DeferredTensor) -> torch.Tensor:
         """The memory that every view of the stored tensor means, from now on, because it may be written to."""
-        with self._lock, torch.inference_mode(mode=False):
+        with self._lock, torch.inference_mode(mode=False), _Unwatched():
             source = deferred._source
             if source.real is None:
                 self._check_usable(source.info)
@@ -383,7 +504,7 @@ class Recorder:
             source.prefetch = copy = Copy(info, stored, source.prefetched)
             copies.append(copy)
             position += -(-info.length // 16) * 16
-        self._engine.submit(self._planner.batches(copies), urgent=True)
+        self._fetch(copies, urgent=True)
 
     def _check_usable(self, info: TensorInfo) -> None:
         if self._ended:
@@ -418,26 +539,74 @@ class _EscapeMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ESCAPES:
-            self._recorder.settle(args)
+            args = self._recorder.escaping(func, args)
         return func(*args, **(kwargs or {}))
 
 
-def _has_memory(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is a strided one whose memory is its own, not that of a wrapping class."""
-    plain = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    return plain and tensor.layout is torch.strided and not tensor.is_quantized
+class _Unwatched:
+    """A block whose operations are ours and on plain tensors: no mode is asked."""
+
+    __slots__ = ("_dispatch", "_function")
+
+    def __enter__(self) -> None:
+        self._function = torch._C.DisableTorchFunction()
+        self._dispatch = torch._C._DisableTorchDispatch()
+        self._function.__enter__()
+        self._dispatch.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        self._dispatch.__exit__(None, None, None)
+        self._function.__exit__(None, None, None)
 
 
-def _can_be_read(view: torch.Tensor) -> bool:
-    """Whether the bytes of the view are its values, each element once."""
-    if view.is_conj() or view.is_neg():
+def _shared(value: Any) -> Any:
+    """``value``, with memory if it is deferred."""
+    return value._source.recorder.shared_memory(value) if isinstance(value, DeferredTensor) else value
+
+
+def _outer() -> list[Recorder]:
+    recorders: list[Recorder] = getattr(_entered, "recorders", [])
+    return recorders
+
+
+def _settle_outer() -> None:
+    """Complete the copies of the loads that this one begins inside of: their order is not kept across loads."""
+    for recorder in _outer():
+        recorder.settle_all()
+
+
+def _plain_bytes(tensor: torch.Tensor) -> bool:
+    """Whether the bytes of the tensor are its values, each element once."""
+    if tensor.is_conj() or tensor.is_neg():
         return False
-    return all(stride or size < 2 for size, stride in zip(view.shape, view.stride(), strict=True))
+    return all(stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def _can_be_written(destination: torch.Tensor) -> bool:
-    """Whether plain bytes can be put there; where not, torch does the copy, or says why it cannot be done."""
-    return _can_be_read(destination)
+def _fits_bytewise(view: torch.Tensor, destination: torch.Tensor) -> bool:
+    """Whether the copy is one of plain bytes and casts; where not, torch does it, or says why it cannot be done."""
+    if not has_memory(destination) or not _plain_bytes(view) or not _plain_bytes(destination):
+        return False
+    return not view.is_complex() or destination.is_complex()  # torch warns of what it drops, which belongs here
+
+
+def _check_bounds(view: torch.Tensor, source: Source) -> None:
+    """What torch checks for tensors with memory, but not for those on the meta device."""
+    if not view.numel():
+        return
+    last = view.storage_offset() + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
+    if (last + 1) * view.itemsize > source.info.length:
+        message = (
+            f"setStorage: sizes {list(view.shape)}, strides {list(view.stride())}, storage offset "
+            f"{view.storage_offset()} and itemsize {view.itemsize} are out of bounds for the "
+            f"{source.info.length} bytes of {source.info.name}"
+        )
+        raise RuntimeError(message)
+
+
+def _reshaped(what: Operation, deferred: DeferredTensor) -> PlacementError:
+    message = f"{what.name} changes the shape of {deferred!r} in place, which a deferred tensor cannot follow"
+    name = deferred._source.info.name
+    return PlacementError(message, tensor=name, hint="use the operation that returns a new tensor instead")
 
 
 def _all_alias(result: Any, base: torch.Tensor) -> bool:
@@ -458,6 +627,4 @@ def _same_view(whole: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
     item = whole.itemsize * whole.storage_offset()
     offset = meta.storage_offset() + item // meta.itemsize
     view.set_(whole.untyped_storage(), offset, meta.size(), meta.stride())
-    if meta.is_conj():
-        view = view.conj()
-    return view._neg_view() if meta.is_neg() else view
+    return view

@@ -67,7 +67,8 @@ class Storage(Protocol):
         """Read ``len(buffer)`` bytes from ``offset`` of the object at ``path`` straight into ``buffer``.
 
         Where the connection breaks after some bytes, return their number: core goes on at the first missing
-        byte. Raise only where nothing of this call arrived.
+        byte. Raise only where nothing of this call arrived. A read that begins at or after the end of the object
+        returns 0 or raises SourceChangedError.
 
         Args:
             path: As in ``ObjectInfo.path``.
@@ -85,5 +86,9 @@ class Storage(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up connections and files. May be called while reads run in other threads: those then fail soon."""
+        """Give up connections and files; called once or more often.
+
+        May be called while reads run in other threads: those end soon, with their bytes or with a BackendError that is
+        not retryable, as does every later call.
+        """
         ...
