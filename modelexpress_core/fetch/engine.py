@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from modelexpress_core.fetch.concurrency import ConcurrencyLimit, FixedConcurrency
 from modelexpress_core.fetch.ledger import Ledger
 from modelexpress_core.fetch.request import Range, Ticket
-from modelexpress_core.fetch.retry import LoadCancelledError, RetryBudget, RetryingStorage, RetryPolicy
+from modelexpress_core.fetch.retry import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.fetch.staging import StagingPool
 from modelexpress_core.providers import StorageCapabilities
 from modelexpress_core.settings import LoadSettings
@@ -175,8 +175,7 @@ class FetchEngine:
                 batch = (self._urgent or self._queue).popleft()
                 self._busy += 1
             try:
-                for range_ in batch:
-                    self._fetch(range_)
+                self._fetch(batch)
             except BaseException as exc:  # noqa: BLE001 - it reaches the caller through the load
                 self._fail(exc)
             finally:
@@ -187,37 +186,41 @@ class FetchEngine:
                         self._work_ready.notify()
                 del batch
 
-    def _fetch(self, range_: Range) -> None:
-        if self._cancelled.is_set():
-            raise LoadCancelledError("the load was cancelled")
-        arrived = 0
+    def _fetch(self, batch: Sequence[Range]) -> None:
+        """Fetch one batch. Accounts are kept by batch, because a range may be a few hundred bytes."""
         self.ledger.begin()
+        arrived = 0
         try:
-            memory = range_.direct
-            if memory is not None:
-                self._read(range_, memory)
-            else:
-                with self.staging.borrow(range_.length) as buffer:
-                    self._read(range_, buffer)
-                    for segment in range_.segments:
-                        start = segment.offset - range_.offset
-                        part = buffer[start : start + segment.length]
-                        if segment.deliver is not None:
-                            segment.deliver(part)
-                        elif segment.memory is not None:
-                            segment.memory[:] = part
-            arrived = range_.length
+            for range_ in batch:
+                self._fetch_range(range_)
+            arrived = sum(range_.length for range_ in batch)
         finally:
             self.ledger.end(arrived)
         with self._lock:
-            self._pending_segments -= len(range_.segments)
-            for segment in range_.segments:
-                ticket = segment.ticket
-                ticket.remaining -= 1
-                if not ticket.remaining:
-                    ticket.done = True
+            for range_ in batch:
+                self._pending_segments -= len(range_.segments)
+                for segment in range_.segments:
+                    ticket = segment.ticket
+                    ticket.remaining -= 1
+                    if not ticket.remaining:
+                        ticket.done = True
             self._progress.notify_all()
         self._on_arrival()
+
+    def _fetch_range(self, range_: Range) -> None:
+        memory = range_.direct
+        if memory is not None:
+            self._read(range_, memory)
+            return
+        with self.staging.borrow(range_.length) as buffer:
+            self._read(range_, buffer)
+            for segment in range_.segments:
+                start = segment.offset - range_.offset
+                part = buffer[start : start + segment.length]
+                if segment.deliver is not None:
+                    segment.deliver(part)
+                elif segment.memory is not None:
+                    segment.memory[:] = part
 
     def _read(self, range_: Range, memory: memoryview) -> None:
         self._storage.read_into(range_.file.path, range_.offset, memory, version=range_.file.version)
