@@ -26,7 +26,7 @@ class ObjectInfo:
         version: What pins this content: an ETag, a generation, a modification stamp. None where the storage
             has nothing of the kind.
         digests: Digests of the whole object that the storage publishes, by algorithm
-            (``"crc32c"``, ``"crc64nvme"``, ``"md5"``, ``"sha256"``), in lower-case hex.
+            (``"crc32"``, ``"crc32c"``, ``"crc64nvme"``, ``"md5"``, ``"sha1"``, ``"sha256"``), in lower-case hex.
     """
 
     path: str
@@ -74,13 +74,14 @@ class Storage(Protocol):
             path: As in ``ObjectInfo.path``.
             offset: First byte.
             buffer: Writable, one-dimensional, of bytes, and never empty.
-            version: As in ``ObjectInfo.version``; None takes any.
+            version: As in ``ObjectInfo.version``; None takes any one.
 
         Returns:
             Number of bytes written to the start of ``buffer``; fewer than asked for where the stream ended early.
 
         Raises:
-            SourceChangedError: The object is no longer ``version``.
+            SourceChangedError: The object is no longer ``version``, and its old content cannot be read any more.
+            UnavailableError, DeadlineError: The other side cannot be reached, or the connection broke; retryable.
             BackendError: Any other failure.
         """
         ...

@@ -13,7 +13,12 @@ from modelexpress_core.cli.app import build_app
 from modelexpress_core.settings import CORE_SETTINGS, variables
 
 ROOT = Path(__file__).parents[2]
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("plugins/*/README.md")]
+TEXTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *ROOT.glob("docs/*.md"),
+    *ROOT.glob("plugins/*/README.md"),
+    *ROOT.glob("examples/*/README.md"),
+]
 README = TEXTS[0].read_text()
 
 
@@ -53,7 +58,9 @@ def test_commands_exist() -> None:
 def test_make_targets_exist() -> None:
     """Every ``make target`` that a text names is in the Makefile."""
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    used = {target for path in TEXTS for target in re.findall(r"\bmake ([a-z]+)\b", path.read_text())}
+    used = {
+        target for path in TEXTS for target in re.findall(r"(?:`|^)make ([a-z]+)\b", path.read_text(), re.MULTILINE)
+    }
 
     assert used >= {"demo", "test"}
     assert used <= targets

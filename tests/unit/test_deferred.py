@@ -240,6 +240,20 @@ def test_the_later_of_two_copies_to_the_same_memory_wins(
     assert [*c.tensors[names[0]][:4].tolist(), *c.tensors[names[1]].tolist()] == buffer.tolist()
 
 
+def test_a_tensor_that_was_fetched_ahead_comes_after_the_copy_before_it() -> None:
+    """Its bytes are there already, and still wait for those of an earlier copy to the same memory."""
+    c = case(large=numbered(1000), small=numbered(2, start=5000))
+    c.storage.slow[c.offsets["large"]] = 0.05
+    destination = torch.zeros(1000)
+
+    with c.load() as weights:
+        w = dict(weights)
+        destination.copy_(w["large"])
+        destination[10:12].copy_(w["small"])
+
+    assert [*range(1, 11), 5000, 5001, *range(13, 1001)] == destination.tolist()
+
+
 def test_copies_to_memory_apart_do_not_wait_for_each_other() -> None:
     """Columns of one matrix, halves of one buffer: nothing waits while they are recorded."""
     c = case(a=numbered(4, 2), b=numbered(4, 2, start=50))
@@ -351,8 +365,9 @@ def test_reading_one_tensor_does_not_wait_for_others() -> None:
     assert torch.equal(c.tensors["w"], destination)
 
 
-def test_moving_into_shared_memory_waits_for_all_of_the_storage() -> None:
+def test_moving_into_shared_memory_waits_for_all_of_the_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A storage that moves takes its bytes along, also those that belong to other tensors."""
+    monkeypatch.setattr(recording, "_BATCH_COPIES", 1)  # so that the read is under way when the storage moves
     c = case(w=numbered(6))
     c.storage.slow[c.offsets["w"]] = 0.03
     buffer = torch.zeros(12)
@@ -365,8 +380,9 @@ def test_moving_into_shared_memory_waits_for_all_of_the_storage() -> None:
     assert torch.equal(c.tensors["w"], left)
 
 
-def test_growing_a_storage_waits_for_all_of_it() -> None:
+def test_growing_a_storage_waits_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """``resize_`` of one tensor moves the bytes that are on their way to another."""
+    monkeypatch.setattr(recording, "_BATCH_COPIES", 1)  # so that the read is under way when the storage moves
     c = case(w=numbered(6))
     c.storage.slow[c.offsets["w"]] = 0.03
     buffer = torch.zeros(6)

@@ -229,6 +229,8 @@ def test_an_error_in_a_delivery_ends_the_load() -> None:
 
     with pytest.raises(ValueError, match="no room"):
         fetch.finish()
+    fetch.abort(ValueError("no room"))
+
     assert fetch.ledger.arrived_bytes == 0
 
 

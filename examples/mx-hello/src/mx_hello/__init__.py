@@ -1,0 +1,1 @@
+"""Checkpoints from a web server: ``hello://host:port/path``."""

@@ -1,0 +1,45 @@
+"""What authors of plugins test with: contracts to inherit, and storages that fail on request.
+
+``StorageContract`` and ``PluginContract`` need pytest and hypothesis: ``pip install 'modelexpress-core[testing]'``.
+``FaultyStorage`` needs nothing. Nothing here imports torch, and each name is imported at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modelexpress_core.testing.faults import Fault, FaultPolicy, FaultyStorage
+    from modelexpress_core.testing.plugin_contract import PluginContract
+    from modelexpress_core.testing.storage_contract import UNUSUAL_NAMES, StorageContract
+
+_MODULES = {
+    "Fault": "faults",
+    "FaultPolicy": "faults",
+    "FaultyStorage": "faults",
+    "PluginContract": "plugin_contract",
+    "StorageContract": "storage_contract",
+    "UNUSUAL_NAMES": "storage_contract",
+}
+
+__all__ = ["UNUSUAL_NAMES", "Fault", "FaultPolicy", "FaultyStorage", "PluginContract", "StorageContract"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    try:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as exc:
+        if exc.name not in {"pytest", "hypothesis"}:
+            raise
+        message = f"{name} needs {exc.name}: pip install 'modelexpress-core[testing]'"
+        raise ModuleNotFoundError(message, name=exc.name) from exc
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

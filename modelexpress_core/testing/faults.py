@@ -1,0 +1,285 @@
+"""A storage that wraps another and fails the way networks and servers do, on a plan that can be repeated."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, get_args
+
+import attrs
+from attrs import field, frozen
+
+from modelexpress_core.errors import BackendError, SourceChangedError, UnavailableError
+from modelexpress_core.storage import ObjectInfo, Storage
+
+__all__ = ["Fault", "FaultPolicy", "FaultyStorage"]
+
+#: What can happen to a call; :class:`FaultPolicy` says what each is.
+Fault = Literal["reset", "truncation", "unavailable", "throttled", "stall", "flipped_bit", "changed"]
+
+_FAULTS: tuple[Fault, ...] = get_args(Fault)
+
+#: Faults that a call without bytes can have.
+_WITHOUT_BYTES = frozenset({"reset", "unavailable", "throttled", "stall", "changed"})
+
+_INVERTED = bytes(255 - value for value in range(256))
+
+_Operation = Literal["list", "stat", "read_into"]
+
+
+def _share() -> float:
+    return field(default=0.0, validator=[attrs.validators.ge(0.0), attrs.validators.le(1.0)])
+
+
+@frozen(kw_only=True)
+class FaultPolicy:
+    """What goes wrong, and how often.
+
+    A share is a probability from 0 to 1. What happens to a call depends on ``seed``, the operation, the path, the
+    offset and how often just this was asked for before, and on nothing else: the same load meets the same faults,
+    however its threads are scheduled.
+
+    Attributes:
+        reset: Share of reads whose connection breaks: they are short, and the read that goes on where they end fails
+            with UnavailableError. One that breaks before its first byte fails itself.
+        truncation: Share of reads whose stream ends early, as if all had been sent: they are short.
+        unavailable: Share of calls that the server refuses as HTTP 503 does.
+        throttled: Share of calls that the server refuses as HTTP 429 does.
+        stall: Share of calls that wait for ``stall_seconds``, or until the storage is closed.
+        flipped_bit: Share of reads with one wrong bit, and no word about it.
+        changed: Share of calls before which the object is replaced by another of the same size: its bytes are
+            inverted, its version is another, and reads of the old one fail with SourceChangedError.
+        first: What happens to the first calls, in order; None is no fault. The shares hold for those after.
+        operations: The calls that faults happen to.
+        most: Faults in all, after which everything works; None for no end.
+        stall_seconds: How long a stall is; None for one that only closing ends.
+        retry_after_seconds: What a throttling server asks for.
+        latency_seconds: What every call takes at least.
+        bytes_per_second: What each read gets at most; None for no limit.
+        seed: Another one gives other faults.
+    """
+
+    reset: float = _share()
+    truncation: float = _share()
+    unavailable: float = _share()
+    throttled: float = _share()
+    stall: float = _share()
+    flipped_bit: float = _share()
+    changed: float = _share()
+    first: Sequence[Fault | None] = field(
+        default=(),
+        converter=tuple,
+        validator=attrs.validators.deep_iterable(attrs.validators.in_((*_FAULTS, None))),
+    )
+    operations: frozenset[_Operation] = field(default=frozenset({"read_into"}), converter=frozenset)
+    most: int | None = None
+    stall_seconds: float | None = None
+    retry_after_seconds: float | None = None
+    latency_seconds: float = field(default=0.0, validator=attrs.validators.ge(0.0))
+    bytes_per_second: float | None = field(default=None, validator=attrs.validators.optional(attrs.validators.gt(0)))
+    seed: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse what cannot be drawn."""
+        if math.fsum(self.shares.values()) > 1:
+            message = f"the shares of a FaultPolicy add up to more than 1: {dict(self.shares)}"
+            raise ValueError(message)
+        unknown = sorted(self.operations - {"list", "stat", "read_into"})
+        if unknown:
+            message = f"a FaultPolicy knows the operations list, stat and read_into, not {', '.join(unknown)}"
+            raise ValueError(message)
+
+    @property
+    def shares(self) -> Mapping[Fault, float]:
+        """Each fault's share."""
+        return {fault: getattr(self, fault) for fault in _FAULTS}
+
+
+class FaultyStorage:
+    """``inner``, with the faults of ``policy``. Thread-safe, as far as ``inner`` is.
+
+    Example:
+        >>> from modelexpress_core.storage.memory import MemoryStorage
+        >>> inner = MemoryStorage()
+        >>> _ = inner.put("weights", bytes(100))
+        >>> storage = FaultyStorage(inner, FaultPolicy(first=["truncation"], seed=1))
+        >>> storage.read_into("weights", 0, memoryview(bytearray(100)), version=None) < 100
+        True
+        >>> storage.read_into("weights", 0, memoryview(bytearray(100)), version=None)
+        100
+        >>> storage.injected
+        Counter({'truncation': 1})
+
+    Args:
+        inner: Where the bytes come from; closed with this one.
+        policy: What goes wrong.
+    """
+
+    def __init__(self, inner: Storage, policy: FaultPolicy) -> None:
+        self._inner = inner
+        self._policy = policy
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._calls: Counter[str] = Counter()
+        self._drawn = 0
+        self._injected: Counter[Fault] = Counter()
+        self._asked: Counter[tuple[str, str, int]] = Counter()
+        self._broken: set[tuple[str, int]] = set()
+        self._replaced: Counter[str] = Counter()
+
+    @property
+    def injected(self) -> Counter[Fault]:
+        """How often each fault happened so far."""
+        with self._lock:
+            return self._injected.copy()
+
+    @property
+    def calls(self) -> Counter[str]:
+        """How often each operation was called so far."""
+        with self._lock:
+            return self._calls.copy()
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """As the inner storage's; a reset ends it after some objects."""
+        fault, chance = self._draw("list", prefix, 0)
+        self._wait("list", prefix, fault)
+        found = [self._seen(info) for info in self._inner.list(prefix)]
+        if fault == "reset":
+            yield from found[: chance.randrange(len(found) + 1)]
+            raise self._error(UnavailableError, "the connection was reset [injected]", "list", prefix)
+        yield from found
+
+    def stat(self, path: str) -> ObjectInfo:
+        """As the inner storage's."""
+        fault, _ = self._draw("stat", path, 0)
+        self._wait("stat", path, fault)
+        if fault == "reset":
+            raise self._error(UnavailableError, "the connection was reset [injected]", "stat", path)
+        return self._seen(self._inner.stat(path))
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        """As the inner storage's, or with a fault."""
+        operation = f"read bytes {offset}-{offset + len(buffer) - 1}"
+        begun = time.monotonic()
+        with self._lock:
+            broken = (path, offset) in self._broken
+            self._broken.discard((path, offset))
+        if broken:
+            raise self._error(UnavailableError, "the connection was reset [injected]", operation, path)
+        fault, chance = self._draw("read_into", path, offset)
+        self._wait(operation, path, fault)
+        inner_version, replaced = self._pinned(path, version, operation)
+        wanted = len(buffer)
+        if fault in {"reset", "truncation"}:
+            wanted = chance.randrange(wanted)
+            if fault == "reset" and wanted:
+                with self._lock:
+                    self._broken.add((path, offset + wanted))
+        if not wanted:
+            if fault == "reset":
+                raise self._error(UnavailableError, "the connection was reset [injected]", operation, path)
+            return 0
+        count = self._inner.read_into(path, offset, buffer[:wanted], version=inner_version)
+        if replaced % 2:
+            buffer[:count] = bytes(buffer[:count]).translate(_INVERTED)
+        if fault == "flipped_bit" and count:
+            buffer[chance.randrange(count)] ^= 1 << chance.randrange(8)
+        if self._policy.bytes_per_second is not None:
+            self._sleep(count / self._policy.bytes_per_second - (time.monotonic() - begun), operation, path)
+        return count
+
+    def close(self) -> None:
+        """Close the inner storage, and end every wait."""
+        self._closed.set()
+        self._inner.close()
+
+    def replace(self, path: str) -> None:
+        """Replace the object at ``path`` as the fault ``changed`` does: other bytes, same size, another version."""
+        with self._lock:
+            self._replaced[path] += 1
+
+    # -- what happens -------------------------------------------------------------------------------------------------
+
+    def _draw(self, operation: _Operation, path: str, offset: int) -> tuple[Fault | None, random.Random]:
+        """The fault that happens to this call, and the source of whatever else is left to chance in it."""
+        policy = self._policy
+        with self._lock:
+            self._calls[operation] += 1
+            if operation not in policy.operations:
+                return None, random.Random(0)  # noqa: S311 - faults are no secrets
+            again = self._asked[operation, path, offset]
+            self._asked[operation, path, offset] += 1
+            chance = random.Random(f"{policy.seed} {operation} {path} {offset} {again}")  # noqa: S311 - as above
+            fault: Fault | None = None
+            if self._drawn < len(policy.first):
+                fault = policy.first[self._drawn]
+            elif any(policy.shares.values()):
+                none = 1 - math.fsum(policy.shares.values())
+                fault = chance.choices([*_FAULTS, None], [*policy.shares.values(), max(none, 0.0)])[0]
+            self._drawn += 1
+            if fault is None or (operation != "read_into" and fault not in _WITHOUT_BYTES):
+                return None, chance
+            if policy.most is not None and self._injected.total() >= policy.most:
+                return None, chance
+            self._injected[fault] += 1
+            if fault == "changed":
+                self._replaced[path] += 1
+            return fault, chance
+
+    def _wait(self, operation: str, path: str, fault: Fault | None) -> None:
+        """What a call has to go through before it reaches the inner storage."""
+        self._sleep(self._policy.latency_seconds, operation, path)
+        if fault == "unavailable":
+            raise self._error(UnavailableError, "HTTP 503 [injected]", operation, path)
+        if fault == "throttled":
+            reason, after = "HTTP 429 [injected]", self._policy.retry_after_seconds
+            raise self._error(UnavailableError, reason, operation, path, retry_after_seconds=after)
+        if fault == "stall":
+            self._sleep(self._policy.stall_seconds, operation, path)
+
+    def _sleep(self, seconds: float | None, operation: str, path: str) -> None:
+        """Wait, but no longer than until the storage is closed; None is for ever."""
+        if (seconds is None or seconds > 0) and self._closed.wait(seconds):
+            raise self._error(BackendError, "the storage was closed", operation, path)
+
+    def _pinned(self, path: str, version: str | None, operation: str) -> tuple[str | None, int]:
+        """The inner storage's version that is meant by ``version``, and how often the object was replaced since."""
+        with self._lock:
+            replaced = self._replaced[path]
+        if version is None or not replaced:
+            return version, replaced
+        start, mark, number = version.rpartition("+replaced-")
+        if not mark or number != str(replaced):
+            reason = "the object was replaced since the load began [injected]"
+            raise self._error(SourceChangedError, reason, operation, path)
+        return start, replaced
+
+    def _seen(self, info: ObjectInfo) -> ObjectInfo:
+        """``info`` as this storage tells it."""
+        with self._lock:
+            replaced = self._replaced[info.path]
+        if not replaced:
+            return info
+        version = None if info.version is None else f"{info.version}+replaced-{replaced}"
+        return attrs.evolve(info, version=version, digests={})
+
+    @staticmethod
+    def _error(
+        kind: type[BackendError],
+        reason: str,
+        operation: str,
+        path: str,
+        *,
+        retry_after_seconds: float | None = None,
+    ) -> BackendError:
+        return kind(
+            reason,
+            uri=f"faulty://{path}" if "://" not in path else path,
+            operation=operation,
+            provider="modelexpress-core",
+            retry_after_seconds=retry_after_seconds,
+        )

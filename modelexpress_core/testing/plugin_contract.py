@@ -1,0 +1,281 @@
+"""The contract of every plugin, whatever it offers: how it is announced, what importing and asking it may cost."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import attrs
+import pytest
+
+from modelexpress_core import hookspecs
+from modelexpress_core.hooks import PROJECT_NAME
+from modelexpress_core.plugins import ENTRY_POINT_GROUP, PluginManager
+from modelexpress_core.settings import describe
+from modelexpress_core.storage import Storage
+from modelexpress_core.testing.contract import Contract, violated
+from modelexpress_core.uri import ModelURI
+
+__all__ = ["PluginContract"]
+
+#: What no plugin's module imports before its factory is called: it costs seconds, or is not installed everywhere.
+_HEAVY = frozenset(
+    {
+        *("azure", "boto3", "botocore", "google.cloud", "google.protobuf", "grpc", "huggingface_hub", "kubernetes"),
+        *("nixl", "numpy", "redis", "torch", "transformers", "typer", "vllm"),
+    }
+)
+
+#: Imports a plugin's module and has it registered, in a process of its own that notes what that does.
+_PROBE = """
+import json, os, sys
+
+asked = json.loads(sys.argv[1])
+sys.path[:] = asked["path"]
+from modelexpress_core.plugins import PluginManager
+import importlib
+
+before, deeds, watching = set(sys.modules), [], []
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+EVENTS = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.remove", "os.mkdir")
+
+def watch(event, args):
+    if not watching:
+        return
+    if event.startswith(EVENTS) and event != "socket.gethostname":
+        deeds.append(f"{event} {args!r}"[:200])
+    elif event == "open" and (set(str(args[1] or "")) & set("wax+") or (args[2] or 0) & WRITES):
+        deeds.append(f"open {args[0]!r} for writing"[:200])
+
+sys.addaudithook(watch)
+watching.append(True)
+module = importlib.import_module(asked["module"])
+PluginManager().register(module, name=asked["name"])
+watching.clear()
+print("\\n" + json.dumps({"modules": sorted(set(sys.modules) - before), "deeds": deeds}))
+"""
+
+_FIRST_PARTY_FILES = frozenset({"__init__.py", "_errors.py", "plugin.py", "py.typed", "settings.py"})
+
+
+class PluginContract(Contract, contract=True):
+    """What every installed plugin keeps to.
+
+    Example:
+        >>> class TestHelloPlugin(PluginContract):
+        ...     distribution = "mx-hello"
+        ...     example_uri = "hello://127.0.0.1:8080/model"
+
+    Attributes:
+        distribution: Name of the distribution that is installed.
+        sdks: Packages that its factories import, and that its module must not.
+        example_uri: A URI of one of its storages, whose factory is called where this is set. Nothing is read from it.
+        example_settings: The settings that the factory is called with.
+        first_party: The plugin is one of this project's, which all have the same file names.
+    """
+
+    distribution: ClassVar[str] = ""
+    sdks: ClassVar[tuple[str, ...]] = ()
+    example_uri: ClassVar[str] = ""
+    example_settings: ClassVar[Mapping[str, str]] = {}
+    first_party: ClassVar[bool] = False
+
+    # -- fixtures -----------------------------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def readme(self) -> str:
+        """The text in which the plugin's variables are documented: by default its description on PyPI."""
+        return str(importlib.metadata.metadata(self._name()).json.get("description", ""))
+
+    @pytest.fixture
+    def entry_point(self) -> importlib.metadata.EntryPoint:
+        """The plugin's entry point."""
+        name = self._name()
+        points = [
+            point for point in importlib.metadata.distribution(name).entry_points if point.group == ENTRY_POINT_GROUP
+        ]
+        if len(points) != 1:
+            violated(f"{name} has {len(points)} entry points in the group {ENTRY_POINT_GROUP}; it needs one")
+        return points[0]
+
+    @pytest.fixture
+    def plugin(self, entry_point: importlib.metadata.EntryPoint) -> ModuleType:
+        """The module that the entry point names."""
+        return importlib.import_module(entry_point.module)
+
+    @pytest.fixture
+    def manager(self, plugin: ModuleType) -> PluginManager:
+        """A manager that knows this plugin and nothing else."""
+        manager = PluginManager()
+        manager.register(plugin, name=self._name())
+        return manager
+
+    # -- how it is announced ------------------------------------------------------------------------------------------
+
+    def test_the_entry_point_has_the_name_of_the_distribution(self, entry_point: importlib.metadata.EntryPoint) -> None:
+        """It names a module, under the distribution's own name, by which users switch the plugin off."""
+        name = self._name()
+        if _normalised(entry_point.name) != _normalised(name):
+            violated(f"the entry point is called {entry_point.name!r}; give it the distribution's name, {name!r}")
+        if entry_point.attr:
+            violated(f"the entry point is {entry_point.value!r}; it names a module: {entry_point.module!r}")
+
+    def test_the_plugin_is_found_and_handles_its_schemes(self, manager: PluginManager) -> None:
+        """Installed, it is loaded without a complaint, and each scheme of its records leads to it."""
+        name = _normalised(self._name())
+        tables = ("storages", "transports", "discoveries", "metadata_stores")
+        for kind in tables:
+            for record in getattr(manager, kind).records:
+                for scheme in record.provider.schemes:
+                    environ = {"MX_PLUGINS": name, "MX_STRICT_PLUGINS": "1"}
+                    if record.provider.alternative:
+                        environ["MX_PREFER"] = f"{scheme}={record.provider.name}"
+                    found = getattr(PluginManager.discover(environ), kind).lookup(scheme)
+                    if found.plugin.name != name:
+                        violated(f"the {found.label} handles {scheme}, not {name}")
+        PluginManager.discover({"MX_PLUGINS": name, "MX_STRICT_PLUGINS": "1"})
+
+    def test_the_package_is_typed(self, plugin: ModuleType) -> None:
+        """It carries ``py.typed`` (PEP 561), so that its users' type checkers see its annotations."""
+        package = _directory(plugin)
+        if not (package / "py.typed").is_file():
+            violated(f"there is no py.typed in {package.name}: add an empty file of that name to the package")
+
+    def test_the_files_have_the_usual_names(self, plugin: ModuleType, manager: PluginManager) -> None:
+        """Who knows one first-party plugin knows them all."""
+        if not self.first_party:
+            pytest.skip("only first-party plugins have the same file names (first_party is False)")
+        expected = set(_FIRST_PARTY_FILES)
+        expected |= {"_storage.py"} if manager.storages.records else set()
+        expected |= {"_transport.py"} if manager.transports.records else set()
+        missing = sorted(expected - {path.name for path in _directory(plugin).iterdir()})
+        if missing or not plugin.__name__.endswith(".plugin"):
+            violated(f"{plugin.__name__} is not laid out as other plugins are; missing: {', '.join(missing) or '-'}")
+
+    # -- what it costs ------------------------------------------------------------------------------------------------
+
+    def test_importing_it_brings_nothing_heavy(self, entry_point: importlib.metadata.EntryPoint) -> None:
+        """Listing plugins imports all of them: SDKs and torch come in with the factory, at first use."""
+        for sdk in self.sdks:
+            if importlib.util.find_spec(sdk) is None:
+                violated(f"sdks names {sdk}, which is not installed here: the test would hold of nothing")
+        imported = self._probed(entry_point)["modules"]
+        heavy = sorted(name for name in {*_HEAVY, *self.sdks} if name in imported)
+        if heavy:
+            violated(f"importing {entry_point.module} imports {', '.join(heavy)}: move that into the factory")
+
+    def test_registering_does_no_io(self, entry_point: importlib.metadata.EntryPoint) -> None:
+        """Import and register hooks open no socket, start no process and write no file."""
+        deeds = self._probed(entry_point)["deeds"]
+        if deeds:
+            violated(f"importing and registering {entry_point.module} did: {'; '.join(deeds)}. Leave it to the factory")
+
+    def test_registering_twice_gives_the_same(self, plugin: ModuleType) -> None:
+        """Register hooks are pure: what they return depends on nothing."""
+        first, second = ([_comparable(record) for record in _records(plugin)] for _ in range(2))
+        if first != second:
+            violated(f"the register hooks of {plugin.__name__} returned {first}, and then {second}")
+
+    # -- what it says -------------------------------------------------------------------------------------------------
+
+    def test_every_hook_is_marked_and_exists(self, plugin: ModuleType) -> None:
+        """A function with our prefix is a hook, spelt right and marked with ``hookimpl``: others are never called."""
+        for name, value in vars(plugin).items():
+            if not name.startswith("mx_") or not callable(value):
+                continue
+            if not hasattr(value, f"{PROJECT_NAME}_impl"):
+                violated(f"{plugin.__name__}.{name} is not marked: have you forgotten @hookimpl above it?")
+            if not hasattr(hookspecs, name) and not getattr(value, f"{PROJECT_NAME}_impl")["optionalhook"]:
+                violated(f"{plugin.__name__}.{name} is no hook; those are in modelexpress_core.hookspecs")
+
+    def test_its_records_are_accepted(self, plugin: ModuleType) -> None:
+        """Core registers it, and it offers something or implements some hook at all."""
+        manager = PluginManager()
+        info = manager.register(plugin, name=self._name())
+        marked = [value for value in vars(plugin).values() if hasattr(value, f"{PROJECT_NAME}_impl")]
+        if info.status != "loaded" or not marked:
+            violated(f"{plugin.__name__} implements no hook: mark functions with modelexpress_core.hooks.hookimpl")
+
+    def test_the_factory_opens_a_storage(self, manager: PluginManager) -> None:
+        """What the factory returns for ``example_uri`` is a Storage, which closes."""
+        if not self.example_uri:
+            pytest.skip("example_uri is not set")
+        _, storage = manager.open_storage(ModelURI.parse(self.example_uri), self.example_settings)
+        try:
+            if not isinstance(storage, Storage):
+                violated(f"the factory returned {type(storage).__name__}, which lacks methods of Storage")
+        finally:
+            storage.close()
+
+    def test_its_settings_are_documented(self, manager: PluginManager, readme: str) -> None:
+        """Every variable has a sentence of help, a default that works, and a place in the README."""
+        for owner, settings in manager.settings_classes():
+            for setting in describe(settings, {}, owner=owner):
+                if not setting.help.strip():
+                    violated(f"{setting.name} has no help: say in a sentence what it does")
+                names = (setting.name, *setting.aliases)
+                missing = [name for name in names if not re.search(rf"\b{name}\b", readme)]
+                if missing:
+                    violated(f"the README does not name {', '.join(missing)}")
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _name(self) -> str:
+        if not self.distribution:
+            violated(f'{type(self).__name__} does not say what to test: distribution = "mx-..."')
+        return self.distribution
+
+    def _probed(self, entry_point: importlib.metadata.EntryPoint) -> Mapping[str, Sequence[str]]:
+        """What importing and registering the plugin imports and does, in a fresh process."""
+        return _probed(entry_point.module, self._name(), tuple(sys.path))
+
+
+@functools.cache
+def _probed(module: str, name: str, path: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    asked = json.dumps({"path": path, "module": module, "name": name})
+    done = subprocess.run(  # noqa: S603 - this interpreter, with our own program
+        [sys.executable, "-B", "-c", _PROBE, asked], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        violated(f"importing and registering {module} in a fresh process failed:\n{done.stderr}")
+    told: Mapping[str, Sequence[str]] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def _normalised(name: str) -> str:
+    """PEP 503."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _directory(plugin: ModuleType) -> Path:
+    """The directory of the package that ``plugin`` is in."""
+    package = importlib.import_module(plugin.__name__.partition(".")[0])
+    if not getattr(package, "__path__", None):
+        violated(f"{package.__name__} is a module; a plugin is a package, so that it can carry py.typed")
+    return Path(next(iter(package.__path__)))
+
+
+def _records(plugin: ModuleType) -> Iterator[Any]:
+    """What the register hooks return, hook by hook."""
+    for name, function in sorted(vars(plugin).items()):
+        if name.startswith("mx_register_") and hasattr(function, f"{PROJECT_NAME}_impl"):
+            yield from function()
+
+
+def _comparable(record: Any) -> object:  # noqa: ANN401 - any kind of record
+    """All that a record says; a factory by its name, since a function made anew may well be the same."""
+    if not attrs.has(type(record)):
+        return record
+    fields = {field.name: getattr(record, field.name) for field in attrs.fields(type(record))}
+    factory = fields.pop("factory", None)
+    return type(record).__name__, fields, getattr(factory, "__qualname__", type(factory).__name__)

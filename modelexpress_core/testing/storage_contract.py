@@ -1,0 +1,840 @@
+"""The contract of every storage: what core relies on, as tests that run against the real thing.
+
+Each test states one rule of ``modelexpress_core.storage.Storage`` in its docstring. A message says which call broke it,
+with what, and often what the usual slip is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import pickle
+import random
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar, TypeVar
+from uuid import uuid4
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    BackendError,
+    DeadlineError,
+    NotFoundError,
+    SourceChangedError,
+    UnavailableError,
+)
+from modelexpress_core.storage import ObjectInfo, Storage
+from modelexpress_core.testing.contract import Contract, violated
+
+__all__ = ["UNUSUAL_NAMES", "StorageContract"]
+
+_T = TypeVar("_T")
+
+#: Names that real checkpoints and careless tools produce, and that go wrong where a name becomes a part of a URL. Some
+#: come in pairs that are one name after a decoding too many.
+UNUSUAL_NAMES: tuple[str, ...] = (
+    "with space",
+    "plus+plus",
+    "plus plus",
+    "percent%41",
+    "percentA",
+    "hash#tag",
+    "question?mark=1&more",
+    "at@colon:equals=",
+    "quotes'and\"",
+    "brackets[0]{1}(2)",
+    "tilde~dollar$comma,semicolon;",
+    "ünïcödé-模型-🙂",
+)
+
+#: What buffers hold before a read; whatever else is found outside of the bytes that were read was written there.
+_FILL = 0xA5
+_MARGIN_BYTES = 64
+
+_OBJECT_BYTES = 100_003
+_LARGE_BYTES = (16 << 20) + 7
+
+#: How long reads go on in the tests in which something happens meanwhile.
+_MEANWHILE_SECONDS = 0.2
+
+_DIGESTS: Mapping[str, Callable[[bytes], str]] = {
+    "crc32": lambda content: f"{zlib.crc32(content):08x}",
+    "md5": lambda content: hashlib.md5(content, usedforsecurity=False).hexdigest(),
+    "sha1": lambda content: hashlib.sha1(content, usedforsecurity=False).hexdigest(),
+    "sha256": lambda content: hashlib.sha256(content).hexdigest(),
+    "sha512": lambda content: hashlib.sha512(content).hexdigest(),
+}
+
+
+class StorageContract(Contract, contract=True):
+    """What every storage keeps to, in the fixtures' storage.
+
+    Override ``storage`` and ``put``; the other fixtures have a default or switch tests on. Every rule that is not
+    tested, because a fixture or an attribute says so, shows as a skipped test with its reason.
+
+    Example:
+        >>> import pytest
+        >>> from modelexpress_core.storage.memory import MemoryStorage
+        >>> class TestMemoryStorage(StorageContract):
+        ...     @pytest.fixture
+        ...     def storage(self):
+        ...         return MemoryStorage()
+        ...
+        ...     @pytest.fixture
+        ...     def put(self, storage):
+        ...         return storage.put
+
+    Attributes:
+        versions: The storage has versions. Where it has none, ``version`` is None everywhere.
+        root_is_listable: ``list("")`` stands for the whole authority, which is small enough to be listed in a test.
+        page_size: Objects in one page of a listing; one more is put. 0 where listings have no pages.
+        unsupported_names: Names in ``UNUSUAL_NAMES`` that what is behind the storage cannot hold, with the reason.
+        patience_seconds: How long one call may take before it counts as hanging.
+    """
+
+    versions: ClassVar[bool] = True
+    root_is_listable: ClassVar[bool] = True
+    page_size: ClassVar[int] = 0
+    unsupported_names: ClassVar[Mapping[str, str]] = {}
+    patience_seconds: ClassVar[float] = 30.0
+
+    # -- fixtures to override -----------------------------------------------------------------------------------------
+
+    @pytest.fixture
+    def storage(self) -> Storage:
+        """The storage under test: a new one for each test, since some tests close it. Close it afterwards, too."""
+        violated(f"{type(self).__name__} needs a fixture `storage` that returns (or yields) a new storage")
+
+    @pytest.fixture
+    def put(self) -> Callable[[str, bytes], object]:
+        """A function ``put(path, content)`` that stores an object where ``storage`` finds it, in one step."""
+        violated(f"{type(self).__name__} needs a fixture `put`: a function that stores content at a path")
+
+    @pytest.fixture
+    def directory(self) -> str:
+        """A directory in which nothing is yet, as ``list`` takes it; a new one for each test."""
+        return f"contract-{uuid4().hex}"
+
+    @pytest.fixture
+    def secrets(self) -> Sequence[str]:
+        """Texts that must appear in no error and no log: whatever the storage was given to show who it is."""
+        return ()
+
+    @pytest.fixture
+    def missing_authority(self) -> Storage | None:
+        """A storage of a bucket, account or share that does not exist; None where there is no such thing."""
+        return None
+
+    @pytest.fixture
+    def unreachable(self) -> Storage | None:
+        """A storage of a server that refuses connections; None where there is no server."""
+        return None
+
+    @pytest.fixture
+    def denied(self) -> Storage | None:
+        """A storage with credentials that are not accepted; None where there are no credentials."""
+        return None
+
+    @pytest.fixture
+    def stalled(self) -> tuple[Storage, str] | None:
+        """A storage, and the path of an object in it of which no byte ever comes; None where nothing can stall."""
+        return None
+
+    # -- the protocol -------------------------------------------------------------------------------------------------
+
+    def test_it_is_a_storage(self, storage: Storage) -> None:
+        """It has the methods of the protocol."""
+        if not isinstance(storage, Storage):
+            violated(f"{type(storage).__name__} lacks methods of modelexpress_core.storage.Storage")
+
+    # -- list ---------------------------------------------------------------------------------------------------------
+
+    def test_list_finds_objects_at_any_depth(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """Directly in the directory and in directories below it, each once."""
+        names = ("a", "b/c", "b/d/e/f/g")
+        for name in names:
+            put(f"{directory}/{name}", b"x")
+
+        _same(
+            sorted(f"{directory}/{name}" for name in names),
+            sorted(_listed(storage, directory)),
+            f"list({directory!r}) gave paths",
+        )
+
+    def test_list_takes_its_prefix_for_a_directory(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """Neighbours whose name begins the same way are not below it: ``model-2`` is not in ``model``."""
+        for name in ("model/inside", "model-2/a", "model.safetensors", "model2", "mode/l"):
+            put(f"{directory}/{name}", b"x")
+
+        _same(
+            [f"{directory}/model/inside"],
+            sorted(_listed(storage, f"{directory}/model")),
+            f"beside {directory}/model are model-2/, model2 and model.safetensors; list({directory + '/model'!r}) gave",
+        )
+
+    def test_list_of_nothing_is_empty(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """A directory without objects is no error, and neither is an object, below which there is nothing."""
+        put(f"{directory}/object", b"x")
+
+        for prefix in (f"{directory}/nothing", f"{directory}/object", f"{directory}/nothing/at/all"):
+            _same([], _listed(storage, prefix), f"nothing is below {prefix}, and list gave")
+
+    def test_list_of_the_root_finds_everything(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """The empty prefix is the authority itself."""
+        if not self.root_is_listable:
+            pytest.skip("the root of this storage is not for listing (root_is_listable is False)")
+        names = {f"{directory}/a", f"{directory}/b/c"}
+        for name in names:
+            put(name, b"x")
+
+        missing = sorted(names - set(_listed(storage, "")))
+        _same([], missing, "list('') did not give")
+
+    def test_list_goes_on_after_a_page(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """All objects come where they do not fit on one page, each once."""
+        if not self.page_size:
+            pytest.skip("its listings have no pages (page_size is 0)")
+        names = sorted(f"{directory}/{number:06}" for number in range(self.page_size + 1))
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: put(name, b""), names))
+
+        listed = sorted(_listed(storage, directory))
+        _same(len(names), len(listed), "the number of objects that list gave is")
+        _same(names, listed, "list gave")
+
+    def test_list_agrees_with_stat(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
+        """The paths are those that ``stat`` and ``read_into`` take; sizes and versions are the same."""
+        contents = {f"{directory}/{name}": _content(size) for name, size in (("a", 1), ("b/c", 1000))}
+        for path, content in contents.items():
+            put(path, content)
+
+        for info in storage.list(directory):
+            if not isinstance(info, ObjectInfo):
+                violated(f"list gave {type(info).__name__}, not ObjectInfo")
+            told = storage.stat(info.path)
+            content = contents[info.path]
+            _same((info.path, len(content)), (told.path, told.size), f"stat({info.path!r}) told path and size")
+            _same(len(content), info.size, f"list told for {info.path} the size")
+            _same(told.version, info.version, f"stat told for {info.path} the version {told.version!r}, and list")
+            _check_bytes(content, 0, _read(storage, info.path, 0, len(content), info.version), info.path)
+
+    def test_list_of_a_missing_authority_is_not_found(self, missing_authority: Storage | None) -> None:
+        """A bucket, account or share that does not exist is no empty directory."""
+        if missing_authority is None:
+            pytest.skip("nothing to test with: the fixture `missing_authority` is None")
+        error = self._failing("list('model')", lambda: list(missing_authority.list("model")))
+        _check_class(error, (NotFoundError,), "listing what does not exist")
+
+    # -- stat ---------------------------------------------------------------------------------------------------------
+
+    def test_stat_tells_the_size(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
+        """Of what is stored now, also after it was replaced."""
+        for size in (7, 0, 70_000):
+            put(f"{directory}/object", _content(size))
+
+            _same(size, storage.stat(f"{directory}/object").size, "stat told the size")
+
+    def test_stat_of_nothing_is_not_found(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """Not even where the path is the beginning of another, or goes on below an object."""
+        put(f"{directory}/model/object", b"x")
+
+        for path in ("model/obj", "model/object2", "elsewhere/object", "model/object/below"):
+            error = self._failing(f"stat of {path}", lambda path=path: storage.stat(f"{directory}/{path}"))  # type: ignore[misc]  # a default binds it
+            _check_class(error, (NotFoundError,), f"stat({path!r}), which does not exist,")
+
+    def test_stat_of_a_directory_is_an_error(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """A directory is no object."""
+        put(f"{directory}/model/object", b"x")
+
+        error = self._failing("stat of a directory", lambda: storage.stat(f"{directory}/model"))
+        _check_class(error, (BackendError,), "stat of a directory")
+
+    def test_digests_are_those_of_the_content(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """What a storage publishes, core verifies: in lower-case hex, of the whole object."""
+        content = _content(_OBJECT_BYTES)
+        put(f"{directory}/object", content)
+
+        for info in (storage.stat(f"{directory}/object"), *storage.list(directory)):
+            for algorithm in info.digests.keys() & _DIGESTS.keys():
+                _same(_DIGESTS[algorithm](content), info.digests[algorithm], f"the {algorithm} is given as")
+
+    # -- read_into ----------------------------------------------------------------------------------------------------
+
+    def test_reads_any_range(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
+        """Exactly the bytes of the range, into the buffer and nowhere else, all of them, with their number returned."""
+        path, content = f"{directory}/object", _content(_OBJECT_BYTES)
+        put(path, content)
+        version = storage.stat(path).version
+
+        @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+        @given(one=st.integers(0, _OBJECT_BYTES), other=st.integers(0, _OBJECT_BYTES), pinned=st.booleans())
+        @example(one=0, other=_OBJECT_BYTES, pinned=True)
+        @example(one=0, other=1, pinned=True)
+        @example(one=_OBJECT_BYTES - 1, other=_OBJECT_BYTES, pinned=False)
+        @example(one=1, other=_OBJECT_BYTES - 1, pinned=True)
+        def reads(*, one: int, other: int, pinned: bool) -> None:
+            offset = min(one, other, _OBJECT_BYTES - 1)
+            length = max(abs(one - other), 1)
+            got = _read(storage, path, offset, length, version if pinned else None)
+            _check_bytes(content, offset, got, path, length)
+
+        reads()
+
+    def test_reads_the_object_that_was_asked_for(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """Objects of one size and one name in several directories are told apart, in any order."""
+        contents = {f"{directory}/{name}": _content(5000, seed) for seed, name in enumerate(("a/x", "b/x", "x", "A/x"))}
+        for path, content in contents.items():
+            put(path, content)
+
+        for path in (*contents, *reversed(contents)):
+            version = storage.stat(path).version
+            _check_bytes(contents[path], 0, _read(storage, path, 0, 5000, version), path, 5000)
+
+    def test_reads_much_at_once(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
+        """One call fills a buffer of sixteen megabytes."""
+        path, content = f"{directory}/object", _content(_LARGE_BYTES)
+        put(path, content)
+
+        got = _read(storage, path, 3, _LARGE_BYTES - 3, storage.stat(path).version)
+
+        _check_bytes(content, 3, got, path, _LARGE_BYTES - 3)
+
+    def test_reads_into_any_memory(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
+        """A buffer is memory of whatever kind: of a tensor, a mapped file, shared or pinned, at any address."""
+        path, content = f"{directory}/object", _content(10_000)
+        put(path, content)
+
+        with mmap.mmap(-1, 10_000) as mapped:
+            kinds = {
+                "a ctypes array": memoryview((ctypes.c_uint8 * 10_000)()).cast("B"),
+                "an array of floats": memoryview((ctypes.c_float * 2500)()).cast("B"),
+                "a mapping": memoryview(mapped),
+                "an odd address": memoryview(bytearray(10_001))[1:],
+            }
+            try:
+                for kind, view in kinds.items():
+                    count = storage.read_into(path, 0, view, version=None)
+                    _same(10_000, count, f"read_into into {kind} returned")
+                    _check_bytes(content, 0, bytes(view), f"{path} (read into {kind})")
+            finally:
+                for view in kinds.values():
+                    view.release()
+
+    def test_a_read_over_the_end_is_short(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """What there is arrives, its number comes back, and the rest of the buffer stays as it was."""
+        path, content = f"{directory}/object", _content(1000)
+        put(path, content)
+
+        for offset, length in ((0, 1001), (990, 11), (999, 5000), (1, 100_000)):
+            got = _read(storage, path, offset, length, storage.stat(path).version)
+            _check_bytes(content, offset, got, path, 1000 - offset)
+
+    def test_a_read_behind_the_end_brings_nothing(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """It returns 0 or raises SourceChangedError, since an object that is longer by its header was cut."""
+        path = f"{directory}/object"
+        put(path, _content(1000))
+
+        for offset in (1000, 1001, 5000, 1 << 32, (1 << 32) + 1):
+            self._brings_nothing(storage, path, offset)
+
+    def test_empty_objects(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
+        """They are listed, have the size 0, and a read brings nothing."""
+        path = f"{directory}/empty"
+        put(path, b"")
+
+        _same([path], _listed(storage, directory), "list gave")
+        _same(0, storage.stat(path).size, "stat told the size")
+        self._brings_nothing(storage, path, 0)
+
+    def test_unusual_names(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
+        """Names and directories with spaces, percent signs and the like are listed as they are, and read by that."""
+        for name, reason in self.unsupported_names.items():
+            if name not in UNUSUAL_NAMES or not reason.strip():
+                violated(f"unsupported_names: {name!r} is not in UNUSUAL_NAMES, or has no reason")
+        names = [name for name in UNUSUAL_NAMES if name not in self.unsupported_names]
+        paths = [f"{directory}/{path}" for name in names for path in (name, f"in {name}/{name}")]
+        for path in paths:
+            put(path, path.encode())
+
+        problems = []
+        for path in paths:
+            expected = path.encode()
+            try:
+                _same(len(expected), storage.stat(path).size, "stat told the size")
+                _check_bytes(expected, 0, _read(storage, path, 0, len(expected)), path)
+            except (BackendError, AssertionError) as exc:
+                problems.append(f"{path!r}: {exc}")
+        _same([], problems, "stat and read_into do not get by with these names")
+        _same(sorted(paths), sorted(_listed(storage, directory)), "list gave paths")
+
+    def test_a_read_of_nothing_is_not_found(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """With and without a version."""
+        put(f"{directory}/object", b"x")
+
+        for version in (None, storage.stat(f"{directory}/object").version):
+            read = self._failing("read_into", lambda v=version: _read(storage, f"{directory}/none", 0, 10, v))  # type: ignore[misc]  # a default binds it
+            _check_class(read, (NotFoundError,), "a read of an object that does not exist")
+
+    # -- versions -----------------------------------------------------------------------------------------------------
+
+    def test_versions_are_what_was_declared(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """A text that pins the content, from ``stat`` and from ``list``; or None from both, where there are none."""
+        put(f"{directory}/object", b"x")
+
+        for info in (storage.stat(f"{directory}/object"), *storage.list(directory)):
+            if self.versions and not (isinstance(info.version, str) and info.version):
+                violated(f"the version is {info.version!r}; a storage without versions says so: versions = False")
+            if not self.versions and info.version is not None:
+                violated(f"the version is {info.version!r}, although versions is False: set it to True")
+
+    def test_another_content_is_another_version(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """Also where the size is the same; and as long as nothing changes, the version stays."""
+        self._needs_versions()
+        path = f"{directory}/object"
+        seen = []
+        for content in (b"first", b"other", b"third"):
+            put(path, content)
+            version = storage.stat(path).version
+            _same([version] * 2, [info.version for info in (storage.stat(path), *storage.list(directory))], "versions")
+            seen.append(version)
+
+        _same(3, len(set(seen)), f"three contents of one size had the versions {seen}: their number is")
+
+    @pytest.mark.parametrize("size", [1000, 900, 1100], ids=["same size", "shorter", "longer"])
+    def test_a_replaced_object_is_not_read_under_its_old_version(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str, size: int
+    ) -> None:
+        """SourceChangedError, which is not retryable; or the old bytes, from a storage that keeps them."""
+        self._needs_versions()
+        path, old = f"{directory}/object", _content(1000)
+        put(path, old)
+        versions = [storage.stat(path).version, *(info.version for info in storage.list(directory))]
+        put(path, _content(size, seed=1))
+
+        for version in versions:
+            for offset, length in ((0, 1000), (500, 100)):
+                try:
+                    got = _read(storage, path, offset, length, version)
+                except BackendError as exc:
+                    _check_class(exc, (SourceChangedError,), "a read of a version that was replaced")
+                else:
+                    _check_bytes(old, offset, got, f"{path} in its old version {version!r}", length)
+
+    def test_without_a_version_any_is_read(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """None takes the object as it is, or as it was since the storage was opened; but no mixture."""
+        path, stored = f"{directory}/object", []
+        for seed in range(3):
+            stored.append(_content(1000, seed))
+            put(path, stored[-1])
+
+            got = _read(storage, path, 0, 1000)
+            if got not in stored:
+                _check_bytes(stored[-1], 0, got, f"{path} (version=None)", 1000)
+
+    def test_versions_are_never_mixed(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """While somebody replaces the object, a read brings the bytes of the version it asked for, or fails."""
+        self._needs_versions()
+        path, done = f"{directory}/object", threading.Event()
+        put(path, bytes([1]) * 50_000)
+        byte_of: dict[str | None, int] = {}
+
+        def replace() -> None:
+            try:
+                for value in range(2, 16):
+                    put(path, bytes([value]) * 50_000)
+                    time.sleep(0.01)  # a file system's clock has ticks
+            finally:
+                done.set()
+
+        def read(_: int) -> None:
+            while not done.is_set():
+                version = storage.stat(path).version
+                try:
+                    got = _read(storage, path, 0, 50_000, version)
+                except SourceChangedError:
+                    continue
+                values = sorted(set(got))
+                _same(1, len(values), f"one read of {path} brought bytes of the contents {values}: their number is")
+                first = byte_of.setdefault(version, values[0])
+                _same(first, values[0], f"the version {version!r} had the content {first}, and then")
+
+        self._in_threads(4, read, meanwhile=replace)
+
+    # -- threads ------------------------------------------------------------------------------------------------------
+
+    def test_threads_do_not_disturb_each_other(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """Many threads read, list and ask for sizes at once; each gets what it asked for."""
+        contents = {f"{directory}/{name}": _content(_OBJECT_BYTES, seed) for seed, name in enumerate("ab")}
+        for path, content in contents.items():
+            put(path, content)
+        infos = {info.path: info for info in storage.list(directory)}
+
+        def use(number: int) -> None:
+            chance = random.Random(number)  # noqa: S311 - no secret
+            for turn in range(40):
+                path = chance.choice(list(contents))
+                offset = chance.randrange(_OBJECT_BYTES)
+                length = chance.randint(1, _OBJECT_BYTES - offset)
+                got = _read(storage, path, offset, length, infos[path].version)
+                _check_bytes(contents[path], offset, got, f"{path} (while other threads read)", length)
+                if turn % 20 == 0:
+                    _same(_OBJECT_BYTES, storage.stat(path).size, "while other threads read, stat told the size")
+                    listed = sorted(_listed(storage, directory))
+                    _same(sorted(contents), listed, "while other threads read, list gave")
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-5)
+        try:
+            self._in_threads(8, use)
+        finally:
+            sys.setswitchinterval(before)
+
+    # -- close --------------------------------------------------------------------------------------------------------
+
+    def test_close_may_be_called_again(self, storage: Storage) -> None:
+        """Once or more often, unused or used."""
+        for _ in range(3):
+            self._soon("close", storage.close)
+
+    def test_calls_after_close_end(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
+        """As they would have, or with a BackendError that is not retryable."""
+        path, content = f"{directory}/object", _content(1000)
+        put(path, content)
+        _read(storage, path, 0, 1000)
+        storage.close()
+
+        calls: Mapping[str, Callable[[], object]] = {
+            "list": lambda: _same([path], _listed(storage, directory), "list gave"),
+            "stat": lambda: _same(1000, storage.stat(path).size, "stat told the size"),
+            "read_into": lambda: _check_bytes(content, 0, _read(storage, path, 0, 1000), path),
+        }
+        for name, call in calls.items():
+            try:
+                self._soon(f"{name} after close", call)
+            except BackendError as exc:
+                _check_final(exc, f"{name} after close")
+
+    def test_close_ends_reads_in_other_threads(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """They end soon, with their bytes or with a BackendError that is not retryable."""
+        path, content = f"{directory}/object", _content(1 << 20)
+        put(path, content)
+        done = threading.Event()
+
+        def read(number: int) -> None:
+            while not done.is_set():
+                try:
+                    got = _read(storage, path, number, 1 << 19, broken=True)
+                except BackendError as exc:
+                    _check_final(exc, "a read during close")
+                    return
+                _check_bytes(content, number, got, f"{path} (read during close)")
+
+        def close() -> None:
+            try:
+                time.sleep(_MEANWHILE_SECONDS / 4)
+                self._soon("close during reads", storage.close)
+                time.sleep(_MEANWHILE_SECONDS / 2)
+            finally:
+                done.set()
+
+        self._in_threads(6, read, meanwhile=close)
+
+    def test_close_ends_a_read_that_waits(self, stalled: tuple[Storage, str] | None) -> None:
+        """A load that failed elsewhere does not wait for a server that has gone silent."""
+        if stalled is None:
+            pytest.skip("nothing to test with: the fixture `stalled` is None")
+        storage, path = stalled
+
+        def read(_: int) -> None:
+            try:
+                _read(storage, path, 0, 1000, broken=True)
+            except BackendError as exc:
+                _check_final(exc, "a read that close ended")
+                return
+            violated("the read came back without an error, although it was to stall: check the fixture `stalled`")
+
+        def close() -> None:
+            time.sleep(_MEANWHILE_SECONDS)
+            self._soon("close during a read that stalls", storage.close)
+
+        self._in_threads(3, read, meanwhile=close)
+
+    # -- errors -------------------------------------------------------------------------------------------------------
+
+    def test_errors_say_what_was_tried(
+        self,
+        storage: Storage,
+        put: Callable[[str, bytes], object],
+        directory: str,
+        secrets: Sequence[str],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """The object's URI, the operation and the provider; they survive pickling, and hold no credential."""
+        put(f"{directory}/object", b"x")
+        missing = f"{directory}/no-such-object"
+        with caplog.at_level("INFO"):
+            errors = [
+                self._failing("stat", lambda: storage.stat(missing)),
+                self._failing("read_into", lambda: _read(storage, missing, 0, 10)),
+            ]
+
+        for error in errors:
+            _check_class(error, (NotFoundError,), "what does not exist")
+            _check_error(error, secrets)
+            if not error.uri.endswith("/no-such-object"):
+                violated(f"the error's uri is {error.uri!r}, which does not name the object, {missing}")
+        _check_hidden(caplog.text, secrets, "the log")
+
+    def test_an_unreachable_server_is_unavailable(self, unreachable: Storage | None, secrets: Sequence[str]) -> None:
+        """UnavailableError or DeadlineError, retryable, and soon: core is the one that tries again."""
+        if unreachable is None:
+            pytest.skip("nothing to test with: the fixture `unreachable` is None")
+        for name, call in _calls(unreachable).items():
+            error = self._failing(f"{name} without a server", call)
+            _check_class(error, (UnavailableError, DeadlineError), f"{name} without a server")
+            _check_error(error, secrets)
+            if not error.retryable:
+                violated(f"the {type(error).__name__} of {name} is not retryable, so a restart of the server is fatal")
+
+    def test_refused_credentials_are_denied(
+        self, denied: Storage | None, secrets: Sequence[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """AccessDeniedError, not retryable, which does not repeat the credentials."""
+        if denied is None:
+            pytest.skip("nothing to test with: the fixture `denied` is None")
+        with caplog.at_level("INFO"):
+            for name, call in _calls(denied).items():
+                error = self._failing(f"{name} with refused credentials", call)
+                _check_class(error, (AccessDeniedError,), f"{name} with refused credentials")
+                _check_error(error, secrets)
+        _check_hidden(caplog.text, secrets, "the log")
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _needs_versions(self) -> None:
+        if not self.versions:
+            pytest.skip("the storage has no versions (versions is False)")
+
+    def _brings_nothing(self, storage: Storage, path: str, offset: int) -> None:
+        try:
+            got = _read(storage, path, offset, 100, storage.stat(path).version)
+        except BackendError as exc:
+            _check_class(exc, (SourceChangedError,), f"a read of {path} at {offset}, behind its end,")
+        else:
+            _same(b"", got, f"there is nothing at {offset} of {path}, and a read brought")
+
+    def _soon(self, what: str, function: Callable[[], _T]) -> _T:
+        """What ``function`` returns or raises, if it does so in time."""
+        (result,) = self._in_threads(1, lambda _: function(), what=what)
+        return result
+
+    def _failing(self, what: str, function: Callable[[], object]) -> BackendError:
+        """The BackendError that ``function`` raises, in time."""
+        try:
+            result = self._soon(what, function)
+        except BackendError as exc:
+            return exc
+        except AssertionError:
+            raise
+        except Exception as exc:
+            message = f"{what} raised {type(exc).__name__}, no BackendError: translate it, with `raise ... from`"
+            raise AssertionError(message) from exc
+        message = f"{what} was to fail, and returned {result!r}"
+        raise AssertionError(message)
+
+    def _in_threads(
+        self,
+        number: int,
+        function: Callable[[int], _T],
+        *,
+        meanwhile: Callable[[], object] | None = None,
+        what: str = "a call",
+    ) -> list[_T]:
+        """What ``function`` returns in each of ``number`` threads; the first error, where one raises."""
+        results: list[_T] = []
+        errors: list[BaseException] = []
+
+        def run(index: int) -> None:
+            try:
+                results.append(function(index))
+            except BaseException as exc:  # noqa: BLE001 - raised below
+                errors.append(exc)
+
+        threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(number)]
+        for thread in threads:
+            thread.start()
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            end = time.monotonic() + self.patience_seconds
+            for thread in threads:
+                thread.join(max(end - time.monotonic(), 0.0))
+        if errors:
+            raise errors[0]
+        if any(thread.is_alive() for thread in threads):
+            violated(f"{what} did not return within {self.patience_seconds:g} s (patience_seconds)")
+        return results
+
+
+# -- what tests are made of --------------------------------------------------------------------------------------------
+
+
+def _content(size: int, seed: int = 0) -> bytes:
+    """Bytes in which every place is recognised."""
+    return random.Random(seed).randbytes(size)  # noqa: S311 - no secret
+
+
+def _same(expected: object, got: object, what: str) -> None:
+    __tracebackhide__ = True
+    if expected != got:
+        violated(f"{what} {got!r}; expected {expected!r}")
+
+
+def _listed(storage: Storage, prefix: str) -> list[str]:
+    return [info.path for info in storage.list(prefix)]
+
+
+def _calls(storage: Storage) -> Mapping[str, Callable[[], object]]:
+    """One call of each operation, on an object that may or may not be there."""
+    return {
+        "list": lambda: list(storage.list("model")),
+        "stat": lambda: storage.stat("model/object"),
+        "read_into": lambda: storage.read_into("model/object", 0, memoryview(bytearray(10)), version=None),
+    }
+
+
+def _read(
+    storage: Storage,
+    path: str,
+    offset: int,
+    length: int,
+    version: str | None = None,
+    *,
+    broken: bool = False,
+) -> bytes:
+    """What ``read_into`` put into a buffer of ``length`` bytes, after a look at what it did beside that.
+
+    Where the connection is ``broken``, more may lie in the buffer than was counted: core reads it again.
+    """
+    call = f"read_into({path!r}, {offset}, <buffer of {length} bytes>, version={version!r})"
+    memory = bytearray([_FILL]) * (length + 2 * _MARGIN_BYTES)
+    buffer = memoryview(memory)[_MARGIN_BYTES : _MARGIN_BYTES + length]
+    count: object = storage.read_into(path, offset, buffer, version=version)
+    if not isinstance(count, int) or not 0 <= count <= length:
+        violated(f"{call} returned {count!r}; it returns the number of bytes that it wrote, from 0 to {length}")
+    rest = memory[_MARGIN_BYTES + (length if broken else count) :] + memory[:_MARGIN_BYTES]
+    if rest.count(_FILL) != len(rest):
+        violated(f"{call} returned {count}, and wrote outside of the first {count} bytes of the buffer")
+    return bytes(memory[_MARGIN_BYTES : _MARGIN_BYTES + count])
+
+
+def _check_bytes(content: bytes, offset: int, got: bytes, path: str, length: int | None = None) -> None:
+    """Compare ``got`` with what stands at ``offset`` of ``content``; its length only where ``length`` is given."""
+    __tracebackhide__ = True
+    expected = content[offset : offset + len(got)]
+    if expected != got:
+        wrong = (place for place, (one, other) in enumerate(zip(expected, got, strict=False)) if one != other)
+        place = next(wrong, len(expected))
+        message = f"a read of {path} at {offset} brought wrong bytes, the first of them at {offset + place}"
+        elsewhere = content.find(got) if len(got) > 7 else -1
+        if elsewhere >= 0:
+            message += f": they are those that begin at {elsewhere}"
+        elif got.count(_FILL) == len(got):
+            message += ": nothing was written into the buffer"
+        violated(message)
+    if length is not None and len(got) != length:
+        violated(f"a read of {path} at {offset} brought {len(got)} of {length} bytes although nothing broke")
+
+
+def _check_class(error: BackendError, kinds: tuple[type[BackendError], ...], what: str) -> None:
+    __tracebackhide__ = True
+    if not isinstance(error, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        violated(f"{what} raised {type(error).__name__} ({error}); {names} belongs there", error)
+    if isinstance(error, (NotFoundError, SourceChangedError, AccessDeniedError)):
+        _check_final(error, what)
+
+
+def _check_final(error: BackendError, what: str) -> None:
+    __tracebackhide__ = True
+    if error.retryable:
+        violated(
+            f"{what} raised a {type(error).__name__} that is retryable, so that core would try in vain: {error}", error
+        )
+
+
+def _check_error(error: BackendError, secrets: Sequence[str]) -> None:
+    """What is true of every error of a storage."""
+    __tracebackhide__ = True
+    for name in ("provider", "uri", "operation"):
+        if not getattr(error, name):
+            violated(f"{type(error).__name__} without {name}=...: {error}", error)
+    if "://" not in error.uri:
+        violated(f"the error's uri is {error.uri!r}; give str(ModelURI(...)), which hides credentials", error)
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - of our own making
+    _same((type(error), str(error)), (type(copy), str(copy)), "after pickling, the error is")
+    for link in _chain(error):
+        text = "".join(traceback.TracebackException.from_exception(link).format_exception_only())
+        _check_hidden(f"{text} {link!r} {vars(link)!r}", secrets, f"a {type(link).__name__}")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """``error`` and what a traceback shows before it."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _check_hidden(text: str, secrets: Sequence[str], where: str) -> None:
+    __tracebackhide__ = True
+    for number, secret in enumerate(secrets):
+        if secret in text:
+            violated(f"{where} shows a credential (number {number} of the fixture `secrets`)")

@@ -1,0 +1,191 @@
+"""The example of a third-party plugin, as its users get it: a wheel, pip, its own tests, and a load through it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tokenize
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelexpress_core.testing import StorageContract
+from tests.support.checkpoints import safetensors_file, tensor
+
+_ROOT = Path(__file__).resolve().parents[2]
+_EXAMPLE = _ROOT / "examples" / "mx-hello"
+_TEXT = _ROOT / "docs" / "write-a-plugin.md"
+
+_LOAD = """
+import json, sys
+import modelexpress_core as mx
+
+state = mx.load_state_dict(sys.argv[1], environ={"MX_PLUGINS": "mx-hello", "MX_STRICT_PLUGINS": "1"})
+print(json.dumps({name: bytes(value.untyped_storage()).hex() for name, value in state.items()}))
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_CONFIG_FILE": os.devnull}
+    environ = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MX_", "PIP_", "PYTHON", "PYTEST"))
+    }
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environ | quiet, capture_output=True, text=True, check=False
+    )
+    assert 0 == done.returncode, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the example, away from this repository and its settings."""
+    project = tmp_path_factory.mktemp("third-party") / "mx-hello"
+    shutil.copytree(_EXAMPLE, project, ignore=shutil.ignore_patterns("__pycache__", ".*", "dist", "*.egg-info"))
+    return project
+
+
+@pytest.fixture(scope="module")
+def python(project: Path) -> Path:
+    """The interpreter of a fresh environment into which pip installed the example's wheel, without the network."""
+    pip = (sys.executable, "-m", "pip")
+    offline = ("--no-deps", "--no-index", "--quiet")
+    run(*pip, "wheel", "--no-build-isolation", *offline, "--wheel-dir", project / "dist", project, cwd=project)
+    (wheel,) = (project / "dist").glob("mx_hello-*.whl")
+    root = project.parent / "venv"
+    venv.create(root, with_pip=False, symlinks=True)
+    (here,) = (root / "lib").glob("python*/site-packages")
+    seen = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    # What is installed where the tests run is seen there, too: core, pytest, hypothesis.
+    (here / "outer.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in seen))
+    run(*pip, "--python", root / "bin" / "python", "install", *offline, wheel, cwd=project)
+    return root / "bin" / "python"
+
+
+def test_its_own_tests_pass_where_it_is_installed(project: Path, python: Path) -> None:
+    """All of both contracts, with every fixture that the example has a use for."""
+    printed = run(python, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-q", "tests", cwd=project)
+
+    summary = re.search(r"(\d+) passed, (\d+) skipped in", printed)
+    assert summary is not None, printed
+    assert int(summary[1]) > 40, printed
+    assert int(summary[2]) <= 4, printed
+
+
+def test_a_checkpoint_loads_through_its_scheme(project: Path, python: Path, tmp_path: Path) -> None:
+    """Found by its scheme alone, it brings every byte of a checkpoint of two shards."""
+    shards = [{"a": tensor("F32", [3, 5], 1), "b": tensor("BF16", [64, 32], 2)}, {"c": tensor("I64", [7], 3)}]
+    with web_server(project) as server:
+        for number, tensors in enumerate(shards, 1):
+            server.put(f"some model/model-0000{number}-of-00002.safetensors", safetensors_file(tensors))
+
+        printed = run(python, "-c", _LOAD, f"hello://{server.authority}/some%20model", cwd=tmp_path)
+
+    expected = {name: content.hex() for tensors in shards for name, (_, _, content) in tensors.items()}
+    assert expected == json.loads(printed)
+
+
+def web_server(project: Path) -> Any:
+    """The server of the example's own tests."""
+    spec = importlib.util.spec_from_file_location("web_server", project / "tests" / "web_server.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.WebServer()
+
+
+def code_lines(path: Path) -> int:
+    """Lines with code on them: neither imports, nor docstrings, comments and blank lines."""
+    source = path.read_text()
+    lines = {
+        line
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type not in {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+        for line in range(token.start[0], token.end[0] + 1)
+        if token.string.strip()
+    }
+    for node in ast.walk(ast.parse(source)):
+        words = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if words or isinstance(node, (ast.Import, ast.ImportFrom)):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(lines)
+
+
+def test_it_is_about_as_small_as_is_said() -> None:
+    """An author reads it in one sitting: some seventy lines of code, without imports and docstrings."""
+    lines = {path.name: code_lines(path) for path in (_EXAMPLE / "src" / "mx_hello").glob("*.py")}
+
+    assert sum(lines.values()) <= 80, lines
+
+
+def test_it_depends_on_core_alone() -> None:
+    """What an author copies brings nothing along."""
+    text = (_EXAMPLE / "pyproject.toml").read_text()
+
+    assert 'dependencies = ["modelexpress-core"]' in text
+
+
+# -- docs/write-a-plugin.md --------------------------------------------------------------------------------------------
+
+#: ``[path](link):`` before a block quotes a whole file.
+_QUOTED = re.compile(
+    r"^\[`(?P<name>[^`]+)`\]\((?P<link>[^)]+)\):\n\n```\w+\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+
+
+def quoted() -> dict[str, tuple[Path, str]]:
+    return {m["name"]: ((_TEXT.parent / m["link"]).resolve(), m["code"]) for m in _QUOTED.finditer(_TEXT.read_text())}
+
+
+def test_the_text_quotes_all_of_the_plugin() -> None:
+    """Packaging, code and contract tests."""
+    expected = {"pyproject.toml", "src/mx_hello/plugin.py", "src/mx_hello/_storage.py", "tests/test_contract.py"}
+
+    assert expected == set(quoted())
+
+
+@pytest.mark.parametrize("name", quoted())
+def test_the_text_quotes_the_files_as_they_are(name: str) -> None:
+    """What the text shows is what is tested."""
+    path, code = quoted()[name]
+
+    assert _EXAMPLE / name == path
+    assert path.read_text() == code
+
+
+def test_links_of_the_text_lead_somewhere() -> None:
+    """Every relative link names a file of the repository."""
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)[^)]*\)", _TEXT.read_text())
+
+    assert links
+    assert [] == [link for link in links if not (_TEXT.parent / link).exists()]
+
+
+def test_the_text_names_what_the_kit_has() -> None:
+    """Every fixture and attribute in the text's table exists, and every one that exists is in it."""
+    rows = re.findall(r"^\| `(\w+)` \|", _TEXT.read_text(), re.MULTILINE)
+    own = {name for name in vars(StorageContract) if not name.startswith(("_", "test_"))}
+
+    assert sorted(own) == sorted(rows)
+
+
+def test_the_example_with_faults_runs() -> None:
+    """The first block of the section on faults runs as it stands."""
+    section = _TEXT.read_text().partition("## Try it with faults")[2]
+    match = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert match is not None
+
+    names: dict[str, Any] = {}
+    exec(compile(match[1], "write-a-plugin.md", "exec"), names)  # the claim is that it runs
+    assert names["storage"].injected

@@ -1,0 +1,82 @@
+"""The storages that core brings keep to the contract that it asks of others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from modelexpress_core.storage import Storage
+from modelexpress_core.storage.file import FileStorage
+from modelexpress_core.storage.memory import MemoryStorage
+from modelexpress_core.testing import FaultPolicy, FaultyStorage, PluginContract, StorageContract
+
+
+class TestFileStorage(StorageContract):
+    root_is_listable = False  # it is the root directory of this machine
+
+    @pytest.fixture
+    def storage(self) -> Iterator[Storage]:
+        storage = FileStorage()
+        yield storage
+        storage.close()
+
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> str:
+        return str(tmp_path / "files")
+
+    @pytest.fixture
+    def put(self, tmp_path: Path) -> Callable[[str, bytes], object]:
+        def put(path: str, content: bytes) -> None:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            new = tmp_path / "new"
+            new.write_bytes(content)
+            new.replace(path)
+
+        return put
+
+
+class TestMemoryStorage(StorageContract):
+    @pytest.fixture
+    def storage(self) -> MemoryStorage:
+        return MemoryStorage("contract")
+
+    @pytest.fixture
+    def put(self, storage: MemoryStorage) -> Callable[[str, bytes], object]:
+        return storage.put
+
+
+class TestStorageWithoutFaults(StorageContract):
+    """A FaultyStorage with nothing to do changes nothing; a stall ends when it is closed."""
+
+    @pytest.fixture
+    def inner(self) -> MemoryStorage:
+        return MemoryStorage("contract")
+
+    @pytest.fixture
+    def storage(self, inner: MemoryStorage) -> FaultyStorage:
+        return FaultyStorage(inner, FaultPolicy())
+
+    @pytest.fixture
+    def put(self, inner: MemoryStorage) -> Callable[[str, bytes], object]:
+        return inner.put
+
+    @pytest.fixture
+    def unreachable(self, inner: MemoryStorage) -> FaultyStorage:
+        return FaultyStorage(inner, FaultPolicy(unavailable=1, operations=["list", "stat", "read_into"]))
+
+    @pytest.fixture
+    def stalled(self, inner: MemoryStorage) -> tuple[FaultyStorage, str]:
+        inner.put("silent", bytes(1000))
+        return FaultyStorage(inner, FaultPolicy(stall=1)), "silent"
+
+
+class TestBuiltInPlugin(PluginContract):
+    distribution = "modelexpress-core"
+    example_uri = "memory://contract/model"
+
+    @pytest.fixture
+    def readme(self) -> str:
+        return (Path(__file__).parents[2] / "README.md").read_text()
