@@ -17,7 +17,8 @@
     └── BackendError                  a storage or a peer failed (.uri .provider .retryable .peer_at_fault)
         ├── NotFoundError
         ├── AccessDeniedError
-        ├── UnavailableError          overloaded, unreachable, connection lost: trying again may help
+        ├── UnavailableError          a passing fault, unreachable, connection lost: trying again may help
+        │   └── ThrottledError        it is asked too much: trying again helps later, and fewer at a time
         ├── DeadlineError             no answer in time
         ├── IntegrityError            the bytes are not the bytes that were stored
         ├── SourceChangedError        the object is no longer the version that the load began with
@@ -52,6 +53,7 @@ __all__ = [
     "ResolveError",
     "SettingsError",
     "SourceChangedError",
+    "ThrottledError",
     "UnavailableError",
     "UnknownSchemeError",
     "UnsupportedError",
@@ -277,9 +279,13 @@ class AccessDeniedError(BackendError):
 
 
 class UnavailableError(BackendError):
-    """The other side is overloaded or cannot be reached, or the connection broke."""
+    """The other side has a passing fault or cannot be reached, or the connection broke."""
 
     default_retryable = True
+
+
+class ThrottledError(UnavailableError):
+    """The other side is asked too much (HTTP 429, or 503 with SlowDown); concurrency is lowered."""
 
 
 class DeadlineError(BackendError):

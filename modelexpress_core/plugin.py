@@ -35,13 +35,13 @@ def mx_register_storages() -> list[StorageProvider]:
             "file",
             ("file",),
             _open_file,
-            capabilities=StorageCapabilities(concurrency=8, request_cost_bytes=128),
+            capabilities=StorageCapabilities(concurrency=8, most_concurrency=32, request_cost_bytes=128),
         ),
         StorageProvider(
             "memory",
             ("memory",),
             _open_memory,
-            capabilities=StorageCapabilities(concurrency=4, request_cost_bytes=128),
+            capabilities=StorageCapabilities(concurrency=4, most_concurrency=8, request_cost_bytes=128),
         ),
     ]
 

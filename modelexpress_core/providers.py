@@ -71,7 +71,8 @@ class StorageCapabilities:
     Attributes:
         read_batch: It has an engine of its own, behind ``read_batch``.
         write: It has ``write``.
-        concurrency: Reads in flight where the user set no bound.
+        concurrency: Reads in flight to begin with.
+        most_concurrency: Reads in flight that are never exceeded, however much more they would bring.
         request_cost_bytes: What one more request costs, in bytes that could be read in the same time.
             Gaps up to this size are read through and thrown away rather than skipped.
     """
@@ -79,6 +80,7 @@ class StorageCapabilities:
     read_batch: bool = False
     write: bool = False
     concurrency: int = field(default=8, validator=attrs.validators.ge(1))
+    most_concurrency: int = field(default=64, validator=attrs.validators.ge(1))
     request_cost_bytes: int = field(default=256 << 10, validator=attrs.validators.ge(0))
 
 

@@ -308,7 +308,7 @@ class LoadSettings:
         "RUNAI_STREAMER_CONCURRENCY",
         default=None,
         converter=positive_integer,
-        help="Upper bound on concurrent reads; unset: the storage's own.",
+        help="Upper bound on concurrent reads, which are tuned below it; unset: the storage's own bound.",
     )
     chunk_bytes: int = env(
         "MX_CHUNK_BYTES",

@@ -1,7 +1,16 @@
-"""How many reads are under way at once."""
+"""How many reads are under way at once: found by measuring, under the bound that the user sets.
+
+More reads hide more latency, until the network, the storage or the CPU is full; from there on they only cost memory and
+patience. So the number is doubled as long as that raises the goodput, kept where it does not, and tried a little higher
+now and then, because networks change. Where the storage says that it is asked too much, it is lowered at once (additive
+increase, multiplicative decrease).
+"""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from attrs import frozen
@@ -9,21 +18,41 @@ from attrs import frozen
 from modelexpress_core.providers import StorageCapabilities
 from modelexpress_core.settings import LoadSettings
 
-__all__ = ["ConcurrencyLimit", "FixedConcurrency"]
+__all__ = ["ConcurrencyLimit", "FixedConcurrency", "SelfTunedConcurrency", "concurrency_for"]
+
+#: A doubling has paid if it raised the goodput by this part.
+_PAYS = 1.10
+#: A small step up has paid if it raised the goodput by this part.
+_STEP_PAYS = 1.04
+#: A measurement is at least this long: shorter ones say more of the scheduler than of the network.
+_WINDOW_SECONDS = 0.05
+#: Measurements between one small step up that did not pay and the next.
+_PATIENCE = 12
+#: What is left of the limit when the storage is asked too much, and how long that counts as one complaint.
+_DECREASE = 0.7
+_COMPLAINT_SECONDS = 1.0
 
 
 class ConcurrencyLimit(Protocol):
-    """Asked before each read, so that it may change while a load runs."""
+    """Asked before each read, and told of what came of it."""
 
     @property
     def reads(self) -> int:
         """Reads that may be under way now."""
         ...
 
+    def arrived(self, length: int) -> None:
+        """``length`` bytes have arrived."""
+        ...
+
+    def throttled(self) -> None:
+        """The storage said that it is asked too much."""
+        ...
+
 
 @frozen
 class FixedConcurrency:
-    """What the storage asks for, and never more than the user allows.
+    """Always the same.
 
     Attributes:
         reads: Reads that may be under way.
@@ -31,8 +60,104 @@ class FixedConcurrency:
 
     reads: int
 
-    @classmethod
-    def of(cls, capabilities: StorageCapabilities, settings: LoadSettings) -> FixedConcurrency:
-        """The limit for one storage under the user's bound."""
-        bound = settings.concurrency
-        return cls(capabilities.concurrency if bound is None else min(bound, capabilities.concurrency))
+    def arrived(self, length: int) -> None:
+        """Changes nothing."""
+
+    def throttled(self) -> None:
+        """Changes nothing."""
+
+
+class SelfTunedConcurrency:
+    """Looks for the fewest reads that give the highest goodput.
+
+    Args:
+        start: Reads to begin with.
+        most: Reads that are never exceeded.
+        clock: Seconds.
+    """
+
+    def __init__(self, start: int, most: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._reads = max(1, min(start, most))
+        self._ramping = self._reads < most
+        self._kept = self._reads  # what to go back to where a try does not pay
+        self._kept_rate = 0.0
+        self._until_try = _PATIENCE
+        self._complained = float("-inf")
+        self._begun: float | None = None
+        self._bytes = 0
+        self._count = 0
+
+    @property
+    def reads(self) -> int:
+        """Reads that may be under way now."""
+        return self._reads
+
+    def arrived(self, length: int) -> None:
+        """Count ``length`` bytes, and draw the conclusion where a measurement is complete."""
+        with self._lock:
+            now = self._clock()
+            if self._begun is None:
+                self._begun = now
+                return
+            self._bytes += length
+            self._count += 1
+            seconds = now - self._begun
+            if self._count < self._reads or seconds < _WINDOW_SECONDS:
+                return
+            rate = self._bytes / seconds
+            self._begin(now)
+            self._conclude(rate)
+
+    def throttled(self) -> None:
+        """Lower the limit; many complaints of one moment count as one."""
+        with self._lock:
+            now = self._clock()
+            if now - self._complained < _COMPLAINT_SECONDS:
+                return
+            self._complained = now
+            self._reads = self._kept = max(1, int(self._reads * _DECREASE))
+            self._kept_rate = 0.0
+            self._ramping = False
+            self._until_try = _PATIENCE
+            self._begin()
+
+    def _begin(self, now: float | None = None) -> None:
+        self._begun = now
+        self._bytes = 0
+        self._count = 0
+
+    def _conclude(self, rate: float) -> None:
+        if self._ramping:
+            self._ramp(rate)
+        elif self._reads > self._kept:  # a small step was tried
+            if rate > self._kept_rate * _STEP_PAYS:
+                self._kept, self._kept_rate, self._until_try = self._reads, rate, 1
+            else:
+                self._reads, self._until_try = self._kept, _PATIENCE
+        else:
+            # The rate of now, smoothed: networks change.
+            self._kept_rate = rate if not self._kept_rate else 0.7 * self._kept_rate + 0.3 * rate
+            self._until_try -= 1
+            if self._until_try <= 0 and self._reads < self._most:
+                self._reads = min(self._most, self._reads + max(1, self._reads // 4))
+                self._begin()  # what is under way began under the old limit
+
+    def _ramp(self, rate: float) -> None:
+        if rate > self._kept_rate * _PAYS:
+            self._kept, self._kept_rate = self._reads, rate
+            self._reads = min(self._most, 2 * self._reads)
+            self._ramping = self._reads > self._kept
+        else:
+            self._reads = self._kept
+            self._ramping = False
+
+
+def concurrency_for(capabilities: StorageCapabilities, settings: LoadSettings) -> ConcurrencyLimit:
+    """The limit for one load: tuned, from what the storage suggests up to its bound or the user's, the lower one."""
+    most = capabilities.most_concurrency
+    if settings.concurrency is not None:
+        most = min(most, settings.concurrency)
+    return SelfTunedConcurrency(capabilities.concurrency, most)

@@ -15,7 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-from modelexpress_core.fetch.concurrency import ConcurrencyLimit, FixedConcurrency
+from modelexpress_core.errors import BackendError, ThrottledError
+from modelexpress_core.fetch.concurrency import ConcurrencyLimit, concurrency_for
 from modelexpress_core.fetch.ledger import Ledger
 from modelexpress_core.fetch.request import Range, Ticket
 from modelexpress_core.fetch.retry import RetryBudget, RetryingStorage, RetryPolicy
@@ -68,9 +69,10 @@ class FetchEngine:
             budget or RetryBudget(settings.retry_budget_seconds),
             cancelled=self._cancelled,
             on_request=lambda again: self.ledger.request(again=again),
+            on_failure=self._failed_once,
         )
         self._on_arrival = on_arrival
-        self._limit = limit or FixedConcurrency.of(capabilities, settings)
+        self._limit = limit or concurrency_for(capabilities, settings)
         self._lock = threading.Lock()
         self._work_ready = threading.Condition(self._lock)
         self._progress = threading.Condition(self._lock)
@@ -101,10 +103,7 @@ class FetchEngine:
                     for segment in range_.segments:
                         segment.ticket.remaining += 1
             (self._urgent if urgent else self._queue).extend(batches)
-            wanted = min(self._limit.reads, self._busy + len(self._urgent) + len(self._queue))
-            while len(self._threads) < wanted:
-                self._start_thread()
-            self._work_ready.notify(len(batches))
+            self._set_to_work(len(batches))
 
     def wait(self, tickets: Iterable[Ticket]) -> None:
         """Return when everything that ``tickets`` stand for is in place.
@@ -159,6 +158,17 @@ class FetchEngine:
         if self._error is not None:
             raise self._error
 
+    def _failed_once(self, error: BackendError) -> None:
+        if isinstance(error, ThrottledError):
+            self._limit.throttled()
+
+    def _set_to_work(self, batches: int) -> None:
+        """Have as many threads as the limit allows and the queue needs, and wake them."""
+        wanted = min(self._limit.reads, self._busy + len(self._urgent) + len(self._queue))
+        while len(self._threads) < wanted:
+            self._start_thread()
+        self._work_ready.notify(batches)
+
     def _start_thread(self) -> None:
         name = f"mx-fetch-{next(_thread_numbers)}"
         thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -182,8 +192,8 @@ class FetchEngine:
                 with self._lock:
                     self._busy -= 1
                     self._progress.notify_all()
-                    if self._queue or self._urgent:
-                        self._work_ready.notify()
+                    if not self._stopping and (self._queue or self._urgent):
+                        self._set_to_work(1 + self._limit.reads - self._busy)
                 del batch
 
     def _fetch(self, batch: Sequence[Range]) -> None:
@@ -205,6 +215,7 @@ class FetchEngine:
                     if not ticket.remaining:
                         ticket.done = True
             self._progress.notify_all()
+        self._limit.arrived(arrived)
         self._on_arrival()
 
     def _fetch_range(self, range_: Range) -> None:

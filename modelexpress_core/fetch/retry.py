@@ -78,7 +78,8 @@ class RetryingStorage:
         policy: When to try again.
         budget: Waiting time, shared by all that was made with it.
         cancelled: Set when the load ends: waiting stops at once.
-        on_request: Called for each request with ``again=True`` for one that is sent again.
+        on_request: Called for each request, with whether it is sent again.
+        on_failure: Called with each error, whether or not it is tried again.
         uniform: Draws a number between two others.
     """
 
@@ -90,8 +91,10 @@ class RetryingStorage:
         *,
         cancelled: threading.Event | None = None,
         on_request: Callable[[bool], None] = lambda again: None,  # noqa: ARG005 - counts nothing
+        on_failure: Callable[[BackendError], None] = lambda error: None,  # noqa: ARG005 - nobody wants to know
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
+        self._on_failure = on_failure
         self._storage = storage
         self._policy = policy
         self._budget = budget
@@ -183,6 +186,7 @@ class RetryingStorage:
     def _wait(self, exc: BackendError, failures: int) -> None:
         """Wait before the next try, or raise ``exc`` where there is none."""
         exc.attempts = failures
+        self._on_failure(exc)
         if not exc.retryable or failures >= self._policy.attempts:
             raise exc
         delay = self._policy.delay(failures, exc.retry_after_seconds, self._uniform)

@@ -536,6 +536,26 @@ def test_code_that_reaches_past_everything_gets_an_error() -> None:
         torch.utils.dlpack.to_dlpack(dict(weights)["w"])
 
 
+def test_what_inference_mode_has_read_or_changed_can_be_used_outside_it() -> None:
+    """The memory of a deferred tensor is ordinary memory, whatever mode happened to need it first."""
+    c = case(read=numbered(4), changed=numbered(4))
+    parameter = nn.Parameter(torch.ones(4))
+
+    with c.load() as weights:
+        w = dict(weights)
+        with torch.inference_mode():
+            assert 10 == w["read"].sum()
+            w["changed"].add_(1)
+        with torch.enable_grad():
+            (parameter * w["read"]).sum().backward()
+        w["changed"].mul_(2)
+        changed = w["changed"].tolist()
+
+    assert parameter.grad is not None
+    assert [1, 2, 3, 4] == parameter.grad.tolist()
+    assert [4, 6, 8, 10] == changed
+
+
 # -- threads and ends -------------------------------------------------------------------------------------------------
 
 
@@ -960,6 +980,17 @@ def test_reading_twice_through_one_handle_fetches_once() -> None:
     assert 36 + 4.5 + 8 == total.item()
     assert 1 == weights.report.requests
     assert 32 == weights.report.bytes_fetched
+
+
+def test_elements_that_a_view_repeats_are_read_once() -> None:
+    """An expanded view needs the bytes of what it expands."""
+    c = case(w=numbered(8))
+
+    with c.load() as weights:
+        total = dict(weights)["w"][:2].unsqueeze(0).expand(100, -1).sum().item()
+
+    assert 300 == total
+    assert (8, 8) == (weights.report.bytes_needed, weights.report.bytes_fetched)
 
 
 def test_small_tensors_are_there_before_they_are_asked_for() -> None:

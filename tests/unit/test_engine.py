@@ -125,14 +125,6 @@ def test_no_more_reads_are_under_way_than_the_limit_allows() -> None:
     assert fetch.ledger.most_in_flight == 3
 
 
-@pytest.mark.parametrize(("bound", "expected"), [(None, 8), (3, 3), (100, 8)])
-def test_the_users_concurrency_is_an_upper_bound(bound: int | None, expected: int) -> None:
-    """The user's figure lowers the storage's own, and never raises it."""
-    limit = FixedConcurrency.of(StorageCapabilities(concurrency=8), LoadSettings(concurrency=bound))
-
-    assert limit.reads == expected
-
-
 def test_urgent_ranges_go_first() -> None:
     """What somebody waits for overtakes what was queued before."""
     storage = Blocks()

@@ -34,6 +34,7 @@ PUBLIC = [
     "SettingsError",
     "SourceChangedError",
     "TensorInfo",
+    "ThrottledError",
     "UnavailableError",
     "UnknownSchemeError",
     "UnsupportedError",

@@ -23,6 +23,7 @@ from modelexpress_core.errors import (
     DeadlineError,
     NotFoundError,
     SourceChangedError,
+    ThrottledError,
     UnavailableError,
     UnsupportedError,
 )
@@ -48,7 +49,8 @@ _CHECK_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
 _WAIT = "try again later, or lower MX_CONCURRENCY"
 _RELOAD = "start the load again when nothing writes to the model"
 
-_BUSY = _Meaning(UnavailableError, "S3 is overloaded or has a passing fault", _WAIT)
+_BUSY = _Meaning(UnavailableError, "S3 has a passing fault", _WAIT)
+_SLOW_DOWN = _Meaning(ThrottledError, "S3 is asked more than it serves at a time", _WAIT)
 _CHANGED = _Meaning(SourceChangedError, "something replaced the object since the load began", _RELOAD)
 _CUT = _Meaning(
     SourceChangedError,
@@ -129,14 +131,14 @@ _ANSWERS: Mapping[str | int, _Meaning] = {
     "TemporaryRedirect": _REGION,
     "AuthorizationHeaderMalformed": _MALFORMED,
     "IllegalLocationConstraintException": _REGION,
-    "SlowDown": _BUSY,
-    "ServiceUnavailable": _BUSY,
+    "SlowDown": _SLOW_DOWN,
+    "ServiceUnavailable": _SLOW_DOWN,
     "InternalError": _BUSY,
     "OperationAborted": _BUSY,
-    "Throttling": _BUSY,
-    "ThrottlingException": _BUSY,
-    "TooManyRequests": _BUSY,
-    "RequestLimitExceeded": _BUSY,
+    "Throttling": _SLOW_DOWN,
+    "ThrottlingException": _SLOW_DOWN,
+    "TooManyRequests": _SLOW_DOWN,
+    "RequestLimitExceeded": _SLOW_DOWN,
     "RequestTimeout": _Meaning(UnavailableError, "the request reached S3 too slowly", _WAIT),
     301: _REGION,
     307: _REGION,
@@ -151,8 +153,9 @@ _ANSWERS: Mapping[str | int, _Meaning] = {
     408: _BUSY,
     412: _CHANGED,
     416: _CUT,
-    429: _BUSY,
+    429: _SLOW_DOWN,
     501: _Meaning(UnsupportedError, "the server lacks this part of the S3 protocol", "use another server"),
+    503: _SLOW_DOWN,
 }
 
 #: Codes that speak of the credentials themselves: the server's own words may repeat them.

@@ -29,7 +29,7 @@ def mx_register_storages() -> list[StorageProvider]:
             "mx-s3",
             ("s3",),
             _open_s3,
-            capabilities=StorageCapabilities(concurrency=16, request_cost_bytes=512 << 10),
+            capabilities=StorageCapabilities(concurrency=16, most_concurrency=128, request_cost_bytes=512 << 10),
             install_hint="modelexpress-core[s3]",
             settings=S3Settings,
         ),

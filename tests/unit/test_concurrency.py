@@ -1,0 +1,128 @@
+"""Self-tuned concurrency, on simulated storages: time is counted, not waited for."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+import pytest
+
+from modelexpress_core.fetch.concurrency import SelfTunedConcurrency, concurrency_for
+from modelexpress_core.providers import StorageCapabilities
+from modelexpress_core.settings import LoadSettings
+
+MIB = 1 << 20
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def simulate(
+    limit: SelfTunedConcurrency,
+    clock: Clock,
+    *,
+    latency: float,
+    cap: float,
+    reads: int,
+    size: int = 8 * MIB,
+    on_read: Callable[[int], None] = lambda number: None,
+) -> float:
+    """Seconds that ``reads`` reads take: each waits ``latency``, then all share ``cap`` bytes per second."""
+    begun, free, sent, done = clock.now, clock.now, 0, 0
+    ends: list[float] = []
+    while done < reads:
+        while sent < reads and len(ends) < limit.reads:
+            free = max(free, clock.now + latency) + size / cap
+            heapq.heappush(ends, free)
+            sent += 1
+            on_read(sent)
+        clock.now = heapq.heappop(ends)
+        done += 1
+        limit.arrived(size)
+    return clock.now - begun
+
+
+@pytest.mark.parametrize("latency", [0.001, 0.02, 0.1])
+@pytest.mark.parametrize("cap", [50e6, 200e6, 12.5e9])
+def test_a_long_load_is_nearly_as_fast_as_with_the_best_fixed_number(latency: float, cap: float) -> None:
+    """At least 0.95 of the goodput of the best fixed setting, from one read to the most."""
+    reads = 4000
+
+    def seconds(start: int, most: int) -> float:
+        clock = Clock()
+        return simulate(SelfTunedConcurrency(start, most, clock), clock, latency=latency, cap=cap, reads=reads)
+
+    best = min(seconds(fixed, fixed) for fixed in (1, 2, 4, 8, 16, 32, 64))
+
+    assert best / seconds(16, 64) >= 0.95
+
+
+def test_no_more_reads_than_pay() -> None:
+    """Where the network is full with a few reads, the limit stays near them."""
+    clock = Clock()
+    limit = SelfTunedConcurrency(2, 128, clock)
+
+    simulate(limit, clock, latency=0.02, cap=200e6, reads=2000)
+
+    assert limit.reads <= 16
+
+
+def test_a_complaint_lowers_the_limit_once_per_moment() -> None:
+    """Many reads that are refused together are one complaint; another moment's are another."""
+    clock = Clock()
+    limit = SelfTunedConcurrency(100, 100, clock)
+
+    for _ in range(50):
+        limit.throttled()
+    first = limit.reads
+    clock.now += 2
+    limit.throttled()
+
+    assert (first, limit.reads) == (70, 49)
+
+
+def test_the_limit_recovers_after_complaints() -> None:
+    """A storage that has room again is used again."""
+    clock = Clock()
+    limit = SelfTunedConcurrency(64, 64, clock)
+    for _ in range(8):
+        limit.throttled()
+        clock.now += 2
+    lowest = limit.reads
+
+    simulate(limit, clock, latency=0.1, cap=12.5e9, reads=6000)
+
+    assert lowest <= 8
+    assert limit.reads >= 32
+
+
+def test_the_limit_never_falls_below_one() -> None:
+    """However often the storage complains, a load goes on."""
+    clock = Clock()
+    limit = SelfTunedConcurrency(2, 64, clock)
+    for _ in range(20):
+        limit.throttled()
+        clock.now += 2
+
+    assert limit.reads == 1
+
+
+@pytest.mark.parametrize(("bound", "start", "most"), [(None, 8, 32), (3, 3, 3), (20, 8, 20), (1000, 8, 32)])
+def test_the_users_concurrency_is_an_upper_bound(bound: int | None, start: int, most: int) -> None:
+    """The user's figure lowers the storage's bounds, and raises neither."""
+    capabilities = StorageCapabilities(concurrency=8, most_concurrency=32)
+    limit = concurrency_for(capabilities, LoadSettings(concurrency=bound))
+    assert isinstance(limit, SelfTunedConcurrency)
+
+    begun = limit.reads
+    clock = Clock()
+    limit._clock = clock
+    simulate(limit, clock, latency=0.2, cap=100e9, reads=3000)
+
+    assert begun == start
+    assert limit.reads == most
