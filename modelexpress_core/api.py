@@ -59,7 +59,7 @@ def load_state_dict(
 
     Args:
         uri: A directory, an index, or one safetensors file, as a URI or a path.
-        names: Only these tensors; by default all.
+        names: Only these tensors (a single name will do); by default all.
         device: Where the tensors are made.
         environ: Variables to read settings from; by default the process's.
         plugins: Plugins to use; by default all that are installed and allowed.
@@ -79,6 +79,8 @@ def load_state_dict(
     from modelexpress_core.placement.dtypes import torch_dtype, torch_shape
 
     loader = Loader(environ, plugins)
+    if isinstance(names, str):
+        names = [names]
     wanted = None if names is None else list(names)
 
     def attempt(candidate: Candidate) -> dict[str, torch.Tensor]:
@@ -205,13 +207,15 @@ class DeferredWeights:
         self._model = model
         self._loader = Loader(environ, plugins)
         self._recorder: Recorder | None = None
+        self._entered = False
         self._block = self._run()
         self.report: LoadReport | None = None
 
     def __enter__(self) -> DeferredWeights:
-        if self._recorder is not None:
+        if self._entered:
             message = "these deferred weights were used already"
             raise PlacementError(message, hint="call deferred_weights again for each load")
+        self._entered = True
         self._block.__enter__()
         return self
 
@@ -227,7 +231,7 @@ class DeferredWeights:
         return self._recorder.deferred()
 
     def __len__(self) -> int:
-        return len(self.checkpoint.tensors)
+        return 0 if self._recorder is None else len(self.checkpoint.tensors)
 
     @contextlib.contextmanager
     def _run(self) -> Iterator[None]:
@@ -253,8 +257,9 @@ class DeferredWeights:
             raise IncompleteLoadError(
                 f"{len(missing)} tensors of the model were not wholly written: {shown}",
                 missing=missing,
-                cause="the checkpoint is of another model, or the code that loads skips what it does not know",
-                hint="compare the names with `mx inspect`",
+                cause="the checkpoint is of another model, the code that loads skips what it does not know, or the "
+                "model is on the meta device, which has no memory",
+                hint="compare the names with `mx inspect`; give a model on the meta device memory with to_empty",
             )
         if not report.tensors and len(self.checkpoint.tensors):
             raise IncompleteLoadError(

@@ -91,6 +91,7 @@ class SettingValue:
         source: The variable that the value came from, or ``"default"``.
         help: What it does.
         owner: The distribution that reads it.
+        problem: Why the value cannot be used; empty where it can.
     """
 
     name: str
@@ -99,6 +100,7 @@ class SettingValue:
     source: str
     help: str
     owner: str
+    problem: str = ""
 
 
 def env(
@@ -208,9 +210,17 @@ def from_env(cls: type[_T], environ: Mapping[str, str] | None = None) -> _T:
     Raises:
         SettingsError: One or more variables cannot be used; the message names every one of them.
     """
-    environ = os.environ if environ is None else environ
-    values: dict[str, object] = {}
-    problems = []
+    values, problems = _read(cls, os.environ if environ is None else environ)
+    if problems:
+        message = "settings that cannot be used:\n  " + "\n  ".join(problems.values())
+        raise SettingsError(message, hint="correct or unset them; `mx settings` shows all that are read")
+    return cls(**values)
+
+
+def _read(cls: type, environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of the fields that are set, and what is wrong with those that cannot be used, by field."""
+    values: dict[str, Any] = {}
+    problems: dict[str, str] = {}
     for attribute, variable, converter in _fields(cls):
         found = _text(variable, environ)
         if found is None:
@@ -221,11 +231,8 @@ def from_env(cls: type[_T], environ: Mapping[str, str] | None = None) -> _T:
         except ValueError as exc:
             # The reason may quote the value, as int() does.
             problem = "***: the value (not shown) cannot be used" if variable.secret else f"{text!r}: {exc}"
-            problems.append(f"{name}={problem}")
-    if problems:
-        message = "settings that cannot be used:\n  " + "\n  ".join(problems)
-        raise SettingsError(message, hint="correct or unset them; `mx settings` shows all that are read")
-    return cls(**values)
+            problems[attribute.name] = f"{name}={problem}"
+    return values, problems
 
 
 def variables(cls: type) -> tuple[str, ...]:
@@ -234,24 +241,35 @@ def variables(cls: type) -> tuple[str, ...]:
 
 
 def describe(cls: type, environ: Mapping[str, str], *, owner: str) -> tuple[SettingValue, ...]:
-    """Every setting of ``cls`` with its value in ``environ`` and where that came from."""
-    settings: object = from_env(cls, environ)
+    """Every setting of ``cls`` with its value in ``environ``, where that came from, and what is wrong with it."""
+    values, problems = _read(cls, environ)
+    try:
+        settings = cls(**values)
+    except SettingsError as exc:  # what only the class itself knows, which may concern any of its fields
+        problems |= {name: exc.message for name in values if any(v in exc.message for v in _names_of(cls, name))}
+        settings = cls(**{name: value for name, value in values.items() if name not in problems})
     rows = []
     for attribute, variable, _ in _fields(cls):
         found = _text(variable, environ)
-        value = getattr(settings, attribute.name)
-        if variable.secret:
-            shown = "***" if found else ""
-        elif isinstance(value, Mapping):
-            shown = ",".join(f"{k}={v}" for k, v in value.items())
-        elif isinstance(value, tuple):
-            shown = ",".join(map(str, value))
-        else:
-            shown = "" if value is None else str(value)
+        problem = problems.get(attribute.name, "")
+        hidden = variable.secret or problem  # what cannot be read may be a secret in the wrong place
+        shown = _shown(getattr(settings, attribute.name)) if not hidden else "***" if found else ""
         name, *aliases = variable.names
         source = found[0] if found else "default"
-        rows.append(SettingValue(name, tuple(aliases), shown, source, variable.help, owner))
+        rows.append(SettingValue(name, tuple(aliases), shown, source, variable.help, owner, problem))
     return tuple(rows)
+
+
+def _names_of(cls: type, field: str) -> tuple[str, ...]:
+    return next(variable.names for attribute, variable, _ in _fields(cls) if attribute.name == field)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ",".join(f"{k}={v}" for k, v in value.items())
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def warn_unknown_variables(environ: Mapping[str, str], known: Iterable[str]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ _URI = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)"
     r"(?:\?(?P<query>[^#]*))?(?P<fragment>#.*)?"
 )
-_ONE_SLASH = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?!/)(?P<rest>.*)")
+_ONE_SLASH = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?:/(?!/)|(?=[^/]+/))(?P<rest>.*)")
 
 #: Shown as they are in a path: all but the percent sign, what ends a path, and control characters.
 _PLAIN_IN_PATH = "/ :@!$&'()*+,;=~[]{}|^<>\"`\\"
@@ -177,7 +177,7 @@ def _refuse_slips(text: str) -> None:
     if slip is not None:
         scheme, rest = slip["scheme"], slip["rest"]
         start = f"{scheme}:///" if scheme.lower() == "file" else f"{scheme}://"
-        message = f"one slash after the scheme: {_without_secrets(text)!r}"
+        message = f"fewer than two slashes after the scheme: {_without_secrets(text)!r}"
         raise InvalidURIError(message, hint=f"write {start}{_without_secrets(f':/{rest}')[2:]}")
     if "://" in text:
         message = f"neither a URI nor a file: {_without_secrets(text)!r}"

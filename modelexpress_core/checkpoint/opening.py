@@ -170,7 +170,7 @@ class _Opening:
                 uri=str(self._uri),
                 operation="list the files",
                 provider=self._provider,
-                cause="the path is misspelt, or the model was not uploaded",
+                cause="the path is misspelt, or nothing was put there yet",
                 hint="check the URI",
             )
         below = sorted({name.rpartition("/")[0] for name in listed if name.endswith(SUFFIX)})
@@ -229,6 +229,8 @@ class _Opening:
 
     def _open_file(self, item: tuple[str, ObjectInfo]) -> tuple[CheckpointFile, Header]:
         name, info = item
+        if not info.size:  # a link that leads nowhere looks so in a listing
+            info = self._storage.stat(info.path)
         start = self._read(info, 0, min(info.size, _FIRST_READ_BYTES))
         try:
             length = header_length(start, info.size)

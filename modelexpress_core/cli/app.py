@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from importlib.metadata import version
 from typing import Annotated
 
@@ -12,7 +13,7 @@ import typer
 
 from modelexpress_core.cli import inspect, load, plugins, settings
 from modelexpress_core.cli.output import errors_reported
-from modelexpress_core.errors import SettingsError
+from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.plugins import CORE, PluginManager
 
 __all__ = ["build_app"]
@@ -45,7 +46,11 @@ def _begin(
         typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_on_version),
     ] = False,
 ) -> None:
-    logging.basicConfig(level=log_level, stream=sys.stderr, format="%(levelname)s %(message)s", force=True)
+    logging.basicConfig(level="WARNING", stream=sys.stderr, format="%(levelname)s %(message)s", force=True)
+    # Ours alone: what SDKs log in detail holds credentials.
+    logging.getLogger("modelexpress_core").setLevel(log_level)
+    # Ours needs no numpy, and whoever installs nothing but us has none.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def build_app() -> typer.Typer:
@@ -71,11 +76,15 @@ def _add_plugin_commands(app: typer.Typer) -> None:
     logging.getLogger("modelexpress_core").setLevel(logging.ERROR)  # broken plugins: each command says so itself
     try:
         found = PluginManager.discover(os.environ).commands
-    except SettingsError:  # reported by the command that needs the setting
+    except ModelExpressError:  # reported by the command that needs the setting or the plugin
         found = ()
     finally:
         logging.getLogger("modelexpress_core").setLevel(logging.NOTSET)
+    ours = {command.name for command in app.registered_commands}
     for provider in found:
+        if provider.name in ours:
+            logging.getLogger(__name__).warning("a plugin's command %s is left out: mx has its own", provider.name)
+            continue
         try:
             command = provider.factory()
         except Exception as exc:  # noqa: BLE001 - somebody else's code

@@ -121,6 +121,9 @@ def _digest_file(path: Path | None) -> Iterator[_DigestWriter]:
     if path is None:
         yield _DigestWriter(None)
         return
+    if path.is_dir() or path.suffix == ".safetensors":
+        what = "a directory" if path.is_dir() else "named like a checkpoint file"
+        raise ModelExpressError(f"cannot write the digests to {path}: it is {what}", hint="name another file")
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)

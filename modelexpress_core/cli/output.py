@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -26,7 +27,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, 
 
 def console() -> Console:
     """For results."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE, highlight=False)
+    return Console(
+        width=None if (sys.stdout and sys.stdout.isatty()) or "COLUMNS" in os.environ else _WIDE, highlight=False
+    )
 
 
 def status_console() -> Console:
@@ -37,6 +40,7 @@ def status_console() -> Console:
 def print_json(value: object) -> None:
     """``value`` as JSON on stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.flush()
 
 
 def errors_reported(command: _F) -> _F:
@@ -56,6 +60,12 @@ def errors_reported(command: _F) -> _F:
             # Whoever read our output has gone. Python would complain once more while it flushes.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
+        except OSError as exc:
+            if exc.errno != errno.ENOSPC:
+                raise
+            status_console().print(f"Error: cannot write the output: {exc.strerror}", style="red")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from exc
 
     return run  # type: ignore[return-value]  # the same signature, which typer reads through __wrapped__
 

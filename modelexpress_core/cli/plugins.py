@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,7 +18,8 @@ _STYLES = {"loaded": "green", "broken": "red", "disabled": "yellow"}
 
 def plugins(json_output: JsonOption = False) -> None:
     """List every plugin: distribution, version, schemes, status, and the reason where it is broken."""
-    manager = PluginManager.discover()
+    # Strict mode stops at the first broken plugin; here it is the list of all of them that is wanted.
+    manager = PluginManager.discover({**os.environ, "MX_STRICT_PLUGINS": ""})
     tables = (manager.storages, manager.transports, manager.discoveries, manager.metadata_stores)
     conflicts = [conflict for table in tables for conflict in table.conflicts()]
     if json_output:

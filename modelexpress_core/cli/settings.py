@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from itertools import groupby
 
 import attrs
 from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
 
 from modelexpress_core.cli.output import JsonOption, console, print_json
+from modelexpress_core.errors import SettingsError
 from modelexpress_core.plugins import CORE, PluginManager
 from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
 
@@ -17,31 +19,36 @@ __all__ = ["settings"]
 
 def settings(json_output: JsonOption = False) -> None:
     """List every setting, its value and where it came from; secrets are hidden."""
-    manager = PluginManager.discover()
-    classes = [*((CORE, cls) for cls in CORE_SETTINGS), *manager.settings_classes()]
-    values = [value for owner, cls in classes for value in describe(cls, os.environ, owner=owner)]
+    core = [value for cls in CORE_SETTINGS for value in describe(cls, os.environ, owner=CORE)]
+    # Variables of core that cannot be used must not keep the plugins, and theirs, from being listed.
+    usable = {name: text for name, text in os.environ.items() if name not in _unusable(core)}
+    plugins = PluginManager.discover({**usable, "MX_STRICT_PLUGINS": ""}).settings_classes()
+    values = [*core, *(value for owner, cls in plugins for value in describe(cls, os.environ, owner=owner))]
+    unusable = _unusable(values)
+    if unusable and not json_output:
+        _print(values)
+    if unusable:
+        problems = "\n  ".join(value.problem for value in values if value.problem)
+        raise SettingsError(f"settings that cannot be used:\n  {problems}", hint="correct or unset them")
     if json_output:
         print_json([attrs.asdict(value) for value in values])
     else:
         _print(values)
 
 
+def _unusable(values: list[SettingValue]) -> set[str]:
+    return {value.source for value in values if value.problem}
+
+
 def _print(values: list[SettingValue]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("setting", no_wrap=True)
-    table.add_column("value", overflow="fold")
-    table.add_column("from", overflow="fold")
-    table.add_column("what it does")
-    table.add_column("read by")
-    for value in values:
-        is_set = value.source != "default"
-        name = value.name if not value.aliases else f"{value.name} (also {', '.join(value.aliases)})"
-        shown = escape(value.value) if value.value else "[dim]not set[/]"
-        table.add_row(
-            f"[bold]{escape(name)}[/]" if is_set else escape(name),
-            shown,
-            escape(value.source),
-            escape(value.help),
-            escape(value.owner),
-        )
-    console().print(table)
+    out = console()
+    for owner, group in groupby(values, key=lambda value: value.owner):
+        out.print(f"[bold underline]{escape(owner)}[/]")
+        for value in group:
+            shown = escape(value.value) if value.value else "[dim]not set[/]"
+            source = "" if value.source == "default" else f" [dim](from {escape(value.source)})[/]"
+            problem = " [red]cannot be used[/]" if value.problem else ""
+            out.print(f"[bold]{escape(value.name)}[/] = {shown}{source}{problem}", soft_wrap=True)
+            also = f" Also: {', '.join(value.aliases)}." if value.aliases else ""
+            out.print(Padding(f"[dim]{escape(value.help)}{escape(also)}[/]", (0, 0, 0, 4)))
+        out.print()

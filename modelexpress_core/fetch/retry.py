@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from attrs import frozen
@@ -70,6 +71,18 @@ class RetryBudget:
             return True
 
 
+@contextmanager
+def _own_errors(path: str) -> Iterator[None]:
+    """What a storage lets through of its SDK becomes an error that names the place, and whose fault it is."""
+    try:
+        yield
+    except ModelExpressError:
+        raise
+    except Exception as exc:
+        reason = f"the storage plugin let {type(exc).__name__} through at {path!r}: {exc}"
+        raise BackendError(reason, hint="report it to the plugin's authors") from exc
+
+
 class RetryingStorage:
     """A storage that tries again where its errors say that this can help. ``read_into`` fills the whole buffer.
 
@@ -109,7 +122,13 @@ class RetryingStorage:
         while True:
             self._on_request(failures > 0)
             try:
-                for info in self._storage.list(prefix):
+                with _own_errors(prefix):
+                    listing = iter(self._storage.list(prefix))
+                while True:
+                    with _own_errors(prefix):
+                        info = next(listing, None)
+                    if info is None:
+                        break
                     if info.path not in seen:
                         failures = 0
                         seen.add(info.path)
@@ -151,7 +170,8 @@ class RetryingStorage:
 
     def _read_some(self, path: str, offset: int, buffer: memoryview, version: str | None) -> int:
         """At least one byte."""
-        count = self._storage.read_into(path, offset, buffer, version=version)
+        with _own_errors(path):
+            count = self._storage.read_into(path, offset, buffer, version=version)
         if not 0 <= count <= len(buffer):
             message = f"read_into returned {count} for a buffer of {len(buffer)} bytes"
             raise BackendError(message, uri=path, operation="read", hint="report it to the plugin's authors")
@@ -164,7 +184,8 @@ class RetryingStorage:
         while True:
             self._on_request(failures > 0)
             try:
-                return function()
+                with _own_errors("an object"):
+                    return function()
             except BackendError as exc:
                 failures += 1
                 self._wait(exc, failures)

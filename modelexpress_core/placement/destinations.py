@@ -11,6 +11,7 @@ from torch import nn
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.errors import IncompleteLoadError, PlacementError
 from modelexpress_core.placement.dtypes import torch_dtype, torch_shape
+from modelexpress_core.placement.memory import Region, has_memory, region_of
 
 __all__ = ["Destinations"]
 
@@ -38,6 +39,9 @@ class Destinations:
         if isinstance(target, nn.Module):
             self.tensors = self._of_module(target, device)
         else:
+            if not isinstance(target, Mapping) or not all(torch.is_tensor(tensor) for tensor in target.values()):
+                message = f"cannot load into {type(target).__name__}"
+                raise PlacementError(message, hint="pass a torch.nn.Module, or a mapping of names to torch tensors")
             self.tensors = dict(target)
         meta = [name for name, tensor in self.tensors.items() if tensor.is_meta]
         if meta:
@@ -101,6 +105,31 @@ class Destinations:
                 hint="compare with `mx inspect`" if missing else "pass strict=False to leave those out",
             )
         self._check_fit(checkpoint, cast=cast)
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Refuse memory that two destinations share in part, or one with itself: one load would undo the other."""
+        regions = []
+        for name, tensor in self.tensors.items():
+            if tensor.layout is not torch.strided:
+                message = f"the destination {name} is a {tensor.layout} tensor; only strided ones have plain memory"
+                raise PlacementError(message, tensor=name, hint="load into a strided tensor and convert it")
+            if any(not stride and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+                message = f"elements of the destination {name} share memory: it was made with expand()"
+                raise PlacementError(message, tensor=name, hint="clone() it")
+            region = region_of(tensor) if has_memory(tensor) else None
+            if region is not None:
+                regions.append((region, name))
+        regions.sort(key=lambda entry: (entry[0].start, entry[0].end))
+        reaching: list[tuple[Region, str]] = []
+        for region, name in regions:
+            reaching = [entry for entry in reaching if entry[0].end > region.start]
+            for other, other_name in reaching:
+                tied = _memory(self.tensors[name]) == _memory(self.tensors[other_name])
+                if not tied and region.overlaps(other):
+                    message = f"the destinations {other_name} and {name} share a part of their memory"
+                    raise PlacementError(message, tensor=name, hint="give each memory of its own, or tie them wholly")
+            reaching.append((region, name))
 
     def _missing(self, checkpoint: Checkpoint) -> list[str]:
         """Destinations that nothing in the checkpoint goes to. One that shares memory with another counts once."""

@@ -153,7 +153,10 @@ class PendingMemory(Generic[_T]):
 
     def overlapping(self, region: Region) -> list[_T]:
         """The owners of regions that overlap ``region``, in the order in which they were added."""
-        return [self._entries[key][1] for key in sorted(self._keys(region))]
+        keys = self._keys(region)
+        if len(keys) > 1:  # those that reach over several buckets are found in each
+            keys = sorted(set(keys))
+        return [self._entries[key][1] for key in keys]
 
     def owners(self) -> list[_T]:
         """All owners, in the order in which they were added."""
@@ -164,15 +167,17 @@ class PendingMemory(Generic[_T]):
         for key in [key for key, (_, owner) in self._entries.items() if owner.done]:
             self._remove(key)
 
-    def _keys(self, region: Region) -> set[int]:
-        found: set[int] = set()
+    def _keys(self, region: Region) -> list[int]:
+        found = []
         for bucket in self._buckets_of(region):
             items = self._buckets.get(bucket)
             if not items:
                 continue
             first = bisect_left(items, (region.start - self._longest[bucket], -1))
             last = bisect_left(items, (region.end, -1))
-            found.update(key for _, key in items[first:last] if self._entries[key][0].overlaps(region))
+            for _, key in items[first:last]:
+                if self._entries[key][0].overlaps(region):
+                    found.append(key)
         return found
 
     def _remove(self, key: int) -> None:

@@ -28,6 +28,9 @@ _SHAPE_ONLY = frozenset(
     )
 )
 
+#: Views whose values are not the bytes that they look at.
+_VALUE_VIEWS = frozenset({"aten::_conj", "aten::_neg_view"})
+
 
 @frozen
 class Operation:
@@ -37,6 +40,7 @@ class Operation:
         name: For the report: ``"aten.mul"``.
         view: It returns another look at its input and writes nothing. Some do so only where they can, and copy
             otherwise (``reshape``): whoever relies on it checks the result.
+        value_view: It returns a view whose values are not the bytes that it looks at.
         reshapes_in_place: It changes size or strides of its argument (``t_``).
         shape_only: It reads no element.
         composite: It is made of other operations, and torch can take it apart.
@@ -46,6 +50,7 @@ class Operation:
 
     name: str
     view: bool
+    value_view: bool
     reshapes_in_place: bool
     shape_only: bool
     composite: bool
@@ -66,6 +71,7 @@ def operation(func: Any) -> Operation:
     return Operation(
         name=schema.name.replace("::", "."),
         view=bool(aliases) and all(aliases) and not written,
+        value_view=schema.name in _VALUE_VIEWS,
         reshapes_in_place=torch.Tag.inplace_view in func.tags,
         shape_only=schema.name in _SHAPE_ONLY,
         composite=torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),

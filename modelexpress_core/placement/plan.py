@@ -101,7 +101,11 @@ class ReadPlanner:
     def _segments(self, copy: Copy) -> Iterator[Segment]:
         source, destination = copy.source, copy.destination
         item = source.itemsize
-        dims = _merged(source.shape, source.stride(), destination.stride())
+        straight = destination.device.type == "cpu" and destination.dtype == source.dtype
+        if source.is_contiguous() and destination.is_contiguous():  # most are
+            dims: _Dims = ((source.numel(), 1, 1),)
+        else:
+            dims = _merged(source.shape, source.stride(), destination.stride())
         span = _span(dims) * item
         first = int(source.storage_offset()) * item
         if first + span > copy.info.length:
@@ -110,9 +114,7 @@ class ReadPlanner:
                 file=copy.info.file.name,
                 hint="this is a fault in the code that makes the view",
             )
-        straight = destination.device.type == "cpu" and destination.dtype == source.dtype
-        pieces = _Pieces(copy, straight=straight)
-        yield from self._split(pieces, dims, copy.info.offset + first, 0, item)
+        yield from self._split(_Pieces(copy, straight=straight), dims, copy.info.offset + first, 0, item)
 
     def _split(self, pieces: _Pieces, dims: _Dims, start: int, there: int, item: int) -> Iterator[Segment]:
         """Segments for the elements ``dims``, of which the first is byte ``start`` of the file."""

@@ -77,8 +77,6 @@ _ESCAPES = _STORAGE_ESCAPES | {
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _AS_STRIDED = torch.ops.aten.as_strided.default
 _COPY = torch.ops.aten.copy_.default
-#: Views whose values are not the bytes that they look at.
-_VALUE_VIEWS = frozenset({torch.ops.aten._conj.default, torch.ops.aten._neg_view.default})
 
 #: The recorders whose blocks this thread is in, outermost first.
 _entered = threading.local()
@@ -270,7 +268,7 @@ class Recorder:
         first = args[0] if args else None
         if isinstance(first, DeferredTensor):
             source = first._source
-            if func in _VALUE_VIEWS:
+            if what.value_view:
                 source.recorder.shared_memory(first)
             if source.real is None:
                 plain = [a._meta if isinstance(a, DeferredTensor) else a for a in args]
@@ -581,7 +579,8 @@ def _plain_bytes(tensor: torch.Tensor) -> bool:
     """Whether the bytes of the tensor are its values, each element once."""
     if tensor.is_conj() or tensor.is_neg():
         return False
-    return all(stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    strides = tensor.stride()
+    return 0 not in strides or all(stride or size < 2 for size, stride in zip(tensor.shape, strides, strict=True))
 
 
 def _fits_bytewise(view: torch.Tensor, destination: torch.Tensor) -> bool:

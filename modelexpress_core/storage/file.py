@@ -44,6 +44,8 @@ def _version(stat: os.stat_result) -> str:
 
 def _translated(exc: OSError, path: str, operation: str) -> BackendError:
     cls, cause, hint = _ERRORS.get(exc.errno or 0, (BackendError, None, None))
+    if exc.errno == errno.ENOENT and os.path.islink(path):
+        cause, hint = f"it is a link to {os.readlink(path)}, which is not there", "copy or download what is missing"
     return cls(
         f"{exc.strerror or exc} [{errno.errorcode.get(exc.errno or 0, exc.errno)}]",
         uri=str(ModelURI("file", path=path)),
@@ -71,10 +73,8 @@ class FileStorage:
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The regular files below the directory ``prefix``, and links to such files.
 
-        Hidden directories, hidden links and links to directories (which may lead in a circle) are left out.
-
-        Raises:
-            NotFoundError: A link leads nowhere.
+        Hidden directories and links to directories (which may lead in a circle) are left out. A link that leads
+        nowhere is listed as empty; asking for it raises NotFoundError.
         """
         try:
             with os.scandir(prefix or "/") as entries:
@@ -89,13 +89,15 @@ class FileStorage:
                     if not entry.name.startswith("."):
                         yield from self.list(entry.path)
                     continue
-                if entry.is_symlink() and entry.name.startswith("."):  # editors leave such locks, which lead nowhere
-                    continue
-                stat = entry.stat()  # a link that leads nowhere is a part that is missing, and says so
-                if modes.S_ISREG(stat.st_mode):
-                    yield ObjectInfo(entry.path, stat.st_size, _version(stat))
+                stat = entry.stat()
             except OSError as exc:
-                raise _translated(exc, entry.path, "read the size") from exc
+                if not entry.is_symlink():
+                    raise _translated(exc, entry.path, "read the size") from exc
+                # It leads nowhere, which matters only to whoever needs it: reading it says so.
+                yield ObjectInfo(entry.path, 0)
+                continue
+            if modes.S_ISREG(stat.st_mode):
+                yield ObjectInfo(entry.path, stat.st_size, _version(stat))
 
     def stat(self, path: str) -> ObjectInfo:
         """The regular file at ``path``."""

@@ -252,3 +252,60 @@ def test_completion_can_be_installed(mx: Run) -> None:
 
     assert done.returncode == 0, done.stderr
     assert "complete" in done.stdout
+
+
+def test_settings_shows_the_others_where_one_cannot_be_used(mx: Run) -> None:
+    """The command that every message about settings points to works, marks the bad one, and fails."""
+    done = mx("settings", environ={"MX_CONCURRENCY": "many", "MX_CHUNK_BYTES": "4MiB"})
+
+    assert done.returncode == 1
+    assert "MX_CONCURRENCY = *** (from MX_CONCURRENCY) cannot be used" in done.stdout
+    assert "MX_CHUNK_BYTES = 4194304" in done.stdout
+    assert "AWS_REGION" in done.stdout
+    assert "expected a whole number" in done.stderr
+
+
+def test_details_in_the_log_are_ours_alone(mx: Run, uploaded: str, environ: dict[str, str]) -> None:
+    """What SDKs log in detail holds credentials, so that asking us for details does not ask them."""
+    environ["AWS_SESSION_TOKEN"] = "very-private-token"
+
+    done = mx("--log-level", "debug", "inspect", uploaded, "--json", environ={**environ, "MX_RETRY_ATTEMPTS": "1"})
+
+    assert "very-private-token" not in done.stdout + done.stderr
+    assert environ["AWS_ACCESS_KEY_ID"] not in done.stdout + done.stderr
+
+
+def test_strict_plugins_do_not_keep_help_and_the_list_of_plugins_away(mx: Run, tmp_path: Path) -> None:
+    """Whoever has to find out what is broken can."""
+    info = tmp_path / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[modelexpress.plugins]\nbroken = nowhere_to_be_found\n")
+    environ = {"PYTHONPATH": str(tmp_path), "MX_STRICT_PLUGINS": "1"}
+
+    listed = mx("plugins", "--json", environ=environ)
+    version = mx("--version", environ=environ)
+    loaded = mx("load", "x", environ=environ)
+
+    states = {plugin["distribution"]: plugin["status"] for plugin in json.loads(listed.stdout)["plugins"]}
+    assert states["broken"] == "broken"
+    assert version.returncode == 0
+    assert loaded.returncode == 1
+    assert "nowhere_to_be_found" in loaded.stderr
+    assert "Traceback" not in listed.stderr + version.stderr + loaded.stderr
+
+
+def test_output_that_cannot_be_written_is_an_error(sharded: Path) -> None:
+    """A full disk gives a message and exit code 1."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "modelexpress_core", "inspect", str(sharded), "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr

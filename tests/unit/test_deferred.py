@@ -548,11 +548,12 @@ def test_what_inference_mode_has_read_or_changed_can_be_used_outside_it() -> Non
             w["changed"].add_(1)
         with torch.enable_grad():
             (parameter * w["read"]).sum().backward()
+            (parameter * w["changed"][:]).sum().backward()
         w["changed"].mul_(2)
         changed = w["changed"].tolist()
 
     assert parameter.grad is not None
-    assert [1, 2, 3, 4] == parameter.grad.tolist()
+    assert [3, 5, 7, 9] == parameter.grad.tolist()
     assert [4, 6, 8, 10] == changed
 
 

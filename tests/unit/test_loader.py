@@ -327,3 +327,42 @@ def test_deferred_weights_serve_one_block(model: str) -> None:
 
     with pytest.raises(mx.PlacementError, match="again"), weights:
         pass
+
+
+def test_destinations_that_share_a_part_of_their_memory_are_refused(model: str) -> None:
+    """One would undo the other, in silence; tensors tied as a whole are another matter."""
+    memory = torch.zeros(1500)
+
+    with pytest.raises(mx.PlacementError, match="share a part"):
+        mx.load_into(
+            {"a": memory[:1000], "c": memory[998:1000].view(torch.int64).squeeze()}, model, environ={}, strict=False
+        )
+    with pytest.raises(mx.PlacementError, match="expand"):
+        mx.load_into(
+            {"a": torch.zeros(1).expand(1000), "b": torch.zeros(64, 32), "c": torch.tensor(0)}, model, environ={}
+        )
+
+
+@pytest.mark.parametrize("target", [5, {"a": [1.0]}, [torch.zeros(3)]])
+def test_what_is_no_destination_is_refused(target: Any, model: str) -> None:
+    """The message says what can be loaded into."""
+    with pytest.raises(mx.PlacementError, match=r"torch\.nn\.Module"):
+        mx.load_into(target, model, environ={})
+
+
+def test_a_storage_that_lets_its_sdks_errors_through_is_named() -> None:
+    """Whose fault it is, and what came, instead of a bare traceback."""
+
+    class Careless(MemoryStorage):
+        def list(self, prefix: str) -> Any:
+            raise ConnectionRefusedError(111, "Connection refused")
+
+    class Plugin:
+        @mx.hookimpl
+        def mx_register_storages(self) -> list[StorageProvider]:
+            return [StorageProvider("careless", ("careless",), lambda uri, settings: Careless())]
+
+    with pytest.raises(mx.BackendError, match="let ConnectionRefusedError through") as caught:
+        mx.load_state_dict("careless://x/y", environ={}, plugins=manager(Plugin()))
+
+    assert isinstance(caught.value.__cause__, ConnectionRefusedError)

@@ -866,3 +866,15 @@ def test_a_memory_uri_without_a_name_is_a_directory_too() -> None:
     store("").put("nameless/model.safetensors", safetensors_file({"a": tensor("F32", (3,))}))
 
     assert list(open_checkpoint("memory:///nameless", environ={}).tensors) == ["a"]
+
+
+def test_a_shard_that_is_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
+    """A cache that was cleaned in part is no whole model; other links that lead nowhere do not matter."""
+    (tmp_path / "a.safetensors").write_bytes(safetensors_file({"a": tensor("F32", (3,))}))
+    (tmp_path / "notes.txt").symlink_to("gone")
+
+    assert list(open_checkpoint(tmp_path, environ={}).tensors) == ["a"]
+
+    (tmp_path / "b.safetensors").symlink_to("gone")
+    with pytest.raises(NotFoundError, match=r"b\.safetensors.*\n.*a link to gone"):
+        open_checkpoint(tmp_path, environ={})

@@ -226,10 +226,12 @@ def test_describe_shows_every_setting_with_its_value_and_source() -> None:
     assert ("", "default") == {row.name: (row.value, row.source) for row in describe(Example, {}, owner="")}["MX_BOUND"]
 
 
-def test_describe_refuses_what_cannot_be_read() -> None:
-    """A bad value has no row; the same error as when it is read comes up."""
-    with pytest.raises(SettingsError, match="MX_FLAG"):
-        describe(Example, {"MX_FLAG": "perhaps"}, owner="mx-x")
+def test_describe_marks_what_cannot_be_read() -> None:
+    """A bad value has a row that says what is wrong with it, and the others are as they would be without it."""
+    rows = {row.name: row for row in describe(Example, {"MX_FLAG": "perhaps", "OLD_BOUND": "4"}, owner="mx-x")}
+
+    assert "MX_FLAG='perhaps': expected 1 or 0" in rows["MX_FLAG"].problem
+    assert ("4", "") == (rows["MX_BOUND"].value, rows["MX_BOUND"].problem)
 
 
 @pytest.mark.parametrize("cls", [PluginSettings, LoadSettings])

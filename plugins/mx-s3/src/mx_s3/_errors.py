@@ -183,7 +183,7 @@ _LOGIN = _Meaning(AccessDeniedError, "the login of the profile ran out", "run aw
 _BROKE = _Meaning(
     UnavailableError,
     "the server, a proxy or the network dropped the connection",
-    "try again; if it stays, check what is between this machine and the server",
+    "try again; if it stays, check that AWS_ENDPOINT_URL says http or https as the server does, and the network",
 )
 
 _DNS_FAULT = _Meaning(UnavailableError, "the DNS of this machine does not answer", "check /etc/resolv.conf")
@@ -212,7 +212,7 @@ _EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] =
         "no TLS connection to the endpoint {endpoint}",
         _Meaning(
             UnavailableError,
-            "it serves plain HTTP there, or AWS_CA_BUNDLE is no usable file",
+            "it serves plain HTTP there, its certificate is for another host, or AWS_CA_BUNDLE is no usable file",
             "check the scheme and port of AWS_ENDPOINT_URL, and AWS_CA_BUNDLE",
             False,
         ),
