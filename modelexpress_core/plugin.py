@@ -35,7 +35,9 @@ def mx_register_storages() -> list[StorageProvider]:
             "file",
             ("file",),
             _open_file,
-            capabilities=StorageCapabilities(concurrency=8, most_concurrency=32, request_cost_bytes=128),
+            capabilities=StorageCapabilities(
+                read_runs=True, concurrency=8, most_concurrency=32, request_cost_bytes=128
+            ),
         ),
         StorageProvider(
             "memory",

@@ -70,6 +70,7 @@ class StorageCapabilities:
 
     Attributes:
         read_batch: It has an engine of its own, behind ``read_batch``.
+        read_runs: It reads many short runs in one call, with ``read_runs`` (see ``RunStorage``).
         write: It has ``write``.
         concurrency: Reads in flight to begin with.
         most_concurrency: Reads in flight that are never exceeded, however much more they would bring.
@@ -78,6 +79,7 @@ class StorageCapabilities:
     """
 
     read_batch: bool = False
+    read_runs: bool = False
     write: bool = False
     concurrency: int = field(default=8, validator=attrs.validators.ge(1))
     most_concurrency: int = field(default=64, validator=attrs.validators.ge(1))

@@ -234,7 +234,11 @@ class FetchEngine:
                     segment.memory[:] = part
 
     def _read(self, range_: Range, memory: memoryview) -> None:
-        self._storage.read_into(range_.file.path, range_.offset, memory, version=range_.file.version)
+        file, runs = range_.file, range_.segments[0].runs
+        if runs is None:
+            self._storage.read_into(file.path, range_.offset, memory, version=file.version)
+        else:
+            self._storage.read_runs(file.path, range_.offset, *runs, memory, version=file.version)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:

@@ -34,10 +34,12 @@ class Segment:
         length: Bytes.
         memory: Where they go, of exactly ``length`` bytes; None where ``deliver`` is set.
         deliver: Called with the bytes, in a buffer that is reused afterwards; None where ``memory`` is set.
+        runs: Where the bytes are no contiguous range but runs with gaps between them: the length of a run, and how far
+            after the start of one the next starts. They are alone in their range. None otherwise.
         ticket: What this is a part of. It keeps the destination alive.
     """
 
-    __slots__ = ("deliver", "length", "memory", "offset", "ticket")
+    __slots__ = ("deliver", "length", "memory", "offset", "runs", "ticket")
 
     def __init__(
         self,
@@ -47,7 +49,9 @@ class Segment:
         *,
         memory: memoryview | None = None,
         deliver: Callable[[memoryview], None] | None = None,
+        runs: tuple[int, int] | None = None,
     ) -> None:
+        self.runs = runs
         self.offset = offset
         self.length = length
         self.ticket = ticket

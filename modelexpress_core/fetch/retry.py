@@ -12,13 +12,13 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from attrs import frozen
 
 from modelexpress_core.errors import BackendError, ModelExpressError, SourceChangedError, UnavailableError
 from modelexpress_core.settings import LoadSettings
-from modelexpress_core.storage import ObjectInfo, Storage
+from modelexpress_core.storage import ObjectInfo, RunStorage, Storage
 
 __all__ = ["LoadCancelledError", "RetryBudget", "RetryPolicy", "RetryingStorage"]
 
@@ -149,35 +149,60 @@ class RetryingStorage:
         Returns:
             The length of ``buffer``.
         """
-        total, done, failures = len(buffer), 0, 0
+
+        def read(done: int) -> int:
+            with _own_errors(path):
+                count = self._storage.read_into(path, offset + done, buffer[done:], version=version)
+            return self._checked(count, path, offset + done, len(buffer) - done)
+
+        return self._fill(len(buffer), read)
+
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        """Fill ``buffer`` with runs, as the storage's method does, however many calls that takes.
+
+        Returns:
+            The length of ``buffer``.
+        """
+        storage = cast("RunStorage", self._storage)
+
+        def read(done: int) -> int:
+            first = offset + done // run_bytes * stride_bytes
+            with _own_errors(path):
+                count = storage.read_runs(path, first, run_bytes, stride_bytes, buffer[done:], version=version)
+            return self._checked(count, path, first, len(buffer) - done, run_bytes)
+
+        return self._fill(len(buffer), read)
+
+    def _fill(self, total: int, read: Callable[[int], int]) -> int:
+        """Call ``read`` with the number of bytes that are there, until ``total`` are."""
+        done, failures = 0, 0
         while done < total:
             if self._cancelled.is_set():
                 raise LoadCancelledError("the load was cancelled")
             self._on_request(failures > 0 or done > 0)
             try:
-                count = self._read_some(path, offset + done, buffer[done:], version)
+                done += read(done)
             except BackendError as exc:
                 failures += 1
                 self._wait(exc, failures)
             else:
-                done += count
                 failures = 0
         return total
+
+    def _checked(self, count: int, path: str, offset: int, length: int, unit: int = 1) -> int:
+        """What a storage says it has read, unless that cannot be."""
+        if count % unit or not 0 <= count <= length:
+            message = f"a read returned {count} for a buffer of {length} bytes"
+            raise BackendError(message, uri=path, operation="read", hint="report it to the plugin's authors")
+        if count == 0:
+            raise self._ended_early(path, offset, unit if unit > 1 else length)
+        return count
 
     def close(self) -> None:
         """Close the storage."""
         self._storage.close()
-
-    def _read_some(self, path: str, offset: int, buffer: memoryview, version: str | None) -> int:
-        """At least one byte."""
-        with _own_errors(path):
-            count = self._storage.read_into(path, offset, buffer, version=version)
-        if not 0 <= count <= len(buffer):
-            message = f"read_into returned {count} for a buffer of {len(buffer)} bytes"
-            raise BackendError(message, uri=path, operation="read", hint="report it to the plugin's authors")
-        if count == 0:
-            raise self._ended_early(path, offset, len(buffer))
-        return count
 
     def _call(self, function: Callable[[], _R]) -> _R:
         failures = 0

@@ -8,7 +8,7 @@ each a contiguous range of the file:
 - anything else (another dtype, a transposed or scattered destination, device memory): read into a staging buffer and
   copied from there by torch, in pieces that fit one;
 - elements with gaps between them: one range over all of them where the gaps are shorter than what a request costs,
-  separate ranges where they are longer.
+  separate ranges where they are longer, or many runs in one call where the storage offers it.
 
 Segments of a file that lie close together then share one read.
 """
@@ -32,6 +32,10 @@ _Dims = Sequence[tuple[int, int, int]]
 
 #: One thread is handed small ranges together until they are worth this much of its time, in bytes.
 _BATCH_BYTES = 256 << 10
+
+#: Runs up to this length are read many at a time, where the storage can; so many bytes of them are one read.
+_RUN_BYTES = 64 << 10
+_RUNS_BYTES = 1 << 20
 
 #: Reads of different tensors are joined across a gap only where they need this many times its bytes: parts of the
 #: tensors between them belong to other ranks.
@@ -68,9 +72,11 @@ class ReadPlanner:
     Args:
         chunk_bytes: Largest range that is read at once, and what a staging buffer holds.
         request_cost_bytes: What one more request costs, in bytes that could be read in the same time.
+        reads_runs: Whether the storage reads many short runs in one call.
     """
 
-    def __init__(self, chunk_bytes: int, request_cost_bytes: int) -> None:
+    def __init__(self, chunk_bytes: int, request_cost_bytes: int, *, reads_runs: bool = False) -> None:
+        self._reads_runs = reads_runs
         self._chunk_bytes = chunk_bytes
         self._request_cost_bytes = request_cost_bytes
         # Beyond this, copying out of a shared read costs more than a request of its own.
@@ -122,6 +128,9 @@ class ReadPlanner:
             yield from self._run(pieces, dims, start, there, item)
             return
         size, stride, stride_there = dims[0]
+        if self._reads_runs and self._is_many_runs(dims, item):
+            yield from self._many_runs(pieces, dims, start, there, item)
+            return
         if self._readable_through(dims, item):
             if _span(dims) * item <= self._chunk_bytes:
                 yield pieces.staged(dims, start, there)
@@ -133,6 +142,24 @@ class ReadPlanner:
             count = min(step, size - index)
             rest = dims[1:] if count == 1 else ((count, stride, stride_there), *dims[1:])
             yield from self._split(pieces, rest, start + index * stride * item, there + index * stride_there, item)
+
+    def _is_many_runs(self, dims: _Dims, item: int) -> bool:
+        """Whether these are short contiguous runs of the file, all as far apart from each other."""
+        run = dims[1:]
+        if len(run) > 1 or (run and run[0][1] != 1):
+            return False
+        short = _span(run) * item <= min(_RUN_BYTES, self._chunk_bytes)
+        return short and not self._readable_through(dims, item)
+
+    def _many_runs(self, pieces: _Pieces, dims: _Dims, start: int, there: int, item: int) -> Iterator[Segment]:
+        """Segments of many runs each."""
+        size, stride, stride_there = dims[0]
+        count, _, inner_there = dims[1] if len(dims) > 1 else (1, 1, 1)
+        step = max(1, min(_RUNS_BYTES, self._chunk_bytes) // (count * item))
+        for index in range(0, size, step):
+            packed = ((min(step, size - index), count, stride_there), (count, 1, inner_there))
+            begin, position = start + index * stride * item, there + index * stride_there
+            yield pieces.runs(packed, begin, position, stride * item)
 
     def _readable_through(self, dims: _Dims, item: int) -> bool:
         """Whether every gap between these elements is cheaper to read than to skip."""
@@ -162,7 +189,7 @@ class ReadPlanner:
         shared: list[Segment] = []
         begin = end = needed = 0
         for segment in segments:
-            if segment.length > self._small_bytes:
+            if segment.length > self._small_bytes or segment.runs is not None:
                 yield Range(file, segment.offset, segment.length, (segment,))
                 continue
             reaches = max(end, segment.offset + segment.length)
@@ -219,6 +246,16 @@ class _Pieces:
         """``length`` bytes that go straight to element ``there`` of the destination's memory."""
         memory = bytes_at(self._address + there * self._item, length)
         return Segment(start, length, self._copy, memory=memory)
+
+    def runs(self, dims: _Dims, start: int, there: int, stride_bytes: int) -> Segment:
+        """Runs, each ``stride_bytes`` of the file after the one before; ``dims`` says where they go, read together."""
+        (runs, count, stride_there), (_, _, inner_there) = dims
+        length = runs * count * self._item
+        run = (count * self._item, stride_bytes)
+        if self.is_straight and inner_there == 1 and (stride_there == count or runs == 1):
+            memory = bytes_at(self._address + there * self._item, length)
+            return Segment(start, length, self._copy, memory=memory, runs=run)
+        return Segment(start, length, self._copy, deliver=self._delivery(dims, there), runs=run)
 
     def staged(self, dims: _Dims, start: int, there: int) -> Segment:
         """The elements ``dims``, taken from a staging buffer to element ``there`` of the destination's memory."""

@@ -94,7 +94,8 @@ class Recorder:
     def __init__(self, checkpoint: Checkpoint, engine: FetchEngine, coverage: Coverage | None = None) -> None:
         self._checkpoint = checkpoint
         self._engine = engine
-        self._planner = ReadPlanner(engine.chunk_bytes, engine.capabilities.request_cost_bytes)
+        cost, runs = engine.capabilities.request_cost_bytes, engine.capabilities.read_runs
+        self._planner = ReadPlanner(engine.chunk_bytes, cost, reads_runs=runs)
         self._coverage = coverage
         self._lock = threading.RLock()
         self._mode = _RecordingMode(self)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from modelexpress_core.storage.protocol import ObjectInfo, Storage
+from modelexpress_core.storage.protocol import ObjectInfo, RunStorage, Storage
 
-__all__ = ["ObjectInfo", "Storage"]
+__all__ = ["ObjectInfo", "RunStorage", "Storage"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat as modes
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from modelexpress_core.errors import (
     AccessDeniedError,
@@ -22,6 +23,10 @@ from modelexpress_core.uri import ModelURI
 __all__ = ["FileStorage", "open_file"]
 
 _PROVIDER = "modelexpress-core"
+
+_PAGE_BYTES = mmap.PAGESIZE
+#: Runs and the gaps between them are read by so many bytes.
+_THROUGH_BYTES = 512 << 10
 
 #: errno -> (class, likely cause, next step); anything else is a plain BackendError.
 _ERRORS: Mapping[int, tuple[type[BackendError], str, str]] = {
@@ -54,6 +59,45 @@ def _translated(exc: OSError, path: str, operation: str) -> BackendError:
         cause=cause,
         hint=hint,
     )
+
+
+def _fill(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Read into ``buffer``; fewer bytes where the file ends."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def _fill_runs(descriptor: int, buffer: memoryview, offset: int, run_bytes: int, stride_bytes: int) -> int:
+    """Read run by run, and nothing between them."""
+    position = offset
+    for done in range(0, len(buffer), run_bytes):
+        part = buffer[done : done + run_bytes]
+        if os.preadv(descriptor, [part], position) != run_bytes and _fill(descriptor, part, position) != run_bytes:
+            return done
+        position += stride_bytes
+    return len(buffer)
+
+
+def _fill_through(descriptor: int, buffer: memoryview, offset: int, run_bytes: int, stride_bytes: int) -> int:
+    """Read many runs and the gaps between them at a time, and keep the runs."""
+    per_read = max(1, _THROUGH_BYTES // stride_bytes)
+    through = memoryview(bytearray((per_read - 1) * stride_bytes + run_bytes))
+    done = 0
+    while done < len(buffer):
+        runs = min(per_read, (len(buffer) - done) // run_bytes)
+        part = through[: (runs - 1) * stride_bytes + run_bytes]
+        count = _fill(descriptor, part, offset + done // run_bytes * stride_bytes)
+        for start in range(0, count - run_bytes + 1, stride_bytes):
+            buffer[done : done + run_bytes] = part[start : start + run_bytes]
+            done += run_bytes
+        if count < len(part):
+            break
+    return done
 
 
 class FileStorage:
@@ -121,15 +165,28 @@ class FileStorage:
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read into ``buffer``; the version is compared after reading, so a change in between is seen."""
         operation = f"read bytes {offset}-{offset + len(buffer) - 1}"
+        return self._reading(path, version, operation, lambda descriptor: _fill(descriptor, buffer, offset))
+
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        """Read runs into ``buffer``.
+
+        Where every page of the file would be read anyway, the gaps are read along, through a buffer of their own: that
+        takes a tenth of the calls' time.
+        """
+        last = offset + (len(buffer) // run_bytes - 1) * stride_bytes + run_bytes - 1
+        operation = f"read runs of {run_bytes} bytes in {offset}-{last}"
+        read = _fill_through if stride_bytes - run_bytes < _PAGE_BYTES else _fill_runs
+        return self._reading(
+            path, version, operation, lambda descriptor: read(descriptor, buffer, offset, run_bytes, stride_bytes)
+        )
+
+    def _reading(self, path: str, version: str | None, operation: str, read: Callable[[int], int]) -> int:
         try:
             descriptor = self._descriptor(path, version)
             try:
-                done = 0
-                while done < len(buffer):
-                    count = os.preadv(descriptor, [buffer[done:]], offset + done)
-                    if count == 0:
-                        break
-                    done += count
+                done = read(descriptor)
                 stat = os.fstat(descriptor)
             finally:
                 self._release()

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import attrs
 from attrs import field, frozen
 
-__all__ = ["ObjectInfo", "Storage"]
+__all__ = ["ObjectInfo", "RunStorage", "Storage"]
 
 
 def _unmodifiable(digests: Mapping[str, str]) -> Mapping[str, str]:
@@ -91,5 +91,35 @@ class Storage(Protocol):
 
         May be called while reads run in other threads: those end soon, with their bytes or with a BackendError that is
         not retryable, as does every later call.
+        """
+        ...
+
+
+class RunStorage(Storage, Protocol):
+    """A storage to which a read of a few hundred bytes costs little more than the call: it takes many at a time.
+
+    Offered by declaring the capability ``read_runs``. Rows of a matrix that is split by columns are such runs.
+    """
+
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        """Read runs of ``run_bytes``, each ``stride_bytes`` after the one before, one after another into ``buffer``.
+
+        Args:
+            path: As in ``ObjectInfo.path``.
+            offset: First byte of the first run.
+            run_bytes: Length of a run; that of ``buffer`` is a multiple of it.
+            stride_bytes: From the start of a run to the start of the next; more than ``run_bytes``.
+            buffer: Writable, one-dimensional, of bytes, and never empty.
+            version: As in ``ObjectInfo.version``; None takes any one.
+
+        Returns:
+            Number of bytes written to the start of ``buffer``, of whole runs; fewer than asked for where the object
+            ended early.
+
+        Raises:
+            SourceChangedError: The object is no longer ``version``, and its old content cannot be read any more.
+            BackendError: Any other failure.
         """
         ...
