@@ -31,6 +31,7 @@ __all__ = [
     "PluginSettings",
     "SettingValue",
     "boolean",
+    "buffer_bytes",
     "byte_count",
     "describe",
     "env",
@@ -168,6 +169,15 @@ def byte_count(text: str) -> int:
     decimal = text.strip().lower().endswith("b") and not match[3] and match[2]
     base = 1000 if decimal else 1024
     return cast("int", int(match[1]) * base ** " kmgt".index((match[2] or " ").lower()))
+
+
+def buffer_bytes(text: str) -> int:
+    """A number of bytes that at least a few elements of any dtype fit in."""
+    count = byte_count(text)
+    if count < 64:
+        reason = "expected at least 64 bytes"
+        raise ValueError(reason)
+    return count
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -331,13 +341,13 @@ class LoadSettings:
     chunk_bytes: int = env(
         "MX_CHUNK_BYTES",
         default=8 << 20,
-        converter=byte_count,
+        converter=buffer_bytes,
         help="Largest single read; larger tensors are split.",
     )
     staging_bytes: int = env(
         "MX_STAGING_BYTES",
         default=256 << 20,
-        converter=byte_count,
+        converter=buffer_bytes,
         help="Memory for bytes that cannot be read straight into place.",
     )
     retry_attempts: int = env(

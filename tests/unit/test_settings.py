@@ -302,3 +302,10 @@ def test_variables_of_other_parts_are_not_called_unknown(caplog: pytest.LogCaptu
 def test_variables_names_aliases_too() -> None:
     """Whatever the class reads, in order."""
     assert ("MX_BOUND", "OLD_BOUND", "OLDER_BOUND", "MX_FLAG") == variables(Example)[:4]
+
+
+@pytest.mark.parametrize("name", ["MX_CHUNK_BYTES", "MX_STAGING_BYTES"])
+def test_a_buffer_that_holds_no_element_is_refused(name: str) -> None:
+    """Here, and not by a thread in the middle of a load."""
+    with pytest.raises(SettingsError, match="at least 64 bytes"):
+        from_env(LoadSettings, {name: "8"})
