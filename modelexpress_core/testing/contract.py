@@ -22,7 +22,7 @@ class Contract:
     """Tests to inherit. A subclass whose name begins with ``Test`` runs them, with the fixtures that it overrides.
 
     Attributes:
-        known_gaps: Tests that fail, with the reason: ``{"test_close_may_be_called_again": "see issue 12"}``. They are
+        known_gaps: Tests that fail, with the reason: ``{"test_close_may_be_called_again": "it closes once"}``. They are
             reported as expected failures; one that passes is an error, so that the list stays true.
     """
 

@@ -747,10 +747,10 @@ def test_a_known_gap_is_an_expected_failure_until_it_is_mended(tmp_path: Path) -
         _HEAD
         + "class Short(MemoryStorage):\n"
         + "    def list(self, prefix):\n        return (i for i in super().list(prefix) if i.size)\n"
-        + "class TestGap(Filled):\n    __test__ = True\n    known_gaps = {'test_empty_objects': 'see issue 12'}\n"
+        + "class TestGap(Filled):\n    __test__ = True\n    known_gaps = {'test_empty_objects': 'it closes once'}\n"
         + "    @pytest.fixture\n    def storage(self):\n        return Short()\n"
         + "    @pytest.mark.skip(reason='mine')\n    def test_of_its_own(self): pass\n"
-        + "class TestMended(Filled):\n    __test__ = True\n    known_gaps = {'test_empty_objects': 'see issue 12'}\n"
+        + "class TestMended(Filled):\n    __test__ = True\n    known_gaps = {'test_empty_objects': 'it closes once'}\n"
     )
 
     ended, printed = run_pytest(tmp_path, "-rx", "-k", "empty_objects or its_own")
@@ -761,7 +761,7 @@ def test_a_known_gap_is_an_expected_failure_until_it_is_mended(tmp_path: Path) -
         ("TestMended", "test_empty_objects"): "failure",
     }
     assert expected == ended, printed
-    assert "see issue 12" in printed
+    assert "it closes once" in printed
     assert "XPASS(strict)" in printed
 
 
