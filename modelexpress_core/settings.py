@@ -172,10 +172,10 @@ def byte_count(text: str) -> int:
 
 
 def buffer_bytes(text: str) -> int:
-    """A number of bytes that at least a few elements of any dtype fit in."""
+    """A number of bytes that an element of any dtype fits in."""
     count = byte_count(text)
-    if count < 64:
-        reason = "expected at least 64 bytes"
+    if count < 16:
+        reason = "expected at least 16 bytes"
         raise ValueError(reason)
     return count
 

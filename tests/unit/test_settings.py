@@ -307,5 +307,5 @@ def test_variables_names_aliases_too() -> None:
 @pytest.mark.parametrize("name", ["MX_CHUNK_BYTES", "MX_STAGING_BYTES"])
 def test_a_buffer_that_holds_no_element_is_refused(name: str) -> None:
     """Here, and not by a thread in the middle of a load."""
-    with pytest.raises(SettingsError, match="at least 64 bytes"):
+    with pytest.raises(SettingsError, match="at least 16 bytes"):
         from_env(LoadSettings, {name: "8"})
