@@ -12,20 +12,10 @@ from hypothesis import strategies as st
 
 from modelexpress_core.fetch import Ticket
 from modelexpress_core.placement.memory import PendingMemory, Region, has_memory, merged_dims, region_of
+from tests.support.memory import addresses
 
 _DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BUFFER = torch.zeros(1 << 13, dtype=torch.uint8)
-
-
-def addresses(t: torch.Tensor) -> set[int]:
-    """Address of every byte of ``t``."""
-    if not t.numel():
-        return set()
-    starts = [
-        t.data_ptr() + t.itemsize * sum(i * s for i, s in zip(index, t.stride(), strict=True))
-        for index in itertools.product(*map(range, t.shape))
-    ]
-    return {start + byte for start in starts for byte in range(t.itemsize)}
 
 
 @st.composite
