@@ -27,9 +27,11 @@ from modelexpress_core.errors import BackendError, CheckpointError, ModelExpress
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.fetch import FetchEngine, RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.providers import Candidate, LoadRequest
+from modelexpress_core.providers import Candidate, LoadRequest, StorageProvider
+from modelexpress_core.registry import Registered
 from modelexpress_core.report import LoadReport
 from modelexpress_core.settings import LoadSettings, from_env
+from modelexpress_core.storage import Storage
 from modelexpress_core.uri import ModelURI
 
 if TYPE_CHECKING:
@@ -82,9 +84,18 @@ class Loader:
         """The checkpoint of ``candidate``, for whoever wants no more than that."""
         registered, storage = self.plugins.open_storage(candidate.uri, self.environ)
         with contextlib.closing(storage):
-            budget = RetryBudget(self.settings.retry_budget_seconds)
-            retrying = RetryingStorage(storage, RetryPolicy.from_settings(self.settings), budget)
-            return open_files(retrying, candidate.uri, provider=registered.provider.name)
+            return self.read_headers(candidate.uri, registered, storage, self.new_budget())
+
+    def new_budget(self) -> RetryBudget:
+        """The waiting time of one load."""
+        return RetryBudget(self.settings.retry_budget_seconds)
+
+    def read_headers(
+        self, uri: ModelURI, registered: Registered[StorageProvider], storage: Storage, budget: RetryBudget
+    ) -> Checkpoint:
+        """The checkpoint at ``uri`` in a storage that is open, with the retries that the user set."""
+        retrying = RetryingStorage(storage, RetryPolicy.from_settings(self.settings), budget)
+        return open_files(retrying, uri, provider=registered.provider.name)
 
     def _candidates(self, uri: str | os.PathLike[str] | ModelURI) -> tuple[Candidate, ...]:
         request = LoadRequest(self.plugins.rewrite_uri(ModelURI.parse(uri)))
@@ -100,9 +111,8 @@ class Load:
 
     def __init__(self, candidate: Candidate, loader: Loader) -> None:
         self._uri = candidate.uri
+        self._loader = loader
         self._plugins = loader.plugins
-        self._environ = loader.environ
-        self._settings = loader.settings
         self._id = uuid.uuid4().hex
         self._begun = time.monotonic()
         self._opened = self._begun
@@ -126,16 +136,15 @@ class Load:
         self._closing.close()
 
     def _open(self) -> None:
-        registered, storage = self._plugins.open_storage(self._uri, self._environ)
+        registered, storage = self._plugins.open_storage(self._uri, self._loader.environ)
         self._closing.callback(storage.close)
         self._registered = registered
-        budget = RetryBudget(self._settings.retry_budget_seconds)
-        retrying = RetryingStorage(storage, RetryPolicy.from_settings(self._settings), budget)
-        self.checkpoint = open_files(retrying, self._uri, provider=registered.provider.name)
+        budget = self._loader.new_budget()
+        self.checkpoint = self._loader.read_headers(self._uri, registered, storage, budget)
         self._opened = time.monotonic()
         self.engine = self._engine = FetchEngine(
             storage,
-            self._settings,
+            self._loader.settings,
             registered.provider.capabilities,
             on_arrival=self._arrived,
             budget=budget,

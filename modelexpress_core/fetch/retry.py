@@ -12,7 +12,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import cast
 
 from attrs import frozen
 
@@ -21,8 +21,6 @@ from modelexpress_core.settings import LoadSettings
 from modelexpress_core.storage import ObjectInfo, RunStorage, Storage
 
 __all__ = ["LoadCancelledError", "RetryBudget", "RetryPolicy", "RetryingStorage"]
-
-_R = TypeVar("_R")
 
 
 class LoadCancelledError(ModelExpressError):
@@ -141,7 +139,15 @@ class RetryingStorage:
 
     def stat(self, path: str) -> ObjectInfo:
         """As the storage's."""
-        return self._call(lambda: self._storage.stat(path))
+        failures = 0
+        while True:
+            self._on_request(failures > 0)
+            try:
+                with _own_errors(path):
+                    return self._storage.stat(path)
+            except BackendError as exc:
+                failures += 1
+                self._wait(exc, failures)
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Fill ``buffer``, however many requests that takes.
@@ -203,17 +209,6 @@ class RetryingStorage:
     def close(self) -> None:
         """Close the storage."""
         self._storage.close()
-
-    def _call(self, function: Callable[[], _R]) -> _R:
-        failures = 0
-        while True:
-            self._on_request(failures > 0)
-            try:
-                with _own_errors("an object"):
-                    return function()
-            except BackendError as exc:
-                failures += 1
-                self._wait(exc, failures)
 
     def _ended_early(self, path: str, offset: int, length: int) -> BackendError:
         """What a stream without a byte means: the object was cut short, or the connection was."""
