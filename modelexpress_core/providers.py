@@ -72,6 +72,9 @@ class StorageCapabilities:
         read_batch: It has an engine of its own, behind ``read_batch``.
         read_runs: It reads many short runs in one call, with ``read_runs`` (see ``RunStorage``).
         write: It has ``write``.
+        patience: Its reads give up on a silent connection after ``patience_seconds`` (see ``PatientStorage``).
+        diagnosis: It says where it connects and as whom (see ``DiagnosableStorage``).
+        stat_digests: ``stat`` may tell digests that ``list`` leaves out: asking is worth a request for each file.
         concurrency: Reads in flight to begin with.
         most_concurrency: Reads in flight that are never exceeded, however much more they would bring.
         request_cost_bytes: What one more request costs, in bytes that could be read in the same time.
@@ -81,6 +84,9 @@ class StorageCapabilities:
     read_batch: bool = False
     read_runs: bool = False
     write: bool = False
+    patience: bool = False
+    diagnosis: bool = False
+    stat_digests: bool = False
     concurrency: int = field(default=8, validator=attrs.validators.ge(1))
     most_concurrency: int = field(default=64, validator=attrs.validators.ge(1))
     request_cost_bytes: int = field(default=256 << 10, validator=attrs.validators.ge(0))

@@ -362,6 +362,24 @@ class LoadSettings:
         converter=seconds,
         help="Total time that all reads of one load may spend waiting between tries.",
     )
+    stall_seconds: float = env(
+        "MX_STALL_SECONDS",
+        default=30.0,
+        converter=seconds,
+        help="How long a read may go without a byte at most; less as soon as it is known how long reads take here.",
+    )
+    verify_digests: bool = env(
+        "MX_VERIFY_DIGESTS",
+        default=True,
+        converter=boolean,
+        help="Compare what was read with the digests that the storage publishes, where whole files are read.",
+    )
+    force_staging: bool = env(
+        "MX_FORCE_STAGING",
+        default=False,
+        converter=boolean,
+        help="Read everything through staging buffers, as for devices that need them; for tests of that path.",
+    )
 
 
 #: Every settings class of core, in the order in which `mx settings` shows them.

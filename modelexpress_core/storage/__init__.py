@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from modelexpress_core.storage.protocol import ObjectInfo, RunStorage, Storage
+from modelexpress_core.storage.protocol import (
+    DiagnosableStorage,
+    Endpoint,
+    ObjectInfo,
+    PatientStorage,
+    RunStorage,
+    Storage,
+)
 
-__all__ = ["ObjectInfo", "RunStorage", "Storage"]
+__all__ = ["DiagnosableStorage", "Endpoint", "ObjectInfo", "PatientStorage", "RunStorage", "Storage"]

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import attrs
 from attrs import field, frozen
 
-__all__ = ["ObjectInfo", "RunStorage", "Storage"]
+__all__ = ["DiagnosableStorage", "Endpoint", "ObjectInfo", "PatientStorage", "RunStorage", "Storage"]
 
 
 def _unmodifiable(digests: Mapping[str, str]) -> Mapping[str, str]:
@@ -121,5 +121,63 @@ class RunStorage(Storage, Protocol):
         Raises:
             SourceChangedError: The object is no longer ``version``, and its old content cannot be read any more.
             BackendError: Any other failure.
+        """
+        ...
+
+
+class PatientStorage(Storage, Protocol):
+    """A storage whose reads give up on a connection that has gone silent, after a time that core sets.
+
+    Offered by declaring the capability ``patience``. Core learns how long a read takes when all is well, and lowers the
+    time from what the storage begins with, so that a stalled connection costs seconds instead of a long time-out.
+
+    Attributes:
+        patience_seconds: A read that has waited so long for its next byte ends: with the bytes that have arrived, or
+            with DeadlineError where none has. Core sets it while reads run; it holds for waits that begin afterwards.
+    """
+
+    patience_seconds: float
+
+
+@frozen
+class Endpoint:
+    """Where a storage connects to.
+
+    Attributes:
+        host: Name or address.
+        port: TCP port.
+        tls: Whether the connection is encrypted.
+        ca_bundle: File with the authorities that are trusted; None for those of the SDK.
+        proxy: URL of the proxy that connections go through, without credentials; None for a direct connection.
+    """
+
+    host: str
+    port: int
+    tls: bool
+    ca_bundle: str | None = None
+    proxy: str | None = None
+
+
+class DiagnosableStorage(Storage, Protocol):
+    """A storage that says where it connects and as whom, so that ``mx doctor`` can test one step after the other.
+
+    Offered by declaring the capability ``diagnosis``.
+    """
+
+    def endpoint(self) -> Endpoint:
+        """Where requests go. Connects to nothing.
+
+        Raises:
+            BackendError: That cannot be said.
+        """
+        ...
+
+    def credentials(self) -> str:
+        """Who asks, and where that was found, for people: ``"access key ...X4TQ, from the profile default"``.
+
+        Fetches the credentials where that takes a request; shows no secret.
+
+        Raises:
+            AccessDeniedError: There are none, or they cannot be had.
         """
         ...
