@@ -47,6 +47,9 @@ class LoadProgress:
         bytes_per_second: Goodput over the last few seconds.
         eta_seconds: Time left at that rate; None while it cannot be said.
         retries: Reads tried again so far.
+        limiter: What limits the load now: ``"source"`` (the storage asks for less, or fails), ``"network"`` (or what is
+            behind it), ``"cpu"``, ``"destination"`` (copying to where the bytes belong), ``"planning"`` (the code that
+            loads); empty while that cannot be said.
     """
 
     load_id: str
@@ -58,6 +61,7 @@ class LoadProgress:
     bytes_per_second: float
     eta_seconds: float | None
     retries: int
+    limiter: str = ""
 
 
 @frozen

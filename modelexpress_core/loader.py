@@ -5,7 +5,8 @@
 2. **Open.** Headers only, in parallel: which tensor lies where, in which version of which file.
 3. **Plan and fetch.** Copies to destinations become reads, which go straight into place while later copies are still
    being recorded.
-4. **Check.** Every planned byte arrived, every destination was written; otherwise the load raises.
+4. **Check.** Every planned byte arrived, files that were read as a whole have the digests that their storage publishes,
+   every destination was written; otherwise the load raises.
 """
 
 from __future__ import annotations
@@ -37,13 +38,18 @@ from modelexpress_core.uri import ModelURI
 if TYPE_CHECKING:
     from modelexpress_core.placement import Recorder
 
-__all__ = ["Load", "Loader"]
+__all__ = ["Load", "Loader", "redacted_uris"]
 
 _log = logging.getLogger(__name__)
 _R = TypeVar("_R")
 
 #: Observers hear of progress this often at most.
 _PROGRESS_SECONDS = 0.1
+
+
+def redacted_uris(uri: ModelURI) -> Callable[[str], str]:
+    """What makes the redacted URI of an object in the storage of ``uri``, of its path."""
+    return lambda path: str(uri.with_path(path))
 
 
 @cache
@@ -91,11 +97,23 @@ class Loader:
         return RetryBudget(self.settings.retry_budget_seconds)
 
     def read_headers(
-        self, uri: ModelURI, registered: Registered[StorageProvider], storage: Storage, budget: RetryBudget
+        self,
+        uri: ModelURI,
+        registered: Registered[StorageProvider],
+        storage: Storage,
+        budget: RetryBudget,
+        *,
+        to_load: bool = False,
     ) -> Checkpoint:
-        """The checkpoint at ``uri`` in a storage that is open, with the retries that the user set."""
-        retrying = RetryingStorage(storage, RetryPolicy.from_settings(self.settings), budget)
-        return open_files(retrying, uri, provider=registered.provider.name)
+        """The checkpoint at ``uri`` in a storage that is open, with the retries that the user set.
+
+        Where it is opened ``to_load``, its files come with the digests that they are compared with.
+        """
+        policy = RetryPolicy.from_settings(self.settings)
+        retrying = RetryingStorage(storage, policy, budget, uri_of=redacted_uris(uri))
+        provider = registered.provider
+        ask_digests = to_load and self.settings.verify_digests and provider.capabilities.stat_digests
+        return open_files(retrying, uri, provider=provider.name, ask_digests=ask_digests)
 
     def _candidates(self, uri: str | os.PathLike[str] | ModelURI) -> tuple[Candidate, ...]:
         request = LoadRequest(self.plugins.rewrite_uri(ModelURI.parse(uri)))
@@ -140,7 +158,7 @@ class Load:
         self._closing.callback(storage.close)
         self._registered = registered
         budget = self._loader.new_budget()
-        self.checkpoint = self._loader.read_headers(self._uri, registered, storage, budget)
+        self.checkpoint = self._loader.read_headers(self._uri, registered, storage, budget, to_load=True)
         self._opened = time.monotonic()
         self.engine = self._engine = FetchEngine(
             storage,
@@ -148,6 +166,7 @@ class Load:
             registered.provider.capabilities,
             on_arrival=self._arrived,
             budget=budget,
+            uri_of=redacted_uris(self._uri),
         )
         self._plugins.load_started(
             LoadStarted(
@@ -196,6 +215,7 @@ class Load:
             bytes_per_second=rate,
             eta_seconds=left / rate if rate and self._planning_done else None,
             retries=ledger.retries,
+            limiter=self.engine.usage.limiter(),
         )
 
     def finish(self, recorder: Recorder) -> LoadReport:
@@ -213,6 +233,7 @@ class Load:
             files=recorder.files_used,
             bytes_needed=recorder.needed_bytes,
             bytes_fetched=ledger.arrived_bytes,
+            bytes_reread=ledger.reread_bytes,
             bytes_materialised=recorder.materialised_bytes,
             header_bytes=self.checkpoint.opened_bytes,
             seconds=ended - self._begun,
@@ -224,7 +245,7 @@ class Load:
             verified={
                 "versions": sum(file.version is not None for file in files),
                 "sizes": len(files),
-                "digests": 0,
+                "digests": ledger.verified_files,
             },
             materialised_operations=dict(recorder.materialised_operations),
             meta_destinations=recorder.meta_destinations,

@@ -23,6 +23,7 @@ class LoadReport:
         files: Files read from.
         bytes_needed: Bytes of the tensors (or parts of tensors) asked for, each counted once per use.
         bytes_fetched: Weight bytes read from the storage, gaps between merged reads included.
+        bytes_reread: Bytes read once more, because a digest was wrong, to find and mend what was damaged on its way.
         bytes_materialised: Bytes turned into plain tensors because code computed with them.
         header_bytes: Bytes read to open the checkpoint.
         seconds: From opening to the last byte in place.
@@ -31,7 +32,8 @@ class LoadReport:
         requests: Reads sent to the storage, headers not included.
         retries: Reads sent again.
         concurrency: Most reads in flight at once.
-        verified: What was checked, and how often: ``versions``, ``sizes``, ``digests``.
+        verified: Files of which was checked: ``versions``, ``sizes``, ``digests`` (published ones, of files that were
+            read as a whole).
         materialised_operations: Operations that made bytes into plain tensors, and how often.
         meta_destinations: Copies onto the meta device, which has no memory: nothing moved for them.
         peak_rss_bytes: Largest resident memory of the process so far.
@@ -44,6 +46,7 @@ class LoadReport:
     files: int
     bytes_needed: int
     bytes_fetched: int
+    bytes_reread: int
     bytes_materialised: int
     header_bytes: int
     seconds: float

@@ -29,6 +29,7 @@ class CheckpointFile:
         header_bytes: Where the tensors' bytes begin.
         digests: Digests that the storage publishes, by algorithm, in hex.
         metadata: Free text that the writer left in the header.
+        header: The bytes before those of the tensors, kept where there are digests to compare.
     """
 
     path: str
@@ -38,6 +39,7 @@ class CheckpointFile:
     header_bytes: int
     digests: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False)
     metadata: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False)
+    header: bytes = field(default=b"", repr=False, eq=False)
 
 
 @define(frozen=True, slots=True, eq=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from types import MappingProxyType
+
+import attrs
 
 from modelexpress_core.checkpoint.checkpoint import Checkpoint, CheckpointFile, TensorInfo
 from modelexpress_core.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
@@ -38,34 +41,48 @@ _PREFERRED_INDEX = "model.safetensors.index.json"
 _PREFERRED_FILE = "model.safetensors"
 
 
-def open_files(storage: Storage, uri: ModelURI, *, provider: str = "", concurrency: int = 16) -> Checkpoint:
+def open_files(
+    storage: Storage, uri: ModelURI, *, provider: str = "", ask_digests: bool = False, concurrency: int = 16
+) -> Checkpoint:
     """The checkpoint at ``uri``: a directory with or without an index, an index, or one safetensors file.
 
     Reads headers only, in parallel.
+
+    Args:
+        storage: Where it is.
+        uri: The checkpoint.
+        provider: Name of the storage plugin, for messages.
+        ask_digests: Ask the storage for the digests that its listing leaves out, with a request for each file.
+        concurrency: Requests under way at once.
 
     Raises:
         CheckpointError: The files are no valid checkpoint: the message names the one at fault.
         BackendError: The storage failed.
     """
-    return _Opening(storage, uri, provider, concurrency).checkpoint()
+    return _Opening(storage, uri, provider, ask_digests, concurrency).checkpoint()
 
 
 class _Opening:
     """What is known while a checkpoint is opened."""
 
-    def __init__(self, storage: Storage, uri: ModelURI, provider: str, concurrency: int) -> None:
+    def __init__(self, storage: Storage, uri: ModelURI, provider: str, ask_digests: bool, concurrency: int) -> None:
         self._storage = storage
         self._uri = uri
         self._provider = provider
+        self._ask_digests = ask_digests
         self._concurrency = concurrency
         self._lock = threading.Lock()
         self._bytes_read = 0
 
     def checkpoint(self) -> Checkpoint:
         objects, weight_map = self._files()
-        workers = max(1, min(self._concurrency, len(objects)))
+        asked = [info for info in objects.values() if self._ask_digests and not info.digests]
+        workers = max(1, min(self._concurrency, len(objects) + len(asked)))
         with ThreadPoolExecutor(workers, thread_name_prefix="mx-header") as pool:
-            opened = list(pool.map(self._open_file, objects.items()))
+            answers = pool.map(self._digests, asked)
+            reading = pool.map(self._read_header, objects.values())
+            digests = {info.path: answer for info, answer in zip(asked, answers, strict=True) if answer}
+            opened = [self._opened(name, *read, digests) for name, read in zip(objects, reading, strict=True)]
         tensors: dict[str, TensorInfo] = {}
         for file, header in opened:
             for entry in header.tensors:
@@ -227,13 +244,38 @@ class _Opening:
 
     # -- one file -----------------------------------------------------------------------------------------------------
 
-    def _open_file(self, item: tuple[str, ObjectInfo]) -> tuple[CheckpointFile, Header]:
-        name, info = item
+    def _digests(self, info: ObjectInfo) -> Mapping[str, str]:
+        """Digests of the version that was listed."""
+        asked = self._storage.stat(info.path)
+        return asked.digests if asked.version == info.version else {}
+
+    def _read_header(self, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
+        """The object, and its first bytes with at least the whole header where it has a valid length."""
         if not info.size:  # a link that leads nowhere looks so in a listing
             info = self._storage.stat(info.path)
         start = self._read(info, 0, min(info.size, _FIRST_READ_BYTES))
+        with contextlib.suppress(ValueError):
+            end = LENGTH_BYTES + header_length(start, info.size)
+            if len(start) < end:
+                start += self._read(info, len(start), end - len(start))
+        return info, start
+
+    def _opened(
+        self, name: str, info: ObjectInfo, start: bytes, digests: Mapping[str, Mapping[str, str]]
+    ) -> tuple[CheckpointFile, Header]:
+        info = attrs.evolve(info, digests=digests.get(info.path, info.digests))
         try:
-            length = header_length(start, info.size)
+            return self._parsed(name, info, start)
+        except CheckpointError:
+            # Bytes that were damaged on their way arrive as they should the next time.
+            _, again = self._read_header(info)
+            if again == start:
+                raise
+            return self._parsed(name, info, again)
+
+    def _parsed(self, name: str, info: ObjectInfo, start: bytes) -> tuple[CheckpointFile, Header]:
+        try:
+            end = LENGTH_BYTES + header_length(start, info.size)
         except ValueError as exc:
             if start.startswith(_LFS_POINTER):
                 raise self._fault(
@@ -248,12 +290,18 @@ class _Opening:
                 cause="the file is cut short, still being written, or in another format",
                 hint="compare its size with the original and copy it again",
             ) from exc
-        end = LENGTH_BYTES + length
-        text = start[LENGTH_BYTES:end]
-        if len(text) < length:
-            text += self._read(info, len(start), end - len(start))
-        header = parse_header(text, info.size - end, file=name, uri=str(self._uri))
-        return CheckpointFile(info.path, name, info.size, info.version, end, info.digests, header.metadata), header
+        header = parse_header(start[LENGTH_BYTES:end], info.size - end, file=name, uri=str(self._uri))
+        file = CheckpointFile(
+            info.path,
+            name,
+            info.size,
+            info.version,
+            end,
+            info.digests,
+            header.metadata,
+            start[:end] if info.digests else b"",
+        )
+        return file, header
 
     def _read(self, info: ObjectInfo, offset: int, length: int) -> bytes:
         content = bytearray(length)

@@ -3,7 +3,7 @@
 Threads do the reading, because the calls that matter (``preadv``, ``recv_into``, TLS reads, copies) release the GIL.
 They take ranges from a queue; ranges that somebody waits for go first. The first error ends the load: what has not
 begun is dropped, what has is cut short by closing the storage, and nobody touches the destination any more when the
-error reaches the caller.
+error reaches the caller. At the end the digests of whole files are compared, and the account is.
 """
 
 from __future__ import annotations
@@ -14,16 +14,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, cast
 
-from modelexpress_core.errors import BackendError, ThrottledError
+from modelexpress_core.errors import BackendError, DeadlineError, ThrottledError
 from modelexpress_core.fetch.concurrency import ConcurrencyLimit, concurrency_for
+from modelexpress_core.fetch.integrity import Integrity
 from modelexpress_core.fetch.ledger import Ledger
+from modelexpress_core.fetch.limiter import UsageMeter
 from modelexpress_core.fetch.request import Range, Ticket
 from modelexpress_core.fetch.retry import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.fetch.staging import StagingPool
+from modelexpress_core.fetch.stalls import Patience
 from modelexpress_core.providers import StorageCapabilities
 from modelexpress_core.settings import LoadSettings
-from modelexpress_core.storage import Storage
+from modelexpress_core.storage import PatientStorage, Storage
+
+if TYPE_CHECKING:
+    from modelexpress_core.checkpoint import CheckpointFile
 
 __all__ = ["FetchEngine"]
 
@@ -32,6 +39,12 @@ _thread_numbers = itertools.count(1)
 
 #: Reads are cut short when a load fails; one that still runs after this is reported.
 _ABORT_SECONDS = 60.0
+
+#: A read that has not ended after so many times MX_STALL_SECONDS, and the time that its bytes take at this rate, never
+#: will: its storage does not notice that nobody answers (a network file system whose server is gone, say).
+_HUNG_TIMES = 10
+_HUNG_BYTES_PER_SECOND = 100_000
+_LOOK_SECONDS = 1.0
 
 
 class FetchEngine:
@@ -44,6 +57,14 @@ class FetchEngine:
         on_arrival: Called from the fetching threads after each range that arrived.
         budget: Waiting time shared with whatever else the load does.
         limit: How many reads may be under way; by default what ``settings`` and ``capabilities`` say.
+        uri_of: The redacted URI of a file, of its path.
+
+    Attributes:
+        ledger: The account.
+        usage: Where time is spent.
+        staging: Buffers for what cannot be read straight into place.
+        capabilities: What the storage declares.
+        force_staging: Whether nothing is to be read straight into place.
     """
 
     def __init__(
@@ -55,9 +76,12 @@ class FetchEngine:
         on_arrival: Callable[[], None] = lambda: None,
         budget: RetryBudget | None = None,
         limit: ConcurrencyLimit | None = None,
+        uri_of: Callable[[str], str] = str,
     ) -> None:
         self.ledger = Ledger()
+        self.usage = UsageMeter()
         self.capabilities = capabilities
+        self.force_staging = settings.force_staging
         self.staging = StagingPool(settings.staging_bytes, settings.chunk_bytes)
         #: Largest range that is read at once.
         self.chunk_bytes = self.staging.buffer_bytes
@@ -70,7 +94,15 @@ class FetchEngine:
             cancelled=self._cancelled,
             on_request=lambda again: self.ledger.request(again=again),
             on_failure=self._failed_once,
+            on_read=self._read_once,
+            uri_of=uri_of,
         )
+        self._uri_of = uri_of
+        self._integrity = Integrity(enabled=settings.verify_digests, uri_of=uri_of)
+        self._stall_seconds = settings.stall_seconds
+        self._patience = Patience(settings.stall_seconds)
+        if capabilities.patience:
+            cast("PatientStorage", storage).patience_seconds = self._patience.seconds
         self._on_arrival = on_arrival
         self._limit = limit or concurrency_for(capabilities, settings)
         self._lock = threading.Lock()
@@ -80,6 +112,7 @@ class FetchEngine:
         self._queue: deque[Sequence[Range]] = deque()
         self._threads: list[threading.Thread] = []
         self._busy = 0
+        self._running: dict[int, tuple[float, Range]] = {}
         self._pending_segments = 0
         self._stopping = False
         self._error: BaseException | None = None
@@ -114,21 +147,21 @@ class FetchEngine:
         with self._lock:
             for ticket in tickets:
                 while not ticket.done:
-                    self._raise_error()
-                    self._progress.wait()
+                    self._await_progress()
 
     def finish(self) -> None:
-        """Wait for everything that was submitted, check the account, stop.
+        """Wait for everything that was submitted, compare digests, check the account, stop.
 
         Raises:
             BaseException: The error that ended the load.
+            IntegrityError: A file that was read as a whole is not what was stored.
             IncompleteLoadError: Bytes are missing although nothing failed.
         """
         with self._lock:
             while self._pending_segments or self._busy:
-                self._raise_error()
-                self._progress.wait()
+                self._await_progress()
             self._raise_error()
+        self.ledger.verified(self._integrity.check(self._reread))
         self._stop()
         self.ledger.check()
 
@@ -158,9 +191,40 @@ class FetchEngine:
         if self._error is not None:
             raise self._error
 
+    def _await_progress(self) -> None:
+        """Wait, with the lock, until something has happened, but not for ever on reads that never end."""
+        self._raise_error()
+        if self._progress.wait(_LOOK_SECONDS):
+            return
+        now = time.monotonic()
+        for begun, range_ in self._running.values():
+            allowed = _HUNG_TIMES * self._stall_seconds + range_.length / _HUNG_BYTES_PER_SECOND
+            if now - begun > allowed:
+                raise DeadlineError(
+                    f"no answer for {now - begun:.0f} s",
+                    uri=self._uri_of(range_.file.path),
+                    operation=f"read bytes {range_.offset}-{range_.offset + range_.length - 1}",
+                    cause="the storage, or the network to it, is gone and its client does not notice",
+                    hint="check the storage or the mount; MX_STALL_SECONDS sets how long to wait",
+                )
+
     def _failed_once(self, error: BackendError) -> None:
-        if isinstance(error, ThrottledError):
+        throttled = isinstance(error, ThrottledError)
+        self.usage.add(failures=1, complaints=throttled)
+        if throttled:
             self._limit.throttled()
+        if isinstance(error, DeadlineError):
+            self._be_patient(self._patience.stalled())
+
+    def _read_once(self, seconds: float, whole: bool) -> None:
+        if whole:
+            self._be_patient(self._patience.completed(seconds))
+        elif seconds >= self._patience.seconds:
+            self._be_patient(self._patience.stalled())
+
+    def _be_patient(self, seconds: float) -> None:
+        if self.capabilities.patience:
+            cast("PatientStorage", self._raw_storage).patience_seconds = seconds
 
     def _set_to_work(self, batches: int) -> None:
         """Have as many threads as the limit allows and the queue needs, and wake them."""
@@ -200,12 +264,17 @@ class FetchEngine:
         """Fetch one batch. Accounts are kept by batch, because a range may be a few hundred bytes."""
         self.ledger.begin()
         arrived = 0
+        begun = time.monotonic()
+        placing_seconds = 0.0
         try:
             for range_ in batch:
-                self._fetch_range(range_)
+                placing_seconds += self._fetch_range(range_)
             arrived = sum(range_.length for range_ in batch)
         finally:
             self.ledger.end(arrived)
+            self._running.pop(threading.get_ident(), None)
+            reading_seconds = time.monotonic() - begun - placing_seconds
+            self.usage.add(reading_seconds=reading_seconds, placing_seconds=placing_seconds, requests=len(batch))
         with self._lock:
             for range_ in batch:
                 self._pending_segments -= len(range_.segments)
@@ -218,27 +287,42 @@ class FetchEngine:
         self._limit.arrived(arrived)
         self._on_arrival()
 
-    def _fetch_range(self, range_: Range) -> None:
+    def _fetch_range(self, range_: Range) -> float:
+        """Seconds that it took to bring the bytes from where they were read to where they belong."""
         memory = range_.direct
         if memory is not None:
             self._read(range_, memory)
-            return
+            self._integrity.arrived(range_, memory)
+            return 0.0
+        asked = time.monotonic()
         with self.staging.borrow(range_.length) as buffer:
+            waited = time.monotonic() - asked
             self._read(range_, buffer)
+            begun = time.monotonic()
             for segment in range_.segments:
                 start = segment.offset - range_.offset
-                part = buffer[start : start + segment.length]
-                if segment.deliver is not None:
-                    segment.deliver(part)
-                elif segment.memory is not None:
-                    segment.memory[:] = part
+                segment.place(buffer[start : start + segment.length])
+            placed = time.monotonic() - begun
+            self._integrity.arrived(range_, buffer)
+        return waited + placed
 
     def _read(self, range_: Range, memory: memoryview) -> None:
         file, runs = range_.file, range_.segments[0].runs
+        self._running[threading.get_ident()] = (time.monotonic(), range_)
         if runs is None:
             self._storage.read_into(file.path, range_.offset, memory, version=file.version)
         else:
             self._storage.read_runs(file.path, range_.offset, *runs, memory, version=file.version)
+
+    def _reread(self, file: CheckpointFile, offset: int, length: int, use: Callable[[memoryview], None]) -> None:
+        """Read a part of a file again, through a staging buffer."""
+        end = offset + length
+        while offset < end:
+            with self.staging.borrow(min(end - offset, self.chunk_bytes)) as buffer:
+                self._storage.read_into(file.path, offset, buffer, version=file.version)
+                use(buffer)
+                self.ledger.read_again(len(buffer))
+                offset += len(buffer)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:

@@ -23,6 +23,8 @@ class Ledger:
         requests: Reads sent to the storage.
         retries: Reads sent again.
         most_in_flight: Most ranges under way at once.
+        verified_files: Files whose digest was compared, and is right.
+        reread_bytes: Bytes read once more to find and mend what was damaged on its way.
     """
 
     def __init__(self) -> None:
@@ -32,6 +34,8 @@ class Ledger:
         self.requests = 0
         self.retries = 0
         self.most_in_flight = 0
+        self.verified_files = 0
+        self.reread_bytes = 0
         self._in_flight = 0
         self._recent: deque[tuple[float, int]] = deque()
 
@@ -61,6 +65,16 @@ class Ledger:
         with self._lock:
             self.requests += 1
             self.retries += again
+
+    def verified(self, files: int) -> None:
+        """The digests of ``files`` files are right."""
+        with self._lock:
+            self.verified_files += files
+
+    def read_again(self, length: int) -> None:
+        """``length`` bytes were read once more, because a digest was wrong."""
+        with self._lock:
+            self.reread_bytes += length
 
     def rate(self) -> float:
         """Bytes per second over the last few seconds; 0 while that cannot be said."""

@@ -17,13 +17,16 @@ class Ticket:
     Attributes:
         remaining: Segments that have not arrived; counted by the engine.
         done: Whether everything arrived. Once true it stays true.
+        stable: Whether nothing but this is written to its destination, and nobody uses it, before the load ends: what
+            turns out to be damaged may then be delivered again.
     """
 
-    __slots__ = ("done", "remaining")
+    __slots__ = ("done", "remaining", "stable")
 
     def __init__(self) -> None:
         self.remaining = 0
         self.done = False
+        self.stable = False
 
 
 class Segment:
@@ -57,6 +60,13 @@ class Segment:
         self.ticket = ticket
         self.memory = memory
         self.deliver = deliver
+
+    def place(self, content: memoryview) -> None:
+        """Bring ``content``, the bytes of this segment, to where they belong."""
+        if self.deliver is not None:
+            self.deliver(content)
+        elif self.memory is not None:
+            self.memory[:] = content
 
 
 class Range:

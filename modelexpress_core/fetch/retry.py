@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -91,6 +92,8 @@ class RetryingStorage:
         cancelled: Set when the load ends: waiting stops at once.
         on_request: Called for each request, with whether it is sent again.
         on_failure: Called with each error, whether or not it is tried again.
+        on_read: Called after each read that did not fail, with its seconds and whether it brought all it was asked for.
+        uri_of: The redacted URI of an object, of its path.
         uniform: Draws a number between two others.
     """
 
@@ -103,9 +106,13 @@ class RetryingStorage:
         cancelled: threading.Event | None = None,
         on_request: Callable[[bool], None] = lambda again: None,  # noqa: ARG005 - counts nothing
         on_failure: Callable[[BackendError], None] = lambda error: None,  # noqa: ARG005 - nobody wants to know
+        on_read: Callable[[float, bool], None] = lambda seconds, whole: None,  # noqa: ARG005 - as above
+        uri_of: Callable[[str], str] = str,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self._on_failure = on_failure
+        self._on_read = on_read
+        self._uri_of = uri_of
         self._storage = storage
         self._policy = policy
         self._budget = budget
@@ -188,6 +195,7 @@ class RetryingStorage:
             if self._cancelled.is_set():
                 raise LoadCancelledError("the load was cancelled")
             self._on_request(failures > 0 or done > 0)
+            begun = time.monotonic()
             try:
                 done += read(done)
             except BackendError as exc:
@@ -195,13 +203,16 @@ class RetryingStorage:
                 self._wait(exc, failures)
             else:
                 failures = 0
+                self._on_read(time.monotonic() - begun, done == total)
         return total
 
     def _checked(self, count: int, path: str, offset: int, length: int, unit: int = 1) -> int:
         """What a storage says it has read, unless that cannot be."""
         if count % unit or not 0 <= count <= length:
             message = f"a read returned {count} for a buffer of {length} bytes"
-            raise BackendError(message, uri=path, operation="read", hint="report it to the plugin's authors")
+            raise BackendError(
+                message, uri=self._uri_of(path), operation="read", hint="report it to the plugin's authors"
+            )
         if count == 0:
             raise self._ended_early(path, offset, unit if unit > 1 else length)
         return count
@@ -217,12 +228,12 @@ class RetryingStorage:
         if size < offset + length:
             return SourceChangedError(
                 f"it has {size} bytes now, fewer than when the load began",
-                uri=path,
+                uri=self._uri_of(path),
                 operation=operation,
                 cause="the file is being written, or was cut short",
                 hint="start the load again when it is complete",
             )
-        return UnavailableError("the stream ended before its first byte", uri=path, operation=operation)
+        return UnavailableError("the stream ended before its first byte", uri=self._uri_of(path), operation=operation)
 
     def _wait(self, exc: BackendError, failures: int) -> None:
         """Wait before the next try, or raise ``exc`` where there is none."""

@@ -73,10 +73,14 @@ class ReadPlanner:
         chunk_bytes: Largest range that is read at once, and what a staging buffer holds.
         request_cost_bytes: What one more request costs, in bytes that could be read in the same time.
         reads_runs: Whether the storage reads many short runs in one call.
+        force_staging: Whether nothing is to be read straight into place.
     """
 
-    def __init__(self, chunk_bytes: int, request_cost_bytes: int, *, reads_runs: bool = False) -> None:
+    def __init__(
+        self, chunk_bytes: int, request_cost_bytes: int, *, reads_runs: bool = False, force_staging: bool = False
+    ) -> None:
         self._reads_runs = reads_runs
+        self._force_staging = force_staging
         self._chunk_bytes = chunk_bytes
         self._request_cost_bytes = request_cost_bytes
         # Beyond this, copying out of a shared read costs more than a request of its own.
@@ -107,7 +111,7 @@ class ReadPlanner:
     def _segments(self, copy: Copy) -> Iterator[Segment]:
         source, destination = copy.source, copy.destination
         item = source.itemsize
-        straight = destination.device.type == "cpu" and destination.dtype == source.dtype
+        straight = destination.device.type == "cpu" and destination.dtype == source.dtype and not self._force_staging
         if source.is_contiguous() and destination.is_contiguous():  # most are
             dims: _Dims = ((source.numel(), 1, 1),)
         else:

@@ -95,7 +95,8 @@ class Recorder:
         self._checkpoint = checkpoint
         self._engine = engine
         cost, runs = engine.capabilities.request_cost_bytes, engine.capabilities.read_runs
-        self._planner = ReadPlanner(engine.chunk_bytes, cost, reads_runs=runs)
+        staged = engine.force_staging
+        self._planner = ReadPlanner(engine.chunk_bytes, cost, reads_runs=runs, force_staging=staged)
         self._coverage = coverage
         self._lock = threading.RLock()
         self._mode = _RecordingMode(self)
@@ -107,6 +108,7 @@ class Recorder:
         self._purge_copies = _PURGE_COPIES
         self._purge_bytes = _PURGE_BYTES
         self._fault: BaseException | None = None
+        self._placed_only = True
         self._ended = False
         self._sources: dict[str, Source] = {}
         self.needed_bytes = 0
@@ -118,6 +120,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         _settle_outer()
+        self._placed_only = False
         self._prefetch()
         self._escapes.__enter__()
         self._mode.__enter__()
@@ -350,12 +353,15 @@ class Recorder:
         region = region_of(destination)
         if region is None:
             return
-        if len(self._pending):
-            self._complete(self._pending.overlapping(region))
+        earlier = self._pending.overlapping(region) if len(self._pending) else []
+        self._complete(earlier)
         # The memory as it is now: the tensor itself may be given other memory before this is planned or done.
         with torch._C.DisableTorchFunction():
             memory = destination.detach()
         copy = Copy(source.info, view, memory)
+        copy.stable = self._placed_only and not earlier
+        for overwritten in earlier:
+            overwritten.stable = False
         self.needed_bytes += copy.needed_bytes
         self._pending.add(region, copy)
         self._unsubmitted.append(copy)
@@ -364,6 +370,8 @@ class Recorder:
         self._wrote(destination)
         if self._unsubmitted_bytes >= _BATCH_BYTES or len(self._unsubmitted) >= _BATCH_COPIES:
             self._submit()
+        if self._placed_only:  # destinations live as long as the load, and whether they overlap has to be known
+            return
         if len(self._pending) >= self._purge_copies or self._recorded_bytes >= self._purge_bytes:
             self._purge()
 

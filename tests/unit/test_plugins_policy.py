@@ -30,7 +30,7 @@ from modelexpress_core.uri import ModelURI
 _URI = ModelURI.parse("s3://bucket/model")
 _REQUEST = LoadRequest(_URI)
 _CANDIDATES = tuple(Candidate(ModelURI.parse(text)) for text in ("s3://bucket/model", "/models/model", "gs://b/m"))
-_REPORT = LoadReport("file:///m", {}, 1, 1, 1, 1, 1, 0, 1, 1.0, {}, 1.0, 1, 0, 1, {}, {}, 0, 1)
+_REPORT = LoadReport("file:///m", {}, 1, 1, 1, 1, 1, 0, 0, 1, 1.0, {}, 1.0, 1, 0, 1, {}, {}, 0, 1)
 _EVENTS = {
     "load_started": LoadStarted("1", "file:///m", "file", 1, 1, 1),
     "load_progress": LoadProgress("1", "file:///m", 1, 2, False, 1.0, 1.0, None, 0),

@@ -1,0 +1,300 @@
+"""Whether the bytes that arrived are the bytes that were stored, where the storage publishes a digest of the file.
+
+Digests are computed while a load runs, by the threads that fetch. CRCs are computed for each piece of a file and put
+together at the end, so that the order in which pieces arrive does not matter; other digests take the pieces in order,
+and those that come early are kept for a moment. What counts is the bytes as they lie at their destination (or in the
+staging buffer that they are copied from), after everything that the network and the libraries did to them.
+
+A digest speaks of a whole file, so it can be compared where the pieces of a load make up the whole file. Where it
+differs, the file is read once more, piece by piece. That tells what is wrong: pieces that arrive differently now were
+damaged on their way and are delivered again, where nobody has used them yet; otherwise, and where the stored file
+itself is damaged, the load fails.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from attrs import frozen
+
+from modelexpress_core.errors import IntegrityError
+from modelexpress_core.fetch.digests import CRCS, Hasher, best_digest, new_hasher
+
+if TYPE_CHECKING:
+    from modelexpress_core.checkpoint import CheckpointFile
+    from modelexpress_core.fetch.request import Range, Segment
+
+__all__ = ["Integrity", "Reread"]
+
+#: CRC of the pieces where the digest of the file is none.
+_PIECE_CRC = "crc32c"
+
+#: Pieces that came before their turn: copies of what lay in staging buffers, and memory of destinations that somebody
+#: else may have given up already.
+_COPIED_BYTES = 64 << 20
+_KEPT_BYTES = 1 << 30
+
+#: Calls ``use`` with the bytes of a file from ``offset`` on, read again.
+Reread = Callable[["CheckpointFile", int, int, Callable[[memoryview], None]], None]
+
+
+class Integrity:
+    """The digests of the files of one load. Thread-safe.
+
+    Args:
+        enabled: Whether digests are compared at all.
+        uri_of: The redacted URI of a file, of its path.
+    """
+
+    def __init__(self, *, enabled: bool, uri_of: Callable[[str], str] = str) -> None:
+        self._enabled = enabled
+        self._uri_of = uri_of
+        self._lock = threading.Lock()
+        self._files: dict[str, _FileDigest | None] = {}
+
+    def arrived(self, range_: Range, content: memoryview) -> None:
+        """The bytes of ``range_`` are where they belong; ``content`` is the buffer that they were read into."""
+        digest = self._of(range_.file)
+        if digest is None:
+            return
+        for segment in range_.segments:
+            if segment.runs is None:
+                start = segment.offset - range_.offset
+                there = segment.memory
+                digest.add(segment, content[start : start + segment.length] if there is None else there)
+
+    def check(self, reread: Reread) -> int:
+        """Compare the digest of every file that was read as a whole.
+
+        Returns:
+            Number of files whose digest was compared, and is right (now).
+
+        Raises:
+            IntegrityError: One is wrong, and fetching again did not help.
+        """
+        return sum(digest.check(reread) for digest in self._files.values() if digest is not None)
+
+    def _of(self, file: CheckpointFile) -> _FileDigest | None:
+        if not self._enabled or not file.digests:
+            return None
+        with self._lock:
+            if file.path not in self._files:
+                best = best_digest(file.digests)
+                self._files[file.path] = None if best is None else _FileDigest(file, *best, uri=self._uri_of(file.path))
+            return self._files[file.path]
+
+
+@frozen
+class _Piece:
+    """A contiguous part of a file that arrived.
+
+    Attributes:
+        offset: First byte in the file.
+        length: Bytes.
+        crc: Its CRC.
+        segment: Where it went, if it may still be delivered again; else None.
+    """
+
+    offset: int
+    length: int
+    crc: int
+    segment: Segment | None
+
+
+class _FileDigest:
+    """The digest of one file, as its pieces arrive."""
+
+    def __init__(self, file: CheckpointFile, algorithm: str, expected: str, *, uri: str) -> None:
+        self._file = file
+        self._uri = uri
+        self._algorithm = algorithm
+        self._expected = expected
+        self._crc = CRCS.get(algorithm, CRCS[_PIECE_CRC])()
+        self._pieces: list[_Piece] = []
+        self._in_order = None if algorithm in CRCS else _InOrder(algorithm, file.header)
+
+    def add(self, segment: Segment, content: memoryview) -> None:
+        crc = self._crc.compute(content, 0)
+        # Appending is atomic, and nothing is read before all have arrived.
+        kept = segment if segment.ticket.stable else None
+        self._pieces.append(_Piece(segment.offset, segment.length, crc, kept))
+        if self._in_order is not None:
+            self._in_order.add(segment, content)
+
+    def check(self, reread: Reread) -> bool:
+        """Whether the digest was compared and is right.
+
+        Raises:
+            IntegrityError: It is wrong.
+        """
+        arrived: defaultdict[tuple[int, int], list[_Piece]] = defaultdict(list)
+        for piece in self._pieces:
+            arrived[piece.offset, piece.length].append(piece)
+        chain = _chain(arrived, self._file.header_bytes, self._file.size)
+        if chain is None:
+            return False
+        agree = all(piece.crc == pieces[0].crc for pieces in arrived.values() for piece in pieces)
+        if not agree or self._computed(arrived[key][0] for key in chain) != self._expected:
+            self._read_again(chain, arrived, reread)
+        others = arrived.keys() - set(chain)
+        self._read_others(others, arrived, reread)
+        return True
+
+    def _computed(self, pieces: Iterable[_Piece]) -> str | None:
+        """The digest of the file as it arrived; None where that is not known."""
+        if self._in_order is not None:
+            return self._in_order.hexdigest(self._file.size)
+        value = self._crc.compute(memoryview(self._file.header), 0)
+        for piece in pieces:
+            value = self._crc.combine(value, piece.crc, piece.length)
+        return f"{value:0{self._crc.digits}x}"
+
+    def _read_again(
+        self, chain: Iterable[tuple[int, int]], arrived: Mapping[tuple[int, int], list[_Piece]], reread: Reread
+    ) -> None:
+        """Read the whole file again, and deliver what differs."""
+        hasher = new_hasher(self._algorithm)
+        header = bytearray()
+
+        def use_header(content: memoryview) -> None:
+            hasher.update(content)
+            header.extend(content)
+
+        reread(self._file, 0, self._file.header_bytes, use_header)
+        if header != self._file.header:
+            raise self._damaged("the header was damaged on its way")
+        lost: list[_Piece] = []
+        for offset, length in chain:
+
+            def use(content: memoryview, pieces: list[_Piece] = arrived[offset, length]) -> None:
+                hasher.update(content)
+                lost.extend(self._delivered_again(content, pieces))
+
+            reread(self._file, offset, length, use)
+        if hasher.hexdigest() != self._expected:
+            raise self._damaged("read again, it has another digest too", stored=True)
+        if lost:
+            raise self._lost(lost)
+
+    def _read_others(
+        self, keys: Iterable[tuple[int, int]], arrived: Mapping[tuple[int, int], list[_Piece]], reread: Reread
+    ) -> None:
+        """Compare pieces that overlap others, and so are no part of the digest, with the file as it is read again."""
+        for offset, length in sorted(keys):
+            lost: list[_Piece] = []
+
+            def use(
+                content: memoryview, pieces: list[_Piece] = arrived[offset, length], lost: list[_Piece] = lost
+            ) -> None:
+                lost.extend(self._delivered_again(content, pieces))
+
+            reread(self._file, offset, length, use)
+            if lost:
+                raise self._lost(lost)
+
+    def _delivered_again(self, content: memoryview, pieces: Iterable[_Piece]) -> list[_Piece]:
+        """Deliver ``content`` for those of ``pieces`` that arrived differently; those for which it is too late."""
+        crc = self._crc.compute(content, 0)
+        lost = []
+        for piece in pieces:
+            if piece.crc == crc:
+                continue
+            # Something may have been written over it since it arrived.
+            if piece.segment is None or not piece.segment.ticket.stable:
+                lost.append(piece)
+            else:
+                piece.segment.place(content)
+        return lost
+
+    def _lost(self, pieces: list[_Piece]) -> IntegrityError:
+        first = pieces[0]
+        where = f"bytes {first.offset}-{first.offset + first.length - 1}"
+        return self._damaged(f"{where} were damaged on their way, and may have been used")
+
+    def _damaged(self, what: str, *, stored: bool = False) -> IntegrityError:
+        name = self._algorithm.upper()
+        on_the_way = "the network, a proxy or the memory of a machine in between changed bytes; TLS would notice"
+        in_store = "the stored file is damaged, or its digest was published for other content"
+        again = "start the load again; if that keeps happening, use TLS, and have the machines in between checked"
+        return IntegrityError(
+            f"what arrived does not have the published {name} {self._expected}: {what}",
+            uri=self._uri,
+            operation="verify the content",
+            cause=in_store if stored else on_the_way,
+            hint="upload it again; MX_VERIFY_DIGESTS=0 loads it unverified" if stored else again,
+        )
+
+
+class _InOrder:
+    """A digest of bytes in order. Whoever brings the piece whose turn it is digests it, and what was kept after it."""
+
+    def __init__(self, algorithm: str, header: bytes) -> None:
+        self._lock = threading.Lock()
+        self._hasher: Hasher = new_hasher(algorithm)
+        self._hasher.update(memoryview(header))
+        self._next = len(header)
+        self._busy = False
+        self._given_up = False
+        self._kept: dict[int, tuple[memoryview, Segment | None]] = {}
+        self._copied_bytes = 0
+        self._kept_bytes = 0
+
+    def add(self, segment: Segment, content: memoryview) -> None:
+        with self._lock:
+            if self._given_up or segment.offset < self._next:
+                return
+            if self._busy or segment.offset != self._next:
+                self._keep(segment, content)
+                return
+            self._busy = True
+        while True:
+            self._hasher.update(content)
+            with self._lock:
+                self._next += len(content)
+                kept = self._kept.pop(self._next, None)
+                if kept is None:
+                    self._busy = False
+                    return
+                content, owner = kept
+                self._forget(content, owner)
+
+    def hexdigest(self, size: int) -> str | None:
+        return self._hasher.hexdigest() if self._next == size else None
+
+    def _keep(self, segment: Segment, content: memoryview) -> None:
+        """Keep the piece until its turn comes; give up, and have the file read again, where that is too much."""
+        if segment.offset in self._kept:
+            return
+        if segment.memory is None:
+            self._copied_bytes += len(content)
+            self._kept[segment.offset] = (memoryview(bytes(content)), None)
+        else:  # the segment keeps the destination alive
+            self._kept_bytes += 0 if segment.ticket.stable else len(content)
+            self._kept[segment.offset] = (content, segment)
+        if self._copied_bytes > _COPIED_BYTES or self._kept_bytes > _KEPT_BYTES:
+            self._given_up = True
+            self._kept.clear()
+
+    def _forget(self, content: memoryview, owner: Segment | None) -> None:
+        if owner is None:
+            self._copied_bytes -= len(content)
+        elif not owner.ticket.stable:
+            self._kept_bytes -= len(content)
+
+
+def _chain(pieces: Iterable[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]] | None:
+    """Pieces (offset, length) that follow one another from ``start`` to ``end``; None where there is a gap."""
+    leads_on = {end: 0}  # offset -> length of the piece there from which the end is reached
+    for offset, length in sorted(pieces, reverse=True):
+        if length and offset + length in leads_on:
+            leads_on[offset] = length
+    chain = []
+    while start != end:
+        if start not in leads_on:
+            return None
+        chain.append((start, leads_on[start]))
+        start += leads_on[start]
+    return chain
