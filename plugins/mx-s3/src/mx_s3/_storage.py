@@ -46,6 +46,11 @@ _POOL_CONNECTIONS = 256
 #: The rules for new buckets are stricter; older ones and other servers have looser ones.
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
+_MD5_ETAG = re.compile(r'"([0-9A-Fa-f]{32})"')
+
+#: Ends of the names of directory buckets, and of access points to them.
+_DIRECTORY_BUCKET = re.compile(r"--(?:xa-s3|x-s3)$")
+
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 
 
@@ -155,7 +160,7 @@ class S3Storage:
             head = self._client.head_object(Bucket=self._bucket, Key=path, ChecksumMode="ENABLED")
         except FAILURES as exc:
             raise self._failure(exc, path, operation) from exc
-        return ObjectInfo(path, head["ContentLength"], head.get("ETag"), _digests(head))
+        return ObjectInfo(path, head["ContentLength"], head.get("ETag"), _digests(head, self._bucket))
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read into ``buffer`` with one GET of the range, which S3 refuses if the ETag is no longer ``version``."""
@@ -251,25 +256,47 @@ class S3Storage:
         return cls(reason, uri=uri, operation=operation, provider=PROVIDER, cause=cause, hint=hint)
 
 
-def _digests(head: HeadObjectOutputTypeDef) -> dict[str, str]:
-    """Digests of the whole object; those of objects uploaded in parts are mostly digests of digests."""
+def _digests(head: HeadObjectOutputTypeDef, bucket: str) -> dict[str, str]:
+    """Digests of the whole object, by algorithm."""
+    digests = _checksums(head)
+    md5 = _md5(head, bucket)
+    return digests if md5 is None else {**digests, "md5": md5}
+
+
+def _checksums(head: HeadObjectOutputTypeDef) -> dict[str, str]:
+    """The checksums that S3 keeps; those of objects uploaded in parts are mostly checksums of checksums."""
     if head.get("ChecksumType") == "COMPOSITE":
         return {}
     published = {
-        "crc32": head.get("ChecksumCRC32"),
-        "crc32c": head.get("ChecksumCRC32C"),
-        "crc64nvme": head.get("ChecksumCRC64NVME"),
-        "sha1": head.get("ChecksumSHA1"),
-        "sha256": head.get("ChecksumSHA256"),
+        "crc32": (head.get("ChecksumCRC32"), 4),
+        "crc32c": (head.get("ChecksumCRC32C"), 4),
+        "crc64nvme": (head.get("ChecksumCRC64NVME"), 8),
+        "sha1": (head.get("ChecksumSHA1"), 20),
+        "sha256": (head.get("ChecksumSHA256"), 32),
     }
-    digests = {}
-    for algorithm, text in published.items():
+    checksums = {}
+    for algorithm, (text, length) in published.items():
         if text and "-" not in text:  # of parts: "...-3"
             try:
-                digests[algorithm] = base64.b64decode(text, validate=True).hex()
+                value = base64.b64decode(text, validate=True)
             except binascii.Error:
                 continue
-    return digests
+            if len(value) == length:
+                checksums[algorithm] = value.hex()
+    return checksums
+
+
+def _md5(head: HeadObjectOutputTypeDef, bucket: str) -> str | None:
+    """The MD5 of the object, where its ETag is one.
+
+    It is for what was uploaded in one piece and lies there plain or encrypted with keys of S3 itself, says
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html; directory buckets have ETags of another kind.
+    """
+    match = _MD5_ETAG.fullmatch(head.get("ETag", ""))
+    encryption = head.get("ServerSideEncryption", "AES256")
+    if match is None or encryption != "AES256" or head.get("SSECustomerAlgorithm") or _DIRECTORY_BUCKET.search(bucket):
+        return None
+    return match[1].lower()
 
 
 def _proxy(endpoint_url: str, scheme: str) -> str | None:
