@@ -13,6 +13,7 @@ import pytest
 from modelexpress_core.errors import InvalidURIError, SettingsError, UnavailableError
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.settings import describe, from_env, variables
+from modelexpress_core.storage import Endpoint
 from modelexpress_core.uri import ModelURI
 from mx_s3._storage import open_s3
 from mx_s3.settings import S3Settings
@@ -26,10 +27,11 @@ def test_is_found_and_handles_s3() -> None:
 
     assert "mx-s3" == registered.plugin.name
     assert S3Settings is registered.provider.settings
-    assert (16, 512 << 10) == (
-        registered.provider.capabilities.concurrency,
-        registered.provider.capabilities.request_cost_bytes,
-    )
+    capabilities = registered.provider.capabilities
+    assert (16, 512 << 10) == (capabilities.concurrency, capabilities.request_cost_bytes)
+    assert capabilities.patience
+    assert capabilities.diagnosis
+    assert capabilities.stat_digests
 
 
 def test_importing_the_plugin_imports_no_sdk() -> None:
@@ -109,6 +111,48 @@ def test_where_requests_go(environ: dict[str, str], expected: str) -> None:
     assert [expected] == urls
 
 
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Endpoint("bucket.s3.amazonaws.com", 443, tls=True)),
+        (
+            {"AWS_REGION": "eu-west-3", "AWS_CA_BUNDLE": "/ca.pem"},
+            Endpoint("bucket.s3.eu-west-3.amazonaws.com", 443, tls=True, ca_bundle="/ca.pem"),
+        ),
+        ({"MX_S3_ANONYMOUS": "1"}, Endpoint("bucket.s3.amazonaws.com", 443, tls=True)),
+        ({"AWS_ENDPOINT_URL": "http://minio:9000", "AWS_CA_BUNDLE": "/ca.pem"}, Endpoint("minio", 9000, tls=False)),
+        (
+            {"AWS_ENDPOINT_URL": "https://minio", "MX_S3_ADDRESSING_STYLE": "virtual"},
+            Endpoint("bucket.minio", 443, tls=True),
+        ),
+    ],
+)
+def test_the_endpoint_is_where_requests_go(environ: dict[str, str], expected: Endpoint) -> None:
+    """Host, port and authorities, worked out without a connection and without credentials."""
+    with contextlib.closing(open_s3(ModelURI.parse("s3://bucket"), environ)) as storage:
+        assert expected == storage.endpoint()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"HTTPS_PROXY": "http://me:s3cret@proxy:3128"}, "http://proxy:3128"),
+        ({"HTTPS_PROXY": "proxy:3128"}, "http://proxy:3128"),
+        ({"HTTP_PROXY": "http://proxy:3128"}, None),
+        ({"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "amazonaws.com"}, None),
+    ],
+)
+def test_the_endpoint_names_the_proxy(
+    variables: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proxy that botocore takes for this endpoint, without what it is asked with."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    with contextlib.closing(open_s3(ModelURI.parse("s3://bucket"), KEYS)) as storage:
+        assert expected == storage.endpoint().proxy
+
+
 def test_every_bad_variable_is_named_at_once() -> None:
     """One run suffices to correct them all."""
     environ = {
@@ -125,14 +169,23 @@ def test_every_bad_variable_is_named_at_once() -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    """Neither repr nor `mx settings` shows a key or a token, and a password in an endpoint is refused unseen."""
+    """Neither repr nor `mx settings` shows a key or a token."""
     environ = {"AWS_ACCESS_KEY_ID": "s3cret-1", "AWS_SECRET_ACCESS_KEY": "s3cret-2", "AWS_SESSION_TOKEN": "s3cret-3"}
 
     shown = f"{from_env(S3Settings, environ)!r} {describe(S3Settings, environ, owner='mx-s3')!r}"
 
     assert "s3cret" not in shown
-    with pytest.raises(SettingsError) as caught:
-        from_env(S3Settings, {"AWS_ENDPOINT_URL": "https://me:s3cret@host"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL_STS", "AWS_EC2_METADATA_SERVICE_ENDPOINT"],
+)
+def test_passwords_in_urls_are_refused_unseen(name: str) -> None:
+    """The variable is named, its value is not."""
+    with pytest.raises(SettingsError, match=f"^{name} must not") as caught:
+        from_env(S3Settings, {name: "https://me:s3cret@host"})
+
     assert "s3cret" not in str(caught.value)
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from awscrt import checksums
 
 from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.errors import AccessDeniedError, NotFoundError, SourceChangedError
@@ -93,11 +94,48 @@ def test_tells_the_size_and_version(storage: Storage, put: Callable[..., str]) -
     assert [info.version] == [listed.version for listed in storage.list("stat")]
 
 
-def test_tells_the_digests_that_s3_keeps(storage: Storage, put: Callable[..., str]) -> None:
-    """A SHA-256 that was uploaded with the object comes back in hex."""
-    put("stat/digest", CONTENT, ChecksumAlgorithm="SHA256")
+CHECKSUMS = ["CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256"]
 
-    assert {"sha256": hashlib.sha256(CONTENT).hexdigest()} == dict(storage.stat("stat/digest").digests)
+
+@pytest.mark.parametrize("algorithm", CHECKSUMS)
+def test_tells_the_digests_that_s3_keeps(storage: Storage, put: Callable[..., str], algorithm: str) -> None:
+    """The checksum that an object was uploaded with comes back in hex, and so does the MD5 that is its ETag."""
+    name = algorithm.lower()
+    put(f"stat/{name}", CONTENT, ChecksumAlgorithm=algorithm)
+
+    assert {name: _digest(name, CONTENT), "md5": _digest("md5", CONTENT)} == dict(storage.stat(f"stat/{name}").digests)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kind"),
+    [
+        *((algorithm, "FULL_OBJECT") for algorithm in ("CRC32", "CRC32C", "CRC64NVME")),
+        *((algorithm, "COMPOSITE") for algorithm in ("CRC32", "CRC32C", "SHA1", "SHA256")),  # S3 has no others
+    ],
+)
+def test_tells_no_digests_of_parts(storage: Storage, client: Any, algorithm: str, kind: Any) -> None:
+    """Of an upload in parts, only a checksum of the whole object counts; its ETag is no MD5."""
+    key, content = f"parts/{algorithm}-{kind}", [os.urandom(5 << 20), os.urandom(1000)]
+    upload = client.create_multipart_upload(Bucket="models", Key=key, ChecksumAlgorithm=algorithm, ChecksumType=kind)
+    place = {"Bucket": "models", "Key": key, "UploadId": upload["UploadId"]}
+    parts = []
+    for number, body in enumerate(content, 1):
+        part = client.upload_part(**place, PartNumber=number, Body=body, ChecksumAlgorithm=algorithm)
+        checksum = {name: value for name, value in part.items() if name.startswith("Checksum")}
+        parts.append({"PartNumber": number, "ETag": part["ETag"], **checksum})
+    client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts})
+
+    name = algorithm.lower()
+    whole = {name: _digest(name, b"".join(content))} if kind == "FULL_OBJECT" else {}
+
+    assert whole == dict(storage.stat(key).digests)
+
+
+def _digest(algorithm: str, content: bytes) -> str:
+    if algorithm.startswith("crc"):
+        compute, digits = getattr(checksums, algorithm), 16 if algorithm == "crc64nvme" else 8
+        return f"{compute(content, 0):0{digits}x}"
+    return hashlib.new(algorithm, content).hexdigest()
 
 
 @pytest.mark.parametrize(

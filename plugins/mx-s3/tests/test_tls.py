@@ -110,6 +110,24 @@ def test_close_ends_a_read_amid_the_body(tls_server: SeaweedFS) -> None:
     assert CONTENT[: len(arrived)] == arrived
 
 
+def test_patience_ends_a_silent_read_amid_the_body(tls_server: SeaweedFS) -> None:
+    """What arrived before the silence counts, over TLS too."""
+    port = urlsplit(tls_server.endpoint).port
+    assert port is not None
+    memory = bytearray(len(CONTENT))
+
+    with TcpProxy("127.0.0.1", port, lambda *_: Fault("stall", after_bytes=1_000_000)) as proxy:
+        environ = {**tls_server.environ(), "AWS_ENDPOINT_URL": f"https://127.0.0.1:{proxy.port}"}
+        with contextlib.closing(open_s3(URI, environ)) as storage:
+            storage.patience_seconds = 0.3
+            started = time.monotonic()
+            done = storage.read_into("object", 0, memoryview(memory), version=None)
+
+    assert 500_000 < done < 1_000_000
+    assert CONTENT[:done] == memory[:done]
+    assert time.monotonic() - started < 5
+
+
 def test_shutting_down_leaves_the_tls_layer_on(tls_server: SeaweedFS) -> None:
     """Otherwise a thread that reads at that moment would get the encrypted bytes that wait in the socket."""
     with contextlib.closing(open_s3(URI, tls_server.environ())) as storage:

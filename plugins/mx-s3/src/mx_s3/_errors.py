@@ -13,6 +13,7 @@ from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
+import attrs
 from attrs import frozen
 from botocore import exceptions as boto
 from urllib3.exceptions import HTTPError
@@ -28,12 +29,21 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 
-__all__ = ["FAILURES", "PROVIDER", "translated"]
+__all__ = ["FAILURES", "PROVIDER", "RENEWED", "CredentialsError", "translated", "wants_other_credentials"]
 
 PROVIDER = "mx-s3"
 
+#: In an answer that refuses credentials: whether it refuses new ones, or there were no others than the old.
+RENEWED = "x-mx-renewed"
+
 #: What reading from S3 may raise.
 FAILURES = (boto.BotoCoreError, boto.ClientError, HTTPError, HTTPException, OSError)
+
+
+class CredentialsError(boto.BotoCoreError):
+    """Credentials could not be had: ``error`` is why, ``metadata`` where the instance metadata service was asked."""
+
+    fmt = "the credentials could not be had"
 
 
 @frozen
@@ -67,6 +77,14 @@ _BAD_TOKEN = _Meaning(
     AccessDeniedError,
     "the session token is not the one of this access key",
     "set AWS_SESSION_TOKEN together with the keys that it came with, or unset it",
+)
+_RENEWED = _Meaning(
+    AccessDeniedError,
+    "new credentials were fetched in the middle of the load, and S3 refuses those too",
+    "check the clock of this machine, and what the role or the user may do",
+)
+_SAME = (
+    "get new credentials into the place where these were found, which still gives the same, and start the load again"
 )
 _REGION = _Meaning(
     BackendError,
@@ -172,12 +190,38 @@ _ABOUT_CREDENTIALS = frozenset(
     }
 )
 
+#: Codes with which S3 refuses credentials that were right once.
+_REFUSED_CREDENTIALS = _ABOUT_CREDENTIALS - {"AuthorizationHeaderMalformed", "SignatureDoesNotMatch"}
+
+
+def wants_other_credentials(code: str, status: int, headers: Mapping[str, str], *, free: bool) -> bool:
+    """Whether S3 might give other credentials what it refused with this answer.
+
+    Args:
+        code: S3's error code; the status where the answer has no body, as to a HEAD.
+        status: Of the answer.
+        headers: Of the answer, in lower case.
+        free: Looking for others costs no request, so that doubt suffices.
+    """
+    if code in _REFUSED_CREDENTIALS:
+        return True
+    if status == 400 and code == "400":  # what an expired token gets for a HEAD, and a wrong region too
+        return "x-amz-bucket-region" not in headers
+    return free and (code == "SignatureDoesNotMatch" or (status == 403 and code == "403"))
+
+
 _CHECK_ENDPOINT = "check AWS_ENDPOINT_URL and AWS_REGION"
 _CHECK_NETWORK = "check AWS_ENDPOINT_URL, firewalls, and HTTPS_PROXY and NO_PROXY"
 _NO_CREDENTIALS = _Meaning(
     AccessDeniedError,
     "neither variables, nor a profile, nor a role of this machine or container give any",
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket MX_S3_ANONYMOUS=1",
+)
+_NO_MACHINE_CREDENTIALS = _Meaning(
+    AccessDeniedError,
+    "neither variables nor a profile give any, and this machine has no role, or its metadata service cannot be reached "
+    "(from a container that takes a hop limit of 2)",
+    _NO_CREDENTIALS.hint,
 )
 _LOGIN = _Meaning(AccessDeniedError, "the login of the profile ran out", "run aws sso login, and start the load again")
 _BROKE = _Meaning(
@@ -187,6 +231,50 @@ _BROKE = _Meaning(
 )
 
 _DNS_FAULT = _Meaning(UnavailableError, "the DNS of this machine does not answer", "check /etc/resolv.conf")
+
+#: Exceptions of places where credentials are looked for -> what was seen, and what it means.
+_NO_USE: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = (
+    ((boto.NoCredentialsError,), "no credentials were found", _NO_CREDENTIALS),
+    (
+        (boto.PartialCredentialsError,),
+        "only a part of the credentials was found",
+        _Meaning(
+            AccessDeniedError,
+            "one of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY is not set",
+            "set both, or neither (MX_S3_ANONYMOUS=1 reads public buckets without)",
+        ),
+    ),
+    (
+        (boto.SSOError, boto.LoginError, boto.TokenRetrievalError, boto.RefreshWithMFAUnsupportedError)
+        if hasattr(boto, "LoginError")
+        else (boto.SSOError, boto.TokenRetrievalError, boto.RefreshWithMFAUnsupportedError),
+        "the credentials of the profile cannot be had",
+        _LOGIN,
+    ),
+    (
+        (boto.CredentialRetrievalError, boto.MetadataRetrievalError),
+        "the credentials could not be fetched",
+        _Meaning(
+            AccessDeniedError,
+            "what the profile or the role names for it fails",
+            "run aws sts get-caller-identity on this machine",
+        ),
+    ),
+    (
+        (boto.ProfileNotFound,),
+        "the profile is not in the configuration files",
+        _Meaning(
+            AccessDeniedError,
+            "AWS_PROFILE is misspelt, or the files are elsewhere",
+            "check AWS_PROFILE, AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE",
+        ),
+    ),
+    (
+        (boto.ConfigParseError, boto.ConfigNotFound, boto.InvalidConfigError),
+        "the AWS configuration files cannot be read",
+        _Meaning(AccessDeniedError, "a syntax error in them", "check AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE"),
+    ),
+)
 
 #: Exceptions that came up before S3 could answer -> what was seen, and what it means. The first line counts that fits
 #: the exception or one of those behind it.
@@ -229,54 +317,19 @@ _EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] =
     ),
     (
         (boto.ReadTimeoutError, TimeoutError),
-        "the endpoint {endpoint} sent nothing for as long as MX_S3_READ_TIMEOUT_SECONDS allows",
-        _Meaning(DeadlineError, "the server or the network is overloaded", _WAIT),
+        "the endpoint {endpoint} sent nothing {silence}",
+        _Meaning(
+            DeadlineError,
+            "the server or the network is overloaded, or the connection went dead",
+            f"{_WAIT}; MX_S3_READ_TIMEOUT_SECONDS and MX_STALL_SECONDS say how long to wait at most",
+        ),
     ),
     (
         (ConnectionRefusedError,),
         "the endpoint {endpoint} refused the connection",
         _Meaning(UnavailableError, "nothing listens there, or not yet", "check AWS_ENDPOINT_URL and the server"),
     ),
-    ((boto.NoCredentialsError,), "no credentials were found", _NO_CREDENTIALS),
-    (
-        (boto.PartialCredentialsError,),
-        "only a part of the credentials was found",
-        _Meaning(
-            AccessDeniedError,
-            "one of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY is not set",
-            "set both, or neither (MX_S3_ANONYMOUS=1 reads public buckets without)",
-        ),
-    ),
-    (
-        (boto.SSOError, boto.LoginError, boto.TokenRetrievalError, boto.RefreshWithMFAUnsupportedError)
-        if hasattr(boto, "LoginError")
-        else (boto.SSOError, boto.TokenRetrievalError, boto.RefreshWithMFAUnsupportedError),
-        "the credentials of the profile cannot be had",
-        _LOGIN,
-    ),
-    (
-        (boto.CredentialRetrievalError, boto.MetadataRetrievalError),
-        "the credentials could not be fetched",
-        _Meaning(
-            AccessDeniedError,
-            "what the profile or the role names for it fails",
-            "run aws sts get-caller-identity on this machine",
-        ),
-    ),
-    (
-        (boto.ProfileNotFound,),
-        "the profile is not in the configuration files",
-        _Meaning(
-            AccessDeniedError,
-            "AWS_PROFILE is misspelt, or the files are elsewhere",
-            "check AWS_PROFILE, AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE",
-        ),
-    ),
-    (
-        (boto.ConfigParseError, boto.ConfigNotFound, boto.InvalidConfigError),
-        "the AWS configuration files cannot be read",
-        _Meaning(AccessDeniedError, "a syntax error in them", "check AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE"),
-    ),
+    *_NO_USE,
     (
         (boto.ParamValidationError,),
         "S3 allows no such name",
@@ -290,18 +343,173 @@ _EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] =
 )
 
 
-def translated(exc: Exception, *, uri: str, operation: str, endpoint: str = "") -> BackendError:
-    """The error of ours that stands for ``exc``; to be raised from it."""
+#: Code with which STS (or the service of a single sign-on) refuses credentials -> what it means.
+_STS_ANSWERS: Mapping[str, _Meaning] = {
+    "AccessDenied": _Meaning(
+        AccessDeniedError,
+        "the trust policy of the role does not allow it to this token or user",
+        "check the trust policy of AWS_ROLE_ARN (or the profile's role_arn): provider, and conditions on sub and aud",
+    ),
+    "InvalidIdentityToken": _Meaning(
+        AccessDeniedError,
+        "the account has no OIDC provider for whoever issued the token, or the token is meant for another audience",
+        "check the OIDC provider in IAM, and that the audience of the service account's token is sts.amazonaws.com",
+    ),
+    "IDPRejectedClaim": _Meaning(
+        AccessDeniedError, "whoever issued the token says it is no longer valid", "get a new token"
+    ),
+    "IDPCommunicationError": _Meaning(
+        AccessDeniedError, "STS cannot reach whoever issued the token", "try again later", retryable=True
+    ),
+    "ExpiredTokenException": _Meaning(
+        AccessDeniedError,
+        "the token in AWS_WEB_IDENTITY_TOKEN_FILE, or what else the role is assumed with, ran out",
+        "check that something renews the token's file (in Kubernetes: a projected volume), or log in again",
+    ),
+    "ValidationError": _Meaning(
+        AccessDeniedError,
+        "the name of the role or of the session has a wrong form",
+        "check AWS_ROLE_ARN and AWS_ROLE_SESSION_NAME, or role_arn in the profile",
+    ),
+    "RegionDisabledException": _Meaning(
+        AccessDeniedError,
+        "the account has STS switched off in this region",
+        "switch it on, or set AWS_ENDPOINT_URL_STS to another region's",
+    ),
+    "InvalidClientTokenId": _Meaning(
+        AccessDeniedError, "the keys that the role is assumed with are not valid", _CHECK_KEYS
+    ),
+    "SignatureDoesNotMatch": _Meaning(
+        AccessDeniedError, "the secret that the role is assumed with is not that of its key", _CHECK_KEYS
+    ),
+    "UnauthorizedException": _LOGIN,
+    "ForbiddenException": _Meaning(
+        AccessDeniedError, "the single sign-on does not give this user the role of the profile", "check sso_role_name"
+    ),
+}
+_STS_BUSY = _Meaning(
+    AccessDeniedError, "it has a passing fault, or is asked too much", "try again later", retryable=True
+)
+_AGENT = _Meaning(
+    AccessDeniedError,
+    "the agent that AWS_CONTAINER_CREDENTIALS_FULL_URI names does not answer",
+    "check that the agent runs (for EKS Pod Identity: the add-on on this node)",
+    retryable=True,
+)
+_AGENT_REFUSES = _Meaning(
+    AccessDeniedError,
+    "it does not know this container, or AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE does not hold the token that it gave",
+    "check the association of the service account (or the task) with a role, and the file with the token",
+)
+_STS_UNKNOWN = _Meaning(
+    AccessDeniedError,
+    "what the variables or the profile name for it is not accepted",
+    "run aws sts get-caller-identity on this machine",
+)
+_CHECK_STS = "check AWS_ENDPOINT_URL_STS, AWS_REGION, firewalls, and HTTPS_PROXY and NO_PROXY"
+
+#: Exceptions on the way to credentials, where none in _NO_USE fits. "The service" may be STS or a single sign-on;
+#: connections to agents of containers and machines never come here, because botocore keeps them to itself.
+_NO_ANSWER: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = (
+    (
+        (FileNotFoundError, PermissionError, IsADirectoryError),
+        "a file that the credentials need cannot be read: {file}",
+        _Meaning(
+            AccessDeniedError,
+            "the token is not mounted here, or is readable for another user only",
+            "check AWS_WEB_IDENTITY_TOKEN_FILE, AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE, and what the profile names",
+        ),
+    ),
+    (
+        (socket.gaierror, ssl.SSLError, boto.SSLError, boto.InvalidRegionError),
+        "no connection to the service that gives the credentials",
+        _Meaning(AccessDeniedError, "its name does not resolve, or its certificate is not trusted", _CHECK_STS),
+    ),
+    (
+        (boto.ConnectionError, boto.HTTPClientError, HTTPError, HTTPException, OSError),
+        "no connection to the service that gives the credentials",
+        _Meaning(AccessDeniedError, "it cannot be reached from here, or not now", _CHECK_STS, retryable=True),
+    ),
+    (
+        (boto.InvalidIMDSEndpointError,),
+        "the URL of the instance metadata service cannot be used",
+        _Meaning(AccessDeniedError, "it is misspelt", "correct AWS_EC2_METADATA_SERVICE_ENDPOINT"),
+    ),
+    (
+        (RuntimeError,),
+        "the credentials that were fetched had already run out",
+        _Meaning(
+            AccessDeniedError,
+            "the clock of this machine is wrong, or what gives them is stuck",
+            "set the clock (chronyc tracking, timedatectl)",
+        ),
+    ),
+    (
+        (ValueError, LookupError, TypeError),
+        "what gives the credentials was asked, or answered, in a form that cannot be used",
+        _Meaning(
+            AccessDeniedError,
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI may only name https, this machine, or the agents of ECS and EKS; its "
+            "token is one line; its answer has AccessKeyId, SecretAccessKey, Token and Expiration",
+            "check AWS_CONTAINER_CREDENTIALS_FULL_URI and what listens there",
+        ),
+    ),
+)
+
+
+def translated(
+    exc: Exception, *, uri: str, operation: str, endpoint: str = "", silence_seconds: float | None = None
+) -> BackendError:
+    """The error of ours that stands for ``exc``; to be raised from it.
+
+    Args:
+        exc: What botocore, urllib3 or the operating system raised.
+        uri: Of the object.
+        operation: What was tried.
+        endpoint: URL of the server.
+        silence_seconds: How long its next bytes were waited for.
+    """
+    if isinstance(exc, CredentialsError):
+        return _without_credentials(exc, uri, operation)
     if isinstance(exc, boto.ClientError):
         return _answered(exc, uri, operation)
     chain = tuple(_chain(exc))
     for types, seen, meaning in _EXCEPTIONS:
         found = next((link for link in chain if isinstance(link, types)), None)
         if found is not None:
-            reason = f"{seen.format(endpoint=_shown(endpoint))} [{_name(chain)}]"
+            silence = "in time" if silence_seconds is None else f"for {silence_seconds:.3g} s"
+            reason = f"{seen.format(endpoint=_shown(endpoint), silence=silence)} [{_name(chain)}]"
             passing = isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN
             return _error(_DNS_FAULT if passing else meaning, reason, uri, operation)
     return _error(_Meaning(BackendError), f"botocore raised {type(exc).__name__}", uri, operation)
+
+
+def _without_credentials(exc: CredentialsError, uri: str, operation: str) -> BackendError:
+    """The error for a request that could not be signed. What went wrong may hold secrets, so it is not quoted."""
+    error: Exception = exc.kwargs["error"]
+    if isinstance(error, boto.ClientError):
+        code, status, parts = _said(error)
+        busy = status >= 500 or status == 429 or _ANSWERS.get(code) is _SLOW_DOWN
+        meaning = _STS_ANSWERS.get(code) or (_STS_BUSY if busy else _STS_UNKNOWN)
+        reason = f"the credentials could not be fetched: {error.operation_name} was answered {', '.join(parts)}"
+        return _error(meaning, reason, uri, operation)
+    chain = tuple(_chain(error))
+    for types, seen, meaning in (*_NO_USE, *_NO_ANSWER):
+        found = next((link for link in chain if isinstance(link, types)), None)
+        if found is not None:
+            reason = f"{seen.format(file=getattr(found, 'filename', None) or 'unknown')} [{_name(chain)}]"
+            details = getattr(found, "kwargs", {})
+            if isinstance(found, boto.NoCredentialsError) and exc.kwargs.get("metadata"):
+                reason += f"; the instance metadata service was asked at {_shown(exc.kwargs['metadata'])}"
+                return _error(_NO_MACHINE_CREDENTIALS, reason, uri, operation)
+            if details.get("provider") == "container-role":
+                # The status is only in the text, behind which there is the agent's own, which nobody vouches for.
+                answer = re.search(r"non 200 response (\d{3})", str(details.get("error_msg", "")))
+                reason += f"; the agent of the container answered HTTP {answer[1]}" if answer else ""
+                refused = answer is not None and answer[1].startswith("4")
+                return _error(_AGENT_REFUSES if refused else _AGENT, reason, uri, operation)
+            return _error(meaning, reason, uri, operation)
+    return _error(_STS_UNKNOWN, f"the credentials could not be fetched [{type(error).__name__}]", uri, operation)
 
 
 def _error(
@@ -325,22 +533,29 @@ def _error(
     )
 
 
+def _said(exc: boto.ClientError) -> tuple[str, int, list[str]]:
+    """Code and status of an answer (the code is empty where it only repeats the status), and what to say of it."""
+    error, metadata = exc.response.get("Error", {}), exc.response.get("ResponseMetadata", {})
+    code, status = str(error.get("Code", "")), int(metadata.get("HTTPStatusCode", 0))
+    code = "" if code == str(status) else code
+    request_id = metadata.get("RequestId")
+    parts = [f"HTTP {status}" if status else "", code, f"request {request_id}" if request_id else ""]
+    return code, status, [part for part in parts if part] or ["with an error"]
+
+
 def _answered(exc: boto.ClientError, uri: str, operation: str) -> BackendError:
     response: Mapping[str, Any] = exc.response
-    error, metadata = response.get("Error", {}), response.get("ResponseMetadata", {})
-    headers: Mapping[str, str] = metadata.get("HTTPHeaders", {})
-    code, status = str(error.get("Code", "")), int(metadata.get("HTTPStatusCode", 0))
-    bare = code in {"", str(status)}
-    meaning = _ANSWERS.get(code) or (_ANSWERS.get(status) if bare or status != 400 else None)
+    error = response.get("Error", {})
+    headers: Mapping[str, str] = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    code, status, parts = _said(exc)
+    meaning = _ANSWERS.get(code) or (_ANSWERS.get(status) if not code or status != 400 else None)
     meaning = meaning or (_BUSY if status >= 500 else _Meaning(BackendError))
-    parts = [f"HTTP {status}"] if status else []
-    parts += [] if bare else [code]
-    request_id = metadata.get("RequestId")
-    parts += [f"request {request_id}"] if request_id else []
-    reason = f"S3 answered {', '.join(parts) or 'with an error'}"
+    if RENEWED in error:
+        meaning = _RENEWED if error[RENEWED] else attrs.evolve(meaning, hint=_SAME)
+    reason = f"S3 answered {', '.join(parts)}"
     # The server's words help where we know little more; they are never passed on where they may repeat credentials.
     text = str(error.get("Message") or "")
-    if text and not bare and code not in _ABOUT_CREDENTIALS:
+    if text and code and code not in _ABOUT_CREDENTIALS:
         reason += f": {_quoted(text)}"
     hint = None
     region = headers.get("x-amz-bucket-region") or error.get("Region")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
@@ -23,25 +23,82 @@ __all__ = ["Connections", "read_body"]
 _PIECE_BYTES = 256 << 10
 
 
-class Connections:
-    """The sockets of one client, so that one thread can end what others wait for."""
+class _Reading(threading.local):
+    """The read that this thread is at."""
 
-    def __init__(self) -> None:
+    under_way = False
+    sock: Any = None
+    timeout_seconds = 0.0
+
+
+class Connections:
+    """The sockets of one client, so that one thread can end what others wait for, and waits can be cut short.
+
+    Args:
+        read_timeout_seconds: How long the client itself waits for the next bytes.
+    """
+
+    def __init__(self, read_timeout_seconds: float) -> None:
         self._lock = threading.Lock()
         self._sockets: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._reading = _Reading()
+        self._read_timeout_seconds = read_timeout_seconds
+        self._patience_seconds = read_timeout_seconds
         self.closed = False
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a read waits for its next bytes; never longer than the client does."""
+        return self._patience_seconds
+
+    @patience_seconds.setter
+    def patience_seconds(self, seconds: float) -> None:
+        self._patience_seconds = min(seconds, self._read_timeout_seconds)
 
     def watch(self, client: S3Client) -> None:
         """Know every socket that ``client`` opens from now on.
 
         botocore has no public way to them. Should a version of it keep them elsewhere, reads still end after
-        ``close``, but only with what they wait for, or with its timeout.
+        ``close``, but only with what they wait for, or with its timeout; and silent ones with its timeout.
         """
         endpoint: Any = getattr(client, "_endpoint", None)
         pools = getattr(getattr(endpoint, "http_session", None), "_pool_classes_by_scheme", {})
         for scheme, pool in pools.items():
-            watched = type(pool.ConnectionCls.__name__, (pool.ConnectionCls,), {"connect": self._connect(pool)})
+            methods = {"connect": self._connect(pool), "getresponse": self._getresponse(pool)}
+            watched = type(pool.ConnectionCls.__name__, (pool.ConnectionCls,), methods)
             pools[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": watched})
+
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[], None]]:
+        """Within it, requests of this thread wait no longer than ``patience_seconds``.
+
+        Yields:
+            What makes the patience of the moment hold for the body that is read next.
+        """
+        self._reading.under_way = True
+        try:
+            yield self._wait_patiently
+        finally:
+            self._reading.under_way, self._reading.sock = False, None
+
+    def _wait_patiently(self) -> None:
+        reading, seconds = self._reading, self._patience_seconds
+        if reading.sock is not None and reading.timeout_seconds != seconds:
+            reading.timeout_seconds = seconds
+            with suppress(OSError):  # closed: the read finds that out
+                reading.sock.settimeout(seconds)
+
+    def _getresponse(self, pool: Any) -> Callable[..., Any]:  # noqa: ANN401 - a class of urllib3's pools
+        original = pool.ConnectionCls.getresponse
+
+        def getresponse(connection: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - of that pool
+            if self._reading.under_way and connection.sock is not None:
+                self._reading.sock, self._reading.timeout_seconds = connection.sock, self._patience_seconds
+                connection.sock.settimeout(self._patience_seconds)
+                connection.timeout = self._patience_seconds  # urllib3 2 sets the socket's timeout to this once more
+            return original(connection, *args, **kwargs)
+
+        return getresponse
 
     def _connect(self, pool: Any) -> Callable[[Any], None]:  # noqa: ANN401 - a class of urllib3's pools
         original = pool.ConnectionCls.connect
@@ -70,8 +127,13 @@ class Connections:
                 socket.socket.shutdown(getattr(sock, "socket", sock), socket.SHUT_RDWR)
 
 
-def read_body(body: StreamingBody, view: memoryview) -> tuple[int, Exception | None]:
+def read_body(body: StreamingBody, view: memoryview, before_piece: Callable[[], None]) -> tuple[int, Exception | None]:
     """Fill ``view`` with the next bytes of ``body``, and give up its connection: for reuse if the body is at its end.
+
+    Args:
+        body: What is read.
+        view: Where to.
+        before_piece: Called before each of the few waits.
 
     Returns:
         Number of bytes that arrived, and what kept more from arriving (None where the stream just ended).
@@ -82,6 +144,7 @@ def read_body(body: StreamingBody, view: memoryview) -> tuple[int, Exception | N
     done, error = 0, None
     try:
         while done < len(view):
+            before_piece()
             count = readinto(view[done : done + _PIECE_BYTES])
             if not count:
                 break

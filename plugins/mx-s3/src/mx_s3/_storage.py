@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
 from botocore import UNSIGNED
 from botocore.config import Config
+from botocore.utils import get_environ_proxies
 
 from modelexpress_core.errors import (
     BackendError,
@@ -23,8 +27,9 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.settings import from_env
-from modelexpress_core.storage import ObjectInfo
+from modelexpress_core.storage import Endpoint, ObjectInfo
 from modelexpress_core.uri import ModelURI
+from mx_s3._credentials import Identity, new_session
 from mx_s3._errors import FAILURES, PROVIDER, translated
 from mx_s3._http import Connections, read_body
 from mx_s3.settings import REGION_PATTERN, S3Settings
@@ -41,6 +46,11 @@ _POOL_CONNECTIONS = 256
 #: The rules for new buckets are stricter; older ones and other servers have looser ones.
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
+_MD5_ETAG = re.compile(r'"([0-9A-Fa-f]{32})"')
+
+#: Ends of the names of directory buckets, and of access points to them.
+_DIRECTORY_BUCKET = re.compile(r"--(?:xa-s3|x-s3)$")
+
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 
 
@@ -50,14 +60,72 @@ class S3Storage:
     Args:
         client: The client that is used, and closed, by this storage alone.
         uri: Any URI in the bucket.
+        identity: What the client signs with; None where it does not sign.
+        ca_bundle: File with the authorities that the client trusts; None for those of botocore.
     """
 
-    def __init__(self, client: S3Client, uri: ModelURI) -> None:
+    def __init__(
+        self, client: S3Client, uri: ModelURI, identity: Identity | None = None, ca_bundle: str | None = None
+    ) -> None:
         self._client = client
         self._uri = uri
         self._bucket = uri.authority
-        self._connections = Connections()
+        self._identity = identity
+        self._ca_bundle = ca_bundle
+        self._read_timeout_seconds = float(client.meta.config.read_timeout)  # type: ignore[attr-defined]
+        self._connections = Connections(self._read_timeout_seconds)
         self._connections.watch(client)
+        if identity is not None:
+            identity.watch(client)
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a read waits for its next bytes; at most, and to begin with, MX_S3_READ_TIMEOUT_SECONDS."""
+        return self._connections.patience_seconds
+
+    @patience_seconds.setter
+    def patience_seconds(self, seconds: float) -> None:
+        self._connections.patience_seconds = seconds
+
+    def endpoint(self) -> Endpoint:
+        """Where requests for objects of the bucket go, as botocore works it out."""
+        url = urlsplit(self._url())
+        tls = url.scheme == "https"
+        return Endpoint(
+            host=url.hostname or "",
+            port=url.port or (443 if tls else 80),
+            tls=tls,
+            ca_bundle=self._ca_bundle if tls else None,
+            proxy=_proxy(self._client.meta.endpoint_url, url.scheme),
+        )
+
+    def _url(self) -> str:
+        """The URL of a request, which is prepared and not sent."""
+        asking = threading.get_ident()
+
+        def stop(params: Mapping[str, Any], **_: object) -> None:
+            if threading.get_ident() == asking:
+                raise _StopError(params["url"])
+
+        self._client.meta.events.register("before-call.s3.HeadObject", stop)
+        try:
+            self._client.head_object(Bucket=self._bucket, Key="any")
+        except _StopError as stopped:
+            return str(stopped)
+        except FAILURES as exc:
+            raise self._failure(exc, "", "find the endpoint") from exc
+        finally:
+            self._client.meta.events.unregister("before-call.s3.HeadObject", stop)
+        return self._client.meta.endpoint_url
+
+    def credentials(self) -> str:
+        """Whose key requests are signed with, and where it was found."""
+        if self._identity is None:
+            return "nobody: requests are not signed (MX_S3_ANONYMOUS)"
+        try:
+            return self._identity.describe()
+        except FAILURES as exc:
+            raise self._failure(exc, "", "find the credentials") from exc
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The objects below ``prefix``, a page of a thousand at a time; keys that end in a slash are directories."""
@@ -92,7 +160,7 @@ class S3Storage:
             head = self._client.head_object(Bucket=self._bucket, Key=path, ChecksumMode="ENABLED")
         except FAILURES as exc:
             raise self._failure(exc, path, operation) from exc
-        return ObjectInfo(path, head["ContentLength"], head.get("ETag"), _digests(head))
+        return ObjectInfo(path, head["ContentLength"], head.get("ETag"), _digests(head, self._bucket))
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read into ``buffer`` with one GET of the range, which S3 refuses if the ETag is no longer ``version``."""
@@ -102,20 +170,21 @@ class S3Storage:
         request: GetObjectRequestTypeDef = {"Bucket": self._bucket, "Key": path, "Range": f"bytes={offset}-{last}"}
         if version is not None:
             request["IfMatch"] = version
-        try:
-            response = self._client.get_object(**request)
-        except FAILURES as exc:
-            raise self._failure(exc, path, operation) from exc
-        body = response["Body"]
-        try:
-            expected = self._check_answer(response, path, offset, len(buffer), version)
-        except BackendError:
-            body.close()
-            raise
-        done, error = read_body(body, buffer[:expected])
+        with self._connections.reading() as wait_patiently:
+            try:
+                response = self._client.get_object(**request)
+            except FAILURES as exc:
+                raise self._failure(exc, path, operation, self.patience_seconds) from exc
+            body = response["Body"]
+            try:
+                expected = self._check_answer(response, path, offset, len(buffer), version)
+            except BackendError:
+                body.close()
+                raise
+            done, error = read_body(body, buffer[:expected], wait_patiently)
         self._check_open(path, operation)
         if error is not None and not done:
-            raise self._failure(error, path, operation) from error
+            raise self._failure(error, path, operation, self.patience_seconds) from error
         if not done:
             reason = "the connection was closed before the first byte"
             raise self._error(UnavailableError, reason, path, operation, hint="try again")
@@ -161,11 +230,17 @@ class S3Storage:
         if self._connections.closed:
             raise self._error(BackendError, "the storage was closed", path, operation)
 
-    def _failure(self, exc: Exception, path: str, operation: str) -> BackendError:
+    def _failure(self, exc: Exception, path: str, operation: str, silence_seconds: float | None = None) -> BackendError:
         if self._connections.closed:
             return self._error(BackendError, "the storage was closed while this was under way", path, operation)
         uri = str(self._uri.with_path(path))
-        return translated(exc, uri=uri, operation=operation, endpoint=self._client.meta.endpoint_url)
+        return translated(
+            exc,
+            uri=uri,
+            operation=operation,
+            endpoint=self._client.meta.endpoint_url,
+            silence_seconds=silence_seconds or self._read_timeout_seconds,
+        )
 
     def _error(
         self,
@@ -181,37 +256,80 @@ class S3Storage:
         return cls(reason, uri=uri, operation=operation, provider=PROVIDER, cause=cause, hint=hint)
 
 
-def _digests(head: HeadObjectOutputTypeDef) -> dict[str, str]:
-    """Digests of the whole object; those of objects uploaded in parts are mostly digests of digests."""
+def _digests(head: HeadObjectOutputTypeDef, bucket: str) -> dict[str, str]:
+    """Digests of the whole object, by algorithm."""
+    digests = _checksums(head)
+    md5 = _md5(head, bucket)
+    return digests if md5 is None else {**digests, "md5": md5}
+
+
+def _checksums(head: HeadObjectOutputTypeDef) -> dict[str, str]:
+    """The checksums that S3 keeps; those of objects uploaded in parts are mostly checksums of checksums."""
     if head.get("ChecksumType") == "COMPOSITE":
         return {}
     published = {
-        "crc32": head.get("ChecksumCRC32"),
-        "crc32c": head.get("ChecksumCRC32C"),
-        "crc64nvme": head.get("ChecksumCRC64NVME"),
-        "sha1": head.get("ChecksumSHA1"),
-        "sha256": head.get("ChecksumSHA256"),
+        "crc32": (head.get("ChecksumCRC32"), 4),
+        "crc32c": (head.get("ChecksumCRC32C"), 4),
+        "crc64nvme": (head.get("ChecksumCRC64NVME"), 8),
+        "sha1": (head.get("ChecksumSHA1"), 20),
+        "sha256": (head.get("ChecksumSHA256"), 32),
     }
-    digests = {}
-    for algorithm, text in published.items():
+    checksums = {}
+    for algorithm, (text, length) in published.items():
         if text and "-" not in text:  # of parts: "...-3"
             try:
-                digests[algorithm] = base64.b64decode(text, validate=True).hex()
+                value = base64.b64decode(text, validate=True)
             except binascii.Error:
                 continue
-    return digests
+            if len(value) == length:
+                checksums[algorithm] = value.hex()
+    return checksums
+
+
+def _md5(head: HeadObjectOutputTypeDef, bucket: str) -> str | None:
+    """The MD5 of the object, where its ETag is one.
+
+    It is for what was uploaded in one piece and lies there plain or encrypted with keys of S3 itself, says
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html; directory buckets have ETags of another kind.
+    """
+    match = _MD5_ETAG.fullmatch(head.get("ETag", ""))
+    encryption = head.get("ServerSideEncryption", "AES256")
+    if match is None or encryption != "AES256" or head.get("SSECustomerAlgorithm") or _DIRECTORY_BUCKET.search(bucket):
+        return None
+    return match[1].lower()
+
+
+def _proxy(endpoint_url: str, scheme: str) -> str | None:
+    """URL of the proxy that botocore takes for a client of ``endpoint_url``, without the credentials in it."""
+    proxy = get_environ_proxies(endpoint_url).get(scheme)
+    if not proxy:
+        return None
+    parts = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    return f"{parts.scheme or 'http'}://{parts.netloc.rpartition('@')[2]}"
+
+
+class _StopError(Exception):
+    """Ends a request before it is sent."""
 
 
 def open_s3(uri: ModelURI, settings: Mapping[str, str]) -> S3Storage:
-    """The storage for ``s3`` URIs. Connects to nothing yet.
+    """The storage for ``s3`` URIs. Connects to nothing yet, and looks for no credentials.
 
     Raises:
         InvalidURIError: The URI has no bucket, or holds credentials or parameters that mean nothing here.
         SettingsError: A variable has a value that cannot be used.
-        BackendError: The configuration files cannot be used, or hold a part of the credentials only.
+        BackendError: The configuration files cannot be used, or the variables hold a part of the credentials only.
     """
     _check(uri)
-    return S3Storage(_client(uri, from_env(S3Settings, settings)), uri)
+    values = from_env(S3Settings, settings)
+    try:
+        session = new_session(values)
+        region = uri.query.get("region") or values.region or session.get_config_variable("region") or "us-east-1"
+        identity = None if values.anonymous else Identity(values, region)
+        ca_bundle = session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+        return S3Storage(_client(uri, values, session, region, identity), uri, identity, ca_bundle)
+    except FAILURES as exc:
+        raise translated(exc, uri=str(uri), operation="") from exc
 
 
 def _check(uri: ModelURI) -> None:
@@ -239,25 +357,22 @@ def _check(uri: ModelURI) -> None:
         raise InvalidURIError(message, hint="write for example ?region=eu-central-1")
 
 
-def _client(uri: ModelURI, settings: S3Settings) -> S3Client:
+def _client(
+    uri: ModelURI,
+    settings: S3Settings,
+    session: botocore.session.Session,
+    region: str,
+    identity: Identity | None,
+) -> S3Client:
+    if identity is not None:
+        session.register_component("credential_provider", identity)
     try:
-        session = botocore.session.Session(profile=settings.profile)
-        for name in ("config_file", "credentials_file"):
-            if getattr(settings, name) is not None:
-                session.set_config_variable(name, getattr(settings, name))
-        boto = boto3.session.Session(botocore_session=session)
-        return boto.client(
+        return boto3.session.Session(botocore_session=session).client(
             "s3",
-            region_name=uri.query.get("region") or settings.region or boto.region_name or "us-east-1",
-            endpoint_url=settings.endpoint,
-            verify=settings.ca_bundle,
-            aws_access_key_id=settings.access_key_id,
-            aws_secret_access_key=settings.secret_access_key,
-            aws_session_token=settings.session_token if settings.access_key_id else None,
+            region_name=region,
+            endpoint_url=settings.s3_endpoint or settings.endpoint,
             config=_config(settings),
         )
-    except FAILURES as exc:
-        raise translated(exc, uri=str(uri), operation="") from exc
     except ValueError as exc:
         # Our own variables were checked before, and botocore's message shows the value.
         message = f"botocore refuses the region or the endpoint URL that holds for {uri}"

@@ -89,6 +89,54 @@ class S3Settings:
         default=None,
         help="The file with other settings by profile; unset: ~/.aws/config.",
     )
+    web_identity_token_file: str | None = env(
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        default=None,
+        help="The file with the token that AWS_ROLE_ARN is assumed with (EKS: IRSA); used where no access key is set.",
+    )
+    role_arn: str | None = env(
+        "AWS_ROLE_ARN",
+        default=None,
+        help="The role that is assumed with AWS_WEB_IDENTITY_TOKEN_FILE.",
+    )
+    role_session_name: str | None = env(
+        "AWS_ROLE_SESSION_NAME",
+        default=None,
+        help="What the session of AWS_ROLE_ARN is called in logs; unset: a name with the time.",
+    )
+    container_credentials_full_uri: str | None = env(
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        default=None,
+        help="URL that gives a container its credentials (EKS Pod Identity).",
+    )
+    container_credentials_relative_uri: str | None = env(
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        default=None,
+        help="The same as a path on 169.254.170.2 (ECS).",
+    )
+    container_authorization_token_file: str | None = env(
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+        default=None,
+        help="The file with the token that this URL asks for.",
+    )
+    container_authorization_token: str | None = env(
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+        default=None,
+        secret=True,
+        help="That token itself, where there is no file.",
+    )
+    metadata_endpoint: str | None = env(
+        "AWS_EC2_METADATA_SERVICE_ENDPOINT",
+        default=None,
+        converter=_endpoint,
+        help="URL of the instance metadata service; unset: http://169.254.169.254/.",
+    )
+    metadata_disabled: bool | None = env(
+        "AWS_EC2_METADATA_DISABLED",
+        default=None,
+        converter=boolean,
+        help="Do not ask the instance metadata service for credentials.",
+    )
     region: str | None = env(
         "AWS_REGION",
         "AWS_DEFAULT_REGION",
@@ -97,11 +145,22 @@ class S3Settings:
         help="Region of the bucket; unset: the profile's, or us-east-1. ?region= in a URI goes first.",
     )
     endpoint: str | None = env(
-        "AWS_ENDPOINT_URL_S3",
         "AWS_ENDPOINT_URL",
         default=None,
         converter=_endpoint,
         help="URL of a server other than AWS that speaks the S3 protocol.",
+    )
+    s3_endpoint: str | None = env(
+        "AWS_ENDPOINT_URL_S3",
+        default=None,
+        converter=_endpoint,
+        help="The same for S3 alone; goes before AWS_ENDPOINT_URL.",
+    )
+    sts_endpoint: str | None = env(
+        "AWS_ENDPOINT_URL_STS",
+        default=None,
+        converter=_endpoint,
+        help="The same for the Security Token Service, which gives the credentials of roles.",
     )
     ca_bundle: str | None = env(
         "AWS_CA_BUNDLE",
@@ -136,6 +195,15 @@ class S3Settings:
 
     def __attrs_post_init__(self) -> None:
         """Refuse what must not be shown, without showing it."""
-        if self.endpoint is not None and "@" in self.endpoint:
-            message = "AWS_ENDPOINT_URL holds a user name or a password, which S3 has no use for"
+        urls = {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ENDPOINT_URL_S3": self.s3_endpoint,
+            "AWS_ENDPOINT_URL_STS": self.sts_endpoint,
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": self.metadata_endpoint,
+        }
+        names = [name for name, url in urls.items() if url is not None and "@" in url]
+        if names:
+            message = (
+                f"{' and '.join(names)} must not hold a user name or a password, which nothing there has a use for"
+            )
             raise SettingsError(message, hint="take it out; keys go into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")

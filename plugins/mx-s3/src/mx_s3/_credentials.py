@@ -1,0 +1,282 @@
+"""As whom requests are signed: where credentials are looked for, and how they are renewed where S3 refuses them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import botocore.session
+from botocore.config import Config
+from botocore.credentials import (
+    AssumeRoleWithWebIdentityProvider,
+    ContainerProvider,
+    CredentialProvider,
+    Credentials,
+    InstanceMetadataProvider,
+    ReadOnlyCredentials,
+    create_credential_resolver,
+)
+from botocore.exceptions import NoCredentialsError, PartialCredentialsError
+from botocore.utils import ContainerMetadataFetcher, InstanceMetadataFetcher, resolve_imds_endpoint_mode
+
+from mx_s3._errors import RENEWED, CredentialsError, wants_other_credentials
+from mx_s3.settings import S3Settings
+
+__all__ = ["Identity", "new_session"]
+
+#: How botocore calls a place where it found credentials -> what people call it.
+_PLACES: Mapping[str, str] = {
+    "explicit": "from AWS_ACCESS_KEY_ID",
+    "env": "from AWS_ACCESS_KEY_ID",
+    "assume-role": "of a role that {profile} names",
+    "assume-role-with-web-identity": "of a role that is assumed with a web identity token",
+    "sso": "from the single sign-on of {profile}",
+    "login": "from the login of {profile}",
+    "shared-credentials-file": "from {profile} in the credentials file",
+    "config-file": "from {profile} in the config file",
+    "custom-process": "from the program that {profile} names",
+    "container-role": "of the role of this container",
+    "iam-role": "of the role of this machine, from the instance metadata service",
+}
+
+#: Where keys can be exchanged without a request: asking again costs nothing.
+_FILES = frozenset({"shared-credentials-file", "config-file"})
+
+
+#: What cannot change while the process runs.
+_FIXED = frozenset({"explicit", "env"})
+
+
+class _Session(botocore.session.Session):
+    """A session whose clients for other services than S3 (STS, SSO) are reached as the settings say."""
+
+    settings = S3Settings()
+
+    def create_client(self, service_name: str, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - as botocore's
+        if service_name != "s3":
+            config = Config(
+                connect_timeout=self.settings.connect_timeout_seconds,
+                read_timeout=self.settings.read_timeout_seconds,
+                retries={"total_max_attempts": 1, "mode": "standard"},  # core retries
+            )
+            options["config"] = config.merge(options["config"]) if options.get("config") else config
+        if service_name == "sts":
+            options["endpoint_url"] = (
+                options.get("endpoint_url") or self.settings.sts_endpoint or self.settings.endpoint
+            )
+        return super().create_client(service_name, *args, **options)
+
+
+def new_session(settings: S3Settings) -> botocore.session.Session:
+    """A session that has read nothing yet, for which ``settings`` go before the process's environment."""
+    session = _Session(profile=settings.profile)
+    session.settings = settings
+    variables = {
+        "ca_bundle": settings.ca_bundle,
+        "config_file": settings.config_file,
+        "credentials_file": settings.credentials_file,
+        "ec2_metadata_service_endpoint": settings.metadata_endpoint,
+    }
+    for name, value in variables.items():
+        if value is not None:
+            session.set_config_variable(name, value)
+    return session
+
+
+class Identity:
+    """The credentials that a client signs with, found at first use. botocore takes it for credentials of its own.
+
+    Args:
+        settings: What goes before the process's environment.
+        region: Where STS is asked.
+    """
+
+    def __init__(self, settings: S3Settings, region: str) -> None:
+        if (settings.access_key_id is None) != (settings.secret_access_key is None):
+            missing = "AWS_SECRET_ACCESS_KEY" if settings.secret_access_key is None else "AWS_ACCESS_KEY_ID"
+            raise PartialCredentialsError(provider="explicit", cred_var=missing)
+        self._settings = settings
+        self._region = region
+        self._lock = threading.Lock()
+        self._found: Credentials | None = None
+        self._last = threading.local()
+        self._renewals = 0
+        self._failure: CredentialsError | None = None
+        self._final: ReadOnlyCredentials | None = None
+
+    # -- what botocore asks of credentials ----------------------------------------------------------------------------
+
+    method = "mx-s3"
+
+    def load_credentials(self) -> Identity:
+        """Itself, so that a session takes it for its chain of places too, and looks for nothing yet."""
+        return self
+
+    def get_frozen_credentials(self) -> ReadOnlyCredentials:
+        """The credentials of this moment; botocore fetches those that are about to expire anew."""
+        with self._lock:
+            if self._found is None:
+                self._found = self._find()
+            found = self._found
+        frozen = self._last.signed_with = _frozen(found)
+        return frozen
+
+    def get_deferred_property(self, property_name: str) -> Callable[[], Any]:
+        """What gives the property when it is wanted."""
+        return lambda: getattr(self.get_frozen_credentials(), property_name, None)
+
+    # -- renewal ------------------------------------------------------------------------------------------------------
+
+    def watch(self, client: Any) -> None:  # noqa: ANN401 - botocore's clients are made at run time
+        """Repeat each request of ``client`` once, at once, where S3 refused its credentials and there are others now.
+
+        Here, and not in the retries of core, because waiting helps nothing, and because it is no failure of a read.
+        """
+        client.meta.events.register_last("request-created.s3", self._remember)
+        client.meta.events.register("needs-retry.s3", self._repeat)
+
+    def _remember(self, request: Any, **_: object) -> None:  # noqa: ANN401 - an AWSRequest
+        signed_with = getattr(self._last, "signed_with", None)
+        request.context["mx_signed_with"] = hash(signed_with)
+
+    def _repeat(self, response: Any, request_dict: Any, **_: object) -> int | None:  # noqa: ANN401 - as botocore's
+        """Zero, the seconds to wait, where the request is to be signed anew and sent again."""
+        if response is None or self._found is None:
+            return None
+        http, parsed = response
+        context = request_dict["context"]
+        code = str(parsed.get("Error", {}).get("Code", ""))
+        headers = parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        free = self._found.method in _FILES
+        if not wants_other_credentials(code, http.status_code, headers, free=free):
+            return None
+        if "mx_renewed" not in context and self._renew(context.get("mx_signed_with")):
+            context["mx_renewed"] = True
+            return 0
+        if self._found.method not in _FIXED:
+            parsed["Error"][RENEWED] = "mx_renewed" in context
+        return None
+
+    def _renew(self, refused: int | None) -> bool:
+        """Whether there are other credentials than those that were ``refused``; looks for them once for all threads."""
+        renewals = self._renewals
+        with self._lock:
+            if self._found is None or hash(_frozen(self._found)) != refused:
+                return True
+            if self._final is not None and hash(self._final) == refused:
+                return False
+            if self._renewals != renewals and self._failure is not None:  # another thread has just tried
+                raise self._failure
+            self._renewals += 1
+            self._failure = None
+            try:
+                found = self._find()
+                frozen = _frozen(found)
+            except CredentialsError as exc:
+                self._failure = exc
+                raise
+            if hash(frozen) == refused:
+                self._final = frozen
+                return False
+            self._found = found
+            return True
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """The end of the access key, and where it was found."""
+        key = self.get_frozen_credentials().access_key or ""
+        method = self._found.method if self._found is not None else ""
+        profile = f"the profile {self._settings.profile or 'default'}"
+        place = _PLACES.get(method, f"by {method}").format(profile=profile)
+        return f"access key ...{key[-4:]}, {place} ({method})"
+
+    def _find(self) -> Credentials:
+        """Credentials from the first place that has any; nothing that was read before is used again."""
+        settings = self._settings
+        if settings.access_key_id is not None and settings.secret_access_key is not None:
+            return Credentials(settings.access_key_id, settings.secret_access_key, settings.session_token)
+        try:
+            chain = _Chain(settings, self._region)
+            found: Credentials | None = chain.resolver.load_credentials()
+        except Exception as exc:  # providers raise what comes up, down to KeyError
+            raise CredentialsError(error=exc) from exc
+        if found is None:
+            raise CredentialsError(error=NoCredentialsError(), metadata=chain.metadata_url)
+        return found
+
+
+def _frozen(found: Credentials) -> ReadOnlyCredentials:
+    try:
+        return found.get_frozen_credentials()
+    except Exception as exc:  # as in Identity._find
+        raise CredentialsError(error=exc) from exc
+
+
+class _Chain:
+    """botocore's chain of places, with the settings laid over the environment that its providers read."""
+
+    def __init__(self, settings: S3Settings, region: str) -> None:
+        session = new_session(settings)
+        environ = {**os.environ, **_variables(settings)}
+        metadata = InstanceMetadataFetcher(
+            timeout=session.get_config_variable("metadata_service_timeout"),
+            num_attempts=session.get_config_variable("metadata_service_num_attempts"),
+            env=environ,
+            user_agent=session.user_agent(),
+            config={
+                "ec2_metadata_service_endpoint": session.get_config_variable("ec2_metadata_service_endpoint"),
+                "ec2_metadata_service_endpoint_mode": resolve_imds_endpoint_mode(session),
+                "ec2_metadata_v1_disabled": session.get_config_variable("ec2_metadata_v1_disabled"),
+            },
+        )
+        disabled = environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
+        #: Where the instance metadata service is asked; None where it is not.
+        self.metadata_url = None if disabled else metadata.get_base_url()
+        agent: Any = ContainerMetadataFetcher(sleep=lambda _seconds: None)  # core waits between tries
+        replaced: dict[str | None, CredentialProvider] = {
+            "container-role": ContainerProvider(environ, agent),
+            "iam-role": InstanceMetadataProvider(metadata),
+        }
+        self.resolver = create_credential_resolver(session, region_name=region)
+        providers: list[Any] = []
+        for provider in self.resolver.providers:
+            if provider.METHOD == "assume-role-with-web-identity" and settings.web_identity_token_file is not None:
+                providers.append(_web_identity(session, environ, region))
+            providers.append(replaced.get(provider.METHOD, provider))
+        self.resolver.providers = providers
+
+
+def _variables(settings: S3Settings) -> dict[str, str]:
+    """Those of the settings that botocore knows as variables only."""
+    disabled = settings.metadata_disabled
+    variables = {
+        "AWS_WEB_IDENTITY_TOKEN_FILE": settings.web_identity_token_file,
+        "AWS_ROLE_ARN": settings.role_arn,
+        "AWS_ROLE_SESSION_NAME": settings.role_session_name,
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI": settings.container_credentials_full_uri,
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": settings.container_credentials_relative_uri,
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": settings.container_authorization_token_file,
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN": settings.container_authorization_token,
+        "AWS_EC2_METADATA_DISABLED": None if disabled is None else str(disabled).lower(),
+    }
+    return {name: value for name, value in variables.items() if value is not None}
+
+
+def _web_identity(session: botocore.session.Session, environ: Mapping[str, str], region: str) -> Any:  # noqa: ANN401
+    """The provider that reads the token's file and the role from ``environ``, handed over as if from a profile."""
+    names = {
+        "web_identity_token_file": "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "role_arn": "AWS_ROLE_ARN",
+        "role_session_name": "AWS_ROLE_SESSION_NAME",
+    }
+    profile = {key: environ[name] for key, name in names.items() if environ.get(name)}
+    return AssumeRoleWithWebIdentityProvider(
+        load_config=lambda: {"profiles": {"variables": profile}},
+        client_creator=lambda service, **options: session.create_client(service, region_name=region, **options),
+        profile_name="variables",
+        cache={},
+        disable_env_vars=True,
+    )
