@@ -23,7 +23,7 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
-from modelexpress_core.loader import Loader
+from modelexpress_core.loader import Loader, redacted_uris
 from modelexpress_core.plugins import CORE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
@@ -317,9 +317,12 @@ class _Examination:
             )
         bundle = route.endpoint.ca_bundle
         named = "" if bundle is None else self._named(bundle)
-        if bundle is not None:
-            error.message += f"; trusted are the authorities in {bundle}" + (f", which {named} names" if named else "")
-        else:
+        source = f", which {named} names" if named else ""
+        if bundle is not None and bundle in error.operation:
+            error.hint = f"correct {named or 'the setting that names the file'}"
+        elif bundle is not None and facts["version"]:
+            error.message += f"; trusted are the authorities in {bundle}{source}"
+        elif facts["version"]:
             error.message += "; trusted are the authorities of this system (those of the storage's SDK may differ)"
         return error
 
@@ -380,7 +383,8 @@ class _Examination:
         if self._unreachable:
             reason = "there is no connection"
             raise _SkippedError(reason)
-        return cast("ModelURI", self._uri), RetryingStorage(storage, RetryPolicy(attempts=1), RetryBudget(0))
+        uri = cast("ModelURI", self._uri)
+        return uri, RetryingStorage(storage, RetryPolicy(attempts=1), RetryBudget(0), uri_of=redacted_uris(uri))
 
     def _list(self, facts: dict[str, Any]) -> tuple[str, str]:
         uri, storage = self._reachable()

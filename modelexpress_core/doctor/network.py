@@ -262,7 +262,6 @@ class NetworkRoute:
                 reason,
                 operation=f"read the authorities in {self.endpoint.ca_bundle}",
                 retryable=False,
-                hint="correct the setting that names the file",
             )
             return Handshake(error=error)
         try:

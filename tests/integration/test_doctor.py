@@ -17,10 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 
+from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.doctor import STEPS, Step, can_load, diagnose
 from modelexpress_core.plugins import PluginManager
 from tests.support import lookout
@@ -306,7 +308,7 @@ def test_authorities_that_are_not_there(
 
     assert "failed" == steps["tls"].status
     assert f"could not read the authorities in {missing}: there is no such file" in steps["tls"].seen
-    assert "LOOKOUT_CA" in steps["tls"].seen
+    assert "correct LOOKOUT_CA" == steps["tls"].hint
 
 
 def test_a_certificate_that_ends_soon_is_noted(
@@ -478,6 +480,64 @@ def test_a_plugin_that_does_not_say_where_it_connects(sharded: Path) -> None:
     assert ["skipped"] * len(LOCAL) == statuses(steps, *LOCAL)
     assert all("mx-quiet does not say" in steps[name].seen for name in LOCAL)
     assert can_load(steps.values())
+
+
+# -- a real S3 server --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_s3(mx: Run) -> Callable[..., tuple[int, dict[str, Any]]]:
+    """Exit code and steps of the command for a URI with the variables of a user."""
+
+    def on_s3(uri: str, environ: dict[str, str]) -> tuple[int, dict[str, Any]]:
+        done = mx("doctor", uri, "--json", "--timeout", "3", environ=environ)
+        assert "" == done.stderr
+        secret = environ["AWS_SECRET_ACCESS_KEY"]
+        assert not secret or secret not in done.stdout
+        return done.returncode, {step["name"]: step for step in json.loads(done.stdout)["steps"]}
+
+    return on_s3
+
+
+OnS3 = Callable[[str, dict[str, str]], "tuple[int, dict[str, Any]]"]
+
+
+@pytest.mark.parametrize(("user", "listing"), [("reader", "ok"), ("fetcher", "noted")])
+def test_a_model_on_s3(user: str, listing: str, on_s3: OnS3, uploaded: str, s3_server: SeaweedFS) -> None:
+    """It can be loaded, also by someone who may not list; connection, clock and credentials were seen."""
+    code, steps = on_s3(uploaded, s3_server.environ(user))
+
+    assert 0 == code, steps
+    assert ("ok", "ok", "ok") == tuple(steps[name]["status"] for name in ("connection", "clock", "credentials"))
+    assert (listing, "ok", "ok") == tuple(steps[name]["status"] for name in ("listing", "read", "checkpoint"))
+    assert "AWS_ACCESS_KEY_ID" in steps["credentials"]["seen"]
+    assert steps["read"]["facts"]["version"]
+
+
+@pytest.mark.parametrize(
+    ("change", "step", "words"),
+    [
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "connection", "AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "http://no-such-host.invalid:9000"}, "name", "AWS_ENDPOINT_URL"),
+        ({"AWS_SECRET_ACCESS_KEY": "not-the-one"}, "listing", "AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials", "AWS_PROFILE"),
+        ({"uri": "s3://no-such-bucket/model"}, "listing", "AWS_ENDPOINT_URL"),
+        ({"uri": "s3://models/no/such/prefix"}, "listing", "check the URI"),
+        ({"user": "stranger"}, "listing", "s3:ListBucket"),
+    ],
+    ids=["refused", "unknown host", "wrong secret", "no keys", "no bucket", "no prefix", "no rights"],
+)
+def test_what_may_be_wrong_on_the_way_to_s3(
+    change: dict[str, str], step: str, words: str, on_s3: OnS3, uploaded: str, s3_server: SeaweedFS
+) -> None:
+    """The first step that fails is the one that is wrong, and what to do names the variable or the right."""
+    variables = {name: value for name, value in change.items() if name.startswith("AWS_")}
+
+    code, steps = on_s3(change.get("uri", uploaded), {**s3_server.environ(change.get("user", "admin")), **variables})
+
+    assert 1 == code
+    assert step == next(name for name in STEPS if steps[name]["status"] == "failed")
+    assert words in steps[step]["hint"]
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
