@@ -24,7 +24,7 @@ from attrs import field, frozen
 from modelexpress_core.errors import BackendError, DeadlineError, NotFoundError, UnavailableError, UnsupportedError
 from modelexpress_core.storage import Endpoint
 
-__all__ = ["Certificate", "Handshake", "NetworkRoute", "ProxyRefusedError", "shown_address", "within"]
+__all__ = ["Certificate", "Handshake", "NetworkRoute", "shown_address", "within"]
 
 _R = TypeVar("_R")
 
@@ -59,12 +59,6 @@ _UNTRUSTED = (
     "it was signed by an authority of your own, or by a proxy that looks into connections",
     "name the file with that authority's certificate",
 )
-
-
-class ProxyRefusedError(UnavailableError):
-    """The proxy does not let a connection through."""
-
-    default_retryable = False
 
 
 def within(seconds: float, call: Callable[[], _R], operation: str) -> _R:
@@ -332,7 +326,7 @@ class NetworkRoute:
         """A connection to the endpoint over ``address``, which may be its proxy's; not encrypted yet.
 
         Raises:
-            ProxyRefusedError: The proxy lets nothing through.
+            UnavailableError: The proxy lets nothing through.
             UnsupportedError: The proxy is of a kind that is not looked into.
         """
         if self._proxy is not None and self._proxy.scheme != "http":
@@ -361,9 +355,10 @@ class NetworkRoute:
             reason = "the proxy asks for a name and a password, which the storage keeps to itself"
             raise UnsupportedError(reason, operation=operation)
         said = f"{status}{match[2].decode('latin-1')}" if match else "no answer in HTTP"
-        raise ProxyRefusedError(
+        raise UnavailableError(
             f"the proxy says {said}",
             operation=operation,
+            retryable=False,
             cause="it does not know the host, or may not connect to it",
             hint="check the proxy's rules, or take the host out of the proxy's variables (NO_PROXY)",
         )
