@@ -64,10 +64,11 @@ def _free_ports(count: int) -> list[int]:
 
 
 class SeaweedFS:
-    """A server with three users, running between ``with`` and its end.
+    """A server with four users, running between ``with`` and its end.
 
-    ``admin`` may do everything, ``reader`` may read and list one bucket, and ``stranger`` is known but has no
-    rights on it. Requests that carry no signature may read and list the bucket ``public``.
+    ``admin`` may do everything, ``reader`` may read and list one bucket, ``fetcher`` may read and not list it, and
+    ``stranger`` is known but has no rights on it. Requests that carry no signature may read and list the bucket
+    ``public``.
 
     Args:
         bucket: The bucket that ``reader`` may read. It is made at the start, as is ``public``.
@@ -91,7 +92,7 @@ class SeaweedFS:
         self._process: subprocess.Popen[bytes] | None = None
         self._keys = {
             name: (f"{name.upper():X<20}", f"{name}-secret-{os.urandom(8).hex()}")
-            for name in ("admin", "reader", "stranger")
+            for name in ("admin", "reader", "fetcher", "stranger")
         }
 
     def __enter__(self) -> SeaweedFS:
@@ -118,6 +119,7 @@ class SeaweedFS:
         actions = {
             "admin": ["Admin", "Read", "Write", "List", "Tagging"],
             "reader": [f"Read:{self.bucket}", f"List:{self.bucket}"],
+            "fetcher": [f"Read:{self.bucket}"],
             "stranger": ["Read:elsewhere"],
         }
         identities: list[dict[str, Any]] = [

@@ -76,14 +76,16 @@ class ModelExpressError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        parts = [self._headline()]
+        parts = [self.headline]
         if self.cause:
             parts.append(f"Likely cause: {_sentence(self.cause)}")
         if self.hint:
             parts.append(f"Next step: {_sentence(self.hint)}")
         return "\n".join(parts)
 
-    def _headline(self) -> str:
+    @property
+    def headline(self) -> str:
+        """What happened, without cause and next step."""
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -263,7 +265,9 @@ class BackendError(ModelExpressError):
         #: How often the operation was tried in all; set by the retry policy when it gives up.
         self.attempts = 1
 
-    def _headline(self) -> str:
+    @property
+    def headline(self) -> str:
+        """What was tried, of what, how often, and what came back."""
         tried = f"could not {self.operation}" if self.operation else ""
         tried = " of ".join(part for part in (tried, self.uri) if part)
         attempts = f" after {self.attempts} attempts" if self.attempts > 1 else ""

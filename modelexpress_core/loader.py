@@ -74,13 +74,27 @@ class Loader:
 
     def first(self, uri: str | os.PathLike[str] | ModelURI, attempt: Callable[[Candidate], _R]) -> _R:
         """What ``attempt`` returns for the first candidate with which it succeeds; the last one's error otherwise."""
-        *others, last = self._candidates(uri)
+        *others, last = self.candidates(uri)
         for candidate in others:
             try:
                 return attempt(candidate)
             except (BackendError, CheckpointError, ResolveError) as exc:
                 _log.warning("trying the next place, because loading from %s failed: %s", candidate.uri, exc)
         return attempt(last)
+
+    def candidates(self, uri: str | os.PathLike[str] | ModelURI) -> tuple[Candidate, ...]:
+        """The places to try, best first.
+
+        Raises:
+            InvalidURIError: ``uri`` is not one.
+            ResolveError: A plugin dropped them all.
+        """
+        request = LoadRequest(self.plugins.rewrite_uri(ModelURI.parse(uri)))
+        ranked = self.plugins.rank_candidates(request, (Candidate(request.uri),))
+        if not ranked:
+            message = f"no candidate is left for {request.uri}: a plugin's mx_rank_candidates dropped them all"
+            raise ResolveError(message, hint="disable the plugin with MX_DISABLED_PLUGINS")
+        return ranked
 
     def open(self, candidate: Candidate) -> Load:
         """Begin a load from ``candidate``: its checkpoint is open when this returns."""
@@ -114,14 +128,6 @@ class Loader:
         provider = registered.provider
         ask_digests = to_load and self.settings.verify_digests and provider.capabilities.stat_digests
         return open_files(retrying, uri, provider=provider.name, ask_digests=ask_digests)
-
-    def _candidates(self, uri: str | os.PathLike[str] | ModelURI) -> tuple[Candidate, ...]:
-        request = LoadRequest(self.plugins.rewrite_uri(ModelURI.parse(uri)))
-        ranked = self.plugins.rank_candidates(request, (Candidate(request.uri),))
-        if not ranked:
-            message = f"no candidate is left for {request.uri}: a plugin's mx_rank_candidates dropped them all"
-            raise ResolveError(message, hint="disable the plugin with MX_DISABLED_PLUGINS")
-        return ranked
 
 
 class Load:

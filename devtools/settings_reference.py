@@ -1,0 +1,63 @@
+"""The tables of docs/settings.md, from what the settings classes say: ``python -m devtools.settings_reference``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from modelexpress_core.plugins import CORE, PluginManager
+from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
+
+__all__ = ["PAGE", "with_tables"]
+
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+
+_TABLES = re.compile(r"(<!-- tables -->\n).*(<!-- end of tables -->\n)", re.DOTALL)
+
+
+def with_tables(text: str) -> str:
+    """``text`` with the tables as they should be between their marks."""
+    return _TABLES.sub(lambda marks: marks[1] + "\n".join(_lines()) + "\n" + marks[2], text)
+
+
+def _lines() -> Iterator[str]:
+    for owner, cls in _classes():
+        about = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
+        yield f"\n## {owner}: {about[:1].lower()}{about[1:]}\n"
+        yield "| variable | default | meaning |"
+        yield "|---|---|---|"
+        for row in describe(cls, {}, owner=owner):
+            names = " or ".join(f"`{name}`" for name in (row.name, *row.aliases))
+            meaning = row.help.replace("|", r"\|")
+            yield f"| {names} | {_default(row)} | {meaning} |"
+    yield ""
+
+
+def _classes() -> Iterator[tuple[str, type]]:
+    for cls in CORE_SETTINGS:
+        yield CORE, cls
+    # A plugin that is installed beside ours has its own documentation.
+    first_party = {path.name for path in (PAGE.parents[1] / "plugins").iterdir()}
+    for owner, cls in PluginManager.discover({}).settings_classes():
+        if owner in first_party:
+            yield owner, cls
+
+
+def _default(row: SettingValue) -> str:
+    if not row.value:
+        return "unset"
+    if row.value in {"True", "False"}:
+        return "1" if row.value == "True" else "0"
+    if row.name.endswith("_BYTES"):
+        return f"{int(row.value) >> 20} MiB"
+    return f"{float(row.value):g} s" if row.name.endswith("_SECONDS") else row.value
+
+
+def main() -> None:
+    """Write the page anew."""
+    PAGE.write_text(with_tables(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main()

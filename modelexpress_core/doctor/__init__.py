@@ -1,0 +1,14 @@
+"""Finding out why a model does not load: one step after the other, from the settings to the headers.
+
+::
+
+    for step in diagnose("s3://bucket/model"):
+        print(step.name, step.status, step.seen)
+"""
+
+from __future__ import annotations
+
+from modelexpress_core.doctor.examination import diagnose
+from modelexpress_core.doctor.step import STEPS, Step, can_load
+
+__all__ = ["STEPS", "Step", "can_load", "diagnose"]

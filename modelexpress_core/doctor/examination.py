@@ -1,0 +1,471 @@
+"""The steps of a diagnosis, in order: what each looks at, and which later ones make sense after one that failed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timezone
+from itertools import islice
+from typing import Any, TypeVar, cast
+
+from modelexpress_core.checkpoint import Checkpoint
+from modelexpress_core.checkpoint.index import INDEX_SUFFIX, SUFFIX
+from modelexpress_core.doctor.network import NetworkRoute, shown_address, within
+from modelexpress_core.doctor.step import Step
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    BackendError,
+    ModelExpressError,
+    NotFoundError,
+    SettingsError,
+    UnsupportedError,
+)
+from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
+from modelexpress_core.loader import Loader, redacted_uris
+from modelexpress_core.plugins import CORE, PluginManager
+from modelexpress_core.providers import StorageProvider
+from modelexpress_core.registry import Registered
+from modelexpress_core.report import format_bytes
+from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
+from modelexpress_core.storage import DiagnosableStorage, Endpoint, ObjectInfo, PatientStorage, Storage
+from modelexpress_core.uri import ModelURI
+
+__all__ = ["diagnose"]
+
+_T = TypeVar("_T")
+
+#: A storage's request may take so many times as long as one wait on the network: it has several.
+_STORAGE_FACTOR = 4
+
+#: Reading all headers, retries included, may take so many times as long.
+_CHECKPOINT_FACTOR = 12
+
+#: Of a listing only so many objects are looked at.
+_MAX_OBJECTS = 10_000
+
+#: What one test read asks for.
+_READ_BYTES = 64 << 10
+
+#: Clocks that differ by more are noted: signatures are refused at some minutes.
+_MAX_SKEW_SECONDS = 30
+
+#: A certificate that ends sooner is noted.
+_SOON_DAYS = 14
+
+
+class _SkippedError(Exception):
+    """A step makes no sense here; says why."""
+
+
+def diagnose(
+    uri: str | os.PathLike[str] | ModelURI,
+    *,
+    environ: Mapping[str, str] | None = None,
+    plugins: PluginManager | None = None,
+    timeout_seconds: float = 5.0,
+) -> Iterator[Step]:
+    """Go through everything that a load of ``uri`` needs, and yield what each step found, as soon as it is known.
+
+    Reads settings, looks names up, connects, lists, reads 64 KiB and all headers. Writes nothing. What fails is in the
+    steps: nothing is raised. ``can_load`` says what they come to.
+
+    Args:
+        uri: A directory, an index, or one safetensors file, as a URI or a path.
+        environ: Variables to read settings from; by default the process's.
+        plugins: Plugins to use; by default all that are installed and allowed.
+        timeout_seconds: How long one wait on the network may take; a request to the storage may take four times as
+            long, all headers twelve times.
+
+    Yields:
+        One ``Step`` for each name in ``STEPS``.
+    """
+    examination = _Examination(uri, environ, plugins, timeout_seconds)
+    with contextlib.closing(examination):
+        yield from examination.steps()
+
+
+class _Examination:
+    """What the steps so far have found."""
+
+    def __init__(
+        self,
+        uri: str | os.PathLike[str] | ModelURI,
+        environ: Mapping[str, str] | None,
+        plugins: PluginManager | None,
+        timeout_seconds: float,
+    ) -> None:
+        self._asked = uri
+        self._given_environ = environ
+        self._environ = os.environ if environ is None else environ
+        self._plugins = plugins
+        self._timeout = timeout_seconds
+        self._usable_settings = False
+        self._parsed: ModelURI | None = None
+        self._loader: Loader | None = None
+        self._uri: ModelURI | None = None
+        self._registered: Registered[StorageProvider] | None = None
+        self._storage: Storage | None = None
+        self._route: NetworkRoute | None = None
+        self._addresses: tuple[str, ...] = ()
+        self._connected = ""
+        self._secure = False
+        self._unreachable = False
+        self._object: ObjectInfo | None = None
+        self._checkpoint: Checkpoint | None = None
+
+    def steps(self) -> Iterator[Step]:
+        """Each step, once it was taken."""
+        yield self._taken("settings", self._read_settings)
+        yield self._taken("uri", self._parse)
+        yield self._taken("plugin", self._open_plugin)
+        yield self._taken("name", self._look_up)
+        yield self._taken("connection", self._connect)
+        yield self._taken("tls", self._encrypt)
+        yield self._taken("clock", self._compare_clocks)
+        yield self._taken("credentials", self._get_credentials)
+        yield self._taken("listing", self._list)
+        yield self._taken("read", self._read)
+        yield self._taken("checkpoint", self._open_headers)
+
+    def close(self) -> None:
+        """Close the storage, however long that takes it: nobody waits for more than a moment."""
+        if self._storage is not None:
+            with contextlib.suppress(Exception):
+                within(self._timeout, self._storage.close, "close the storage")
+
+    def _taken(self, name: str, look: Callable[[dict[str, Any]], tuple[str, str]]) -> Step:
+        """What ``look`` finds: it fills in facts, and returns a status and what was seen."""
+        facts: dict[str, Any] = {}
+        begun = time.monotonic()
+        cause = hint = None
+        error = ""
+        try:
+            status, seen = look(facts)
+        except _SkippedError as exc:
+            status, seen = "skipped", str(exc)
+        except ModelExpressError as exc:
+            status, seen = "failed", exc.headline
+            cause, hint, error = exc.cause, exc.hint, type(exc).__name__
+        except Exception as exc:  # noqa: BLE001 - a plugin's
+            status, seen = "failed", f"the storage plugin let {type(exc).__name__} through: {exc}"
+            hint, error = "report it to the plugin's authors", type(exc).__name__
+        milliseconds = 0.0 if status == "skipped" else round((time.monotonic() - begun) * 1000, 3)
+        return Step(name, status, seen, milliseconds, facts, cause, hint, error)
+
+    # -- what needs no network ----------------------------------------------------------------------------------------
+
+    def _read_settings(self, facts: dict[str, Any]) -> tuple[str, str]:
+        rows = [row for cls in CORE_SETTINGS for row in describe(cls, self._environ, owner=CORE)]
+        chosen = _set(rows)
+        facts["variables"] = chosen
+        problems = [row.problem for row in rows if row.problem]
+        if problems:
+            message = "settings that cannot be used: " + "; ".join(problems)
+            raise SettingsError(message, hint="correct or unset them; `mx settings` shows all that are read")
+        self._usable_settings = True
+        return "ok", f"{', '.join(chosen)} {'is' if len(chosen) == 1 else 'are'} set" if chosen else "all defaults"
+
+    def _parse(self, facts: dict[str, Any]) -> tuple[str, str]:
+        self._parsed = uri = ModelURI.parse(self._asked)
+        facts.update(uri=str(uri), scheme=uri.scheme)
+        return "ok", str(uri)
+
+    def _open_plugin(self, facts: dict[str, Any]) -> tuple[str, str]:
+        if not self._usable_settings:
+            reason = "the settings cannot be used"
+            raise _SkippedError(reason)
+        if self._parsed is None:
+            reason = "there is no URI to look up"
+            raise _SkippedError(reason)
+        self._loader = loader = Loader(self._given_environ, self._plugins)
+        candidates = loader.candidates(self._parsed)
+        self._uri = uri = candidates[0].uri
+        facts.update(uri=str(uri), candidates=[str(candidate.uri) for candidate in candidates])
+        registered = loader.plugins.storages.lookup(uri.scheme)
+        plugin = registered.plugin
+        chosen = _set(self._plugin_settings(registered))
+        facts.update(plugin=plugin.name, version=plugin.version, variables=chosen)
+        registered, storage = loader.plugins.open_storage(uri, self._environ)
+        self._registered, self._storage = registered, storage
+        if registered.provider.capabilities.patience:
+            cast("PatientStorage", storage).patience_seconds = self._timeout
+        seen = f"{plugin.name} {plugin.version}".strip() + f" handles {uri.scheme}"
+        if chosen:
+            seen += f"; {', '.join(chosen)} {'is' if len(chosen) == 1 else 'are'} set"
+        if uri != self._parsed:
+            seen += f"; a plugin replaced the URI by {uri}"
+        if len(candidates) > 1:
+            seen += f"; {len(candidates)} places would be tried, and this looks at the first, {uri}"
+        return "ok", seen
+
+    def _plugin_settings(self, registered: Registered[StorageProvider]) -> list[SettingValue]:
+        cls = registered.provider.settings
+        return [] if cls is None else list(describe(cls, self._environ, owner=registered.plugin.name))
+
+    def _opened(self) -> tuple[Registered[StorageProvider], Storage]:
+        if self._registered is None or self._storage is None:
+            reason = "no storage is open"
+            raise _SkippedError(reason)
+        return self._registered, self._storage
+
+    def _diagnosable(self) -> DiagnosableStorage:
+        registered, storage = self._opened()
+        if registered.plugin.name == CORE:
+            reason = f"{registered.provider.name} is on this machine"
+            raise _SkippedError(reason)
+        if not registered.provider.capabilities.diagnosis:
+            reason = f"{registered.label} does not say where it connects, nor as whom"
+            raise _SkippedError(reason)
+        return cast("DiagnosableStorage", storage)
+
+    # -- the network --------------------------------------------------------------------------------------------------
+
+    def _look_up(self, facts: dict[str, Any]) -> tuple[str, str]:
+        endpoint = self._diagnosable().endpoint()
+        self._route = route = NetworkRoute(endpoint, self._timeout)
+        facts.update(host=endpoint.host, port=endpoint.port, proxy=self._proxy(route))
+        through = f"{endpoint.host} is left to the proxy {facts['proxy']}; " if facts["proxy"] else ""
+        if route.is_address:
+            self._addresses = (route.host,)
+            raise _SkippedError(f"{through}{route.host} is an address")
+        with self._pointing(endpoint):
+            self._addresses = route.addresses()
+        facts["addresses"] = list(self._addresses)
+        return "ok", f"{through}{route.host} is {', '.join(self._addresses)}"
+
+    @staticmethod
+    def _proxy(route: NetworkRoute) -> str | None:
+        return None if route.endpoint.proxy is None else shown_address(route.host, route.port)
+
+    def _connect(self, facts: dict[str, Any]) -> tuple[str, str]:
+        route = self._routed()
+        outcomes = route.connect(self._addresses)
+        facts["port"] = route.port
+        facts["milliseconds"] = {
+            address: round(outcome, 3) for address, outcome in outcomes.items() if not isinstance(outcome, OSError)
+        }
+        facts["errors"] = {
+            address: str(outcome) for address, outcome in outcomes.items() if isinstance(outcome, OSError)
+        }
+        if not facts["milliseconds"]:
+            self._unreachable = True
+            with self._pointing(route.endpoint):
+                raise route.refusal(outcomes)
+        self._connected = min(facts["milliseconds"], key=facts["milliseconds"].__getitem__)
+        stood = ", ".join(
+            f"{shown_address(address, route.port)} in {duration:.1f} ms"
+            for address, duration in facts["milliseconds"].items()
+        )
+        seen = f"connected to {'the proxy ' if route.endpoint.proxy else ''}{stood}"
+        if not facts["errors"]:
+            return "ok", seen
+        failed = "; ".join(f"{address}: {error}" for address, error in facts["errors"].items())
+        return "noted", f"{seen}; in vain to {failed}"
+
+    def _routed(self) -> NetworkRoute:
+        self._diagnosable()
+        if self._route is None or not self._addresses:
+            reason = "there is no address"
+            raise _SkippedError(reason)
+        return self._route
+
+    def _encrypt(self, facts: dict[str, Any]) -> tuple[str, str]:
+        route = self._routed()
+        if not route.endpoint.tls:
+            reason = "connections are not encrypted"
+            raise _SkippedError(reason)
+        if not self._connected:
+            reason = "there is no connection"
+            raise _SkippedError(reason)
+        try:
+            handshake = route.handshake(self._connected)
+        except UnsupportedError as exc:
+            raise _SkippedError(exc.message) from exc
+        authorities = route.endpoint.ca_bundle or "this system"
+        certificate = handshake.certificate
+        facts.update(version=handshake.version, authorities=route.endpoint.ca_bundle, trusted=handshake.error is None)
+        if certificate is not None:
+            days = (certificate.ends - datetime.now(timezone.utc)).days
+            facts.update(
+                subject=certificate.subject,
+                issuer=certificate.issuer,
+                names=list(certificate.names),
+                not_before=certificate.begins.isoformat(),
+                not_after=certificate.ends.isoformat(),
+                days_left=days,
+            )
+        if handshake.error is not None or certificate is None:
+            raise self._tls_failure(route, facts, handshake.error)
+        self._secure = True
+        seen = (
+            f"{handshake.version}, certificate of {certificate.subject or ', '.join(certificate.names)}, issued by "
+            f"{certificate.issuer}, valid until {certificate.ends:%Y-%m-%d} ({days} days), trusted by {authorities}"
+        )
+        return ("noted" if days < _SOON_DAYS else "ok"), seen
+
+    def _tls_failure(
+        self, route: NetworkRoute, facts: Mapping[str, Any], error: BackendError | None
+    ) -> ModelExpressError:
+        if error is None:
+            return BackendError("the server showed no certificate", hint="check host and port")
+        if "subject" in facts:
+            error.message += (
+                f" (of {facts['subject'] or ', '.join(facts['names'])}, issued by {facts['issuer']}, "
+                f"valid {facts['not_before'][:10]} to {facts['not_after'][:10]})"
+            )
+        bundle = route.endpoint.ca_bundle
+        named = "" if bundle is None else self._named(bundle)
+        source = f", which {named} names" if named else ""
+        if bundle is not None and bundle in error.operation:
+            error.hint = f"correct {named or 'the setting that names the file'}"
+        elif bundle is not None and facts["version"]:
+            error.message += f"; trusted are the authorities in {bundle}{source}"
+        elif facts["version"]:
+            error.message += "; trusted are the authorities of this system (those of the storage's SDK may differ)"
+        return error
+
+    def _compare_clocks(self, facts: dict[str, Any]) -> tuple[str, str]:
+        route = self._routed()
+        if not self._connected or (route.endpoint.tls and not self._secure):
+            reason = "there is no connection to ask over"
+            raise _SkippedError(reason)
+        times = route.server_time(self._connected)
+        if times is None:
+            reason = "the server does not say what time it is"
+            raise _SkippedError(reason)
+        there, here = times
+        skew = (here - there).total_seconds()
+        facts.update(server=there.isoformat(), seconds_ahead=round(skew, 1))
+        if abs(skew) <= _MAX_SKEW_SECONDS:
+            return "ok", "the server's clock and that of this machine agree"
+        side = "ahead of" if skew > 0 else "behind"
+        return "noted", (
+            f"the clock of this machine is {abs(skew):.0f} s {side} the server's; signatures are refused where "
+            "it is some minutes: set it (chronyc tracking, timedatectl)"
+        )
+
+    @contextlib.contextmanager
+    def _pointing(self, endpoint: Endpoint) -> Iterator[None]:
+        """Name the variable that the host came from, where one names it, in the hint of an error."""
+        try:
+            yield
+        except BackendError as exc:
+            proxied = endpoint.proxy is not None
+            named = "" if proxied else self._named(endpoint.host)
+            if named:
+                exc.hint = f"check {named}, which names the host; {exc.hint}"
+            elif proxied:
+                exc.hint = f"check the variables that name the proxy; {exc.hint}"
+            raise
+
+    def _named(self, text: str) -> str:
+        """The variables of the plugin in whose values ``text`` stands."""
+        if self._registered is None:
+            return ""
+        rows = self._plugin_settings(self._registered)
+        return " and ".join(row.source for row in rows if row.source != "default" and text in row.value)
+
+    # -- the storage --------------------------------------------------------------------------------------------------
+
+    def _get_credentials(self, facts: dict[str, Any]) -> tuple[str, str]:
+        storage = self._diagnosable()
+        facts["credentials"] = seen = self._in_time(storage.credentials, "get credentials")
+        return "ok", seen
+
+    def _in_time(self, call: Callable[[], _T], operation: str, factor: int = _STORAGE_FACTOR) -> _T:
+        return within(self._timeout * factor, call, operation)
+
+    def _reachable(self) -> tuple[ModelURI, Storage]:
+        """The storage with one try a request, so that every failure is seen."""
+        _, storage = self._opened()
+        if self._unreachable:
+            reason = "there is no connection"
+            raise _SkippedError(reason)
+        uri = cast("ModelURI", self._uri)
+        return uri, RetryingStorage(storage, RetryPolicy(attempts=1), RetryBudget(0), uri_of=redacted_uris(uri))
+
+    def _list(self, facts: dict[str, Any]) -> tuple[str, str]:
+        uri, storage = self._reachable()
+        if uri.path.endswith(SUFFIX):
+            self._object = self._in_time(lambda: storage.stat(uri.path), "read the size")
+            raise _SkippedError("the URI is that of one file, which needs no listing")
+        directory = uri.path.rpartition("/")[0] if uri.path.endswith(INDEX_SUFFIX) else uri.path
+        try:
+            found = self._in_time(lambda: list(islice(storage.list(directory), _MAX_OBJECTS)), "list the files")
+        except (AccessDeniedError, UnsupportedError) as exc:
+            facts["listed"] = False
+            return self._without_listing(exc)
+        facts.update(listed=True, objects=len(found), bytes=sum(info.size for info in found))
+        if not found:
+            self._all_headers()  # raises what a load would
+        start = f"{directory.rstrip('/')}/" if directory else ""
+        relative = {info.path.removeprefix(start): info for info in found}
+        likely = sorted(relative, key=lambda name: ("/" in name, not name.endswith(SUFFIX), name))
+        self._object = next((relative[name] for name in likely if relative[name].size), None) or self._opened_object()
+        more = "at least " if len(found) == _MAX_OBJECTS else ""
+        return "ok", f"{more}{len(found)} files, {format_bytes(facts['bytes'])}: {_some(likely)}"
+
+    def _without_listing(self, denied: BackendError) -> tuple[str, str]:
+        """A reader without the right to list can load a checkpoint whose files have the usual names."""
+        try:
+            self._all_headers()
+        except (AccessDeniedError, NotFoundError):
+            raise denied from None
+        self._object = self._opened_object()
+        return "noted", (
+            "listing is not allowed; the usual names were tried, and the checkpoint was found: loads work, "
+            "unless its files are called otherwise"
+        )
+
+    def _opened_object(self) -> ObjectInfo | None:
+        files = () if self._checkpoint is None else self._checkpoint.files
+        return next((ObjectInfo(file.path, file.size, file.version) for file in files), None)
+
+    def _read(self, facts: dict[str, Any]) -> tuple[str, str]:
+        _, storage = self._reachable()
+        info = self._object
+        if info is None:
+            reason = "no file is known that could be read"
+            raise _SkippedError(reason)
+        if not info.size:
+            reason = f"{info.path} is empty"
+            raise _SkippedError(reason)
+        buffer = memoryview(bytearray(min(_READ_BYTES, info.size)))
+        facts.update(path=info.path, version=info.version)
+        begun = time.monotonic()
+        operation = f"read bytes 0-{len(buffer) - 1}"
+        count = self._in_time(lambda: storage.read_into(info.path, 0, buffer, version=info.version), operation)
+        milliseconds = (time.monotonic() - begun) * 1000
+        facts["bytes"] = count
+        pinned = f"version {info.version}" if info.version else "which has no version to pin"
+        return "ok", f"{format_bytes(count)} of {info.path} ({pinned}) in {milliseconds:.1f} ms"
+
+    def _open_headers(self, facts: dict[str, Any]) -> tuple[str, str]:
+        self._reachable()
+        if self._object is None:
+            reason = "no file is known that could be read"
+            raise _SkippedError(reason)
+        checkpoint = self._checkpoint or self._all_headers()
+        facts.update(files=len(checkpoint.files), tensors=len(checkpoint.tensors), bytes=checkpoint.tensor_bytes)
+        files = "1 file" if len(checkpoint.files) == 1 else f"{len(checkpoint.files)} files"
+        return "ok", f"{len(checkpoint.tensors)} tensors, {format_bytes(checkpoint.tensor_bytes)} in {files}"
+
+    def _all_headers(self) -> Checkpoint:
+        """The checkpoint, opened as a load opens it."""
+        registered, storage = self._opened()
+        loader, uri = cast("Loader", self._loader), cast("ModelURI", self._uri)
+        budget = RetryBudget(min(self._timeout * _STORAGE_FACTOR, loader.settings.retry_budget_seconds))
+        self._checkpoint = self._in_time(
+            lambda: loader.read_headers(uri, registered, storage, budget), "read the headers", _CHECKPOINT_FACTOR
+        )
+        return self._checkpoint
+
+
+def _set(rows: list[SettingValue]) -> list[str]:
+    return [row.source for row in rows if row.source != "default"]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

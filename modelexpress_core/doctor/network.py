@@ -1,0 +1,415 @@
+"""The network between this machine and an endpoint: names, connections, TLS, clocks. Nothing here knows a backend."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from attrs import field, frozen
+
+from modelexpress_core.errors import BackendError, DeadlineError, NotFoundError, UnavailableError, UnsupportedError
+from modelexpress_core.storage import Endpoint
+
+__all__ = ["Certificate", "Handshake", "NetworkRoute", "shown_address", "within"]
+
+_R = TypeVar("_R")
+
+#: Of a name with more addresses only so many are tried.
+_MAX_ADDRESSES = 8
+
+#: Of an answer only so much is read to find what time it is.
+_MAX_ANSWER_BYTES = 16 << 10
+
+_PROXY_PORTS: Mapping[str, int] = {"http": 80, "https": 443}
+
+#: X509_V_FLAG_NO_CHECK_TIME of OpenSSL, which Python has no name for.
+_NO_CHECK_TIME = 0x200000
+
+#: errno -> (likely cause, next step) of a connection that does not come about.
+_REFUSALS: Mapping[int, tuple[str, str]] = {
+    errno.ECONNREFUSED: ("nothing listens on that port, or a firewall refuses it", "check host and port"),
+    errno.ENETUNREACH: ("this machine has no route to that network", "check its network, or set a proxy"),
+    errno.EHOSTUNREACH: ("the host is down, or there is no route to it", "check the host and the network between"),
+    errno.ECONNRESET: ("a firewall or the server breaks connections off", "check what is between, and the port"),
+}
+
+#: OpenSSL's verification error -> (what is wrong, likely cause, next step).
+_DISTRUST: Mapping[int, tuple[str, str, str]] = {
+    9: ("is not valid yet", "the clock of this machine is slow", "set the clock (chronyc tracking, timedatectl)"),
+    10: ("has expired", "it was not renewed, or the clock of this machine is fast", "renew it, and check the clock"),
+    62: ("is for another host", "the name in the endpoint is not one that the certificate has", "use one that it has"),
+    64: ("is for another host", "the address in the endpoint is none that the certificate has", "use a name it has"),
+}
+_UNTRUSTED = (
+    "is not trusted",
+    "it was signed by an authority of your own, or by a proxy that looks into connections",
+    "name the file with that authority's certificate",
+)
+
+
+def within(seconds: float, call: Callable[[], _R], operation: str) -> _R:
+    """What ``call`` returns.
+
+    Raises:
+        DeadlineError: It took longer than ``seconds``; its thread is left alone then.
+    """
+    outcomes: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcomes.put((True, call()))
+        except BaseException as exc:  # noqa: BLE001 - raised to the caller
+            outcomes.put((False, exc))
+
+    threading.Thread(target=run, name="mx-doctor", daemon=True).start()
+    try:
+        done, outcome = outcomes.get(timeout=seconds)
+    except Empty:
+        reason = f"no answer within {seconds:g} s"
+        raise DeadlineError(
+            reason,
+            operation=operation,
+            cause="the other side, or something before it, has gone silent",
+            hint="check that it is up, and what is between; give it more time with --timeout",
+        ) from None
+    if done:
+        return outcome  # type: ignore[no-any-return]  # what call returned
+    raise outcome
+
+
+@frozen
+class Certificate:
+    """Whom a server's certificate is for.
+
+    Attributes:
+        subject: Whom it names.
+        issuer: Who signed it.
+        names: Hosts and addresses that it is for.
+        begins: First moment at which it is valid.
+        ends: Last moment.
+    """
+
+    subject: str
+    issuer: str
+    names: tuple[str, ...]
+    begins: datetime
+    ends: datetime
+
+    @classmethod
+    def from_peer(cls, described: Mapping[str, Any]) -> Certificate:
+        """What ``SSLSocket.getpeercert`` returns."""
+        return cls(
+            subject=_distinguished(described.get("subject", ())),
+            issuer=_distinguished(described.get("issuer", ())),
+            names=tuple(name for _, name in described.get("subjectAltName", ())),
+            begins=_moment(described["notBefore"]),
+            ends=_moment(described["notAfter"]),
+        )
+
+
+def _distinguished(name: tuple[tuple[tuple[str, str], ...], ...]) -> str:
+    return ", ".join(f"{key}={value}" for part in name for key, value in part)
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromtimestamp(ssl.cert_time_to_seconds(text), tz=timezone.utc)
+
+
+@frozen
+class Handshake:
+    """How TLS with a server came out.
+
+    Attributes:
+        version: ``"TLSv1.3"``; empty where there was no handshake.
+        certificate: The server's; None where it could not be had.
+        error: Why the server is not trusted or does not speak TLS; None where all is well.
+    """
+
+    version: str = ""
+    certificate: Certificate | None = None
+    error: BackendError | None = None
+
+
+@frozen
+class NetworkRoute:
+    """The way to an endpoint: straight, or through a proxy.
+
+    Attributes:
+        endpoint: Where it leads.
+        timeout_seconds: How long each wait on it may take.
+        host: What is connected to: the endpoint's host, or the proxy's.
+        port: Its TCP port.
+    """
+
+    endpoint: Endpoint
+    timeout_seconds: float
+    host: str = field(init=False)
+    port: int = field(init=False)
+
+    @host.default
+    def _host_of(self) -> str:
+        return self.endpoint.host if self._proxy is None else self._proxy.hostname or ""
+
+    @port.default
+    def _port_of(self) -> int:
+        if self._proxy is None:
+            return self.endpoint.port
+        return self._proxy.port or _PROXY_PORTS.get(self._proxy.scheme, 1080)
+
+    @property
+    def _proxy(self) -> Any:  # noqa: ANN401 - a split URL, for which typing has no short name
+        return None if self.endpoint.proxy is None else urlsplit(self.endpoint.proxy)
+
+    @property
+    def is_address(self) -> bool:
+        """Whether the host is an address, which has not to be looked up."""
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            return False
+        return True
+
+    def addresses(self) -> tuple[str, ...]:
+        """The addresses of the host.
+
+        Raises:
+            NotFoundError: It has none.
+            UnavailableError: The name servers do not say.
+        """
+        operation = f"look up {self.host}"
+        try:
+            found = within(
+                self.timeout_seconds,
+                lambda: socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM),
+                operation,
+            )
+        except (OSError, UnicodeError) as exc:
+            if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_AGAIN:
+                raise UnavailableError(
+                    "no name server answers",
+                    operation=operation,
+                    cause="the network is down, or /etc/resolv.conf names servers that cannot be reached",
+                    hint="check the network of this machine",
+                ) from exc
+            raise NotFoundError(
+                "no such name",
+                operation=operation,
+                cause="it is misspelt, or known only in another network",
+                hint="check the name; within a cluster or a company also the name server and the proxy",
+            ) from exc
+        return tuple(dict.fromkeys(str(address[0]) for *_, address in found))
+
+    def connect(self, addresses: tuple[str, ...]) -> dict[str, float | OSError]:
+        """Milliseconds until a connection to each address stood, or why there is none; all are tried at once."""
+        tried = addresses[:_MAX_ADDRESSES]
+        with ThreadPoolExecutor(len(tried), thread_name_prefix="mx-doctor") as pool:
+            return dict(zip(tried, pool.map(self._connected, tried), strict=True))
+
+    def _connected(self, address: str) -> float | OSError:
+        begun = time.monotonic()
+        try:
+            socket.create_connection((address, self.port), self.timeout_seconds).close()
+        except OSError as exc:
+            return exc
+        return (time.monotonic() - begun) * 1000
+
+    def refusal(self, outcomes: Mapping[str, float | OSError]) -> BackendError:
+        """The error where no address could be connected to."""
+        errors = [exc for exc in outcomes.values() if isinstance(exc, OSError)]
+        # A machine without IPv6 has no route to such an address; what the others say is the reason.
+        first = min(errors, key=lambda exc: exc.errno in {errno.ENETUNREACH, errno.EADDRNOTAVAIL})
+        operation = f"connect to {', '.join(shown_address(address, self.port) for address in outcomes)}"
+        if isinstance(first, TimeoutError):
+            return DeadlineError(
+                f"no answer within {self.timeout_seconds:g} s",
+                operation=operation,
+                cause="a firewall drops the packets, or the host is down",
+                hint="check host, port and firewall; give it more time with --timeout",
+            )
+        cause, hint = _REFUSALS.get(first.errno or 0, (None, "check host and port"))
+        return UnavailableError(first.strerror or str(first), operation=operation, cause=cause, hint=hint)
+
+    # -- TLS ----------------------------------------------------------------------------------------------------------
+
+    def handshake(self, address: str) -> Handshake:
+        """How TLS comes out, judged by the endpoint's authorities, or those of this system."""
+        try:
+            context = ssl.create_default_context(cafile=self.endpoint.ca_bundle)
+        except (OSError, ssl.SSLError) as exc:
+            missing = isinstance(exc, FileNotFoundError)
+            reason = "there is no such file" if missing else f"it holds no certificates: {_reason(exc)}"
+            error = UnavailableError(
+                reason,
+                operation=f"read the authorities in {self.endpoint.ca_bundle}",
+                retryable=False,
+            )
+            return Handshake(error=error)
+        try:
+            with closing(self.open(address)) as sock, self._wrap(context, sock) as secure:
+                return Handshake(secure.version() or "", Certificate.from_peer(secure.getpeercert() or {}))
+        except ssl.SSLCertVerificationError as exc:
+            version, certificate = self._unverified(address)
+            return Handshake(version, certificate, self._distrust(exc))
+        except (ssl.SSLError, OSError) as exc:
+            return Handshake(error=self._no_tls(exc))
+
+    def _wrap(self, context: ssl.SSLContext, sock: socket.socket) -> ssl.SSLSocket:
+        return context.wrap_socket(sock, server_hostname=self.endpoint.host)
+
+    def _unverified(self, address: str) -> tuple[str, Certificate | None]:
+        """What a server says of itself that is not trusted.
+
+        Python describes verified certificates only: so the very one is made an authority, at whatever time it is valid.
+        """
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        version = ""
+        try:
+            with closing(self.open(address)) as sock, self._wrap(context, sock) as secure:
+                version = secure.version() or ""
+                own = secure.getpeercert(binary_form=True)
+            context.load_verify_locations(cadata=own)
+            context.verify_mode = ssl.CERT_REQUIRED
+            context.verify_flags |= ssl.VerifyFlags(ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME)
+            with closing(self.open(address)) as sock, self._wrap(context, sock) as secure:
+                return version, Certificate.from_peer(secure.getpeercert() or {})
+        except (ssl.SSLError, OSError, BackendError, KeyError, ValueError):
+            return version, None
+
+    def _distrust(self, exc: ssl.SSLCertVerificationError) -> BackendError:
+        what, cause, hint = _DISTRUST.get(exc.verify_code, _UNTRUSTED)
+        return UnavailableError(
+            f"its certificate {what}: {exc.verify_message}",
+            operation=f"verify {self.endpoint.host}",
+            retryable=False,
+            cause=cause,
+            hint=hint,
+        )
+
+    def _no_tls(self, exc: OSError) -> BackendError:
+        operation = f"begin TLS with {shown_address(self.endpoint.host, self.endpoint.port)}"
+        if isinstance(exc, TimeoutError):
+            return DeadlineError(
+                f"no answer within {self.timeout_seconds:g} s",
+                operation=operation,
+                cause="what listens there does not speak TLS, or a firewall swallows it",
+                hint="check the port, and that it is one for encrypted connections",
+            )
+        plain = getattr(exc, "reason", "") in {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"}
+        if plain:
+            cause, hint = "the port serves connections that are not encrypted", "write http:// in place of https://"
+        else:
+            cause, hint = (
+                "the server wants another version of TLS, does not know the host's name, or is something else",
+                "check host and port, and what is between",
+            )
+        return UnavailableError(_reason(exc), operation=operation, retryable=False, cause=cause, hint=hint)
+
+    # -- open connections ---------------------------------------------------------------------------------------------
+
+    def open(self, address: str) -> socket.socket:
+        """A connection to the endpoint over ``address``, which may be its proxy's; not encrypted yet.
+
+        Raises:
+            UnavailableError: The proxy lets nothing through.
+            UnsupportedError: The proxy is of a kind that is not looked into.
+        """
+        if self._proxy is not None and self._proxy.scheme != "http":
+            reason = f"it goes through a proxy that is spoken to in {self._proxy.scheme}, into which nothing here looks"
+            raise UnsupportedError(reason)
+        sock = socket.create_connection((address, self.port), self.timeout_seconds)
+        if self._proxy is None:
+            return sock
+        try:
+            self._tunnel(sock)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def _tunnel(self, sock: socket.socket) -> None:
+        target = shown_address(self.endpoint.host, self.endpoint.port)
+        sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode("latin-1"))
+        head = _answer_head(sock)
+        match = re.match(rb"HTTP/1\.[01] (\d{3})([^\r\n]*)", head)
+        status = int(match[1]) if match else 0
+        if 200 <= status < 300:
+            return
+        operation = f"connect to {target} through the proxy"
+        if status == 407:
+            reason = "the proxy asks for a name and a password, which the storage keeps to itself"
+            raise UnsupportedError(reason, operation=operation)
+        said = f"{status}{match[2].decode('latin-1')}" if match else "no answer in HTTP"
+        raise UnavailableError(
+            f"the proxy says {said}",
+            operation=operation,
+            retryable=False,
+            cause="it does not know the host, or may not connect to it",
+            hint="check the proxy's rules, or take the host out of the proxy's variables (NO_PROXY)",
+        )
+
+    def server_time(self, address: str) -> tuple[datetime, datetime] | None:
+        """What time it is there and here, from the answer to an HTTP request; None where there is no such answer."""
+        target = self.endpoint.host if ":" not in self.endpoint.host else f"[{self.endpoint.host}]"
+        request = f"HEAD / HTTP/1.1\r\nHost: {target}:{self.endpoint.port}\r\nConnection: close\r\n\r\n"
+        try:
+            with closing(self.open(address)) as sock:
+                if self.endpoint.tls:
+                    context = ssl.create_default_context(cafile=self.endpoint.ca_bundle)
+                    with self._wrap(context, sock) as secure:
+                        return _asked_for_time(secure, request)
+                return _asked_for_time(sock, request)
+        except (OSError, BackendError, ValueError):
+            return None
+
+
+def _asked_for_time(sock: socket.socket, request: str) -> tuple[datetime, datetime] | None:
+    begun = datetime.now(timezone.utc)
+    sock.sendall(request.encode("latin-1"))
+    head = _answer_head(sock)
+    here = begun + (datetime.now(timezone.utc) - begun) / 2
+    match = re.search(rb"\r\nDate:[ \t]*([^\r\n]+)\r\n", head, re.IGNORECASE)
+    if not head.startswith(b"HTTP/") or match is None:
+        return None
+    there = parsedate_to_datetime(match[1].decode("latin-1"))
+    # It was rounded down to a whole second.
+    return there.replace(tzinfo=there.tzinfo or timezone.utc) + timedelta(seconds=0.5), here
+
+
+def _answer_head(sock: socket.socket) -> bytes:
+    """The start of an answer in HTTP, up to the empty line; what came where it ends before."""
+    head = b""
+    while b"\r\n\r\n" not in head and len(head) < _MAX_ANSWER_BYTES:
+        # Byte by byte: what follows the head of a tunnel's answer is no longer the proxy's.
+        part = sock.recv(1)
+        if not part:
+            break
+        head += part
+    return head
+
+
+def shown_address(host: str, port: int) -> str:
+    """``host:port``, with brackets where the host has colons."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _reason(exc: OSError) -> str:
+    reason = getattr(exc, "reason", "")
+    if isinstance(reason, str) and reason:
+        return reason.lower().replace("_", " ")
+    return exc.strerror or os.strerror(exc.errno or errno.EIO)

@@ -1,0 +1,414 @@
+"""The reference pages say what the code says: settings, errors, hooks, records, events, reports, layers."""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import typer
+
+import modelexpress_core as mx
+from devtools import settings_reference
+from modelexpress_core import errors, events, hookspecs, providers
+from modelexpress_core.cli.app import build_app
+from modelexpress_core.fetch import limiter
+from modelexpress_core.plugins import PluginManager
+from modelexpress_core.report import LoadReport
+from modelexpress_core.storage import protocol
+from modelexpress_core.storage.memory import store
+from tests.support.checkpoints import safetensors_file, tensor
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib  # type: ignore[no-redef]
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *ROOT.glob("plugins/*/README.md")]
+
+ERRORS = {name: getattr(errors, name) for name in errors.__all__}
+HOOKS = {name: function for name, function in vars(hookspecs).items() if hasattr(function, "modelexpress_spec")}
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text()
+
+
+def sections(text: str, level: int = 3) -> dict[str, str]:
+    """What stands below each heading of ``level``, by heading, up to the next heading of it or of one above."""
+    parts = re.split(
+        rf"^(#{{1,{level}}}) (.+)$", re.sub(r"```.*?```", _without_headings, text, flags=re.DOTALL), flags=re.MULTILINE
+    )
+    return {
+        title: body
+        for mark, title, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
+        if len(mark) == level
+    }
+
+
+def _without_headings(block: re.Match[str]) -> str:
+    return re.sub(r"^#", " #", block[0], flags=re.MULTILINE)
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The rows of the tables in ``text`` whose first column is code, by what stands there."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        first, *others = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] or [""]
+        for name in re.findall(r"`([^`]+)`", first):
+            assert name not in found, f"{name} has two rows"
+            found[name] = others
+    return found
+
+
+def code(text: str) -> str:
+    """The Python in ``text``."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+
+
+def anchor(heading: str) -> str:
+    """What a heading is called in a link, as GitHub does it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+# -- every page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_to_headings_lead_to_one(path: Path) -> None:
+    """What stands after the # of a link is a heading of the page that it leads to."""
+    dangling = []
+    for target, mark in re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", path.read_text()):
+        headings = re.findall(r"^#+ (.+)$", ((path.parent / target) if target else path).read_text(), re.MULTILINE)
+        if mark not in {anchor(heading) for heading in headings}:
+            dangling.append(f"{target}#{mark}")
+
+    assert [] == dangling
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_errors_that_a_page_names_exist(path: Path) -> None:
+    """Ours, or Python's."""
+    named = set(re.findall(r"\b[A-Z]\w+Error\b", path.read_text()))
+
+    assert set() == {name for name in named - set(ERRORS) if not hasattr(builtins, name)}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_hooks_that_a_page_names_exist(path: Path) -> None:
+    """A name that looks like a hook is one."""
+    named = set(re.findall(r"\bmx_(?:register|rewrite|rank|load)\w*", path.read_text()))
+
+    assert set() == named - set(HOOKS) - {"mx_register_", "mx_load_"}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_that_a_page_names_exist(path: Path) -> None:
+    """Each command, with the options that are given to it."""
+    app = build_app()
+    group = typer.main.get_command(app)
+    commands: dict[str, Any] = group.commands  # type: ignore[attr-defined]
+    text = path.read_text()
+    lines = re.findall(r"`mx ([^`]+)`", text)
+    lines += [line for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) for line in _commands(block)]
+
+    for line in lines:
+        words = line.split("#")[0].split()
+        command = next((word for word in words if not word.startswith("-")), None)
+        assert command is None or command in commands, line
+        known = {"--help", *(option for parameter in group.params for option in parameter.opts)}
+        known |= {option for parameter in (commands[command].params if command else ()) for option in parameter.opts}
+        assert set() == {word for word in words if word.startswith("--")} - known, line
+
+
+def _commands(block: str) -> list[str]:
+    return [line.removeprefix("mx ") for line in block.splitlines() if line.startswith("mx ")]
+
+
+def test_the_readme_links_every_page() -> None:
+    """Nobody has to search docs/."""
+    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)\)", PAGES[0].read_text()))
+
+    assert {path.name for path in DOCS.glob("*.md")} == linked
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_settings_are_those_that_are_read() -> None:
+    """Variables, other names, defaults and meanings; written by ``python -m devtools.settings_reference``."""
+    assert settings_reference.with_tables(page("settings.md")) == page("settings.md")
+
+
+def test_every_setting_is_there() -> None:
+    """Of core and of every plugin of this repository, and no other."""
+    listed = set(re.findall(r"`([A-Z][A-Z0-9_]+)`", page("settings.md").partition("<!-- tables -->")[2]))
+    classes = [*mx.PluginManager.discover({}).settings_classes()]
+    plugins = {path.name for path in (ROOT / "plugins").iterdir()}
+    read = {name for cls in settings_reference.CORE_SETTINGS for name in settings_names(cls)}
+    read |= {name for owner, cls in classes if owner in plugins for name in settings_names(cls)}
+
+    assert read == listed
+    assert plugins <= {owner for owner, _ in classes}
+
+
+def settings_names(cls: type) -> tuple[str, ...]:
+    from modelexpress_core.settings import variables
+
+    return variables(cls)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def drawn(text: str) -> dict[str, str]:
+    """The parent of each class in the tree that is drawn in ``text``."""
+    parents: dict[str, str] = {}
+    path: list[str] = []
+    margin, tree = re.split(r"^( *)(?=ModelExpressError$)", text, maxsplit=1, flags=re.MULTILINE)[1:]
+    pattern = rf"^(?:{margin})((?:[│ ] {{3}})*(?:[├└]── )?)(\w+Error)\b"
+    for indent, name in re.findall(pattern, margin + tree, re.MULTILINE):
+        depth = len(indent) // 4
+        path[depth:] = [name]
+        if depth:
+            parents[name] = path[depth - 1]
+    return parents
+
+
+@pytest.mark.parametrize("text", [errors.__doc__ or "", page("errors.md")], ids=["errors.py", "errors.md"])
+def test_the_tree_that_is_drawn_is_the_real_one(text: str) -> None:
+    """Every class, below the class that it is derived from."""
+    real = {name: cls.__base__.__name__ for name, cls in ERRORS.items() if cls is not mx.ModelExpressError}
+
+    assert real == drawn(text.partition("## ")[0])
+
+
+def test_every_error_is_explained() -> None:
+    """When it is raised, what to do, and whether reads are tried again as the class says."""
+    table = rows(page("errors.md"))
+    known = {name: cells for name, cells in table.items() if name in ERRORS}
+
+    assert list(ERRORS) == sorted(known)
+    for name, (raised, remedy, retried) in known.items():
+        assert raised, name
+        assert remedy, name
+        assert ("yes" if getattr(ERRORS[name], "default_retryable", False) else "no") == retried, name
+
+
+def test_attributes_of_errors_exist() -> None:
+    """Each ``.name`` that the page gives an error is set by its class."""
+    attributes = set(re.findall(r"`\.(\w+)`", page("errors.md")))
+    known = {name for cls in ERRORS.values() for name in inspect.signature(cls).parameters} | {"attempts"}
+
+    assert attributes
+    assert set() == attributes - known
+
+
+def test_the_example_of_errors_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Line by line."""
+    program = code(page("errors.md"))
+
+    exec(compile(program, "errors.md", "exec"), {})
+
+    printed = capsys.readouterr().out.splitlines()
+    promised = re.findall(r"print\(.*\)  # (.+)", program)
+    assert promised == printed[: len(promised)]
+    assert len(promised) == 3
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+def kind(hook: str) -> str:
+    if HOOKS[hook].modelexpress_spec["firstresult"]:
+        return "Policy"
+    return "Register" if hook.startswith("mx_register_") else "Observe"
+
+
+@pytest.mark.parametrize("heading", ["Register", "Policy", "Observe"])
+def test_every_hook_stands_under_its_kind(heading: str) -> None:
+    """And nothing else does."""
+    below = sections(sections_of_kind(heading))
+
+    assert {hook for hook in HOOKS if kind(hook) == heading} == set(below)
+
+
+def sections_of_kind(heading: str) -> str:
+    return page("hooks.md").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("hook", sorted(HOOKS))
+def test_every_hook_has_its_signature_and_says_when_it_is_called(hook: str) -> None:
+    """Arguments and result as in the specification; when it is called, and when not."""
+    text = sections(page("hooks.md"))[hook]
+    signature = str(inspect.signature(HOOKS[hook])).replace("'", "")
+
+    assert f"\n`{hook}{signature}`\n" in text
+    words = " ".join(text.partition("```")[0].split())
+    assert re.search(r"\bCalled\b", words)
+    assert re.search(r"\b(Not|Never) (called|used)\b", words)
+
+
+def example(hook: str) -> types.ModuleType:
+    module = types.ModuleType(f"example_{hook}")
+    exec(compile(code(sections(page("hooks.md"))[hook]), f"hooks.md: {hook}", "exec"), vars(module))
+    return module
+
+
+@pytest.mark.parametrize("hook", sorted(HOOKS))
+def test_the_example_of_every_hook_is_a_plugin(hook: str) -> None:
+    """It implements that hook alone, and loads."""
+    module = example(hook)
+
+    info = PluginManager().register(module, name="mx-example")
+
+    assert "loaded" == info.status
+    assert [hook] == [name for name in vars(module) if name in HOOKS]
+    assert (kind(hook) == "Register") == bool(info.schemes)
+
+
+def test_the_examples_of_policies_decide() -> None:
+    """As their comments say."""
+    manager = PluginManager()
+    for hook in ("mx_rewrite_uri", "mx_rank_candidates"):
+        manager.register(example(hook), name=hook.replace("_", "-"))
+    candidates = [providers.Candidate(mx.ModelURI.parse(uri)) for uri in ("s3://bucket/model", "/models/model")]
+
+    ranked = manager.rank_candidates(providers.LoadRequest(candidates[0].uri), candidates)
+
+    assert "s3://company-models/llama/v3" == str(manager.rewrite_uri(mx.ModelURI.parse("models://llama/v3")))
+    assert ["file", "s3"] == [candidate.uri.scheme for candidate in ranked]
+
+
+def test_the_examples_of_observers_observe(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A load that succeeds and one that fails are told as the examples tell them, and none of them raises."""
+    manager = mx.PluginManager.discover({})
+    for hook in HOOKS:
+        if kind(hook) == "Observe":
+            manager.register(example(hook), name=hook.replace("_", "-"))
+    store("hooks-page").put("model.safetensors", safetensors_file({"weight": tensor("F32", (4, 4))}))
+
+    mx.load_state_dict("memory://hooks-page/model.safetensors", environ={}, plugins=manager)
+    with pytest.raises(mx.NotFoundError):
+        mx.load_state_dict("memory://hooks-page/nothing.safetensors", environ={}, plugins=manager)
+
+    printed = capsys.readouterr().out
+    assert [] == caplog.records
+    assert "loading 1 tensors from memory://hooks-page/model.safetensors\n" in printed
+    assert "64 of 64 bytes, limited by " in printed
+    assert "bytes/s from memory://hooks-page/model.safetensors\n" in printed
+    assert "memory://hooks-page/nothing.safetensors: NotFoundError after 0." in printed
+
+
+def records() -> Iterator[type]:
+    for module in (providers, events, protocol):
+        for name in module.__all__:
+            cls = getattr(module, name)
+            if isinstance(cls, type) and attrs.has(cls):
+                yield cls
+
+
+@pytest.mark.parametrize("cls", list(records()), ids=lambda cls: str(cls.__name__))
+def test_every_field_of_every_record_is_explained(cls: type) -> None:
+    """Fields in their order, with their defaults; those of the base stand there, and the section says so."""
+    text = sections(page("hooks.md"))[cls.__name__]
+    base = cls.__base__
+    inherited = {field.name for field in attrs.fields(base)} if attrs.has(base) else set()
+    own = [field for field in attrs.fields(cls) if field.name not in inherited]
+    table = rows(text)
+
+    assert [field.name for field in own] == list(table)
+    assert not inherited or f"(#{anchor(base.__name__)})" in text
+    for field in own:
+        *default, meaning = table[field.name]
+        assert meaning, field.name
+        if default:
+            assert shown_default(field) == default[0], field.name
+
+
+def shown_default(field: attrs.Attribute[Any]) -> str:
+    if field.default is attrs.NOTHING:
+        return ""
+    if isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]  # a class, though typed as a function
+        made = field.default.factory  # type: ignore[union-attr]
+        return "`{}`" if made is dict else f"`{made.__name__}()`"
+    return f'`"{field.default}"`' if isinstance(field.default, str) else f"`{field.default!r}`"
+
+
+@pytest.mark.parametrize("name", ["Storage", "RunStorage", "PatientStorage", "DiagnosableStorage"])
+def test_every_member_of_every_storage_protocol_is_explained(name: str) -> None:
+    """What a protocol adds to its base, and the capability that declares it."""
+    cls = getattr(protocol, name)
+    text = sections(page("hooks.md"))[name]
+    members = {member for member in vars(cls) if not member.startswith("_")}
+    members |= set(inspect.get_annotations(cls))
+
+    assert members == set(rows(text))
+    capability = re.search(r"with the\s+capability `(\w+)`", text)
+    assert (capability is not None) == (name != "Storage")
+    if capability is not None:
+        assert hasattr(providers.StorageCapabilities(), capability[1])
+        assert f"capability ``{capability[1]}``" in (cls.__doc__ or "")
+
+
+def test_every_record_and_protocol_has_a_section() -> None:
+    """And no section is about something else."""
+    protocols = {name for name in protocol.__all__ if not attrs.has(getattr(protocol, name))}
+
+    assert set(HOOKS) | protocols | {cls.__name__ for cls in records()} == set(sections(page("hooks.md")))
+
+
+# -- design and tuning -------------------------------------------------------------------------------------------------
+
+
+def test_the_layers_are_those_that_are_checked() -> None:
+    """The table of modules has every layer of the import contract, from top to bottom."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [set(layer.split(" | ")) for layer in contracts[0]["layers"]]
+    table = page("design.md").partition("## Modules")[2]
+    told = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines() if line.startswith("| `")]
+
+    assert [layer for layer in layers if layer != {"__main__"}] == told
+
+
+def test_every_field_of_a_report_is_explained() -> None:
+    """In the page on tuning."""
+    table = rows(page("tuning.md").partition("## Reading a report")[2].partition("\n## ")[0])
+
+    assert {field.name for field in attrs.fields(LoadReport)} == set(table)
+
+
+def test_every_limiter_is_explained() -> None:
+    """In the page on tuning, with what helps."""
+    table = rows(page("tuning.md").partition("## What limits a load")[2].partition("\n## ")[0])
+
+    assert {f"{name}" or '""' for name in limiter.Limiter.__args__} == set(table)  # type: ignore[attr-defined]
+
+
+def test_every_setting_of_a_load_is_in_the_page_on_tuning() -> None:
+    """Each has a row that says when to set it."""
+    table = rows(page("tuning.md").partition("## What to set when")[2].partition("\n## ")[0])
+
+    from modelexpress_core.settings import LoadSettings
+
+    own = {name for name in settings_names(LoadSettings) if name.startswith("MX_")}
+    assert own == set(table)
+
+
+def test_the_picture_names_the_steps_of_the_text() -> None:
+    """The seven steps, in order, in both."""
+    text = [step.lower() for step in re.findall(r"^\d\. \*\*(\w+)\.\*\*", page("design.md"), re.MULTILINE)]
+    picture = re.findall(r">\d  (\w+)<", page("load.svg"))
+
+    assert 7 == len(text)
+    assert text == picture
