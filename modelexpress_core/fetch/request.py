@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from modelexpress_core.checkpoint import CheckpointFile
-    from modelexpress_core.storage import ObjectInfo
 
 __all__ = ["Range", "Segment", "Ticket"]
 
@@ -79,9 +78,7 @@ class Range:
 
     __slots__ = ("file", "length", "offset", "segments")
 
-    def __init__(
-        self, file: CheckpointFile | ObjectInfo, offset: int, length: int, segments: Sequence[Segment]
-    ) -> None:
+    def __init__(self, file: CheckpointFile, offset: int, length: int, segments: Sequence[Segment]) -> None:
         self.file = file
         self.offset = offset
         self.length = length

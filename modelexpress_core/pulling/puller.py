@@ -22,10 +22,11 @@ from functools import partial
 
 from attrs import frozen
 
+from modelexpress_core.checkpoint import CheckpointFile
 from modelexpress_core.errors import IntegrityError, ModelExpressError
 from modelexpress_core.fetch import FetchEngine, Range, RetryingStorage, RetryPolicy, Segment, Ticket
 from modelexpress_core.fetch.digests import best_digest
-from modelexpress_core.loader import Loader
+from modelexpress_core.loader import Loader, redacted_uris
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.providers import Candidate, StorageProvider
 from modelexpress_core.pulling.local import check_space, digest_of, fsync_directory, local_errors
@@ -140,12 +141,14 @@ class _Copy:
 
     def ranges(self, most: int) -> list[Range]:
         """Reads of what is missing, of at most ``most`` bytes each."""
+        # The digest is compared with what lies on the disk, of earlier pulls too; the engine need not compute it.
+        file = CheckpointFile(self.info.path, self.name, self.info.size, self.info.version, 0)
         self.ticket = Ticket()
         ranges = []
         for offset, length in self.partial.missing(most):
             deliver = partial(self.partial.write, offset=offset)
             segment = Segment(offset, length, self.ticket, deliver=deliver)
-            ranges.append(Range(self.info, offset, length, [segment]))
+            ranges.append(Range(file, offset, length, [segment]))
         return ranges
 
 
@@ -184,13 +187,16 @@ class _Pull:
         with contextlib.closing(storage):
             settings = self._loader.settings
             budget = self._loader.new_budget()
-            retrying = RetryingStorage(storage, RetryPolicy.from_settings(settings), budget)
+            uri_of = redacted_uris(self._uri)
+            retrying = RetryingStorage(storage, RetryPolicy.from_settings(settings), budget, uri_of=uri_of)
             provider = registered.provider
             self._selection = select(retrying, self._uri, weights=self._weights, provider=provider.name)
             self._check_directory()
             with self._place:
                 copies = self._look(retrying, registered)
-                engine = FetchEngine(storage, settings, provider.capabilities, on_arrival=self._arrived, budget=budget)
+                engine = FetchEngine(
+                    storage, settings, provider.capabilities, on_arrival=self._arrived, budget=budget, uri_of=uri_of
+                )
                 self._engine = engine
                 self._fetch(copies, engine)
                 self._settle()
