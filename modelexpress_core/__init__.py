@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     )
     from modelexpress_core.hooks import hookimpl
     from modelexpress_core.plugins import PluginManager
-    from modelexpress_core.report import LoadReport
+    from modelexpress_core.pulling import pull
+    from modelexpress_core.report import LoadReport, PullReport
     from modelexpress_core.uri import ModelURI
 
 _MODULES = {
@@ -46,12 +47,14 @@ _MODULES = {
     "LoadReport": "report",
     "ModelURI": "uri",
     "PluginManager": "plugins",
+    "PullReport": "report",
     "TensorInfo": "checkpoint",
     "deferred_weights": "api",
     "hookimpl": "hooks",
     "load_into": "api",
     "load_state_dict": "api",
     "open_checkpoint": "api",
+    "pull": "pulling",
 }
 
 __all__ = [
@@ -75,6 +78,7 @@ __all__ = [
     "PluginError",
     "PluginLoadError",
     "PluginManager",
+    "PullReport",
     "ResolveError",
     "SettingsError",
     "SourceChangedError",
@@ -88,6 +92,7 @@ __all__ = [
     "load_into",
     "load_state_dict",
     "open_checkpoint",
+    "pull",
 ]
 
 

@@ -1,14 +1,14 @@
-"""What a load did, in figures."""
+"""What a load or a pull did, in figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import attrs
 from attrs import frozen
 
-__all__ = ["LoadReport", "format_bytes"]
+__all__ = ["LoadReport", "PullReport", "PulledFile", "format_bytes"]
 
 
 @frozen
@@ -69,6 +69,78 @@ class LoadReport:
             f"{self.tensors} tensors from {self.uri}: {format_bytes(self.bytes_needed)} needed, "
             f"{format_bytes(self.bytes_fetched)} fetched in {self.requests} reads, {self.seconds:.2f} s, "
             f"{format_bytes(self.goodput_bytes_per_second)}/s, {self.retries} retries"
+        )
+
+
+@frozen
+class PulledFile:
+    """One file of a pull.
+
+    Attributes:
+        name: Path below the directory.
+        size: Length in bytes.
+        version: Version of the object; None where the storage has nothing of the kind.
+        status: ``"copied"``, ``"resumed"`` (bytes of an earlier pull were used), or ``"skipped"`` (it was there).
+        digest: Algorithm and value that its bytes were compared with, in this pull or when it was put in place; None
+            where the storage publishes none.
+    """
+
+    name: str
+    size: int
+    version: str | None
+    status: Literal["copied", "resumed", "skipped"]
+    digest: tuple[str, str] | None
+
+
+@frozen
+class PullReport:
+    """The account of one pull.
+
+    Attributes:
+        uri: Redacted URI of what was copied.
+        directory: Where to.
+        storage: Plugin that read it: ``{"plugin": distribution, "version": ...}``.
+        files: Files that are in place now.
+        bytes: Bytes of all of them.
+        bytes_copied: Bytes read from the storage; those that had to be read again count each time.
+        bytes_skipped: Bytes of files that were there already.
+        bytes_resumed: Bytes that an earlier pull, which did not end, had left.
+        left_out: Objects that were not copied, and how many: ``hidden``, ``weights``.
+        seconds: From opening the storage to the last file in place.
+        bytes_per_second: ``bytes_copied`` over ``seconds``.
+        requests: Reads sent to the storage, listing not included.
+        retries: Reads sent again.
+        concurrency: Most reads in flight at once.
+        verified_digests: Files whose bytes were compared with a published digest in this pull, by algorithm.
+        file_list: Each file, sorted by name.
+    """
+
+    uri: str
+    directory: str
+    storage: Mapping[str, str]
+    files: int
+    bytes: int
+    bytes_copied: int
+    bytes_skipped: int
+    bytes_resumed: int
+    left_out: Mapping[str, int]
+    seconds: float
+    bytes_per_second: float
+    requests: int
+    retries: int
+    concurrency: int
+    verified_digests: Mapping[str, int]
+    file_list: Sequence[PulledFile]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, for JSON."""
+        return attrs.asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.files} files from {self.uri} in {self.directory}: {format_bytes(self.bytes_copied)} copied, "
+            f"{format_bytes(self.bytes_resumed)} resumed, {format_bytes(self.bytes_skipped)} skipped, "
+            f"{self.seconds:.2f} s, {format_bytes(self.bytes_per_second)}/s, {self.retries} retries"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from modelexpress_core.cli import doctor, inspect, load, plugins, settings
+from modelexpress_core.cli import doctor, inspect, load, plugins, pull, settings
 from modelexpress_core.cli.output import errors_reported
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.plugins import CORE, PluginManager
@@ -67,6 +67,7 @@ def build_app() -> typer.Typer:
     app.command("load")(errors_reported(load.load))
     app.command("inspect")(errors_reported(inspect.inspect))
     app.command("doctor")(errors_reported(doctor.doctor))
+    app.command("pull")(errors_reported(pull.pull))
     app.command("plugins")(errors_reported(plugins.plugins))
     app.command("settings")(errors_reported(settings.settings))
     _add_plugin_commands(app)

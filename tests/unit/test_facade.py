@@ -30,6 +30,7 @@ PUBLIC = [
     "PluginError",
     "PluginLoadError",
     "PluginManager",
+    "PullReport",
     "ResolveError",
     "SettingsError",
     "SourceChangedError",
@@ -43,6 +44,7 @@ PUBLIC = [
     "load_into",
     "load_state_dict",
     "open_checkpoint",
+    "pull",
 ]
 
 MODULES = [

@@ -1,0 +1,7 @@
+"""Copying the files below a URI into a directory: parallel, resumable, verified, each file whole or not there."""
+
+from __future__ import annotations
+
+from modelexpress_core.pulling.puller import FileProgress, PullProgress, pull
+
+__all__ = ["FileProgress", "PullProgress", "pull"]

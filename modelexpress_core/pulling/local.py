@@ -1,0 +1,119 @@
+"""The disk that files are copied to: what its errors mean, space, allocation, digests of what lies there."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from modelexpress_core.errors import ModelExpressError
+from modelexpress_core.fetch.digests import new_hasher
+from modelexpress_core.report import format_bytes
+
+__all__ = ["allocate", "check_space", "digest_of", "fsync_directory", "local_errors", "open_file", "write_all"]
+
+_SPACE = "make space, or choose a directory on another disk; the next pull goes on where this one stopped"
+_RIGHTS = "check owner and mode with ls -ld, or choose another directory"
+
+#: errno -> (likely cause, next step)
+_ERRORS: Mapping[int, tuple[str, str]] = {
+    errno.ENOSPC: ("the disk is full", _SPACE),
+    errno.EDQUOT: ("the quota of this user is used up", _SPACE),
+    errno.EFBIG: ("the file system or a limit (ulimit -f) allows no file of this size", _SPACE),
+    errno.EACCES: ("this user may not write there", _RIGHTS),
+    errno.EPERM: ("this user may not write there", _RIGHTS),
+    errno.EROFS: ("the file system is mounted read-only", "choose another directory"),
+    errno.ENOTDIR: ("a part of the path is a file", "choose another directory"),
+    errno.EEXIST: ("it is a file", "choose another directory"),
+    errno.ENAMETOOLONG: ("the path is longer than the file system allows", "choose a directory with a shorter path"),
+    errno.EXDEV: ("a directory below it is a mount of its own", "pull into that directory by itself"),
+    errno.EIO: ("the disk or the network file system has a fault", "look at dmesg"),
+    errno.EMFILE: ("too many open files", "raise the limit with ulimit -n, or lower MX_CONCURRENCY"),
+}
+
+_BUFFER_BYTES = 4 << 20
+
+
+@contextmanager
+def local_errors(path: str, operation: str) -> Iterator[None]:
+    """What the operating system says becomes an error that names ``path``, and what to do."""
+    try:
+        yield
+    except OSError as exc:
+        cause, hint = _ERRORS.get(exc.errno or 0, (None, "check the directory"))
+        code = errno.errorcode.get(exc.errno or 0, exc.errno)
+        reason = f"could not {operation} {path}: {exc.strerror or exc} [{code}]"
+        raise ModelExpressError(reason, cause=cause, hint=hint) from exc
+
+
+def open_file(path: str, flags: int) -> int:
+    """A descriptor, of a file that is made with the mode that the umask allows."""
+    return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+
+def write_all(descriptor: int, data: memoryview | bytes, offset: int | None = None) -> None:
+    """Write ``data``, at ``offset`` or at the end, however many calls that takes."""
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        if offset is None:
+            done += os.write(descriptor, view[done:])
+        else:
+            done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Make a file ``size`` bytes long and take the space for it, where the file system can do that at once.
+
+    Not ``posix_fallocate``: where the file system cannot, as on NFS before 4.2, that writes a byte into every block.
+    """
+    if not size:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    while libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)):
+        number = ctypes.get_errno()
+        if number in {errno.EOPNOTSUPP, errno.ENOSYS}:
+            os.ftruncate(descriptor, size)
+            return
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def check_space(directory: str, needed: int) -> None:
+    """Raise where fewer than ``needed`` bytes are free.
+
+    Raises:
+        ModelExpressError: There is not enough space.
+    """
+    with local_errors(directory, "ask for the free space of"):
+        stat = os.statvfs(directory)
+    free = stat.f_bavail * stat.f_frsize
+    if stat.f_blocks and free < needed:  # some network file systems tell nothing
+        raise ModelExpressError(
+            f"{format_bytes(needed)} are to be written below {directory}, but only {format_bytes(free)} are free",
+            cause="the disk is too full; files that are replaced count until their new version is complete",
+            hint=_SPACE,
+        )
+
+
+def digest_of(path: str, algorithm: str, cancelled: threading.Event) -> str:
+    """The digest of the file at ``path``; of a part of it, which is of no use, once ``cancelled`` is set."""
+    hasher = new_hasher(algorithm)
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while not cancelled.is_set() and (count := file.readinto(buffer)):
+            hasher.update(buffer[:count])
+    return hasher.hexdigest()
+
+
+def fsync_directory(path: str) -> None:
+    """Have what was renamed in the directory ``path`` survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

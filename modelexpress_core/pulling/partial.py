@@ -1,0 +1,369 @@
+"""A file that is not complete yet: its bytes, and a journal of those that are there.
+
+The journal is a text file, a line for each thing that happened, and each line begins with a CRC of the rest. What
+follows the first line that is not whole was being written when the process was killed, and counts for nothing::
+
+    file {"name": ..., "root": ..., "size": ..., "version": ...}    what the bytes are of
+    boot 8b1a...                                                    the machine was started anew, or is another one
+    have 0 8388608                                                  offset and length of bytes that were written
+    sync 17                                                         the first 17 ranges since then are on the disk
+
+Bytes are written before the line that says so. A killed process leaves both with the kernel; a loss of power may keep
+the line and lose the bytes, so after a new start of the machine only what had been synced is taken for granted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+import zlib
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import attrs
+from attrs import frozen
+
+from modelexpress_core.pulling.local import allocate, local_errors, open_file, write_all
+
+__all__ = ["Identity", "Partial", "Spans", "read_identity"]
+
+#: What was written is synced this often, so that little is lost with the power, and little is left to do at the end.
+_SYNC_SECONDS = 5.0
+
+
+@frozen
+class Identity:
+    """What a partial file is a part of.
+
+    Attributes:
+        root: Redacted URI that was pulled.
+        name: Name below it.
+        version: Version of the object; None where the storage has nothing of the kind.
+        size: Its length in bytes.
+    """
+
+    root: str
+    name: str
+    version: str | None
+    size: int
+
+    @property
+    def key(self) -> str:
+        """A name for files that belong to this and to nothing else."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+
+    @property
+    def text(self) -> str:
+        """As it stands in the journal."""
+        return json.dumps(attrs.asdict(self), sort_keys=True)
+
+
+class Spans:
+    """Which bytes of a file are there: ranges that neither overlap nor touch, in order."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, offset: int, length: int) -> None:
+        """The bytes from ``offset`` on are there."""
+        start, end = offset, offset + length
+        first = bisect_left(self._ends, start)
+        last = first
+        while last < len(self._starts) and self._starts[last] <= end:
+            last += 1
+        if first < last:
+            start, end = min(start, self._starts[first]), max(end, self._ends[last - 1])
+        self._starts[first:last] = [start]
+        self._ends[first:last] = [end]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Offset and length of each range."""
+        return ((start, end - start) for start, end in zip(self._starts, self._ends, strict=True))
+
+    @property
+    def total(self) -> int:
+        """Bytes that are there."""
+        return sum(self._ends) - sum(self._starts)
+
+    def missing(self, size: int, most: int) -> Iterator[tuple[int, int]]:
+        """Offset and length of what is missing of ``size`` bytes, in pieces of at most ``most``."""
+        position = 0
+        for start, length in [*self, (size, 0)]:
+            while position < start:
+                piece = min(most, start - position)
+                yield position, piece
+                position += piece
+            position = start + length
+
+
+@cache
+def _boot_id() -> str:
+    """Tells one start of the machine from the next; empty where nobody knows."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+class Partial:
+    """The bytes and the journal of one file, in a directory of their own. Thread-safe from ``open`` to ``close``.
+
+    Args:
+        directory: Where both are.
+        identity: What they are a part of.
+    """
+
+    def __init__(self, directory: str, identity: Identity) -> None:
+        self.identity = identity
+        self.path = os.path.join(directory, f"{identity.key}.part")
+        self._journal_path = os.path.join(directory, f"{identity.key}.journal")
+        self._lock = threading.Lock()
+        self._syncing = threading.Lock()
+        self._descriptor = -1
+        self._journal = -1
+        self._users = 0
+        self._closed = False
+        self._spans = Spans()
+        self._since_boot = 0
+        self._synced = 0.0
+
+    @property
+    def present_bytes(self) -> int:
+        """Bytes that were written."""
+        with self._lock:
+            return self._spans.total
+
+    @property
+    def complete(self) -> bool:
+        """Whether all are."""
+        return self.present_bytes == self.identity.size
+
+    def missing(self, most: int) -> list[tuple[int, int]]:
+        """Offset and length of what is not there, in pieces of at most ``most`` bytes."""
+        with self._lock:
+            return list(self._spans.missing(self.identity.size, most))
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Space on the disk that the file has."""
+        try:
+            return os.stat(self.path).st_blocks * 512
+        except FileNotFoundError:
+            return 0
+
+    # -- before and after ---------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Take up what an earlier pull left, or throw it away where it cannot be trusted."""
+        with local_errors(self.path, "take up"):
+            if self.identity.version is not None and self._replay():
+                return
+            self.discard()
+
+    def reserve(self) -> None:
+        """Make the files, and take the space."""
+        with local_errors(self.path, f"allocate {self.identity.size} bytes for {self.identity.name!r} in"):
+            descriptor = open_file(self.path, os.O_RDWR)
+            try:
+                allocate(descriptor, self.identity.size)
+            finally:
+                os.close(descriptor)
+            if not os.path.exists(self._journal_path):
+                self._begin_journal()
+
+    def restart(self) -> None:
+        """Forget all bytes: they are not what they should be."""
+        with local_errors(self.path, "begin again with"):
+            self.discard()
+        self.reserve()
+
+    def discard(self) -> None:
+        """Remove both files."""
+        with self._lock:
+            if not self._users:
+                self._release()
+            self._spans = Spans()
+            self._since_boot = 0
+        # The journal first: bytes that no journal speaks of are nothing, whatever happens in between.
+        for path in (self._journal_path, self.path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def publish(self, target: str, before: Callable[[int], None]) -> None:
+        """Have the file, which is complete, appear at ``target``.
+
+        Args:
+            target: Where.
+            before: Called with the file's modification time in nanoseconds when all is on the disk.
+        """
+        with local_errors(self.path, f"finish {self.identity.name!r} in"):
+            self.sync()
+            before(os.stat(self.path).st_mtime_ns)
+        with local_errors(target, "put in place"):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.replace(self.path, target)
+            self.discard()
+
+    def close(self) -> None:
+        """Write no more. What is there stays for the next pull, if it is anything and its version can be told."""
+        with self._lock:
+            self._closed = True
+            if not self._users:
+                self._release()
+        if self.identity.version is None or not self.present_bytes:
+            self.discard()
+
+    # -- while bytes arrive -------------------------------------------------------------------------------------------
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Keep bytes of the file. Called by many threads at once."""
+        with local_errors(self.path, f"write {self.identity.name!r} to"):
+            descriptor, journal = self._borrow()
+            try:
+                write_all(descriptor, data, offset)
+                with self._lock:
+                    self._spans.add(offset, len(data))
+                    self._since_boot += 1
+                    write_all(journal, _line(f"have {offset} {len(data)}"))
+                if time.monotonic() - self._synced >= _SYNC_SECONDS and self._syncing.acquire(blocking=False):
+                    try:
+                        self._sync(descriptor, journal)
+                    finally:
+                        self._syncing.release()
+            finally:
+                self._give_back()
+
+    def _sync(self, descriptor: int, journal: int) -> None:
+        with self._lock:
+            ranges = self._since_boot
+        self._sync_or_discard(descriptor)
+        with self._lock:
+            write_all(journal, _line(f"sync {ranges}"))
+            self._synced = time.monotonic()
+
+    def sync(self) -> None:
+        """Have all bytes on the disk."""
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._sync_or_discard(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _sync_or_discard(self, descriptor: int) -> None:
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            # Nobody can say any more which bytes are on the disk, and asking again would say that all are.
+            with contextlib.suppress(OSError):
+                os.unlink(self._journal_path)
+            raise
+
+    def _borrow(self) -> tuple[int, int]:
+        with self._lock:
+            if self._closed:
+                raise OSError(0, "the pull has ended")
+            if self._descriptor < 0:
+                self._descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+                self._journal = os.open(self._journal_path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+                self._synced = time.monotonic()
+            self._users += 1
+            return self._descriptor, self._journal
+
+    def _give_back(self) -> None:
+        with self._lock:
+            self._users -= 1
+            # Files that wait to be verified may be many, and descriptors are few.
+            if not self._users and (self._closed or self._spans.total == self.identity.size):
+                self._release()
+
+    def _release(self) -> None:
+        for descriptor in (self._descriptor, self._journal):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = self._journal = -1
+
+    # -- the journal --------------------------------------------------------------------------------------------------
+
+    def _begin_journal(self) -> None:
+        descriptor = open_file(self._journal_path, os.O_WRONLY | os.O_TRUNC)
+        try:
+            write_all(descriptor, _line(f"file {self.identity.text}") + _line(f"boot {_boot_id()}"))
+        finally:
+            os.close(descriptor)
+
+    def _replay(self) -> bool:
+        """Take over what the journal says is there; whether that can be done."""
+        try:
+            with open(self._journal_path, "rb") as file:
+                lines, length = _whole_lines(file.read())
+            size = os.stat(self.path).st_size
+        except FileNotFoundError:
+            return False
+        if size != self.identity.size or not lines or lines[0] != f"file {self.identity.text}":
+            return False
+        synced, pending, boot = _ranges(lines[1:])
+        again = boot and boot == _boot_id()
+        for offset, count in [*synced, *(pending if again else ())]:
+            if not 0 <= offset < offset + count <= size:
+                return False
+            self._spans.add(offset, count)
+        self._since_boot = len(pending) if again else 0
+        os.truncate(self._journal_path, length)
+        if not again:
+            with open(self._journal_path, "ab", buffering=0) as file:
+                write_all(file.fileno(), _line(f"boot {_boot_id()}"))
+        return True
+
+
+def read_identity(journal: str) -> Identity | None:
+    """What the partial file with this journal is of; None where the journal does not say."""
+    try:
+        with open(journal, "rb") as file:
+            lines, _ = _whole_lines(file.readline())
+        word, _, text = lines[0].partition(" ") if lines else ("", "", "")
+        return Identity(**json.loads(text)) if word == "file" else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _line(text: str) -> bytes:
+    content = text.encode()
+    return b"%08x %s\n" % (zlib.crc32(content), content)
+
+
+def _whole_lines(content: bytes) -> tuple[list[str], int]:
+    """The lines up to the first that is not whole, and their length in all."""
+    lines = []
+    length = 0
+    for line in content.splitlines(keepends=True):
+        text = line[9:-1]
+        if line[:9] != b"%08x " % zlib.crc32(text) or line[-1:] != b"\n":
+            break
+        lines.append(text.decode())
+        length += len(line)
+    return lines, length
+
+
+def _ranges(lines: list[str]) -> tuple[list[tuple[int, int]], list[tuple[int, int]], str]:
+    """Ranges that are on the disk for sure, those written since the machine started, and which start that was."""
+    synced: list[tuple[int, int]] = []
+    pending: list[tuple[int, int]] = []
+    on_disk = 0
+    boot = ""
+    for line in lines:
+        word, *values = line.split(" ")
+        if word == "boot":
+            synced += pending[:on_disk]
+            boot, pending, on_disk = values[0], [], 0
+        elif word == "have":
+            pending.append((int(values[0]), int(values[1])))
+        elif word == "sync":
+            on_disk = int(values[0])
+    return synced + pending[:on_disk], pending, boot

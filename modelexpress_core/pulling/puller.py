@@ -1,0 +1,479 @@
+"""The story of a pull: list, check, look at what is there, fetch what is missing, verify, put in place.
+
+1. **List.** Everything below the URI, but hidden files. Names that cannot be those of files are refused.
+2. **Look.** Files that are there in this version, or with the digest that the storage publishes, are skipped. Of those
+   that an earlier pull began, only what is missing is fetched. There must be space for all of it.
+3. **Fetch.** The engine reads ranges of all files at once; the threads that read also write, and keep the journal.
+4. **Verify.** As soon as a file is complete, it is read from the page cache and compared with the published digest,
+   while others are still being fetched. One that differs is fetched once more.
+5. **Put in place.** Onto the disk, then under its name: who sees a file sees all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from attrs import frozen
+
+from modelexpress_core.checkpoint import CheckpointFile
+from modelexpress_core.errors import IntegrityError, ModelExpressError
+from modelexpress_core.fetch import FetchEngine, Range, RetryingStorage, RetryPolicy, Segment, Ticket
+from modelexpress_core.fetch.digests import best_digest
+from modelexpress_core.loader import Loader, redacted_uris
+from modelexpress_core.plugins import PluginManager
+from modelexpress_core.providers import Candidate, StorageProvider
+from modelexpress_core.pulling.local import check_space, digest_of, fsync_directory, local_errors
+from modelexpress_core.pulling.partial import Identity, Partial
+from modelexpress_core.pulling.selection import select, with_stat
+from modelexpress_core.pulling.workplace import Workplace, regular_size
+from modelexpress_core.registry import Registered
+from modelexpress_core.report import PulledFile, PullReport
+from modelexpress_core.storage import ObjectInfo
+from modelexpress_core.uri import ModelURI
+
+__all__ = ["FileProgress", "PullProgress", "pull"]
+
+#: Whoever watches hears of progress this often at most.
+_PROGRESS_SECONDS = 0.1
+
+#: Files that are verified and put in place at once; digests are computed without the interpreter's lock.
+_FINISHERS = min(4, os.cpu_count() or 1)
+
+
+@frozen
+class FileProgress:
+    """A file that has begun and is not in place yet.
+
+    Attributes:
+        name: Path below the directory.
+        bytes_done: Bytes of it that are there.
+        size: Its length in bytes.
+    """
+
+    name: str
+    bytes_done: int
+    size: int
+
+
+@frozen
+class PullProgress:
+    """How far a pull is.
+
+    Attributes:
+        bytes_done: Bytes that are there, those that were there before included.
+        bytes: Bytes of all files.
+        files_done: Files in place.
+        files: Files in all.
+        bytes_per_second: Bytes that arrived, over the last few seconds.
+        active: Files that have begun and are not in place yet.
+    """
+
+    bytes_done: int
+    bytes: int
+    files_done: int
+    files: int
+    bytes_per_second: float
+    active: Sequence[FileProgress]
+
+
+def pull(
+    uri: str | os.PathLike[str] | ModelURI,
+    directory: str | os.PathLike[str],
+    *,
+    weights: bool = True,
+    on_progress: Callable[[PullProgress], None] | None = None,
+    environ: Mapping[str, str] | None = None,
+    plugins: PluginManager | None = None,
+) -> PullReport:
+    """Copy the files at ``uri`` into ``directory``; what is there already in the same version is not copied again.
+
+    A file appears under its name when it is whole, compared with the digest that the storage publishes (where it
+    publishes one), and on the disk. A pull that ended early, however it ended, is taken up where it stopped by calling
+    this again. Files of ``directory`` that are not at ``uri`` are left alone. What has to be remembered is in its
+    hidden directory ``.mx-pull``.
+
+    Args:
+        uri: A directory, which is copied with all below it but hidden files, or one file, as a URI or a path.
+        directory: Where the files go; made where it is not there.
+        weights: Whether files of weights are copied; without them it is configuration and tokenizer.
+        on_progress: Called a few times a second, from threads that fetch: be quick. What it raises ends the pull.
+        environ: Variables to read settings from; by default the process's.
+        plugins: Plugins to use; by default all that are installed and allowed.
+
+    Raises:
+        ResolveError: The URI leads nowhere.
+        BackendError: The storage failed; IntegrityError where bytes differ from the published digest.
+        CheckpointError: Names of the objects cannot be those of files in one directory.
+        ModelExpressError: The directory cannot be written to, has no space, or another pull is under way there.
+    """
+    loader = Loader(environ, plugins)
+    text = os.fspath(directory)
+    if not text or "\0" in text or "://" in text:
+        message = f"no directory to copy into: {text!r}"
+        raise ModelExpressError(
+            message, cause="URI and directory in the wrong order", hint="first the URI, then a path"
+        )
+    target = os.path.abspath(os.path.expanduser(text))
+
+    def attempt(candidate: Candidate) -> PullReport:
+        return _Pull(loader, candidate.uri, target, weights=weights, on_progress=on_progress).run()
+
+    return loader.first(uri, attempt)
+
+
+class _Copy:
+    """One file that is to be fetched."""
+
+    def __init__(self, info: ObjectInfo, unfinished: Partial) -> None:
+        self.name = unfinished.identity.name
+        self.info = info
+        self.partial = unfinished
+        self.ticket = Ticket()
+        self.resumed_bytes = unfinished.present_bytes
+        self.wrong_digest = ""
+
+    def ranges(self, most: int) -> list[Range]:
+        """Reads of what is missing, of at most ``most`` bytes each."""
+        # The digest is compared with what lies on the disk, of earlier pulls too; the engine need not compute it.
+        file = CheckpointFile(self.info.path, self.name, self.info.size, self.info.version, 0)
+        self.ticket = Ticket()
+        ranges = []
+        for offset, length in self.partial.missing(most):
+            deliver = partial(self.partial.write, offset=offset)
+            segment = Segment(offset, length, self.ticket, deliver=deliver)
+            ranges.append(Range(file, offset, length, [segment]))
+        return ranges
+
+
+class _Pull:
+    """One attempt to pull from one candidate."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        uri: ModelURI,
+        directory: str,
+        *,
+        weights: bool,
+        on_progress: Callable[[PullProgress], None] | None,
+    ) -> None:
+        self._loader = loader
+        self._uri = uri
+        self._directory = directory
+        self._weights = weights
+        self._on_progress = on_progress
+        self._begun = time.monotonic()
+        self._verify = loader.settings.verify_digests
+        self._place = Workplace(directory)
+        self._engine: FetchEngine | None = None
+        self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self._reporting = threading.Lock()
+        self._reported = self._begun
+        self._unfinished: dict[str, _Copy] = {}
+        self._in_place: dict[str, PulledFile] = {}
+        self._resumed_bytes = 0
+        self._verified: Counter[str] = Counter()
+
+    def run(self) -> PullReport:
+        registered, storage = self._loader.plugins.open_storage(self._uri, self._loader.environ)
+        with contextlib.closing(storage):
+            settings = self._loader.settings
+            budget = self._loader.new_budget()
+            uri_of = redacted_uris(self._uri)
+            retrying = RetryingStorage(storage, RetryPolicy.from_settings(settings), budget, uri_of=uri_of)
+            provider = registered.provider
+            self._selection = select(retrying, self._uri, weights=self._weights, provider=provider.name)
+            self._check_directory()
+            with self._place:
+                copies = self._look(retrying, registered)
+                engine = FetchEngine(
+                    storage, settings, provider.capabilities, on_arrival=self._arrived, budget=budget, uri_of=uri_of
+                )
+                self._engine = engine
+                self._fetch(copies, engine)
+                self._settle()
+                return self._report(registered, engine)
+
+    # -- before anything is written -----------------------------------------------------------------------------------
+
+    def _check_directory(self) -> None:
+        """Raise where a file cannot be put in place, for a reason that can be known before."""
+        self._check_apart()
+        devices = {self._directory: self._device(self._directory)}
+        for name, _ in self._selection.files:
+            target = self._place.target(name)
+            with local_errors(target, "write"):
+                if os.path.isdir(target):
+                    raise self._in_the_way(target, "a directory")
+                if os.path.lexists(target) and not (os.path.isfile(target) or os.path.islink(target)):
+                    raise self._in_the_way(target, "no regular file")
+                parent = os.path.dirname(target)
+                if parent not in devices:
+                    devices[parent] = self._device(parent)
+        if len({device for device in devices.values() if device is not None}) > 1:
+            message = f"below {self._directory} are directories on other disks, and {self._uri} has files for several"
+            raise ModelExpressError(message, hint="pull what goes to another disk by itself, or to an empty directory")
+
+    def _check_apart(self) -> None:
+        if self._uri.scheme != "file":
+            return
+        source = os.path.realpath(self._uri.path if self._selection.directory else os.path.dirname(self._uri.path))
+        target = os.path.realpath(self._directory)
+        inside = self._selection.directory and os.path.commonpath([source, target]) == source
+        if inside or source == target:
+            message = f"{self._directory} is, or lies in, the directory that is to be copied: {source}"
+            raise ModelExpressError(message, hint="pull into another directory")
+
+    def _device(self, parent: str) -> int | None:
+        """The device of a directory, where it is there; of the one that it will be made in otherwise."""
+        while not os.path.lexists(parent) and parent != os.path.dirname(self._directory):
+            parent = os.path.dirname(parent)
+        if not os.path.lexists(parent):
+            return None
+        if not os.path.isdir(parent):
+            raise self._in_the_way(parent, "no directory")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            message = f"nothing can be written to {parent}"
+            raise ModelExpressError(
+                message, cause="this user may not, or it is mounted read-only", hint="check it with ls -ld"
+            )
+        return os.stat(parent).st_dev
+
+    def _in_the_way(self, path: str, what: str) -> ModelExpressError:
+        message = f"{self._uri} cannot be copied into {self._directory}: {path} is there, and is {what}"
+        return ModelExpressError(message, hint="move it away, or pull into another directory")
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    def _look(self, storage: RetryingStorage, registered: Registered[StorageProvider]) -> list[_Copy]:
+        """Skip what is there; what is to be fetched comes back, with space for all of it."""
+        root = str(self._uri)
+        listed = dict(self._selection.files)
+        wanted = {name: Identity(root, name, info.version, info.size) for name, info in listed.items()}
+        for identity in wanted.values():
+            entry = self._place.unchanged(identity)
+            if entry is not None:
+                self._skip(identity, entry.digest)
+        changed = {name: info for name, info in listed.items() if name not in self._in_place}
+        if self._verify and registered.provider.capabilities.stat_digests:
+            changed = with_stat(storage, changed)
+            wanted |= {name: Identity(root, name, info.version, info.size) for name, info in changed.items()}
+        self._skip_equal(wanted, changed)
+        everything = self._weights and self._selection.directory
+        self._place.discard_superseded(wanted, root=root, everything=everything)
+        copies = [
+            _Copy(info, self._place.partial(wanted[name]))
+            for name, info in changed.items()
+            if name not in self._in_place
+        ]
+        missing = sum(max(0, copy.info.size - copy.partial.allocated_bytes) for copy in copies)
+        check_space(self._directory, missing)
+        try:
+            for copy in copies:
+                copy.partial.reserve()
+        except BaseException:
+            for copy in copies:
+                copy.partial.close()
+            raise
+        return copies
+
+    def _skip(self, identity: Identity, digest: tuple[str, str] | None) -> None:
+        file = PulledFile(identity.name, identity.size, identity.version, "skipped", digest)
+        with self._lock:
+            self._in_place[identity.name] = file
+
+    def _skip_equal(self, wanted: Mapping[str, Identity], infos: Mapping[str, ObjectInfo]) -> None:
+        """Skip files that somebody put there who left no word, if they have the size and digest that is published."""
+
+        def compare(name: str) -> None:
+            path = self._place.target(name)
+            published = best_digest(infos[name].digests)
+            if published is None or regular_size(path) != infos[name].size:
+                return
+            with local_errors(path, "read"):
+                before = os.stat(path)
+                actual = digest_of(path, published[0], self._ending)
+                after = os.stat(path)
+            if actual == published[1] and before.st_mtime_ns == after.st_mtime_ns and not self._ending.is_set():
+                self._place.record(wanted[name], after.st_mtime_ns, published)
+                self._skip(wanted[name], published)
+                with self._lock:
+                    self._verified[published[0]] += 1
+
+        if not self._verify:
+            return
+        with self._finishers() as pool:
+            for _ in pool.map(compare, infos):
+                pass
+
+    @contextlib.contextmanager
+    def _finishers(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads that verify; they end soon when the pull does."""
+        pool = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="mx-verify")
+        try:
+            yield pool
+        except BaseException:
+            self._ending.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=self._ending.is_set())
+
+    # -- fetching -----------------------------------------------------------------------------------------------------
+
+    def _fetch(self, copies: list[_Copy], engine: FetchEngine) -> None:
+        self._unfinished = {copy.name: copy for copy in copies}
+        try:
+            with self._finishers() as pool:
+                wrong = self._round(copies, engine, pool)
+                for copy in wrong:
+                    copy.resumed_bytes = 0
+                    copy.partial.restart()
+                self._refuse(self._round(wrong, engine, pool))
+            engine.finish()
+        except BaseException as exc:
+            stopped = engine.abort(exc)
+            for copy in copies:
+                copy.partial.close()
+            if not stopped:
+                self._place.keep_held()  # somebody may still write to the unfinished files
+            raise
+        self._tell()
+
+    def _round(self, copies: Sequence[_Copy], engine: FetchEngine, pool: ThreadPoolExecutor) -> list[_Copy]:
+        """Fetch what is missing of ``copies`` and put them in place; those with wrong bytes come back."""
+        ranges = {copy.name: copy.ranges(engine.chunk_bytes) for copy in copies}
+        engine.submit([[range_] for of_file in ranges.values() for range_ in of_file])
+        finished: list[tuple[_Copy, Future[bool]]] = []
+        for copy in copies:
+            if ranges[copy.name]:
+                engine.wait([copy.ticket])
+            finished.append((copy, pool.submit(self._finish, copy, engine)))
+        return [copy for copy, future in finished if not future.result()]
+
+    def _finish(self, copy: _Copy, engine: FetchEngine) -> bool:
+        """Verify a file that is complete and put it in place; False where its bytes are wrong."""
+        try:
+            return self._verified_in_place(copy)
+        except BaseException as exc:
+            self._ending.set()
+            engine.abort(exc)
+            raise
+
+    def _verified_in_place(self, copy: _Copy) -> bool:
+        unfinished = copy.partial
+        if not unfinished.complete or regular_size(unfinished.path) != copy.info.size:
+            message = f"{copy.name!r} is not complete although all of it arrived"
+            raise ModelExpressError(message, hint="this is a fault in ModelExpress; please report it")
+        published = best_digest(copy.info.digests) if self._verify else None
+        if published is not None:
+            with local_errors(unfinished.path, "read"):
+                actual = digest_of(unfinished.path, published[0], self._ending)
+            if self._ending.is_set():
+                raise ModelExpressError("the pull has ended")
+            if actual != published[1]:
+                copy.wrong_digest = f"{published[0]} {actual}, not {published[1]}"
+                return False
+        record = partial(self._place.record, unfinished.identity, digest=published)
+        unfinished.publish(self._place.target(copy.name), record)
+        file = PulledFile(
+            copy.name, copy.info.size, copy.info.version, "resumed" if copy.resumed_bytes else "copied", published
+        )
+        with self._lock:
+            if published is not None:
+                self._verified[published[0]] += 1
+            self._in_place[copy.name] = file
+            self._resumed_bytes += copy.resumed_bytes
+            del self._unfinished[copy.name]
+        self._arrived()
+        return True
+
+    def _refuse(self, wrong: Sequence[_Copy]) -> None:
+        """Raise where bytes are wrong that were fetched twice; nothing of them is kept."""
+        for copy in wrong:
+            copy.partial.discard()
+        if not wrong:
+            return
+        copy = wrong[0]
+        raise IntegrityError(
+            f"what arrived has the digest {copy.wrong_digest}, which the storage publishes; so had it the second time",
+            uri=str(self._uri.with_path(copy.info.path)),
+            operation="verify the copy",
+            cause="a cache or proxy on the way hands out other bytes, or the object is damaged where it is stored",
+            hint="compare with another copy of the object; MX_VERIFY_DIGESTS=0 copies it all the same",
+        )
+
+    def _settle(self) -> None:
+        """Have the names, too, survive a loss of power; leave only what the next pull needs."""
+        directories = {self._directory, os.path.dirname(self._directory)}
+        for file in self._in_place.values():
+            directory = os.path.dirname(self._place.target(file.name))
+            while file.status != "skipped" and directory not in directories:
+                directories.add(directory)
+                directory = os.path.dirname(directory)
+        self._place.tidy()
+        for directory in directories:
+            with local_errors(directory, "sync"):
+                fsync_directory(directory)
+
+    # -- what others see ----------------------------------------------------------------------------------------------
+
+    def _arrived(self) -> None:
+        """Called by threads that fetch and verify: tell of progress, but seldom, and never two at a time."""
+        if self._on_progress is None or time.monotonic() - self._reported < _PROGRESS_SECONDS:
+            return
+        if self._reporting.acquire(blocking=False):
+            try:
+                self._tell()
+            finally:
+                self._reporting.release()
+
+    def _tell(self) -> None:
+        self._reported = time.monotonic()
+        if self._on_progress is None or self._engine is None:
+            return
+        with self._lock:
+            in_place = list(self._in_place.values())
+            unfinished = list(self._unfinished.values())
+        begun = [(copy, count) for copy in unfinished if (count := copy.partial.present_bytes)]
+        files = self._selection.files
+        self._on_progress(
+            PullProgress(
+                bytes_done=sum(file.size for file in in_place) + sum(count for _, count in begun),
+                bytes=sum(info.size for _, info in files),
+                files_done=len(in_place),
+                files=len(files),
+                bytes_per_second=self._engine.ledger.rate(),
+                active=tuple(FileProgress(copy.name, count, copy.info.size) for copy, count in begun),
+            )
+        )
+
+    def _report(self, registered: Registered[StorageProvider], engine: FetchEngine) -> PullReport:
+        seconds = time.monotonic() - self._begun
+        ledger = engine.ledger
+        files = [self._in_place[name] for name, _ in self._selection.files]
+        return PullReport(
+            uri=str(self._uri),
+            directory=self._directory,
+            storage={"plugin": registered.plugin.name, "version": registered.plugin.version},
+            files=len(files),
+            bytes=sum(file.size for file in files),
+            bytes_copied=ledger.arrived_bytes,
+            bytes_skipped=sum(file.size for file in files if file.status == "skipped"),
+            bytes_resumed=self._resumed_bytes,
+            left_out={"hidden": self._selection.hidden, "weights": self._selection.weights},
+            seconds=seconds,
+            bytes_per_second=ledger.arrived_bytes / seconds,
+            requests=ledger.requests,
+            retries=ledger.retries,
+            concurrency=ledger.most_in_flight,
+            verified_digests=dict(self._verified),
+            file_list=tuple(files),
+        )
