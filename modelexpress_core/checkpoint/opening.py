@@ -78,11 +78,15 @@ class _Opening:
         objects, weight_map = self._files()
         asked = [info for info in objects.values() if self._ask_digests and not info.digests]
         workers = max(1, min(self._concurrency, len(objects) + len(asked)))
-        with ThreadPoolExecutor(workers, thread_name_prefix="mx-header") as pool:
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="mx-header")
+        try:
             answers = pool.map(self._digests, asked)
             reading = pool.map(self._read_header, objects.values())
             digests = {info.path: answer for info, answer in zip(asked, answers, strict=True) if answer}
             opened = [self._opened(name, *read, digests) for name, read in zip(objects, reading, strict=True)]
+        finally:
+            # Not waiting: whoever opened the storage closes it after a failure, which ends what is still under way.
+            pool.shutdown(wait=False, cancel_futures=True)
         tensors: dict[str, TensorInfo] = {}
         for file, header in opened:
             for entry in header.tensors:
