@@ -2,14 +2,17 @@
 #   make demo   a real S3 server, two checkpoints, every tensor compared
 #   make test   all tests (ARGS="-k name" goes to pytest)
 #   make lint   formatting, lint, types, layers
+#   make bench  figures as ratios to limits and to other libraries (ARGS="local s3 --quick")
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_VENV ?= .venv-bench
+BENCH_STAMP := $(BENCH_VENV)/.installed
 PACKAGES := . plugins/mx-s3
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test lint bench format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -38,9 +41,18 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+$(BENCH_STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) constraints-dev.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --constraint constraints-dev.txt \
+		$(addprefix --editable ,$(PACKAGES)) --editable '.[dev]' --requirement benchmarks/requirements.txt
+	@touch $@
+
+bench: $(BENCH_STAMP)
+	@$(BENCH_VENV)/bin/python -m benchmarks $(ARGS)
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -232,15 +232,27 @@ class SeaweedFS:
             config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
         )
 
-    def upload(self, directory: str | os.PathLike[str], bucket: str, prefix: str = "") -> str:
-        """Store every file below ``directory`` under ``bucket/prefix``; the URI of that place comes back."""
+    def upload(
+        self,
+        directory: str | os.PathLike[str],
+        bucket: str,
+        prefix: str = "",
+        *,
+        checksum: Literal["CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256"] | None = None,
+    ) -> str:
+        """Store every file below ``directory`` under ``bucket/prefix``; the URI of that place comes back.
+
+        Files of more than 8 MiB are uploaded in parts. Where ``checksum`` is CRC64NVME, the server then has a digest of
+        the whole object; any other is one of the digests of its parts.
+        """
         root, prefix = Path(directory), prefix.strip("/")
+        extra = {} if checksum is None else {"ChecksumAlgorithm": checksum}
         with contextlib.closing(self.client()) as client:
             with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
                 client.create_bucket(Bucket=bucket)
             for path in _files(root):
                 key = f"{prefix}/{path.relative_to(root).as_posix()}".lstrip("/")
-                client.upload_file(str(path), bucket, key)
+                client.upload_file(str(path), bucket, key, ExtraArgs=extra)
         return f"s3://{bucket}/{prefix}".rstrip("/")
 
 

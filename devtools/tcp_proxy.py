@@ -7,6 +7,7 @@ import fcntl
 import select
 import socket
 import struct
+import sys
 import termios
 import threading
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from attrs import frozen
 __all__ = ["Fault", "TcpProxy"]
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+_UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
+_END_OF_HEADERS = b"\r\n\r\n"
 
 
 @frozen
@@ -25,18 +28,51 @@ class Fault:
 
     Attributes:
         kind: ``"reset"`` and ``"truncate"`` end the connection (hard, or as if all were sent), ``"stall"`` keeps it
-            open and sends nothing more, ``"delay"`` waits ``seconds`` once, ``"flip"`` inverts one byte.
-        after_bytes: Bytes of the response, headers included, that pass before.
+            open and sends nothing more, ``"delay"`` waits ``seconds`` once, ``"flip"`` inverts bits of one byte,
+            ``"unavailable"`` answers HTTP 503 in the server's place.
+        after_bytes: Bytes of the response that pass before.
+        of_body: Whether ``after_bytes`` are counted from the start of an HTTP body, and not from that of its headers.
         seconds: How long a delay is.
+        bits: The bits that are inverted.
     """
 
-    kind: Literal["reset", "truncate", "stall", "delay", "flip"]
+    kind: Literal["reset", "truncate", "stall", "delay", "flip", "unavailable"]
     after_bytes: int = 0
+    of_body: bool = False
     seconds: float = 0.0
+    bits: int = 0xFF
 
 
 #: Called with the number of the request (from 0, over all connections) and its first bytes.
 Policy = Callable[[int, bytes], "Fault | None"]
+
+
+class _Answer:
+    """One response, and where in it its fault strikes."""
+
+    def __init__(self, fault: Fault | None) -> None:
+        self.refused = fault is not None and fault.kind == "unavailable"
+        self._fault = None if self.refused else fault
+        self._passed = 0
+        self._head = bytearray()
+
+    def strikes(self, content: memoryview) -> tuple[Fault | None, int]:
+        """The fault, if it strikes in ``content``, the next bytes, and how many of these pass before."""
+        fault = self._fault
+        if fault is None:
+            return None, len(content)
+        start = 0
+        if fault.of_body:
+            if _END_OF_HEADERS not in self._head:
+                self._head += content
+            end = self._head.find(_END_OF_HEADERS)
+            start = end + len(_END_OF_HEADERS) if end >= 0 else sys.maxsize
+        before = start + fault.after_bytes - self._passed
+        self._passed += len(content)
+        if before >= len(content):
+            return None, len(content)
+        self._fault = None
+        return fault, before
 
 
 class TcpProxy:
@@ -49,12 +85,18 @@ class TcpProxy:
         host: Host of the server behind.
         port: Port of the server behind.
         policy: Says what happens to the response to each request; by default nothing.
+
+    Attributes:
+        connections: Connections so far.
+        requests: Requests so far.
+        sent_bytes: Bytes sent to clients so far, headers included.
     """
 
     def __init__(self, host: str, port: int, policy: Policy | None = None) -> None:
         self.policy: Policy = policy or (lambda _number, _head: None)
         self.connections = 0
         self.requests = 0
+        self.sent_bytes = 0
         self._behind = (host, port)
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -90,7 +132,7 @@ class TcpProxy:
     def _relay(self, client: socket.socket, server: socket.socket) -> None:
         buffer = memoryview(bytearray(1 << 18))
         client.settimeout(10)  # bounds what a client that stopped reading can hold up
-        fault, passed, answered = None, 0, True
+        answer, answered = _Answer(None), True
         while not self._closing.is_set():
             ready = select.select([client, server], [], [], 0.05)[0]
             if client in ready:
@@ -98,24 +140,31 @@ class TcpProxy:
                 if not count:
                     return
                 if answered:
-                    with self._lock:
-                        number, self.requests = self.requests, self.requests + 1
-                    fault, passed, answered = self.policy(number, bytes(buffer[:count])), 0, False
-                server.sendall(buffer[:count])
+                    answer, answered = _Answer(self._fault(bytes(buffer[:count]))), False
+                if answer.refused:
+                    self._send(client, memoryview(_UNAVAILABLE))
+                    answered = True
+                else:
+                    server.sendall(buffer[:count])
             if server in ready:
                 count = server.recv_into(buffer)
                 if not count:
                     return
                 answered = True
-                if fault is not None and passed + count > fault.after_bytes:
-                    before = fault.after_bytes - passed
-                    client.sendall(buffer[:before])
-                    if not self._strike(fault, client, buffer[before:count]):
-                        return
-                    fault = None
-                else:
-                    client.sendall(buffer[:count])
-                passed += count
+                fault, before = answer.strikes(buffer[:count])
+                self._send(client, buffer[:before])
+                if fault is not None and not self._strike(fault, client, buffer[before:count]):
+                    return
+
+    def _fault(self, request: bytes) -> Fault | None:
+        with self._lock:
+            number, self.requests = self.requests, self.requests + 1
+        return self.policy(number, request)
+
+    def _send(self, client: socket.socket, content: memoryview) -> None:
+        client.sendall(content)
+        with self._lock:
+            self.sent_bytes += len(content)
 
     def _strike(self, fault: Fault, client: socket.socket, rest: memoryview) -> bool:
         """Do what ``fault`` says; whether the connection lives on."""
@@ -127,8 +176,8 @@ class TcpProxy:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
             return False
         if fault.kind == "flip":
-            rest[0] ^= 0xFF
+            rest[0] ^= fault.bits
         else:
             self._closing.wait(fault.seconds if fault.kind == "delay" else None)
-        client.sendall(rest)
+        self._send(client, rest)
         return True

@@ -1,0 +1,64 @@
+"""The benchmarks run, and their results have the form that is promised. How fast anything is, is not asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Benchmark -> keys that each row of its table has.
+NAMES = {
+    "local": {"contender", "destination", "seconds", "GB/s", "of limit", "CPU-s/GB"},
+    "s3": {"contender", "destination", "seconds", "GB/s", "of limit", "CPU-s/GB"},
+    "concurrency": {"latency ms", "cap MB/s", "destination", "best fixed", "of best"},
+    "recording": {"what", "us a tensor", "seconds"},
+    "memory": {"what", "destination", "peak over it MiB"},
+    "faults": {"failing", "loads", "right", "fetched twice"},
+    "corruption": {"digest", "corruptions", "mended", "failed", "wrong"},
+}
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("benchmarks")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_runs_and_reports(name: str, scratch: Path) -> None:
+    """In small sizes: rows, targets with a verdict, what is absent and why, and the rig, as tables and as JSON."""
+    results = scratch / f"{name}.json"
+    command = [sys.executable, "-m", "benchmarks", name, "--quick", "--json", str(results), "--scratch", str(scratch)]
+
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=280, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads(results.read_text())["reports"]
+    assert (name, True) == (report["benchmark"], report["quick"])
+    assert report["rig"]
+    assert report["rows"]
+    assert all(NAMES[name] <= row.keys() for row in report["rows"])
+    assert report["targets"]
+    assert all(target["met"] in {True, False} for target in report["targets"])
+    assert all(absent["reason"] for absent in report["absent"])
+    assert "small sizes: not a measurement" in done.stdout
+    assert name in done.stdout
+    # What is right, and not just quick, is so in small sizes, too.
+    assert all(row.get("right") == row.get("loads") and not row.get("wrong") for row in report["rows"])
+
+
+def test_a_benchmark_that_is_not_there_is_named() -> None:
+    """With those that are."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "remote"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2
+    assert "no benchmark is named remote; there are local, s3" in done.stderr
