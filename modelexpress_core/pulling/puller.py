@@ -268,14 +268,11 @@ class _Pull:
             wanted |= {name: Identity(root, name, info.version, info.size) for name, info in changed.items()}
         self._skip_equal(wanted, changed)
         everything = self._weights and self._selection.directory
-        self._place.discard_superseded(wanted, root=root, everything=everything)
-        copies = [
-            _Copy(info, self._place.partial(wanted[name]))
-            for name, info in changed.items()
-            if name not in self._in_place
-        ]
-        missing = sum(max(0, copy.info.size - copy.partial.allocated_bytes) for copy in copies)
-        check_space(self._directory, missing)
+        missing = [identity for name, identity in wanted.items() if name not in self._in_place]
+        self._place.discard_superseded(wanted, missing, root=root, everything=everything)
+        copies = [_Copy(changed[identity.name], self._place.partial(identity)) for identity in missing]
+        needed = sum(max(0, copy.info.size - copy.partial.allocated_bytes) for copy in copies)
+        check_space(self._directory, needed)
         try:
             for copy in copies:
                 copy.partial.reserve()

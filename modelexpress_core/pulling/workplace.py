@@ -14,7 +14,7 @@ import os
 import socket
 import stat as modes
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable
 from types import TracebackType
 
 import attrs
@@ -176,13 +176,18 @@ class Workplace:
         partial.resume()
         return partial
 
-    def discard_superseded(self, wanted: Mapping[str, Identity], *, root: str, everything: bool) -> None:
-        """Remove unfinished files that nobody will finish.
+    def discard_superseded(
+        self, wanted: Collection[str], missing: Iterable[Identity], *, root: str, everything: bool
+    ) -> None:
+        """Remove unfinished files that nobody will finish, and what was left of those that were just put in place.
 
-        These are other versions of what is wanted and, where ``everything`` below ``root`` is, files that are no longer
-        there; and whatever does not say what it is.
+        Args:
+            wanted: Names of all files of this pull: of each only what is ``missing`` is kept.
+            missing: Those that are not in place.
+            root: Redacted URI that is pulled.
+            everything: Whether unfinished files below ``root`` that are not wanted are no longer there at all.
         """
-        keys = {identity.key for identity in wanted.values()}
+        keys = {identity.key for identity in missing}
         with local_errors(self._hidden, "read the directory"):
             found = {os.path.splitext(name) for name in os.listdir(self._hidden)}
         for key in {stem for stem, suffix in found if suffix in {".part", ".journal"}} - keys:

@@ -241,7 +241,7 @@ def test_help_and_version(mx: Run) -> None:
     shown = mx("--help")
     version = mx("--version")
 
-    for word in ("load", "inspect", "doctor", "plugins", "settings", "Exit codes"):
+    for word in ("load", "inspect", "doctor", "pull", "plugins", "settings", "Exit codes"):
         assert word in shown.stdout
     assert version.stdout.startswith("mx 0.")
 
