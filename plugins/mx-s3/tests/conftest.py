@@ -1,16 +1,24 @@
-"""A real S3 server for all tests, a proxy before it that misbehaves, and a server that follows a script."""
+"""A real S3 server for all tests, a proxy before it that misbehaves, and servers that follow a script."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
+import json
+import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timedelta, timezone
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+from attrs import frozen
 
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Policy, TcpProxy
@@ -77,45 +85,223 @@ def proxied(server: SeaweedFS, opened: Callable[..., S3Storage]) -> Iterator[Cal
 Answer = tuple[int, Mapping[str, str], bytes]
 
 
+@frozen
+class Request:
+    """What a client sent.
+
+    Attributes:
+        method: ``GET``, ``HEAD``, ``PUT`` or ``POST``.
+        path: With the query.
+        headers: By name, in any case.
+        body: All of it.
+    """
+
+    method: str
+    path: str
+    headers: Message
+    body: bytes
+
+    @property
+    def access_key(self) -> str:
+        """Whose signature it has."""
+        return self._scope[0]
+
+    @property
+    def region(self) -> str:
+        """The region that it was signed for."""
+        return self._scope[2]
+
+    @property
+    def _scope(self) -> list[str]:
+        match = re.search(r"Credential=([^,]*)", self.headers.get("Authorization", ""))
+        return match[1].split("/") if match else ["", "", ""]
+
+
+@contextlib.contextmanager
+def serving(answer: Callable[[Request], Answer | None], context: ssl.SSLContext | None = None) -> Iterator[int]:
+    """The port of a server that gives each request the answer; None closes the connection without one."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            given = answer(Request(self.command, self.path, self.headers, body))
+            if given is None:
+                self.close_connection = True
+                return
+            status, headers, body = given
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+            self.close_connection = "Content-Length" in headers and self.command != "HEAD"
+
+        do_HEAD = do_PUT = do_POST = do_GET  # noqa: N815 - the names that http.server wants
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64
+
+        def handle_error(self, *_: object) -> None:
+            pass  # clients that go away are what some tests are about
+
+    with Server(("127.0.0.1", 0), Handler) as http:
+        http.daemon_threads = True
+        if context is not None:
+            http.socket = context.wrap_socket(http.socket, server_side=True, do_handshake_on_connect=False)
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield http.server_port
+        finally:
+            http.shutdown()
+            thread.join()
+
+
 @pytest.fixture
 def scripted(opened: Callable[..., S3Storage]) -> Iterator[Callable[..., S3Storage]]:
     """Opens storages on a server that gives each request one answer: for what the real server never does."""
     with contextlib.ExitStack() as stack:
 
         def scripted(answer: Answer, **options: Any) -> S3Storage:
-            class Handler(BaseHTTPRequestHandler):
-                protocol_version = "HTTP/1.1"
-
-                def do_GET(self) -> None:
-                    status, headers, body = answer
-                    self.send_response(status)
-                    for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    if self.command == "GET":
-                        self.wfile.write(body)
-                    self.close_connection = "Content-Length" in headers
-
-                do_HEAD = do_GET  # noqa: N815 - the name that http.server wants
-
-                def log_message(self, *_: object) -> None:
-                    pass
-
-            class Server(ThreadingHTTPServer):
-                def handle_error(self, *_: object) -> None:
-                    pass  # clients that go away are what some tests are about
-
-            http = stack.enter_context(Server(("127.0.0.1", 0), Handler))
-            http.daemon_threads = True
-            thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-            thread.start()
-            stack.callback(thread.join)
-            stack.callback(http.shutdown)
-            storage = opened(AWS_ENDPOINT_URL=f"http://127.0.0.1:{http.server_port}", **options)
+            port = stack.enter_context(serving(lambda _: answer))
+            storage = opened(AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}", **options)
             stack.callback(storage.close)
             return storage
 
         yield scripted
+
+
+@pytest.fixture
+def fronted(server: SeaweedFS) -> Iterator[Callable[[Callable[[Request], Answer | None]], str]]:
+    """Gives the URL of a server that answers what the given function does, and passes on what that leaves to S3."""
+    port = urlsplit(server.endpoint).port
+    assert port is not None
+    with contextlib.ExitStack() as stack:
+
+        def fronted(answer: Callable[[Request], Answer | None]) -> str:
+            def answer_or_pass_on(request: Request) -> Answer:
+                return answer(request) or _passed_on(request, port)
+
+            return f"http://127.0.0.1:{stack.enter_context(serving(answer_or_pass_on))}"
+
+        yield fronted
+
+
+def _passed_on(request: Request, port: int) -> Answer:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        connection.putrequest(request.method, request.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in request.headers.items():
+            connection.putheader(name, value)
+        connection.endheaders(request.body or None)
+        response = connection.getresponse()
+        headers = {name: value for name, value in response.getheaders() if name != "Connection"}
+        body = response.read()
+    if request.method != "HEAD":
+        headers.pop("Content-Length", None)  # as long as the body is, and the connection stays
+    return response.status, headers, body
+
+
+class AwsServices:
+    """Stands for the services that give credentials: STS, the metadata service of machines, the agent of containers.
+
+    Attributes:
+        keys: The access key and its secret that are given out from now on.
+        lifetime_seconds: How long they are said to be valid.
+        requests: What was asked for, in order: ``"sts"``, ``"metadata"``, ``"container"``.
+        refusal: The answer that is given instead of credentials.
+        web_identity: The form of the last request to STS.
+    """
+
+    role_arn = "arn:aws:iam::123456789012:role/serving"
+    container_token = "the-token-of-the-container"
+    web_identity_token = "the-token-of-the-service-account"
+
+    def __init__(self, keys: tuple[str, str]) -> None:
+        self.keys = keys
+        self.lifetime_seconds = 3600
+        self.requests: list[str] = []
+        self.refusal: Answer | None = None
+        self.web_identity: dict[str, str] = {}
+        self.url = ""
+
+    def answer(self, request: Request) -> Answer:
+        if request.path == "/latest/api/token":
+            return (200, {}, b"metadata-token") if request.method == "PUT" else (405, {}, b"")
+        kind = {"/latest": "metadata", "/v1/cre": "container"}.get(request.path[:7], "sts")
+        wanted = {
+            "metadata": ("x-aws-ec2-metadata-token", "metadata-token"),
+            "container": ("Authorization", self.container_token),
+        }
+        if kind in wanted and request.headers.get(wanted[kind][0]) != wanted[kind][1]:
+            return 401, {}, b"who are you"
+        if request.path.endswith("/security-credentials/"):
+            return 200, {}, b"serving"
+        self.requests.append(kind)
+        if kind == "sts":
+            self.web_identity = dict(parse_qsl(request.body.decode()))
+        return self.refusal or self._credentials(kind)
+
+    def _credentials(self, kind: str) -> Answer:
+        end = datetime.now(timezone.utc) + timedelta(seconds=self.lifetime_seconds)
+        expiration = end.strftime("%Y-%m-%dT%H:%M:%SZ")
+        access, secret = self.keys
+        if kind == "sts":
+            return 200, {}, _STS_ANSWER.format(access=access, secret=secret, expiration=expiration).encode()
+        # No session token, for the keys are real ones of the test server, which knows no sessions.
+        body = {"AccessKeyId": access, "SecretAccessKey": secret, "Token": "", "Expiration": expiration}
+        return 200, {}, json.dumps(body).encode()
+
+
+_STS_ANSWER = """<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">
+<AssumeRoleWithWebIdentityResult><Credentials>
+<AccessKeyId>{access}</AccessKeyId><SecretAccessKey>{secret}</SecretAccessKey><SessionToken></SessionToken>
+<Expiration>{expiration}</Expiration></Credentials></AssumeRoleWithWebIdentityResult>
+</AssumeRoleWithWebIdentityResponse>"""
+
+
+@pytest.fixture
+def services(server: SeaweedFS) -> Iterator[AwsServices]:
+    """Services that give out the real keys of the user ``reader``."""
+    environ = server.environ("reader")
+    services = AwsServices((environ["AWS_ACCESS_KEY_ID"], environ["AWS_SECRET_ACCESS_KEY"]))
+    with serving(services.answer) as port:
+        services.url = f"http://127.0.0.1:{port}"
+        yield services
+
+
+@pytest.fixture(params=["web identity", "metadata", "container"])
+def from_role(request: pytest.FixtureRequest, services: AwsServices, tmp_path: Path) -> dict[str, str | None]:
+    """Variables with which credentials come from a role, in each of the ways that there are."""
+    way = request.param
+    variables: dict[str, str | None] = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+    token = tmp_path / "token"
+    if way == "web identity":
+        token.write_text(services.web_identity_token)
+        return {
+            **variables,
+            "AWS_WEB_IDENTITY_TOKEN_FILE": str(token),
+            "AWS_ROLE_ARN": services.role_arn,
+            "AWS_ROLE_SESSION_NAME": "test",
+            "AWS_ENDPOINT_URL_STS": services.url,
+        }
+    if way == "metadata":
+        return {
+            **variables,
+            "AWS_EC2_METADATA_DISABLED": "false",
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": services.url,
+        }
+    token.write_text(services.container_token)
+    return {
+        **variables,
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{services.url}/v1/credentials",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": str(token),
+    }
 
 
 @pytest.fixture

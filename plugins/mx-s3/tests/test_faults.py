@@ -335,6 +335,18 @@ def test_a_scripted_server_that_closes_after_the_headers(scripted: Callable[...,
     assert caught.value.retryable
 
 
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_scripted_server_that_speaks_something_else(scripted: Callable[..., S3Storage], status: int) -> None:
+    """The page of a proxy is no listing; the server behind it may come back."""
+    storage = scripted((status, {}, b"<html><body>Welcome</html>"))
+
+    with pytest.raises(UnavailableError) as caught:
+        list(storage.list("any"))
+
+    assert caught.value.retryable
+    assert caught.value.hint
+
+
 def test_a_scripted_server_that_asks_for_patience(scripted: Callable[..., S3Storage]) -> None:
     """A 503 may be tried again, after as long as it says; botocore itself does not try again."""
     body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"

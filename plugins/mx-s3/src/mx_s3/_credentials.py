@@ -63,9 +63,8 @@ class _Session(botocore.session.Session):
             )
             options["config"] = config.merge(options["config"]) if options.get("config") else config
         if service_name == "sts":
-            options["endpoint_url"] = (
-                options.get("endpoint_url") or self.settings.sts_endpoint or self.settings.endpoint
-            )
+            general = None if os.environ.get("AWS_ENDPOINT_URL_STS") else self.settings.endpoint
+            options["endpoint_url"] = options.get("endpoint_url") or self.settings.sts_endpoint or general
         return super().create_client(service_name, *args, **options)
 
 

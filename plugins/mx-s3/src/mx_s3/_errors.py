@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import attrs
 from attrs import frozen
 from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from modelexpress_core.errors import (
@@ -37,7 +38,7 @@ PROVIDER = "mx-s3"
 RENEWED = "x-mx-renewed"
 
 #: What reading from S3 may raise.
-FAILURES = (boto.BotoCoreError, boto.ClientError, HTTPError, HTTPException, OSError)
+FAILURES = (boto.BotoCoreError, boto.ClientError, ResponseParserError, HTTPError, HTTPException, OSError)
 
 
 class CredentialsError(boto.BotoCoreError):
@@ -214,7 +215,7 @@ _CHECK_ENDPOINT = "check AWS_ENDPOINT_URL and AWS_REGION"
 _CHECK_NETWORK = "check AWS_ENDPOINT_URL, firewalls, and HTTPS_PROXY and NO_PROXY"
 _NO_CREDENTIALS = _Meaning(
     AccessDeniedError,
-    "neither variables, nor a profile, nor a role of this machine or container give any",
+    "neither variables nor a profile give any, and AWS_EC2_METADATA_DISABLED keeps from asking for the machine's role",
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket MX_S3_ANONYMOUS=1",
 )
 _NO_MACHINE_CREDENTIALS = _Meaning(
@@ -270,7 +271,16 @@ _NO_USE: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = (
         ),
     ),
     (
-        (boto.ConfigParseError, boto.ConfigNotFound, boto.InvalidConfigError),
+        (boto.InvalidConfigError,),
+        "the configuration of the credentials lacks something, or contradicts itself",
+        _Meaning(
+            AccessDeniedError,
+            "AWS_WEB_IDENTITY_TOKEN_FILE without AWS_ROLE_ARN, or a profile with a role and no source for it",
+            "check AWS_ROLE_ARN, and the profile in AWS_CONFIG_FILE",
+        ),
+    ),
+    (
+        (boto.ConfigParseError, boto.ConfigNotFound),
         "the AWS configuration files cannot be read",
         _Meaning(AccessDeniedError, "a syntax error in them", "check AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE"),
     ),
@@ -334,6 +344,15 @@ _EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] =
         (boto.ParamValidationError,),
         "S3 allows no such name",
         _Meaning(NotFoundError, "the bucket or the key in the URI is misspelt", "correct the URI"),
+    ),
+    (
+        (ResponseParserError,),
+        "what the endpoint {endpoint} answered is not of the S3 protocol",
+        _Meaning(
+            UnavailableError,
+            "something in front of the server answers, or the answer was cut",
+            "check AWS_ENDPOINT_URL",
+        ),
     ),
     (
         (boto.ConnectionError, boto.HTTPClientError, HTTPError, HTTPException, OSError),
