@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,13 +31,17 @@ def mx_register_storages() -> list[StorageProvider]:
     """``file`` and ``memory``."""
     return [
         # Gaps are skipped, however short: on a network file system bytes are what is dear, and rows of a matrix that
-        # are split among ranks have gaps. A few threads fill the memory bus.
+        # are split among ranks have gaps. What lies in the page cache comes no faster with more threads than there are
+        # processors; a disk or a network file system shows soon that it can do more.
         StorageProvider(
             "file",
             ("file",),
             _open_file,
             capabilities=StorageCapabilities(
-                read_runs=True, concurrency=8, most_concurrency=32, request_cost_bytes=128
+                read_runs=True,
+                concurrency=min(8, len(os.sched_getaffinity(0))),
+                most_concurrency=32,
+                request_cost_bytes=128,
             ),
         ),
         StorageProvider(

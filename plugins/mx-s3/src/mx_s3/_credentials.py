@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import botocore.session
@@ -68,10 +69,20 @@ class _Session(botocore.session.Session):
         return super().create_client(service_name, *args, **options)
 
 
+@cache
+def _descriptions() -> Any:  # noqa: ANN401 - botocore has no annotations
+    """What botocore knows of the services, which takes it a tenth of a second to read: once is enough."""
+    return botocore.session.Session().get_component("data_loader")
+
+
 def new_session(settings: S3Settings) -> botocore.session.Session:
     """A session that has read nothing yet, for which ``settings`` go before the process's environment."""
     session = _Session(profile=settings.profile)
     session.settings = settings
+    descriptions = _descriptions()
+    # Every session of boto3 adds its directory.
+    descriptions.search_paths[:] = dict.fromkeys(descriptions.search_paths)
+    session.register_component("data_loader", descriptions)
     variables = {
         "ca_bundle": settings.ca_bundle,
         "config_file": settings.config_file,
