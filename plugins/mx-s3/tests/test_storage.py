@@ -368,7 +368,7 @@ def test_an_upload_in_parts_reads_like_any_object(
     content = os.urandom(1 << 20) * 20
     (tmp_path / "shard").mkdir()
     (tmp_path / "shard" / "model.safetensors").write_bytes(content)
-    uri = ModelURI.parse(server.upload(tmp_path, "models", "parts"))
+    uri = ModelURI.parse(server.upload(tmp_path, "models", "uploaded"))
     storage, memory = opened(str(uri)), bytearray(len(content))
 
     (info,) = storage.list(uri.path)
