@@ -374,7 +374,7 @@ def test_an_upload_in_parts_reads_like_any_object(
     (info,) = storage.list(uri.path)
     count = storage.read_into(info.path, 0, memoryview(memory), version=info.version)
 
-    assert "parts/shard/model.safetensors" == info.path
+    assert "uploaded/shard/model.safetensors" == info.path
     assert "-" in (info.version or "")
     assert len(content) == count
     assert content == memory
