@@ -47,7 +47,7 @@ def test_load_reports_as_json(mx: Run, uploaded: str, environ: dict[str, str]) -
     assert report["uri"] == uploaded
     assert report["bytes_needed"] == report["bytes_fetched"]
     assert (report["files"], report["tensors"]) == (3, 17)
-    assert report["verified"] == {"versions": 3, "sizes": 3, "digests": 0}
+    assert report["verified"] == {"versions": 3, "sizes": 3, "digests": 3}
     assert report["storage"]["plugin"] == "mx-s3"
     assert report["peak_rss_bytes"] > report["bytes_needed"]
     assert report["goodput_bytes_per_second"] == pytest.approx(report["bytes_needed"] / report["seconds"])
