@@ -215,6 +215,7 @@ class AwsServices:
         lifetime_seconds: How long they are said to be valid.
         requests: What was asked for, in order: ``"sts"``, ``"metadata"``, ``"container"``.
         refusal: The answer that is given instead of credentials.
+        delay_seconds: How long each answer takes.
         web_identity: The form of the last request to STS.
     """
 
@@ -227,6 +228,7 @@ class AwsServices:
         self.lifetime_seconds = 3600
         self.requests: list[str] = []
         self.refusal: Answer | None = None
+        self.delay_seconds = 0.0
         self.web_identity: dict[str, str] = {}
         self.url = ""
 
@@ -245,6 +247,7 @@ class AwsServices:
         self.requests.append(kind)
         if kind == "sts":
             self.web_identity = dict(parse_qsl(request.body.decode()))
+        time.sleep(self.delay_seconds)
         return self.refusal or self._credentials(kind)
 
     def _credentials(self, kind: str) -> Answer:

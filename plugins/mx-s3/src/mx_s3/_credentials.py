@@ -178,8 +178,7 @@ class Identity:
             if self._final is not None and hash(self._final) == refused:
                 return False
             if self._renewals != renewals and self._failure is not None:  # another thread has just tried
-                raise self._failure
-            self._renewals += 1
+                raise CredentialsError(**self._failure.kwargs) from self._failure
             self._failure = None
             try:
                 found = self._find()
@@ -187,8 +186,10 @@ class Identity:
             except CredentialsError as exc:
                 self._failure = exc
                 raise
+            finally:
+                self._renewals += 1  # at the end, so that whoever came meanwhile sees that it was tried
             if hash(frozen) == refused:
-                self._final = frozen
+                self._final = frozen if found.method not in _FILES else None  # a file may be written any moment
                 return False
             self._found = found
             return True
