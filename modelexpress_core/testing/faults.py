@@ -7,14 +7,14 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, cast, get_args
 
 import attrs
 from attrs import field, frozen
 
-from modelexpress_core.errors import BackendError, SourceChangedError, UnavailableError
-from modelexpress_core.storage import ObjectInfo, Storage
+from modelexpress_core.errors import BackendError, DeadlineError, SourceChangedError, ThrottledError, UnavailableError
+from modelexpress_core.storage import ObjectInfo, RunStorage, Storage
 
 __all__ = ["Fault", "FaultPolicy", "FaultyStorage"]
 
@@ -28,7 +28,9 @@ _WITHOUT_BYTES = frozenset({"reset", "unavailable", "throttled", "stall", "chang
 
 _INVERTED = bytes(255 - value for value in range(256))
 
-_Operation = Literal["list", "stat", "read_into"]
+_Operation = Literal["list", "stat", "read_into", "read_runs"]
+
+_READS: tuple[_Operation, ...] = ("read_into", "read_runs")
 
 
 def _share() -> float:
@@ -43,13 +45,17 @@ class FaultPolicy:
     offset and how often just this was asked for before, and on nothing else: the same load meets the same faults,
     however its threads are scheduled.
 
+    Reads are those of ``read_into`` and of ``read_runs``, where the storage has that; of the latter what is short ends
+    with a whole run.
+
     Attributes:
         reset: Share of reads whose connection breaks: they are short, and the read that goes on where they end fails
             with UnavailableError. One that breaks before its first byte fails itself.
         truncation: Share of reads whose stream ends early, as if all had been sent: they are short.
         unavailable: Share of calls that the server refuses as HTTP 503 does.
-        throttled: Share of calls that the server refuses as HTTP 429 does.
-        stall: Share of calls that wait for ``stall_seconds``, or until the storage is closed.
+        throttled: Share of calls that the server refuses as HTTP 429 does: with ThrottledError.
+        stall: Share of calls that wait for ``stall_seconds``, or until the storage is closed; reads only for the
+            storage's ``patience_seconds``, and then fail with DeadlineError.
         flipped_bit: Share of reads with one wrong bit, and no word about it.
         changed: Share of calls before which the object is replaced by another of the same size: its bytes are
             inverted, its version is another, and reads of the old one fail with SourceChangedError.
@@ -58,8 +64,9 @@ class FaultPolicy:
         most: Faults in all, after which everything works; None for no end.
         stall_seconds: How long a stall is; None for one that only closing ends.
         retry_after_seconds: What a throttling server asks for.
-        latency_seconds: What every call takes at least.
+        latency_seconds: What every call waits before anything comes.
         bytes_per_second: What each read gets at most; None for no limit.
+        total_bytes_per_second: What all reads together get at most; None for no limit.
         seed: Another one gives other faults.
     """
 
@@ -75,12 +82,15 @@ class FaultPolicy:
         converter=tuple,
         validator=attrs.validators.deep_iterable(attrs.validators.in_((*_FAULTS, None))),
     )
-    operations: frozenset[_Operation] = field(default=frozenset({"read_into"}), converter=frozenset)
+    operations: frozenset[_Operation] = field(default=frozenset(_READS), converter=frozenset)
     most: int | None = None
     stall_seconds: float | None = None
     retry_after_seconds: float | None = None
     latency_seconds: float = field(default=0.0, validator=attrs.validators.ge(0.0))
     bytes_per_second: float | None = field(default=None, validator=attrs.validators.optional(attrs.validators.gt(0)))
+    total_bytes_per_second: float | None = field(
+        default=None, validator=attrs.validators.optional(attrs.validators.gt(0))
+    )
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
@@ -88,9 +98,10 @@ class FaultPolicy:
         if math.fsum(self.shares.values()) > 1:
             message = f"the shares of a FaultPolicy add up to more than 1: {dict(self.shares)}"
             raise ValueError(message)
-        unknown = sorted(self.operations - {"list", "stat", "read_into"})
+        known = get_args(_Operation)
+        unknown = sorted(self.operations - {*known})
         if unknown:
-            message = f"a FaultPolicy knows the operations list, stat and read_into, not {', '.join(unknown)}"
+            message = f"a FaultPolicy knows the operations {', '.join(known)}, not {', '.join(unknown)}"
             raise ValueError(message)
 
     @property
@@ -99,8 +110,31 @@ class FaultPolicy:
         return {fault: getattr(self, fault) for fault in _FAULTS}
 
 
+@frozen
+class _Read:
+    """A read of runs; of one range, all of whose bytes are runs of one byte without gaps.
+
+    Attributes:
+        kind: The method.
+        operation: What it does, for people.
+        path: Of the object.
+        offset: First byte.
+        run_bytes: Length of a run.
+        stride_bytes: From the start of a run to the start of the next.
+    """
+
+    kind: _Operation
+    operation: str
+    path: str
+    offset: int
+    run_bytes: int
+    stride_bytes: int
+
+
 class FaultyStorage:
     """``inner``, with the faults of ``policy``. Thread-safe, as far as ``inner`` is.
+
+    It reads runs if ``inner`` does, and is a ``PatientStorage``.
 
     Example:
         >>> from modelexpress_core.storage.memory import MemoryStorage
@@ -121,6 +155,9 @@ class FaultyStorage:
 
     def __init__(self, inner: Storage, policy: FaultPolicy) -> None:
         self._inner = inner
+        self._patience_seconds: float = getattr(inner, "patience_seconds", math.inf)
+        if hasattr(inner, "read_runs"):
+            self.read_runs = self._read_runs
         self._policy = policy
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -130,6 +167,18 @@ class FaultyStorage:
         self._asked: Counter[tuple[str, str, int]] = Counter()
         self._broken: set[tuple[str, int]] = set()
         self._replaced: Counter[str] = Counter()
+        self._line_free_at = 0.0
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long reads wait for a server that says nothing: those of the inner storage, too, if it is patient."""
+        return self._patience_seconds
+
+    @patience_seconds.setter
+    def patience_seconds(self, seconds: float) -> None:
+        self._patience_seconds = seconds
+        if hasattr(self._inner, "patience_seconds"):
+            self._inner.patience_seconds = seconds
 
     @property
     def injected(self) -> Counter[Fault]:
@@ -164,32 +213,57 @@ class FaultyStorage:
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """As the inner storage's, or with a fault."""
         operation = f"read bytes {offset}-{offset + len(buffer) - 1}"
-        begun = time.monotonic()
+
+        def read(wanted: int, inner_version: str | None) -> int:
+            return self._inner.read_into(path, offset, buffer[:wanted], version=inner_version)
+
+        call = _Read("read_into", operation, path, offset, 1, 1)
+        return self._read(call, buffer, version, read)
+
+    def _read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        """As the inner storage's, or with a fault."""
+        inner = cast("RunStorage", self._inner)
+        operation = f"read runs of {run_bytes} bytes from {offset} on"
+
+        def read(wanted: int, inner_version: str | None) -> int:
+            return inner.read_runs(path, offset, run_bytes, stride_bytes, buffer[:wanted], version=inner_version)
+
+        call = _Read("read_runs", operation, path, offset, run_bytes, stride_bytes)
+        return self._read(call, buffer, version, read)
+
+    def _read(
+        self, call: _Read, buffer: memoryview, version: str | None, read: Callable[[int, str | None], int]
+    ) -> int:
+        """What ``read`` brings of a number of bytes and of a version, or less, or something else."""
+        operation, path = call.operation, call.path
         with self._lock:
-            broken = (path, offset) in self._broken
-            self._broken.discard((path, offset))
+            broken = (path, call.offset) in self._broken
+            self._broken.discard((path, call.offset))
         if broken:
             raise self._error(UnavailableError, "the connection was reset [injected]", operation, path)
-        fault, chance = self._draw("read_into", path, offset)
-        self._wait(operation, path, fault)
+        fault, chance = self._draw(call.kind, path, call.offset)
+        self._wait(operation, path, fault, self.patience_seconds)
+        begun = time.monotonic()
         inner_version, replaced = self._pinned(path, version, operation)
         wanted = len(buffer)
         if fault in {"reset", "truncation"}:
-            wanted = chance.randrange(wanted)
+            runs = chance.randrange(wanted // call.run_bytes)
+            wanted = runs * call.run_bytes
             if fault == "reset" and wanted:
                 with self._lock:
-                    self._broken.add((path, offset + wanted))
+                    self._broken.add((path, call.offset + runs * call.stride_bytes))
         if not wanted:
             if fault == "reset":
                 raise self._error(UnavailableError, "the connection was reset [injected]", operation, path)
             return 0
-        count = self._inner.read_into(path, offset, buffer[:wanted], version=inner_version)
+        count = read(wanted, inner_version)
         if replaced % 2:
             buffer[:count] = bytes(buffer[:count]).translate(_INVERTED)
         if fault == "flipped_bit" and count:
             buffer[chance.randrange(count)] ^= 1 << chance.randrange(8)
-        if self._policy.bytes_per_second is not None:
-            self._sleep(count / self._policy.bytes_per_second - (time.monotonic() - begun), operation, path)
+        self._sleep(self._arrives_at(count, begun) - time.monotonic(), operation, path)
         return count
 
     def close(self) -> None:
@@ -221,7 +295,7 @@ class FaultyStorage:
                 none = 1 - math.fsum(policy.shares.values())
                 fault = chance.choices([*_FAULTS, None], [*policy.shares.values(), max(none, 0.0)])[0]
             self._drawn += 1
-            if fault is None or (operation != "read_into" and fault not in _WITHOUT_BYTES):
+            if fault is None or (operation not in _READS and fault not in _WITHOUT_BYTES):
                 return None, chance
             if policy.most is not None and self._injected.total() >= policy.most:
                 return None, chance
@@ -230,20 +304,34 @@ class FaultyStorage:
                 self._replaced[path] += 1
             return fault, chance
 
-    def _wait(self, operation: str, path: str, fault: Fault | None) -> None:
+    def _wait(self, operation: str, path: str, fault: Fault | None, patience_seconds: float = math.inf) -> None:
         """What a call has to go through before it reaches the inner storage."""
-        self._sleep(self._policy.latency_seconds, operation, path)
+        silence = self._policy.latency_seconds
+        if fault == "stall":
+            silence += math.inf if self._policy.stall_seconds is None else self._policy.stall_seconds
+        self._sleep(min(silence, patience_seconds), operation, path)
+        if silence > patience_seconds:
+            reason = f"no answer for {patience_seconds:g} s [injected]"
+            raise self._error(DeadlineError, reason, operation, path)
         if fault == "unavailable":
             raise self._error(UnavailableError, "HTTP 503 [injected]", operation, path)
         if fault == "throttled":
             reason, after = "HTTP 429 [injected]", self._policy.retry_after_seconds
-            raise self._error(UnavailableError, reason, operation, path, retry_after_seconds=after)
-        if fault == "stall":
-            self._sleep(self._policy.stall_seconds, operation, path)
+            raise self._error(ThrottledError, reason, operation, path, retry_after_seconds=after)
 
-    def _sleep(self, seconds: float | None, operation: str, path: str) -> None:
-        """Wait, but no longer than until the storage is closed; None is for ever."""
-        if (seconds is None or seconds > 0) and self._closed.wait(seconds):
+    def _arrives_at(self, count: int, begun: float) -> float:
+        """When the last of ``count`` bytes is here, which are sent from ``begun`` on, or when the line is free."""
+        alone, together = self._policy.bytes_per_second, self._policy.total_bytes_per_second
+        arrival = begun if alone is None else begun + count / alone
+        if together is None:
+            return arrival
+        with self._lock:
+            self._line_free_at = max(begun, self._line_free_at) + count / together
+            return max(arrival, self._line_free_at)
+
+    def _sleep(self, seconds: float, operation: str, path: str) -> None:
+        """Wait, but no longer than until the storage is closed."""
+        if seconds > 0 and self._closed.wait(None if math.isinf(seconds) else seconds):
             raise self._error(BackendError, "the storage was closed", operation, path)
 
     def _pinned(self, path: str, version: str | None, operation: str) -> tuple[str | None, int]:

@@ -65,6 +65,15 @@ watching.clear()
 print("\\n" + json.dumps({"modules": sorted(set(sys.modules) - before), "deeds": deeds}))
 """
 
+#: Capability -> what a storage that has it has.
+_BEHIND: Mapping[str, Sequence[str]] = {
+    "read_batch": ("read_batch",),
+    "read_runs": ("read_runs",),
+    "write": ("write",),
+    "patience": ("patience_seconds",),
+    "diagnosis": ("endpoint", "credentials"),
+}
+
 _FIRST_PARTY_FILES = frozenset({"__init__.py", "_errors.py", "plugin.py", "py.typed", "settings.py"})
 
 
@@ -214,6 +223,28 @@ class PluginContract(Contract, contract=True):
         try:
             if not isinstance(storage, Storage):
                 violated(f"the factory returned {type(storage).__name__}, which lacks methods of Storage")
+        finally:
+            storage.close()
+
+    def test_capabilities_are_what_the_storage_has(self, manager: PluginManager) -> None:
+        """Core calls what is declared, and never finds what is not."""
+        if not self.example_uri:
+            pytest.skip("example_uri is not set")
+        registered, storage = manager.open_storage(ModelURI.parse(self.example_uri), self.example_settings)
+        try:
+            for capability, names in _BEHIND.items():
+                declared = getattr(registered.provider.capabilities, capability)
+                lacking = [name for name in names if not hasattr(storage, name)]
+                if declared and lacking:
+                    violated(
+                        f"the {registered.label} declares the capability {capability}, and its storage, "
+                        f"{type(storage).__name__}, has no {' and no '.join(lacking)}"
+                    )
+                if not declared and not lacking:
+                    violated(
+                        f"{type(storage).__name__} has {' and '.join(names)}, which nothing uses: declare it with "
+                        f"capabilities=StorageCapabilities({capability}=True)"
+                    )
         finally:
             storage.close()
 

@@ -7,18 +7,14 @@ with what, and often what the usual slip is.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import mmap
-import pickle
 import random
 import sys
 import threading
 import time
-import traceback
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, TypeVar
+from typing import ClassVar, TypeVar, cast
 from uuid import uuid4
 
 import pytest
@@ -33,7 +29,30 @@ from modelexpress_core.errors import (
     SourceChangedError,
     UnavailableError,
 )
-from modelexpress_core.storage import ObjectInfo, Storage
+from modelexpress_core.storage import ObjectInfo, RunStorage, Storage
+from modelexpress_core.testing.checks import (
+    Runs,
+    calls_of,
+    check_bytes,
+    check_class,
+    check_digest,
+    check_endpoint,
+    check_error,
+    check_final,
+    check_hidden,
+    check_patience,
+    check_runs,
+    check_waiting,
+    checked_read,
+    checked_runs,
+    listed_paths,
+    random_content,
+    same,
+    watched_sockets,
+    with_diagnosis,
+    with_patience,
+    with_runs,
+)
 from modelexpress_core.testing.contract import Contract, violated
 
 __all__ = ["UNUSUAL_NAMES", "StorageContract"]
@@ -57,30 +76,21 @@ UNUSUAL_NAMES: tuple[str, ...] = (
     "ünïcödé-模型-🙂",
 )
 
-#: What buffers hold before a read; whatever else is found outside of the bytes that were read was written there.
-_FILL = 0xA5
-_MARGIN_BYTES = 64
 
 _OBJECT_BYTES = 100_003
 _LARGE_BYTES = (16 << 20) + 7
+_RUNS_BYTES = (2 << 20) + 3
 
 #: How long reads go on in the tests in which something happens meanwhile.
 _MEANWHILE_SECONDS = 0.2
-
-_DIGESTS: Mapping[str, Callable[[bytes], str]] = {
-    "crc32": lambda content: f"{zlib.crc32(content):08x}",
-    "md5": lambda content: hashlib.md5(content, usedforsecurity=False).hexdigest(),
-    "sha1": lambda content: hashlib.sha1(content, usedforsecurity=False).hexdigest(),
-    "sha256": lambda content: hashlib.sha256(content).hexdigest(),
-    "sha512": lambda content: hashlib.sha512(content).hexdigest(),
-}
 
 
 class StorageContract(Contract, contract=True):
     """What every storage keeps to, in the fixtures' storage.
 
     Override ``storage`` and ``put``; the other fixtures have a default or switch tests on. Every rule that is not
-    tested, because a fixture or an attribute says so, shows as a skipped test with its reason.
+    tested, because a fixture or an attribute says so or the storage has nothing of the kind, shows as a skipped test
+    with its reason.
 
     Example:
         >>> import pytest
@@ -99,14 +109,14 @@ class StorageContract(Contract, contract=True):
         root_is_listable: ``list("")`` stands for the whole authority, which is small enough to be listed in a test.
         page_size: Objects in one page of a listing; one more is put. 0 where listings have no pages.
         unsupported_names: Names in ``UNUSUAL_NAMES`` that what is behind the storage cannot hold, with the reason.
-        patience_seconds: How long one call may take before it counts as hanging.
+        hang_seconds: How long one call may take before it counts as hanging.
     """
 
     versions: ClassVar[bool] = True
     root_is_listable: ClassVar[bool] = True
     page_size: ClassVar[int] = 0
     unsupported_names: ClassVar[Mapping[str, str]] = {}
-    patience_seconds: ClassVar[float] = 30.0
+    hang_seconds: ClassVar[float] = 30.0
 
     # -- fixtures to override -----------------------------------------------------------------------------------------
 
@@ -146,6 +156,11 @@ class StorageContract(Contract, contract=True):
         return None
 
     @pytest.fixture
+    def without_credentials(self) -> Storage | None:
+        """A storage that finds no credentials; None where none are needed, or all storages find some."""
+        return None
+
+    @pytest.fixture
     def stalled(self) -> tuple[Storage, str] | None:
         """A storage, and the path of an object in it of which no byte ever comes; None where nothing can stall."""
         return None
@@ -167,9 +182,9 @@ class StorageContract(Contract, contract=True):
         for name in names:
             put(f"{directory}/{name}", b"x")
 
-        _same(
+        same(
             sorted(f"{directory}/{name}" for name in names),
-            sorted(_listed(storage, directory)),
+            sorted(listed_paths(storage, directory)),
             f"list({directory!r}) gave paths",
         )
 
@@ -180,9 +195,9 @@ class StorageContract(Contract, contract=True):
         for name in ("model/inside", "model-2/a", "model.safetensors", "model2", "mode/l"):
             put(f"{directory}/{name}", b"x")
 
-        _same(
+        same(
             [f"{directory}/model/inside"],
-            sorted(_listed(storage, f"{directory}/model")),
+            sorted(listed_paths(storage, f"{directory}/model")),
             f"beside {directory}/model are model-2/, model2 and model.safetensors; list({directory + '/model'!r}) gave",
         )
 
@@ -193,7 +208,7 @@ class StorageContract(Contract, contract=True):
         put(f"{directory}/object", b"x")
 
         for prefix in (f"{directory}/nothing", f"{directory}/object", f"{directory}/nothing/at/all"):
-            _same([], _listed(storage, prefix), f"nothing is below {prefix}, and list gave")
+            same([], listed_paths(storage, prefix), f"nothing is below {prefix}, and list gave")
 
     def test_list_of_the_root_finds_everything(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
@@ -205,8 +220,8 @@ class StorageContract(Contract, contract=True):
         for name in names:
             put(name, b"x")
 
-        missing = sorted(names - set(_listed(storage, "")))
-        _same([], missing, "list('') did not give")
+        missing = sorted(names - set(listed_paths(storage, "")))
+        same([], missing, "list('') did not give")
 
     def test_list_goes_on_after_a_page(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
@@ -218,13 +233,13 @@ class StorageContract(Contract, contract=True):
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda name: put(name, b""), names))
 
-        listed = sorted(_listed(storage, directory))
-        _same(len(names), len(listed), "the number of objects that list gave is")
-        _same(names, listed, "list gave")
+        listed = sorted(listed_paths(storage, directory))
+        same(len(names), len(listed), "the number of objects that list gave is")
+        same(names, listed, "list gave")
 
     def test_list_agrees_with_stat(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
         """The paths are those that ``stat`` and ``read_into`` take; sizes and versions are the same."""
-        contents = {f"{directory}/{name}": _content(size) for name, size in (("a", 1), ("b/c", 1000))}
+        contents = {f"{directory}/{name}": random_content(size) for name, size in (("a", 1), ("b/c", 1000))}
         for path, content in contents.items():
             put(path, content)
 
@@ -233,26 +248,26 @@ class StorageContract(Contract, contract=True):
                 violated(f"list gave {type(info).__name__}, not ObjectInfo")
             told = storage.stat(info.path)
             content = contents[info.path]
-            _same((info.path, len(content)), (told.path, told.size), f"stat({info.path!r}) told path and size")
-            _same(len(content), info.size, f"list told for {info.path} the size")
-            _same(told.version, info.version, f"stat told for {info.path} the version {told.version!r}, and list")
-            _check_bytes(content, 0, _read(storage, info.path, 0, len(content), info.version), info.path)
+            same((info.path, len(content)), (told.path, told.size), f"stat({info.path!r}) told path and size")
+            same(len(content), info.size, f"list told for {info.path} the size")
+            same(told.version, info.version, f"stat told for {info.path} the version {told.version!r}, and list")
+            check_bytes(content, 0, checked_read(storage, info.path, 0, len(content), info.version), info.path)
 
     def test_list_of_a_missing_authority_is_not_found(self, missing_authority: Storage | None) -> None:
         """A bucket, account or share that does not exist is no empty directory."""
         if missing_authority is None:
             pytest.skip("nothing to test with: the fixture `missing_authority` is None")
         error = self._failing("list('model')", lambda: list(missing_authority.list("model")))
-        _check_class(error, (NotFoundError,), "listing what does not exist")
+        check_class(error, (NotFoundError,), "listing what does not exist")
 
     # -- stat ---------------------------------------------------------------------------------------------------------
 
     def test_stat_tells_the_size(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
         """Of what is stored now, also after it was replaced."""
         for size in (7, 0, 70_000):
-            put(f"{directory}/object", _content(size))
+            put(f"{directory}/object", random_content(size))
 
-            _same(size, storage.stat(f"{directory}/object").size, "stat told the size")
+            same(size, storage.stat(f"{directory}/object").size, "stat told the size")
 
     def test_stat_of_nothing_is_not_found(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
@@ -262,7 +277,7 @@ class StorageContract(Contract, contract=True):
 
         for path in ("model/obj", "model/object2", "elsewhere/object", "model/object/below"):
             error = self._failing(f"stat of {path}", lambda path=path: storage.stat(f"{directory}/{path}"))  # type: ignore[misc]  # a default binds it
-            _check_class(error, (NotFoundError,), f"stat({path!r}), which does not exist,")
+            check_class(error, (NotFoundError,), f"stat({path!r}), which does not exist,")
 
     def test_stat_of_a_directory_is_an_error(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
@@ -271,24 +286,27 @@ class StorageContract(Contract, contract=True):
         put(f"{directory}/model/object", b"x")
 
         error = self._failing("stat of a directory", lambda: storage.stat(f"{directory}/model"))
-        _check_class(error, (BackendError,), "stat of a directory")
+        check_class(error, (BackendError,), "stat of a directory")
 
     def test_digests_are_those_of_the_content(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """What a storage publishes, core verifies: in lower-case hex, of the whole object."""
-        content = _content(_OBJECT_BYTES)
-        put(f"{directory}/object", content)
-
-        for info in (storage.stat(f"{directory}/object"), *storage.list(directory)):
-            for algorithm in info.digests.keys() & _DIGESTS.keys():
-                _same(_DIGESTS[algorithm](content), info.digests[algorithm], f"the {algorithm} is given as")
+        """Core verifies them: of the whole object as it is now, in lower-case hex, by names that core knows."""
+        path, published = f"{directory}/object", False
+        for content in (random_content(_OBJECT_BYTES), random_content(_OBJECT_BYTES, seed=1)):
+            put(path, content)
+            for info in (storage.stat(path), *storage.list(directory)):
+                for algorithm, digest in info.digests.items():
+                    published = True
+                    check_digest(content, algorithm, digest)
+        if not published:
+            pytest.skip("the storage publishes no digests")
 
     # -- read_into ----------------------------------------------------------------------------------------------------
 
     def test_reads_any_range(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
         """Exactly the bytes of the range, into the buffer and nowhere else, all of them, with their number returned."""
-        path, content = f"{directory}/object", _content(_OBJECT_BYTES)
+        path, content = f"{directory}/object", random_content(_OBJECT_BYTES)
         put(path, content)
         version = storage.stat(path).version
 
@@ -301,8 +319,8 @@ class StorageContract(Contract, contract=True):
         def reads(*, one: int, other: int, pinned: bool) -> None:
             offset = min(one, other, _OBJECT_BYTES - 1)
             length = max(abs(one - other), 1)
-            got = _read(storage, path, offset, length, version if pinned else None)
-            _check_bytes(content, offset, got, path, length)
+            got = checked_read(storage, path, offset, length, version if pinned else None)
+            check_bytes(content, offset, got, path, length)
 
         reads()
 
@@ -310,26 +328,28 @@ class StorageContract(Contract, contract=True):
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
         """Objects of one size and one name in several directories are told apart, in any order."""
-        contents = {f"{directory}/{name}": _content(5000, seed) for seed, name in enumerate(("a/x", "b/x", "x", "A/x"))}
+        contents = {
+            f"{directory}/{name}": random_content(5000, seed) for seed, name in enumerate(("a/x", "b/x", "x", "A/x"))
+        }
         for path, content in contents.items():
             put(path, content)
 
         for path in (*contents, *reversed(contents)):
             version = storage.stat(path).version
-            _check_bytes(contents[path], 0, _read(storage, path, 0, 5000, version), path, 5000)
+            check_bytes(contents[path], 0, checked_read(storage, path, 0, 5000, version), path, 5000)
 
     def test_reads_much_at_once(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
         """One call fills a buffer of sixteen megabytes."""
-        path, content = f"{directory}/object", _content(_LARGE_BYTES)
+        path, content = f"{directory}/object", random_content(_LARGE_BYTES)
         put(path, content)
 
-        got = _read(storage, path, 3, _LARGE_BYTES - 3, storage.stat(path).version)
+        got = checked_read(storage, path, 3, _LARGE_BYTES - 3, storage.stat(path).version)
 
-        _check_bytes(content, 3, got, path, _LARGE_BYTES - 3)
+        check_bytes(content, 3, got, path, _LARGE_BYTES - 3)
 
     def test_reads_into_any_memory(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
         """A buffer is memory of whatever kind: of a tensor, a mapped file, shared or pinned, at any address."""
-        path, content = f"{directory}/object", _content(10_000)
+        path, content = f"{directory}/object", random_content(10_000)
         put(path, content)
 
         with mmap.mmap(-1, 10_000) as mapped:
@@ -342,8 +362,8 @@ class StorageContract(Contract, contract=True):
             try:
                 for kind, view in kinds.items():
                     count = storage.read_into(path, 0, view, version=None)
-                    _same(10_000, count, f"read_into into {kind} returned")
-                    _check_bytes(content, 0, bytes(view), f"{path} (read into {kind})")
+                    same(10_000, count, f"read_into into {kind} returned")
+                    check_bytes(content, 0, bytes(view), f"{path} (read into {kind})")
             finally:
                 for view in kinds.values():
                     view.release()
@@ -352,19 +372,19 @@ class StorageContract(Contract, contract=True):
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
         """What there is arrives, its number comes back, and the rest of the buffer stays as it was."""
-        path, content = f"{directory}/object", _content(1000)
+        path, content = f"{directory}/object", random_content(1000)
         put(path, content)
 
         for offset, length in ((0, 1001), (990, 11), (999, 5000), (1, 100_000)):
-            got = _read(storage, path, offset, length, storage.stat(path).version)
-            _check_bytes(content, offset, got, path, 1000 - offset)
+            got = checked_read(storage, path, offset, length, storage.stat(path).version)
+            check_bytes(content, offset, got, path, 1000 - offset)
 
     def test_a_read_behind_the_end_brings_nothing(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
         """It returns 0 or raises SourceChangedError, since an object that is longer by its header was cut."""
         path = f"{directory}/object"
-        put(path, _content(1000))
+        put(path, random_content(1000))
 
         for offset in (1000, 1001, 5000, 1 << 32, (1 << 32) + 1):
             self._brings_nothing(storage, path, offset)
@@ -374,8 +394,8 @@ class StorageContract(Contract, contract=True):
         path = f"{directory}/empty"
         put(path, b"")
 
-        _same([path], _listed(storage, directory), "list gave")
-        _same(0, storage.stat(path).size, "stat told the size")
+        same([path], listed_paths(storage, directory), "list gave")
+        same(0, storage.stat(path).size, "stat told the size")
         self._brings_nothing(storage, path, 0)
 
     def test_unusual_names(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
@@ -392,12 +412,12 @@ class StorageContract(Contract, contract=True):
         for path in paths:
             expected = path.encode()
             try:
-                _same(len(expected), storage.stat(path).size, "stat told the size")
-                _check_bytes(expected, 0, _read(storage, path, 0, len(expected)), path)
+                same(len(expected), storage.stat(path).size, "stat told the size")
+                check_bytes(expected, 0, checked_read(storage, path, 0, len(expected)), path)
             except (BackendError, AssertionError) as exc:
                 problems.append(f"{path!r}: {exc}")
-        _same([], problems, "stat and read_into do not get by with these names")
-        _same(sorted(paths), sorted(_listed(storage, directory)), "list gave paths")
+        same([], problems, "stat and read_into do not get by with these names")
+        same(sorted(paths), sorted(listed_paths(storage, directory)), "list gave paths")
 
     def test_a_read_of_nothing_is_not_found(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
@@ -406,8 +426,8 @@ class StorageContract(Contract, contract=True):
         put(f"{directory}/object", b"x")
 
         for version in (None, storage.stat(f"{directory}/object").version):
-            read = self._failing("read_into", lambda v=version: _read(storage, f"{directory}/none", 0, 10, v))  # type: ignore[misc]  # a default binds it
-            _check_class(read, (NotFoundError,), "a read of an object that does not exist")
+            read = self._failing("read_into", lambda v=version: checked_read(storage, f"{directory}/none", 0, 10, v))  # type: ignore[misc]  # a default binds it
+            check_class(read, (NotFoundError,), "a read of an object that does not exist")
 
     # -- versions -----------------------------------------------------------------------------------------------------
 
@@ -433,10 +453,10 @@ class StorageContract(Contract, contract=True):
         for content in (b"first", b"other", b"third"):
             put(path, content)
             version = storage.stat(path).version
-            _same([version] * 2, [info.version for info in (storage.stat(path), *storage.list(directory))], "versions")
+            same([version] * 2, [info.version for info in (storage.stat(path), *storage.list(directory))], "versions")
             seen.append(version)
 
-        _same(3, len(set(seen)), f"three contents of one size had the versions {seen}: their number is")
+        same(3, len(set(seen)), f"three contents of one size had the versions {seen}: their number is")
 
     @pytest.mark.parametrize("size", [1000, 900, 1100], ids=["same size", "shorter", "longer"])
     def test_a_replaced_object_is_not_read_under_its_old_version(
@@ -444,19 +464,19 @@ class StorageContract(Contract, contract=True):
     ) -> None:
         """SourceChangedError, which is not retryable; or the old bytes, from a storage that keeps them."""
         self._needs_versions()
-        path, old = f"{directory}/object", _content(1000)
+        path, old = f"{directory}/object", random_content(1000)
         put(path, old)
         versions = [storage.stat(path).version, *(info.version for info in storage.list(directory))]
-        put(path, _content(size, seed=1))
+        put(path, random_content(size, seed=1))
 
         for version in versions:
             for offset, length in ((0, 1000), (500, 100)):
                 try:
-                    got = _read(storage, path, offset, length, version)
+                    got = checked_read(storage, path, offset, length, version)
                 except BackendError as exc:
-                    _check_class(exc, (SourceChangedError,), "a read of a version that was replaced")
+                    check_class(exc, (SourceChangedError,), "a read of a version that was replaced")
                 else:
-                    _check_bytes(old, offset, got, f"{path} in its old version {version!r}", length)
+                    check_bytes(old, offset, got, f"{path} in its old version {version!r}", length)
 
     def test_without_a_version_any_is_read(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
@@ -464,12 +484,12 @@ class StorageContract(Contract, contract=True):
         """None takes the object as it is, or as it was since the storage was opened; but no mixture."""
         path, stored = f"{directory}/object", []
         for seed in range(3):
-            stored.append(_content(1000, seed))
+            stored.append(random_content(1000, seed))
             put(path, stored[-1])
 
-            got = _read(storage, path, 0, 1000)
+            got = checked_read(storage, path, 0, 1000)
             if got not in stored:
-                _check_bytes(stored[-1], 0, got, f"{path} (version=None)", 1000)
+                check_bytes(stored[-1], 0, got, f"{path} (version=None)", 1000)
 
     def test_versions_are_never_mixed(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
@@ -478,6 +498,14 @@ class StorageContract(Contract, contract=True):
         self._needs_versions()
         path, done = f"{directory}/object", threading.Event()
         put(path, bytes([1]) * 50_000)
+
+        def read_runs(version: str | None) -> bytes:
+            return checked_runs(cast("RunStorage", storage), path, Runs(0, 100, 200, 250), version)
+
+        def read_whole(version: str | None) -> bytes:
+            return checked_read(storage, path, 0, 50_000, version)
+
+        ways = (read_whole, read_runs) if hasattr(storage, "read_runs") else (read_whole,)
         byte_of: dict[str | None, int] = {}
 
         def replace() -> None:
@@ -488,19 +516,202 @@ class StorageContract(Contract, contract=True):
             finally:
                 done.set()
 
-        def read(_: int) -> None:
+        def read(number: int) -> None:
+            read_once = ways[number % len(ways)]
             while not done.is_set():
                 version = storage.stat(path).version
                 try:
-                    got = _read(storage, path, 0, 50_000, version)
+                    got = read_once(version)
                 except SourceChangedError:
                     continue
                 values = sorted(set(got))
-                _same(1, len(values), f"one read of {path} brought bytes of the contents {values}: their number is")
+                same(1, len(values), f"one read of {path} brought bytes of the contents {values}: their number is")
                 first = byte_of.setdefault(version, values[0])
-                _same(first, values[0], f"the version {version!r} had the content {first}, and then")
+                same(first, values[0], f"the version {version!r} had the content {first}, and then")
 
         self._in_threads(4, read, meanwhile=replace)
+
+    # -- runs, where the storage has read_runs ------------------------------------------------------------------------
+
+    def test_reads_any_runs(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
+        """The bytes that reads of each run would bring, one after another, and nothing outside of the buffer."""
+        running = with_runs(storage)
+        path, content = f"{directory}/object", random_content(_RUNS_BYTES)
+        put(path, content)
+        version = storage.stat(path).version
+
+        @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+        @given(
+            offset=st.integers(0, _RUNS_BYTES - 1),
+            run_bytes=st.integers(1, 9000),
+            gap_bytes=st.integers(1, 9000),
+            number=st.integers(1, 3000),
+            pinned=st.booleans(),
+        )
+        @example(offset=0, run_bytes=1, gap_bytes=1, number=3000, pinned=True)
+        @example(offset=1, run_bytes=512, gap_bytes=512, number=3000, pinned=True)
+        @example(offset=3, run_bytes=256, gap_bytes=8000, number=3000, pinned=False)
+        @example(offset=0, run_bytes=9000, gap_bytes=1, number=3000, pinned=True)
+        @example(offset=_RUNS_BYTES - 1, run_bytes=1, gap_bytes=4096, number=1, pinned=True)
+        def reads(*, offset: int, run_bytes: int, gap_bytes: int, number: int, pinned: bool) -> None:
+            run_bytes = min(run_bytes, _RUNS_BYTES - offset)
+            there = (_RUNS_BYTES - offset - run_bytes) // (run_bytes + gap_bytes) + 1
+            runs = Runs(offset, run_bytes, run_bytes + gap_bytes, min(number, there))
+            got = checked_runs(running, path, runs, version if pinned else None)
+            check_runs(content, runs, got, path, runs.number)
+
+        reads()
+
+    def test_runs_over_the_end_are_short(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """By whole runs: those that the object still holds arrive, and the number of their bytes comes back."""
+        running = with_runs(storage)
+        path, content = f"{directory}/object", random_content(1000)
+        put(path, content)
+
+        for offset, whole in ((0, 4), (1, 3), (899, 1), (900, 1), (901, 0), (999, 0), (1000, 0), (5000, 0)):
+            runs = Runs(offset, 100, 300, 5)
+            try:
+                got = checked_runs(running, path, runs, storage.stat(path).version)
+            except SourceChangedError as exc:
+                check_final(exc, "read_runs over the end")
+                if whole:
+                    violated(f"{whole} whole runs are at {offset} of {path}, and read_runs brought none: {exc}", exc)
+                continue
+            check_runs(content, runs, got, path, whole)
+
+    def test_runs_of_nothing_are_not_found(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """NotFoundError, as for any read."""
+        running = with_runs(storage)
+        put(f"{directory}/object", b"x")
+
+        error = self._failing("read_runs", lambda: checked_runs(running, f"{directory}/none", Runs(0, 10, 20, 3)))
+        check_class(error, (NotFoundError,), "read_runs of an object that does not exist")
+
+    def test_runs_of_a_replaced_object_are_not_read_under_its_old_version(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """SourceChangedError, which is not retryable; or the old bytes, from a storage that keeps them."""
+        running = with_runs(storage)
+        self._needs_versions()
+        path, old = f"{directory}/object", random_content(1000)
+        put(path, old)
+        version = storage.stat(path).version
+        put(path, random_content(1000, seed=1))
+        runs = Runs(5, 10, 30, 30)
+
+        try:
+            got = checked_runs(running, path, runs, version)
+        except BackendError as exc:
+            check_class(exc, (SourceChangedError,), "read_runs of a version that was replaced")
+        else:
+            check_runs(old, runs, got, f"{path} in its old version {version!r}", runs.number)
+
+    def test_close_ends_runs_in_other_threads(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """They end soon, and so do later ones: with their bytes or with a BackendError that is not retryable."""
+        running = with_runs(storage)
+        path, content = f"{directory}/object", random_content(1 << 20)
+        put(path, content)
+
+        def read(number: int) -> None:
+            runs = Runs(number, 100, 200, 5000)
+            check_runs(content, runs, checked_runs(running, path, runs), f"{path} (during close)")
+
+        self._ends_at_close(storage, read)
+
+    # -- patience, where the storage has patience_seconds -------------------------------------------------------------
+
+    def test_patience_may_be_set_while_reads_run(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """It is a number of seconds. Reads to which bytes come go on, whatever it is set to."""
+        patient = with_patience(storage)
+        path, content, done = f"{directory}/object", random_content(_OBJECT_BYTES), threading.Event()
+        put(path, content)
+        check_patience(patient, None)
+
+        def read(number: int) -> None:
+            while not done.is_set():
+                check_bytes(content, number, checked_read(storage, path, number, 50_000), path, 50_000)
+
+        def set_it() -> None:
+            try:
+                end = time.monotonic() + _MEANWHILE_SECONDS
+                while time.monotonic() < end:
+                    for seconds in (20.0, 600.0, 15, 1e9):
+                        patient.patience_seconds = seconds
+                        check_patience(patient, seconds)
+            finally:
+                done.set()
+
+        self._in_threads(3, read, meanwhile=lambda: self._soon("setting patience_seconds", set_it))
+
+    def test_patience_ends_a_read_that_waits(self, stalled: tuple[Storage, str] | None) -> None:
+        """By itself, with DeadlineError, which is retryable, after ``patience_seconds`` as they were when it began."""
+        if stalled is None:
+            pytest.skip("nothing to test with: the fixture `stalled` is None")
+        storage, path = stalled
+        patient = with_patience(storage)
+
+        for seconds in (0.3, 1.2):
+            patient.patience_seconds = seconds
+            what = f"a read to which no byte comes, with patience_seconds = {seconds:g},"
+            self._in_threads(2, lambda _: check_waiting(patient, path), what=what)
+
+        def relent() -> None:
+            time.sleep(_MEANWHILE_SECONDS)
+            begun = time.monotonic()
+            patient.patience_seconds = 2.0
+            if time.monotonic() - begun > 0.5:
+                violated("setting patience_seconds waited for a read that waits")
+
+        self._in_threads(2, lambda _: check_waiting(patient, path), meanwhile=relent)
+
+    # -- diagnosis, where the storage has endpoint and credentials ----------------------------------------------------
+
+    def test_endpoint_says_where_requests_go(self, storage: Storage, unreachable: Storage | None) -> None:
+        """A host and a port, without credentials and without asking anybody: also where nobody would answer."""
+        for each in (storage, unreachable):
+            if each is None:
+                continue
+            diagnosable = with_diagnosis(each)
+            with watched_sockets() as deeds:
+                endpoint = self._soon("endpoint", diagnosable.endpoint)
+                same(endpoint, diagnosable.endpoint(), "endpoint gave")
+            if deeds:
+                violated(f"endpoint connects to nothing, and did: {', '.join(deeds)}")
+            check_endpoint(endpoint)
+
+    def test_credentials_say_who_asks(
+        self, storage: Storage, denied: Storage | None, secrets: Sequence[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """For people, on one line, without a secret. Credentials that are refused are told like others."""
+        with caplog.at_level("INFO"):
+            for each in (storage, denied):
+                if each is None:
+                    continue
+                told: object = self._soon("credentials", with_diagnosis(each).credentials)
+                if not isinstance(told, str) or not told.strip() or "\n" in told:
+                    violated(f"credentials returned {type(told).__name__}; it returns one line, which says who asks")
+                check_hidden(told, secrets, "what credentials returned")
+        check_hidden(caplog.text, secrets, "the log")
+
+    def test_missing_credentials_are_denied(self, without_credentials: Storage | None, secrets: Sequence[str]) -> None:
+        """``credentials`` raises AccessDeniedError, as do requests."""
+        if without_credentials is None:
+            pytest.skip("nothing to test with: the fixture `without_credentials` is None")
+        calls = dict(calls_of(without_credentials))
+        if hasattr(without_credentials, "credentials"):
+            calls["credentials"] = with_diagnosis(without_credentials).credentials
+        for name, call in calls.items():
+            error = self._failing(f"{name} without credentials", call)
+            check_class(error, (AccessDeniedError,), f"{name} without credentials")
+            check_error(error, secrets)
 
     # -- threads ------------------------------------------------------------------------------------------------------
 
@@ -508,7 +719,7 @@ class StorageContract(Contract, contract=True):
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
         """Many threads read, list and ask for sizes at once; each gets what it asked for."""
-        contents = {f"{directory}/{name}": _content(_OBJECT_BYTES, seed) for seed, name in enumerate("ab")}
+        contents = {f"{directory}/{name}": random_content(_OBJECT_BYTES, seed) for seed, name in enumerate("ab")}
         for path, content in contents.items():
             put(path, content)
         infos = {info.path: info for info in storage.list(directory)}
@@ -519,12 +730,12 @@ class StorageContract(Contract, contract=True):
                 path = chance.choice(list(contents))
                 offset = chance.randrange(_OBJECT_BYTES)
                 length = chance.randint(1, _OBJECT_BYTES - offset)
-                got = _read(storage, path, offset, length, infos[path].version)
-                _check_bytes(contents[path], offset, got, f"{path} (while other threads read)", length)
+                got = checked_read(storage, path, offset, length, infos[path].version)
+                check_bytes(contents[path], offset, got, f"{path} (while other threads read)", length)
                 if turn % 20 == 0:
-                    _same(_OBJECT_BYTES, storage.stat(path).size, "while other threads read, stat told the size")
-                    listed = sorted(_listed(storage, directory))
-                    _same(sorted(contents), listed, "while other threads read, list gave")
+                    same(_OBJECT_BYTES, storage.stat(path).size, "while other threads read, stat told the size")
+                    listed = sorted(listed_paths(storage, directory))
+                    same(sorted(contents), listed, "while other threads read, list gave")
 
         before = sys.getswitchinterval()
         sys.setswitchinterval(1e-5)
@@ -542,48 +753,34 @@ class StorageContract(Contract, contract=True):
 
     def test_calls_after_close_end(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
         """As they would have, or with a BackendError that is not retryable."""
-        path, content = f"{directory}/object", _content(1000)
+        path, content = f"{directory}/object", random_content(1000)
         put(path, content)
-        _read(storage, path, 0, 1000)
+        checked_read(storage, path, 0, 1000)
         storage.close()
 
         calls: Mapping[str, Callable[[], object]] = {
-            "list": lambda: _same([path], _listed(storage, directory), "list gave"),
-            "stat": lambda: _same(1000, storage.stat(path).size, "stat told the size"),
-            "read_into": lambda: _check_bytes(content, 0, _read(storage, path, 0, 1000), path),
+            "list": lambda: same([path], listed_paths(storage, directory), "list gave"),
+            "stat": lambda: same(1000, storage.stat(path).size, "stat told the size"),
+            "read_into": lambda: check_bytes(content, 0, checked_read(storage, path, 0, 1000), path),
         }
         for name, call in calls.items():
             try:
                 self._soon(f"{name} after close", call)
             except BackendError as exc:
-                _check_final(exc, f"{name} after close")
+                check_final(exc, f"{name} after close")
 
     def test_close_ends_reads_in_other_threads(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
         """They end soon, with their bytes or with a BackendError that is not retryable."""
-        path, content = f"{directory}/object", _content(1 << 20)
+        path, content = f"{directory}/object", random_content(1 << 20)
         put(path, content)
-        done = threading.Event()
 
         def read(number: int) -> None:
-            while not done.is_set():
-                try:
-                    got = _read(storage, path, number, 1 << 19, broken=True)
-                except BackendError as exc:
-                    _check_final(exc, "a read during close")
-                    return
-                _check_bytes(content, number, got, f"{path} (read during close)")
+            got = checked_read(storage, path, number, 1 << 19, broken=True)
+            check_bytes(content, number, got, f"{path} (read during close)")
 
-        def close() -> None:
-            try:
-                time.sleep(_MEANWHILE_SECONDS / 4)
-                self._soon("close during reads", storage.close)
-                time.sleep(_MEANWHILE_SECONDS / 2)
-            finally:
-                done.set()
-
-        self._in_threads(6, read, meanwhile=close)
+        self._ends_at_close(storage, read)
 
     def test_close_ends_a_read_that_waits(self, stalled: tuple[Storage, str] | None) -> None:
         """A load that failed elsewhere does not wait for a server that has gone silent."""
@@ -593,9 +790,9 @@ class StorageContract(Contract, contract=True):
 
         def read(_: int) -> None:
             try:
-                _read(storage, path, 0, 1000, broken=True)
+                checked_read(storage, path, 0, 1000, broken=True)
             except BackendError as exc:
-                _check_final(exc, "a read that close ended")
+                check_final(exc, "a read that close ended")
                 return
             violated("the read came back without an error, although it was to stall: check the fixture `stalled`")
 
@@ -621,24 +818,24 @@ class StorageContract(Contract, contract=True):
         with caplog.at_level("INFO"):
             errors = [
                 self._failing("stat", lambda: storage.stat(missing)),
-                self._failing("read_into", lambda: _read(storage, missing, 0, 10)),
+                self._failing("read_into", lambda: checked_read(storage, missing, 0, 10)),
             ]
 
         for error in errors:
-            _check_class(error, (NotFoundError,), "what does not exist")
-            _check_error(error, secrets)
+            check_class(error, (NotFoundError,), "what does not exist")
+            check_error(error, secrets)
             if not error.uri.endswith("/no-such-object"):
                 violated(f"the error's uri is {error.uri!r}, which does not name the object, {missing}")
-        _check_hidden(caplog.text, secrets, "the log")
+        check_hidden(caplog.text, secrets, "the log")
 
     def test_an_unreachable_server_is_unavailable(self, unreachable: Storage | None, secrets: Sequence[str]) -> None:
         """UnavailableError or DeadlineError, retryable, and soon: core is the one that tries again."""
         if unreachable is None:
             pytest.skip("nothing to test with: the fixture `unreachable` is None")
-        for name, call in _calls(unreachable).items():
+        for name, call in calls_of(unreachable).items():
             error = self._failing(f"{name} without a server", call)
-            _check_class(error, (UnavailableError, DeadlineError), f"{name} without a server")
-            _check_error(error, secrets)
+            check_class(error, (UnavailableError, DeadlineError), f"{name} without a server")
+            check_error(error, secrets)
             if not error.retryable:
                 violated(f"the {type(error).__name__} of {name} is not retryable, so a restart of the server is fatal")
 
@@ -649,11 +846,11 @@ class StorageContract(Contract, contract=True):
         if denied is None:
             pytest.skip("nothing to test with: the fixture `denied` is None")
         with caplog.at_level("INFO"):
-            for name, call in _calls(denied).items():
+            for name, call in calls_of(denied).items():
                 error = self._failing(f"{name} with refused credentials", call)
-                _check_class(error, (AccessDeniedError,), f"{name} with refused credentials")
-                _check_error(error, secrets)
-        _check_hidden(caplog.text, secrets, "the log")
+                check_class(error, (AccessDeniedError,), f"{name} with refused credentials")
+                check_error(error, secrets)
+        check_hidden(caplog.text, secrets, "the log")
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
@@ -663,11 +860,37 @@ class StorageContract(Contract, contract=True):
 
     def _brings_nothing(self, storage: Storage, path: str, offset: int) -> None:
         try:
-            got = _read(storage, path, offset, 100, storage.stat(path).version)
+            got = checked_read(storage, path, offset, 100, storage.stat(path).version)
         except BackendError as exc:
-            _check_class(exc, (SourceChangedError,), f"a read of {path} at {offset}, behind its end,")
+            check_class(exc, (SourceChangedError,), f"a read of {path} at {offset}, behind its end,")
         else:
-            _same(b"", got, f"there is nothing at {offset} of {path}, and a read brought")
+            same(b"", got, f"there is nothing at {offset} of {path}, and a read brought")
+
+    def _ends_at_close(self, storage: Storage, read: Callable[[int], None]) -> None:
+        """Close ``storage`` while threads call ``read`` over and over, and see that all of them end, and later ones."""
+        done = threading.Event()
+
+        def keep_reading(number: int) -> None:
+            while not done.is_set():
+                try:
+                    read(number)
+                except BackendError as exc:
+                    check_final(exc, "a read during close")
+                    return
+
+        def close() -> None:
+            try:
+                time.sleep(_MEANWHILE_SECONDS / 4)
+                self._soon("close during reads", storage.close)
+                time.sleep(_MEANWHILE_SECONDS / 2)
+            finally:
+                done.set()
+
+        self._in_threads(6, keep_reading, meanwhile=close)
+        try:
+            self._soon("a read after close", lambda: read(0))
+        except BackendError as exc:
+            check_final(exc, "a read after close")
 
     def _soon(self, what: str, function: Callable[[], _T]) -> _T:
         """What ``function`` returns or raises, if it does so in time."""
@@ -713,128 +936,11 @@ class StorageContract(Contract, contract=True):
             if meanwhile is not None:
                 meanwhile()
         finally:
-            end = time.monotonic() + self.patience_seconds
+            end = time.monotonic() + self.hang_seconds
             for thread in threads:
                 thread.join(max(end - time.monotonic(), 0.0))
         if errors:
             raise errors[0]
         if any(thread.is_alive() for thread in threads):
-            violated(f"{what} did not return within {self.patience_seconds:g} s (patience_seconds)")
+            violated(f"{what} did not return within {self.hang_seconds:g} s (hang_seconds)")
         return results
-
-
-# -- what tests are made of --------------------------------------------------------------------------------------------
-
-
-def _content(size: int, seed: int = 0) -> bytes:
-    """Bytes in which every place is recognised."""
-    return random.Random(seed).randbytes(size)  # noqa: S311 - no secret
-
-
-def _same(expected: object, got: object, what: str) -> None:
-    __tracebackhide__ = True
-    if expected != got:
-        violated(f"{what} {got!r}; expected {expected!r}")
-
-
-def _listed(storage: Storage, prefix: str) -> list[str]:
-    return [info.path for info in storage.list(prefix)]
-
-
-def _calls(storage: Storage) -> Mapping[str, Callable[[], object]]:
-    """One call of each operation, on an object that may or may not be there."""
-    return {
-        "list": lambda: list(storage.list("model")),
-        "stat": lambda: storage.stat("model/object"),
-        "read_into": lambda: storage.read_into("model/object", 0, memoryview(bytearray(10)), version=None),
-    }
-
-
-def _read(
-    storage: Storage,
-    path: str,
-    offset: int,
-    length: int,
-    version: str | None = None,
-    *,
-    broken: bool = False,
-) -> bytes:
-    """What ``read_into`` put into a buffer of ``length`` bytes, after a look at what it did beside that.
-
-    Where the connection is ``broken``, more may lie in the buffer than was counted: core reads it again.
-    """
-    call = f"read_into({path!r}, {offset}, <buffer of {length} bytes>, version={version!r})"
-    memory = bytearray([_FILL]) * (length + 2 * _MARGIN_BYTES)
-    buffer = memoryview(memory)[_MARGIN_BYTES : _MARGIN_BYTES + length]
-    count: object = storage.read_into(path, offset, buffer, version=version)
-    if not isinstance(count, int) or not 0 <= count <= length:
-        violated(f"{call} returned {count!r}; it returns the number of bytes that it wrote, from 0 to {length}")
-    rest = memory[_MARGIN_BYTES + (length if broken else count) :] + memory[:_MARGIN_BYTES]
-    if rest.count(_FILL) != len(rest):
-        violated(f"{call} returned {count}, and wrote outside of the first {count} bytes of the buffer")
-    return bytes(memory[_MARGIN_BYTES : _MARGIN_BYTES + count])
-
-
-def _check_bytes(content: bytes, offset: int, got: bytes, path: str, length: int | None = None) -> None:
-    """Compare ``got`` with what stands at ``offset`` of ``content``; its length only where ``length`` is given."""
-    __tracebackhide__ = True
-    expected = content[offset : offset + len(got)]
-    if expected != got:
-        wrong = (place for place, (one, other) in enumerate(zip(expected, got, strict=False)) if one != other)
-        place = next(wrong, len(expected))
-        message = f"a read of {path} at {offset} brought wrong bytes, the first of them at {offset + place}"
-        elsewhere = content.find(got) if len(got) > 7 else -1
-        if elsewhere >= 0:
-            message += f": they are those that begin at {elsewhere}"
-        elif got.count(_FILL) == len(got):
-            message += ": nothing was written into the buffer"
-        violated(message)
-    if length is not None and len(got) != length:
-        violated(f"a read of {path} at {offset} brought {len(got)} of {length} bytes although nothing broke")
-
-
-def _check_class(error: BackendError, kinds: tuple[type[BackendError], ...], what: str) -> None:
-    __tracebackhide__ = True
-    if not isinstance(error, kinds):
-        names = " or ".join(kind.__name__ for kind in kinds)
-        violated(f"{what} raised {type(error).__name__} ({error}); {names} belongs there", error)
-    if isinstance(error, (NotFoundError, SourceChangedError, AccessDeniedError)):
-        _check_final(error, what)
-
-
-def _check_final(error: BackendError, what: str) -> None:
-    __tracebackhide__ = True
-    if error.retryable:
-        violated(
-            f"{what} raised a {type(error).__name__} that is retryable, so that core would try in vain: {error}", error
-        )
-
-
-def _check_error(error: BackendError, secrets: Sequence[str]) -> None:
-    """What is true of every error of a storage."""
-    __tracebackhide__ = True
-    for name in ("provider", "uri", "operation"):
-        if not getattr(error, name):
-            violated(f"{type(error).__name__} without {name}=...: {error}", error)
-    if "://" not in error.uri:
-        violated(f"the error's uri is {error.uri!r}; give str(ModelURI(...)), which hides credentials", error)
-    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - of our own making
-    _same((type(error), str(error)), (type(copy), str(copy)), "after pickling, the error is")
-    for link in _chain(error):
-        text = "".join(traceback.TracebackException.from_exception(link).format_exception_only())
-        _check_hidden(f"{text} {link!r} {vars(link)!r}", secrets, f"a {type(link).__name__}")
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and what a traceback shows before it."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-
-
-def _check_hidden(text: str, secrets: Sequence[str], where: str) -> None:
-    __tracebackhide__ = True
-    for number, secret in enumerate(secrets):
-        if secret in text:
-            violated(f"{where} shows a credential (number {number} of the fixture `secrets`)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,18 @@ from modelexpress_core.storage import Storage
 from modelexpress_core.storage.file import FileStorage
 from modelexpress_core.storage.memory import MemoryStorage
 from modelexpress_core.testing import FaultPolicy, FaultyStorage, PluginContract, StorageContract
+
+
+def replacing(directory: Path) -> Callable[[str, bytes], object]:
+    """What stores a file in one step, by way of ``directory``."""
+
+    def put(path: str, content: bytes) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        new = directory / "new"
+        new.write_bytes(content)
+        new.replace(path)
+
+    return put
 
 
 class TestFileStorage(StorageContract):
@@ -29,13 +42,7 @@ class TestFileStorage(StorageContract):
 
     @pytest.fixture
     def put(self, tmp_path: Path) -> Callable[[str, bytes], object]:
-        def put(path: str, content: bytes) -> None:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            new = tmp_path / "new"
-            new.write_bytes(content)
-            new.replace(path)
-
-        return put
+        return replacing(tmp_path)
 
 
 class TestMemoryStorage(StorageContract):
@@ -73,6 +80,25 @@ class TestStorageWithoutFaults(StorageContract):
         return FaultyStorage(inner, FaultPolicy(stall=1)), "silent"
 
 
+class TestStorageWithRunsWithoutFaults(StorageContract):
+    """A FaultyStorage reads runs where the storage in it does."""
+
+    root_is_listable = False
+
+    @pytest.fixture
+    def storage(self) -> Iterator[Storage]:
+        with closing(FaultyStorage(FileStorage(), FaultPolicy())) as storage:
+            yield storage
+
+    @pytest.fixture
+    def directory(self, tmp_path: Path) -> str:
+        return str(tmp_path / "files")
+
+    @pytest.fixture
+    def put(self, tmp_path: Path) -> Callable[[str, bytes], object]:
+        return replacing(tmp_path)
+
+
 class TestBuiltInPlugin(PluginContract):
     distribution = "modelexpress-core"
     example_uri = "memory://contract/model"
@@ -80,3 +106,7 @@ class TestBuiltInPlugin(PluginContract):
     @pytest.fixture
     def readme(self) -> str:
         return (Path(__file__).parents[2] / "README.md").read_text()
+
+
+class TestBuiltInPluginWithFiles(TestBuiltInPlugin):
+    example_uri = "file:///model"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import hashlib
+import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -18,13 +23,16 @@ import pytest
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
+    DeadlineError,
     NotFoundError,
     SourceChangedError,
     UnavailableError,
 )
-from modelexpress_core.storage import ObjectInfo
+from modelexpress_core.fetch.digests import best_digest, new_hasher
+from modelexpress_core.storage import Endpoint, ObjectInfo
 from modelexpress_core.storage.memory import MemoryStorage
 from modelexpress_core.testing import StorageContract
+from modelexpress_core.testing.checks import DIGESTS
 
 SECRET = "hunter2-the-secret"
 
@@ -33,10 +41,67 @@ WRONG: dict[type[Any], set[str]] = {}
 
 
 class Right(MemoryStorage):
-    """A storage in which nothing is wrong, for others to spoil. ``hidden`` is a credential that it was given."""
+    """A storage in which nothing is wrong, for others to spoil; it can do all that is optional, too.
+
+    ``hidden`` is a credential that it was given, unless it is ``anonymous``. The object ``silent`` never comes.
+    """
 
     hidden = SECRET
-    patience_seconds = 30.0
+    anonymous = False
+    hang_seconds = 30.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patience_seconds: Any = 600.0
+        self.closing = threading.Event()
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        self.ask(prefix)
+        return (attrs.evolve(info, digests=self.digests(info.path)) for info in super().list(prefix))
+
+    def stat(self, path: str) -> ObjectInfo:
+        return attrs.evolve(super().stat(path), digests=self.digests(path))
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        if path == "silent":
+            return self.silence()
+        return super().read_into(path, offset, buffer, version=version)
+
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        for done in range(0, len(buffer), run_bytes):
+            part = buffer[done : done + run_bytes]
+            if self.read_into(path, offset + done // run_bytes * stride_bytes, part, version=version) < run_bytes:
+                return done
+        return len(buffer)
+
+    def digests(self, path: str) -> dict[str, str]:
+        content = bytes(self._get(path, "read")[1])
+        return {"md5": hashlib.md5(content).hexdigest(), "sha256": hashlib.sha256(content).hexdigest()}
+
+    def silence(self) -> int:
+        if self.closing.wait(self.patience_seconds):
+            raise self.failure(BackendError, "the storage was closed")
+        raise self.failure(DeadlineError, "no answer")
+
+    def endpoint(self) -> Any:
+        return Endpoint("storage.example", 443, tls=True, proxy="http://proxy.example:3128")
+
+    def credentials(self) -> Any:
+        self.ask("x")
+        return f"key ...{self.hidden[-4:]}, from the settings"
+
+    def close(self) -> None:
+        self.closing.set()
+
+    def _get(self, path: str, operation: str) -> Any:
+        self.ask(path)
+        return super()._get(path, operation)
+
+    def ask(self, path: str) -> None:
+        if self.anonymous:
+            raise self.failure(AccessDeniedError, "no credentials were found", path)
 
     def failure(self, kind: type[BackendError], reason: str, path: str = "x") -> BackendError:
         return kind(reason, uri=f"memory://{path}", operation="read", provider="wrong")
@@ -256,10 +321,76 @@ class TakesDirectoriesForObjects(Right):
         return ObjectInfo(path, 4096, "1") if any(self.list(path)) else super().stat(path)
 
 
+class WrongDigests(Right):
+    algorithm = ""
+
+    def digests(self, path: str) -> dict[str, str]:
+        hasher = new_hasher(self.algorithm)
+        hasher.update(self._get(path, "read")[1])
+        return {**super().digests(path), self.algorithm: self.wrong(hasher.hexdigest())}
+
+    def wrong(self, digest: str) -> str:
+        return "0" * len(digest)
+
+
 @fails("digests_are_those_of_the_content")
-class TellsTheDigestOfSomethingElse(Right):
-    def stat(self, path: str) -> ObjectInfo:
-        return attrs.evolve(super().stat(path), digests={"md5": "d41d8cd98f00b204e9800998ecf8427e"})
+class TellsTheMD5OfSomethingElse(WrongDigests):
+    algorithm = "md5"
+
+
+@fails("digests_are_those_of_the_content")
+class TellsTheCRC32OfSomethingElse(WrongDigests):
+    algorithm = "crc32"
+
+
+@fails("digests_are_those_of_the_content")
+class TellsTheCRC32COfSomethingElse(WrongDigests):
+    algorithm = "crc32c"
+
+
+@fails("digests_are_those_of_the_content")
+class TellsTheCRC64NVMEOfSomethingElse(WrongDigests):
+    algorithm = "crc64nvme"
+
+
+@fails("digests_are_those_of_the_content")
+class TellsDigestsInBase64(WrongDigests):
+    algorithm = "crc32c"
+
+    def wrong(self, digest: str) -> str:
+        return base64.b64encode(bytes.fromhex(digest)).decode()
+
+
+@fails("digests_are_those_of_the_content")
+class TellsDigestsInCapitals(WrongDigests):
+    algorithm = "sha1"
+
+    def wrong(self, digest: str) -> str:
+        return digest.upper()
+
+
+@fails("digests_are_those_of_the_content")
+class TellsDigestsBackwards(WrongDigests):
+    algorithm = "crc32c"
+
+    def wrong(self, digest: str) -> str:
+        return bytes.fromhex(digest)[::-1].hex()
+
+
+@fails("digests_are_those_of_the_content")
+class CallsDigestsByNamesOfItsOwn(Right):
+    def digests(self, path: str) -> dict[str, str]:
+        return {"sha-256": super().digests(path)["sha256"]}
+
+
+@fails("digests_are_those_of_the_content")
+class KeepsDigests(Right):
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[str, dict[str, str]] = {}
+
+    def digests(self, path: str) -> dict[str, str]:
+        return self.known.setdefault(path, super().digests(path))
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------
@@ -339,6 +470,7 @@ class Closing(Right):
     closed = False
 
     def close(self) -> None:
+        super().close()
         self.closed = True
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
@@ -383,8 +515,7 @@ class ReadsZerosAfterClose(Closing):
 class ClosesWhenReadsHaveEnded(Right):
     """``close`` waits for a lock that a read holds, and the read for a server that says nothing."""
 
-    patience_seconds = 1.0
-    silence = threading.Event()
+    hang_seconds = 1.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -392,13 +523,337 @@ class ClosesWhenReadsHaveEnded(Right):
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         with self.using:
-            if path == "silent":
-                self.silence.wait()
             return super().read_into(path, offset, buffer, version=version)
 
     def close(self) -> None:
         with self.using:
             pass
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@fails("reads_any_runs")
+class TakesTheStrideForTheGap(Right):
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        return super().read_runs(path, offset, run_bytes, run_bytes + stride_bytes, buffer, version=version)
+
+
+@fails("reads_any_runs")
+class ReadsAThousandRunsAtMost(Right):
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        return super().read_runs(path, offset, run_bytes, stride_bytes, buffer[: 1000 * run_bytes], version=version)
+
+
+@fails("reads_any_runs")
+class WritesTheLastGapBehindTheBuffer(Right):
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        count = super().read_runs(path, offset, run_bytes, stride_bytes, buffer, version=version)
+        memoryview(buffer.obj)[64 + len(buffer)] = 0
+        return count
+
+
+@fails("runs_over_the_end_are_short")
+class CountsPartsOfRuns(Right):
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        done = super().read_runs(path, offset, run_bytes, stride_bytes, buffer, version=version)
+        if done == len(buffer):
+            return done
+        last = buffer[done : done + run_bytes]
+        return done + self.read_into(path, offset + done // run_bytes * stride_bytes, last, version=version)
+
+
+@fails("runs_over_the_end_are_short")
+class FillsUpRunsWithZeros(Right):
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        done = super().read_runs(path, offset, run_bytes, stride_bytes, buffer, version=version)
+        buffer[done:] = bytes(len(buffer) - done)
+        return len(buffer)
+
+
+@fails("runs_over_the_end_are_short")
+class TakesRunsOverTheEndForAChange(Right):
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        done = super().read_runs(path, offset, run_bytes, stride_bytes, buffer, version=version)
+        if done < len(buffer):
+            raise self.failure(SourceChangedError, "it ends early")
+        return done
+
+
+@fails("runs_of_nothing_are_not_found")
+class RaisesErrorsOfTheSystemForRuns(Right):
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        try:
+            return super().read_runs(path, offset, run_bytes, stride_bytes, buffer, version=version)
+        except BackendError:
+            raise FileNotFoundError(path) from None
+
+
+@fails("runs_of_a_replaced_object_are_not_read_under_its_old_version")
+class IgnoresTheVersionOfRuns(Right):
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        return super().read_runs(path, offset, run_bytes, stride_bytes, buffer, version=None)
+
+
+@fails("versions_are_never_mixed")
+class LooksAtTheVersionOfTheFirstRunOnly(Right):
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        super().read_runs(path, offset, run_bytes, stride_bytes, buffer[:run_bytes], version=version)
+        half = len(buffer) // run_bytes // 2
+        super().read_runs(path, offset, run_bytes, stride_bytes, buffer[: half * run_bytes], version=None)
+        time.sleep(0.002)
+        behind = offset + half * stride_bytes
+        rest = buffer[half * run_bytes :]
+        return half * run_bytes + super().read_runs(path, behind, run_bytes, stride_bytes, rest, version=None)
+
+
+@fails("close_ends_runs_in_other_threads")
+class FailsForPythonReasonsInRunsAfterClose(Closing):
+    def read_runs(
+        self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
+    ) -> int:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+        return super().read_runs(path, offset, run_bytes, stride_bytes, buffer, version=version)
+
+
+# -- patience ----------------------------------------------------------------------------------------------------------
+
+
+@fails("patience_may_be_set_while_reads_run")
+class TellsPatienceAsText(Right):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patience_seconds = "30"
+
+
+class WithProperty(Right):
+    """Spoils what happens when patience is set."""
+
+    seconds: Any = 600.0
+
+    @property
+    def patience_seconds(self) -> Any:  # type: ignore[override]  # as storages with clients do it
+        return self.seconds
+
+    @patience_seconds.setter
+    def patience_seconds(self, seconds: Any) -> None:
+        self.set_patience(seconds)
+
+    def set_patience(self, seconds: Any) -> None:
+        self.seconds = seconds
+
+
+@fails("patience_may_be_set_while_reads_run", "patience_ends_a_read_that_waits")
+class SetsNoPatience(WithProperty):
+    hang_seconds = 5.0
+
+    def set_patience(self, seconds: Any) -> None:
+        pass
+
+
+@fails("patience_may_be_set_while_reads_run")
+class EndsReadsWhenPatienceIsSet(WithProperty):
+    """As where the client is made anew for each change."""
+
+    setting = False
+
+    def set_patience(self, seconds: Any) -> None:
+        self.setting = True
+        time.sleep(0.001)
+        self.setting = False
+        super().set_patience(seconds)
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        if self.setting:
+            raise self.failure(UnavailableError, "the client is being made")
+        return super().read_into(path, offset, buffer, version=version)
+
+
+@fails("patience_ends_a_read_that_waits")
+class SetsPatienceWhenReadsHaveEnded(WithProperty):
+    def __init__(self) -> None:
+        self.using = threading.RLock()
+        super().__init__()
+
+    def set_patience(self, seconds: Any) -> None:
+        with self.using:
+            super().set_patience(seconds)
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        with self.using:
+            return super().read_into(path, offset, buffer, version=version)
+
+
+@fails("patience_ends_a_read_that_waits")
+class WaitsForEver(Right):
+    hang_seconds = 5.0
+
+    def silence(self) -> int:
+        self.closing.wait()
+        return 0
+
+
+@fails("patience_ends_a_read_that_waits")
+class KeepsTheFirstPatience(Right):
+    first = 0.0
+
+    def silence(self) -> int:
+        self.first = self.first or self.patience_seconds
+        self.patience_seconds = self.first
+        return super().silence()
+
+
+@fails("patience_ends_a_read_that_waits")
+class TakesSilenceForAFault(Right):
+    def silence(self) -> int:
+        self.closing.wait(self.patience_seconds)
+        raise self.failure(UnavailableError, "the connection broke")
+
+
+@fails("patience_ends_a_read_that_waits")
+class TakesSilenceForTheEnd(Right):
+    def silence(self) -> int:
+        self.closing.wait(self.patience_seconds)
+        return 0
+
+
+@fails("patience_ends_a_read_that_waits")
+class GivesUpForGoodOnSilence(Right):
+    def silence(self) -> int:
+        self.closing.wait(self.patience_seconds)
+        error = self.failure(DeadlineError, "no answer")
+        error.retryable = False
+        raise error
+
+
+@fails("patience_ends_a_read_that_waits")
+class HasNoPatienceAtAll(Right):
+    def silence(self) -> int:
+        raise self.failure(DeadlineError, "no answer")
+
+
+# -- diagnosis ---------------------------------------------------------------------------------------------------------
+
+
+@fails("endpoint_says_where_requests_go")
+class ConnectsToSayWhere(Right):
+    def endpoint(self) -> Any:
+        with socket.create_server(("127.0.0.1", 0)) as server, contextlib.closing(socket.socket()) as sock:
+            sock.connect(server.getsockname())
+        return super().endpoint()
+
+
+@fails("endpoint_says_where_requests_go")
+class LooksUpTheName(Right):
+    def endpoint(self) -> Any:
+        return attrs.evolve(super().endpoint(), host=socket.getaddrinfo("127.0.0.1", 443)[0][4][0])
+
+
+@fails("endpoint_says_where_requests_go")
+class TakesLongToSayWhere(Right):
+    hang_seconds = 0.5
+
+    def endpoint(self) -> Any:
+        time.sleep(2)
+        return super().endpoint()
+
+
+@fails("endpoint_says_where_requests_go")
+class SaysWhereAsAURL(Right):
+    def endpoint(self) -> Any:
+        return attrs.evolve(super().endpoint(), host="https://storage.example:443")
+
+
+@fails("endpoint_says_where_requests_go")
+class SaysWhereWithoutAPort(Right):
+    def endpoint(self) -> Any:
+        return attrs.evolve(super().endpoint(), port=None)
+
+
+@fails("endpoint_says_where_requests_go")
+class SaysWhereAsATuple(Right):
+    def endpoint(self) -> Any:
+        return ("storage.example", 443)
+
+
+@fails("endpoint_says_where_requests_go")
+class DoesNotKnowWhetherItEncrypts(Right):
+    def endpoint(self) -> Any:
+        return attrs.evolve(super().endpoint(), tls=None)
+
+
+@fails("endpoint_says_where_requests_go")
+class ShowsThePasswordOfTheProxy(Right):
+    def endpoint(self) -> Any:
+        return attrs.evolve(super().endpoint(), proxy=f"http://me:{self.hidden}@proxy.example:3128")
+
+
+@fails("endpoint_says_where_requests_go")
+class SaysWhereAndNotWho(Right):
+    credentials = None  # type: ignore[assignment]  # that is what is wrong
+
+
+@fails("credentials_say_who_asks")
+class ShowsItsCredentials(Right):
+    def credentials(self) -> Any:
+        return f"key {self.hidden}"
+
+
+@fails("credentials_say_who_asks")
+class LogsItsCredentials(Right):
+    def credentials(self) -> Any:
+        logging.getLogger("wrong").info("found the key %s", self.hidden)
+        return super().credentials()
+
+
+@fails("credentials_say_who_asks")
+class SaysNotWhoAsks(Right):
+    def credentials(self) -> Any:
+        return None
+
+
+@fails("credentials_say_who_asks")
+class KeepsRefusedCredentialsToItself(Right):
+    """Asks the server first, so that nobody learns which key it is that is refused."""
+
+    refused = False
+
+    def credentials(self) -> Any:
+        if self.refused:
+            raise self.failure(AccessDeniedError, "HTTP 403")
+        return super().credentials()
+
+
+@fails("missing_credentials_are_denied")
+class HasOthersWhereThereAreNone(Right):
+    def credentials(self) -> Any:
+        return "the default key"
+
+
+@fails("missing_credentials_are_denied")
+class TakesMissingCredentialsForAPassingFault(Right):
+    def ask(self, path: str) -> None:
+        if self.anonymous:
+            raise self.failure(UnavailableError, "no credentials yet", path)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -482,7 +937,7 @@ class Remote(Right):
 
 @fails("an_unreachable_server_is_unavailable")
 class TriesAgainForEver(Remote):
-    patience_seconds = 1.0
+    hang_seconds = 1.0
 
     def fail(self) -> NoReturn:
         while True:
@@ -534,12 +989,8 @@ class Base(StorageContract):
         return [SECRET]
 
     @pytest.fixture
-    def stalled(self) -> tuple[Right, str] | None:
-        if self.kind is not ClosesWhenReadsHaveEnded:
-            return None
-        storage = self.kind()
-        storage.put("silent", bytes(1000))
-        return storage, "silent"
+    def stalled(self) -> tuple[Right, str]:
+        return self.kind(), "silent"
 
     @pytest.fixture
     def missing_authority(self) -> Right | None:
@@ -551,7 +1002,17 @@ class Base(StorageContract):
 
     @pytest.fixture
     def denied(self) -> Right | None:
-        return self.kind() if "refused_credentials" in str(WRONG.get(self.kind)) else None
+        if "_credentials_" not in f"{WRONG.get(self.kind)} ":
+            return None
+        storage = self.kind()
+        storage.refused = True
+        return storage
+
+    @pytest.fixture
+    def without_credentials(self) -> Right:
+        storage = self.kind()
+        storage.anonymous = True
+        return storage
 
 
 _RUN = """
@@ -560,7 +1021,7 @@ spec = importlib.util.spec_from_file_location("wrong_storages", {path!r})
 wrong = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(wrong)
 for kind in (wrong.Right, *wrong.WRONG):
-    body = {{"kind": kind, "patience_seconds": kind.patience_seconds}}
+    body = {{"kind": kind, "hang_seconds": kind.hang_seconds}}
     globals()["Test" + kind.__name__] = type("Test" + kind.__name__, (wrong.Base,), body)
 """
 
@@ -613,12 +1074,18 @@ def test_there_are_wrong_storages() -> None:
     assert {"test_it_is_a_storage"} == rules - caught
 
 
+def test_the_kit_knows_the_digests_that_core_knows() -> None:
+    """Each by its name."""
+    assert DIGESTS == tuple(name for name in DIGESTS if best_digest({name: "0"}))
+    assert best_digest({"sha512": "0"}) is None
+
+
 def test_a_right_storage_passes(outcomes: tuple[dict[tuple[str, str], str], str]) -> None:
     """What follows is not the kit's own fault."""
     ended, printed = outcomes
 
     right = {name: how for (cls, name), how in ended.items() if cls == "TestRight"}
-    assert len(right) > 30, printed
+    assert len(right) > 40, printed
     assert {} == {name: how for name, how in right.items() if how not in {"passed", "skipped"}}, printed
 
 

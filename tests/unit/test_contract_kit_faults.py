@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 import modelexpress_core as mx
-from modelexpress_core.errors import BackendError, SourceChangedError, UnavailableError
+from modelexpress_core.errors import (
+    BackendError,
+    DeadlineError,
+    SourceChangedError,
+    ThrottledError,
+    UnavailableError,
+)
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.providers import StorageProvider
+from modelexpress_core.providers import StorageCapabilities, StorageProvider
+from modelexpress_core.storage import ObjectInfo
+from modelexpress_core.storage.file import FileStorage
 from modelexpress_core.storage.memory import MemoryStorage
 from modelexpress_core.testing import FaultPolicy, FaultyStorage
 from modelexpress_core.uri import ModelURI
-from tests.support.checkpoints import memory_storage, safetensors_file, tensor
+from tests.support.checkpoints import safetensors_file, tensor
 
 _CONTENT = bytes(range(256)) * 40
 
@@ -68,14 +80,18 @@ def test_a_truncation_is_a_short_read_and_nothing_else() -> None:
     assert _CONTENT == before + read(storage, len(before))
 
 
-@pytest.mark.parametrize(("fault", "says", "after"), [("unavailable", "503", None), ("throttled", "429", 1.5)])
-def test_a_server_that_refuses(fault: str, says: str, after: float | None) -> None:
-    """503 and 429; the latter with what the server asks for."""
+@pytest.mark.parametrize(
+    ("fault", "kind", "says", "after"),
+    [("unavailable", UnavailableError, "503", None), ("throttled", ThrottledError, "429", 1.5)],
+)
+def test_a_server_that_refuses(fault: str, kind: type[BackendError], says: str, after: float | None) -> None:
+    """503 and 429; the latter with what the server asks for, and as a complaint that lowers concurrency."""
     storage = faulty(first=[fault], retry_after_seconds=1.5)
 
     with pytest.raises(UnavailableError, match=says) as caught:
         read(storage)
 
+    assert kind is type(caught.value)
     assert caught.value.retryable
     assert after == caught.value.retry_after_seconds
     assert _CONTENT == read(storage)
@@ -103,6 +119,42 @@ def test_closing_ends_a_stall() -> None:
         with pytest.raises(BackendError, match="closed") as caught:
             waiting.result(5)
     assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("silence", [{"stall": 1}, {"stall": 1, "stall_seconds": 60}, {"latency_seconds": 60}])
+def test_patience_ends_silence(silence: dict[str, float]) -> None:
+    """With a retryable DeadlineError, as it was set last; of calls that read nothing it says nothing."""
+    storage = faulty(**silence)
+    assert math.inf == storage.patience_seconds
+    storage.patience_seconds = 0.1
+    begun = time.monotonic()
+
+    with pytest.raises(DeadlineError, match=r"no answer for 0\.1 s") as caught:
+        read(storage)
+
+    assert 0.1 <= time.monotonic() - begun < 5
+    assert caught.value.retryable
+
+
+def test_a_stall_that_is_shorter_than_the_patience_ends_in_bytes() -> None:
+    """It was slow, and no more."""
+    storage = faulty(first=["stall"], stall_seconds=0.05)
+    storage.patience_seconds = 5.0
+
+    assert _CONTENT == read(storage)
+
+
+def test_patience_reaches_the_inner_storage() -> None:
+    """A storage that is patient itself stays so behind faults, and what it begins with is told."""
+    inner = faulty()
+    inner.patience_seconds = 30.0
+    outer = FaultyStorage(inner, FaultPolicy())
+
+    begins_with = outer.patience_seconds
+    outer.patience_seconds = 3.0
+
+    assert 30.0 == begins_with
+    assert 3.0 == inner.patience_seconds
 
 
 def test_one_bit_is_flipped() -> None:
@@ -142,6 +194,92 @@ def test_latency_and_bandwidth_take_their_time() -> None:
     read(faulty(bytes_per_second=len(_CONTENT) * 10))
 
     assert time.monotonic() - begun >= 0.15
+
+
+def test_reads_share_a_line() -> None:
+    """Four reads at once take as long as one after another, where each alone would be as fast as all together."""
+    whole = 4 * len(_CONTENT)
+
+    def seconds(**policy: Any) -> float:
+        storage = faulty(**policy)
+        begun = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            assert [_CONTENT] * 4 == list(pool.map(lambda _: read(storage), range(4)))
+        return time.monotonic() - begun
+
+    together = seconds(total_bytes_per_second=whole / 0.8)
+
+    assert 0.8 <= together
+    assert seconds(bytes_per_second=whole / 0.8) < together
+    assert 0.3 <= seconds(total_bytes_per_second=whole / 0.1, bytes_per_second=len(_CONTENT) / 0.3)
+
+
+def test_a_line_that_was_idle_gives_nothing_back() -> None:
+    """What was not sent while nobody asked is not sent faster later."""
+    storage = faulty(total_bytes_per_second=len(_CONTENT) / 0.1)
+    read(storage)
+    time.sleep(0.15)
+    begun = time.monotonic()
+
+    read(storage)
+
+    assert time.monotonic() - begun >= 0.1
+
+
+def test_runs_are_read_where_the_inner_storage_reads_them(tmp_path: Path) -> None:
+    """With faults of their own; what is short is so by whole runs, and goes on at the next one."""
+    path = str(tmp_path / "a")
+    Path(path).write_bytes(_CONTENT)
+    expected = b"".join(_CONTENT[start : start + 10] for start in range(0, 5000, 25))
+
+    def runs(storage: Any, done: int = 0) -> bytes:
+        buffer = bytearray(len(expected) - done)
+        offset = done // 10 * 25
+        return bytes(buffer[: storage.read_runs(path, offset, 10, 25, memoryview(buffer), version=None)])
+
+    def wrapped(**policy: Any) -> FaultyStorage:
+        return FaultyStorage(FileStorage(), FaultPolicy(**policy))
+
+    short = wrapped(first=["truncation"])
+    begin = runs(short)
+    assert len(begin) < len(expected)
+    assert 0 == len(begin) % 10
+    assert expected == begin + runs(short, len(begin))
+
+    broken = wrapped(first=["reset"], seed=2)
+    begin = runs(broken)
+    assert 0 < len(begin) < len(expected)
+    with pytest.raises(UnavailableError, match="reset"):
+        runs(broken, len(begin))
+    assert expected == begin + runs(broken, len(begin))
+
+    flipped = int.from_bytes(runs(wrapped(first=["flipped_bit"])), "big") ^ int.from_bytes(expected, "big")
+    assert 1 == flipped.bit_count()
+    with pytest.raises(ThrottledError):
+        runs(wrapped(throttled=1))
+    assert expected == runs(wrapped(throttled=1, operations=["read_into"]))
+    assert bytes(255 - byte for byte in expected) == runs(wrapped(first=["changed"]))
+    assert {"read_runs": 2} == broken.calls
+    assert not hasattr(faulty(), "read_runs")
+
+
+class Publishing(MemoryStorage):
+    """Tells the SHA-256 of what it holds."""
+
+    def stat(self, path: str) -> ObjectInfo:
+        content = self._get(path, "read")[1]
+        return attrs.evolve(super().stat(path), digests={"sha256": hashlib.sha256(content).hexdigest()})
+
+
+def test_digests_are_told_until_the_object_is_another() -> None:
+    """Those of the inner storage are right as long as the bytes are its own."""
+    inner = Publishing()
+    inner.put("a", _CONTENT)
+    storage = FaultyStorage(inner, FaultPolicy())
+
+    assert {"sha256": hashlib.sha256(_CONTENT).hexdigest()} == storage.stat("a").digests
+    storage.replace("a")
+    assert {} == storage.stat("a").digests
 
 
 def test_listings_break_after_some_objects() -> None:
@@ -219,6 +357,7 @@ def test_counts_are_right_from_many_threads() -> None:
         {"reset": 0.6, "stall": 0.6},
         {"first": ["explosion"]},
         {"operations": ["write"]},
+        {"total_bytes_per_second": 0},
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(policy: dict[str, Any]) -> None:
@@ -249,17 +388,19 @@ class _Plugin:
 
     @hookimpl
     def mx_register_storages(self) -> list[StorageProvider]:
-        return [StorageProvider("faulty", ("faulty",), lambda _uri, _settings: self._storage)]
+        can = StorageCapabilities(patience=True, stat_digests=True)
+        return [StorageProvider("faulty", ("faulty",), lambda _uri, _settings: self._storage, capabilities=can)]
 
 
 def load(**policy: Any) -> tuple[dict[str, bytes], FaultyStorage]:
-    """What a load brings through the faults of a policy."""
+    """What a load brings through the faults of a policy, from a storage that tells digests."""
     tensors = {f"t{number}": tensor("F32", [64, 64], number) for number in range(8)}
-    inner = memory_storage({"model.safetensors": safetensors_file(tensors)})
+    inner = Publishing()
+    inner.put("model/model.safetensors", safetensors_file(tensors))
     storage = FaultyStorage(inner, FaultPolicy(**policy))
     plugins = mx.PluginManager()
     plugins.register(_Plugin(storage), name="faulty")
-    environ = {"MX_CHUNK_BYTES": "4096"}
+    environ = {"MX_CHUNK_BYTES": "4096", "MX_STALL_SECONDS": "0.5"}
     state = mx.load_state_dict(ModelURI.parse("faulty://here/model"), plugins=plugins, environ=environ)
     assert {name: content for name, (_, _, content) in tensors.items()} == {
         name: value.numpy().tobytes() for name, value in state.items()
@@ -272,6 +413,13 @@ def test_a_load_gets_through_faults() -> None:
     _, storage = load(reset=0.1, truncation=0.1, unavailable=0.02, most=20)
 
     assert storage.injected["reset"] + storage.injected["truncation"] > 0
+
+
+def test_a_load_gets_through_flipped_bits_and_silence() -> None:
+    """Digests find the one, and patience the other."""
+    _, storage = load(first=[*[None] * 6, "flipped_bit", "stall", None, "flipped_bit"])
+
+    assert Counter(flipped_bit=2, stall=1) == storage.injected
 
 
 def test_a_load_of_an_object_that_changes_fails() -> None:

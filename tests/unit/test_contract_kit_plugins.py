@@ -63,6 +63,13 @@ _WITH_SETTINGS = (
     _PLUGIN.replace("open_it)", "open_it, settings=Settings)") + "\nfrom {package}.settings import Settings\n"
 )
 
+
+def _declaring(capabilities: str) -> str:
+    """The plugin, with capabilities in its record."""
+    code = _PLUGIN.replace("import StorageProvider", "import StorageCapabilities, StorageProvider")
+    return code.replace("open_it)", f"open_it, capabilities=StorageCapabilities({capabilities}))")
+
+
 _CASES = {
     "right": Case(
         code=_WITH_SETTINGS,
@@ -125,6 +132,32 @@ _CASES = {
         files={"settings.py": _SETTINGS.replace("{help!r}", "' '")},
     ),
     "opens_nothing": Case({"the_factory_opens_a_storage"}, code=_PLUGIN.replace("MemoryStorage()", "object()")),
+    "promises_patience": Case({"capabilities_are_what_the_storage_has"}, code=_declaring("patience=True")),
+    "promises_diagnosis": Case({"capabilities_are_what_the_storage_has"}, code=_declaring("diagnosis=True")),
+    "promises_runs": Case({"capabilities_are_what_the_storage_has"}, code=_declaring("read_runs=True")),
+    "hides_patience": Case(
+        {"capabilities_are_what_the_storage_has"},
+        code=_PLUGIN.replace("return MemoryStorage()", "return FaultyStorage(MemoryStorage(), FaultPolicy())").replace(
+            "    from", "    from modelexpress_core.testing import FaultPolicy, FaultyStorage\n    from"
+        ),
+    ),
+    "hides_runs": Case(
+        {"capabilities_are_what_the_storage_has"},
+        code=_PLUGIN.replace("memory import Memory", "file import File").replace("MemoryStorage()", "FileStorage()"),
+    ),
+    "hides_diagnosis": Case(
+        {"capabilities_are_what_the_storage_has"},
+        code=_PLUGIN.replace(
+            "    return MemoryStorage()",
+            "    class Diagnosable(MemoryStorage):\n"
+            "        endpoint = credentials = lambda self: None\n    return Diagnosable()",
+        ),
+    ),
+    "keeps_promises": Case(
+        code=_declaring("read_runs=True")
+        .replace("memory import Memory", "file import File")
+        .replace("MemoryStorage()", "FileStorage()"),
+    ),
     "layout": Case({"the_files_have_the_usual_names"}, attributes="first_party = True"),
     "empty": Case({"its_records_are_accepted"}, code=""),
 }
@@ -169,11 +202,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, set[st
     )
     report = directory / "report.xml"
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MX_"))}
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", "--tb=short", "-c", os.devnull]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "--rootdir", str(directory), str(directory)],
         cwd=directory,
-        env={**environ, "PYTHONPATH": str(site)},
+        env={**environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
