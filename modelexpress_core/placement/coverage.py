@@ -49,19 +49,17 @@ class Coverage:
         if tensor.device.type == "meta":
             return
         region = region_of(tensor)
-        if region is None:
-            return
-        for covered in self._near(region):
-            covered.add(region)
+        if region is not None:
+            self.wrote_region(region)
 
-    def _near(self, region: Region) -> list[_Covered]:
-        near = []
-        for covered in self._by_start[bisect_right(self._furthest, region.start) :]:
+    def wrote_region(self, region: Region) -> None:
+        """All bytes of ``region`` were written, or will be before the load ends."""
+        for position in range(bisect_right(self._furthest, region.start), len(self._by_start)):
+            covered = self._by_start[position]
             if covered.region.start >= region.end:
                 break
             if covered.region.end > region.start:
-                near.append(covered)
-        return near
+                covered.add(region)
 
     def missing(self) -> tuple[str, ...]:
         """Names of the tensors that were not written, or only in part."""

@@ -8,14 +8,32 @@ import torch
 
 from modelexpress_core.checkpoint import TensorInfo
 from modelexpress_core.placement.dtypes import torch_dtype, torch_shape
+from modelexpress_core.placement.views import Layout
 
 if TYPE_CHECKING:
     from modelexpress_core.fetch import Ticket
     from modelexpress_core.placement.recording import Recorder
 
-__all__ = ["DeferredTensor", "Source"]
+__all__ = ["DeferredTensor", "Source", "Unwatched", "deferred_view"]
 
+_make_wrapper = torch.Tensor._make_wrapper_subclass
 _CPU = torch.device("cpu")
+
+
+class Unwatched:
+    """A block whose operations are ours and on plain tensors: no mode is asked."""
+
+    __slots__ = ("_dispatch", "_function")
+
+    def __enter__(self) -> None:
+        self._function = torch._C.DisableTorchFunction()
+        self._dispatch = torch._C._DisableTorchDispatch()
+        self._function.__enter__()
+        self._dispatch.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        self._dispatch.__exit__(None, None, None)
+        self._function.__exit__(None, None, None)
 
 
 class Source:
@@ -24,23 +42,44 @@ class Source:
     Attributes:
         info: Where its bytes lie.
         recorder: The load that it belongs to.
-        meta: A meta tensor of the whole of it.
+        dtype: In torch's words.
+        shape: As torch has it.
         used: Whether anything was read or copied from it.
         prefetched: Its bytes, where they are fetched ahead because it is small.
         prefetch: Tells when they have arrived.
         real: The whole of it as a plain tensor, once something wrote to it: from then on all views mean this memory.
     """
 
-    __slots__ = ("info", "meta", "prefetch", "prefetched", "real", "recorder", "used")
+    __slots__ = ("_meta", "dtype", "info", "prefetch", "prefetched", "real", "recorder", "shape", "used")
 
     def __init__(self, info: TensorInfo, recorder: Recorder) -> None:
         self.info = info
         self.recorder = recorder
-        self.meta = torch.empty(torch_shape(info), dtype=torch_dtype(info), device="meta")
+        self.dtype = torch_dtype(info)
+        self.shape = torch_shape(info)
         self.used = False
         self.prefetched: torch.Tensor | None = None
         self.prefetch: Ticket | None = None
         self.real: torch.Tensor | None = None
+        self._meta: torch.Tensor | None = None
+
+    @property
+    def meta(self) -> torch.Tensor:
+        """A meta tensor of the whole of it, made when it is asked for."""
+        if self._meta is None:
+            with Unwatched():
+                self._meta = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return self._meta
+
+    def whole(self) -> DeferredTensor:
+        """All of it, deferred."""
+        shape = self.shape
+        step = 1
+        strides = []
+        for size in reversed(shape):
+            strides.append(step)
+            step *= size or 1
+        return deferred_view(self, (shape, tuple(strides[::-1]), 0), self.dtype)
 
 
 class DeferredTensor(torch.Tensor):
@@ -50,30 +89,25 @@ class DeferredTensor(torch.Tensor):
     the bytes go; anything else reads them and goes on with a plain tensor. It can be used until its load ends.
     """
 
-    _meta: torch.Tensor
+    __slots__ = ("_given_meta", "_layout", "_read", "_source")
+
     _source: Source
+    _layout: Layout
+    _given_meta: torch.Tensor | None
     _read: torch.Tensor | None
 
     # Straight to dispatch: nothing is decided at the level of torch functions.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's documented way
 
-    @staticmethod
-    def __new__(cls: type[DeferredTensor], source: Source, meta: torch.Tensor) -> DeferredTensor:
-        """The view ``meta`` of ``source``."""
-        self: DeferredTensor = torch.Tensor._make_wrapper_subclass(
-            cls,
-            meta.size(),
-            strides=meta.stride(),
-            storage_offset=meta.storage_offset(),
-            dtype=meta.dtype,
-            device=_CPU,
-        )
-        # What reaches for its memory past all that is watched here gets an error instead of a null pointer.
-        torch._C._set_throw_on_mutable_data_ptr(self)
-        self._meta = meta
-        self._source = source
-        self._read = None
-        return self
+    @property
+    def _meta(self) -> torch.Tensor:
+        """This view of the meta tensor of its source."""
+        if self._given_meta is None:
+            with Unwatched():
+                sizes, strides, offset = self._layout
+                meta = torch.empty(0, dtype=self.dtype, device="meta")
+                self._given_meta = meta.set_(self._source.meta.untyped_storage(), offset, sizes, strides)
+        return self._given_meta
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's own annotation lacks the class
@@ -145,6 +179,23 @@ class DeferredTensor(torch.Tensor):
     def share_memory_(self) -> NoReturn:
         message = f"{self!r} cannot be moved into shared memory; clone it first"
         raise RuntimeError(message)
+
+
+def deferred_view(
+    source: Source, layout: Layout, dtype: torch.dtype, meta: torch.Tensor | None = None
+) -> DeferredTensor:
+    """The view of ``source`` that has ``layout``, in elements of ``dtype``, which ``meta`` is of its meta tensor."""
+    sizes, strides, offset = layout
+    view: DeferredTensor = _make_wrapper(  # by position, which torch takes in half the time
+        DeferredTensor, sizes, strides, offset, None, dtype, torch.strided, _CPU
+    )
+    # What reaches for its memory past all that is watched here gets an error instead of a null pointer.
+    torch._C._set_throw_on_mutable_data_ptr(view)
+    view._source = source
+    view._layout = layout
+    view._given_meta = meta
+    view._read = None
+    return view
 
 
 def _tensors(values: Any) -> Any:

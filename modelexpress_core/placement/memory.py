@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Generic, TypeVar
 
@@ -11,7 +12,16 @@ import torch
 
 from modelexpress_core.fetch import Ticket
 
-__all__ = ["PendingMemory", "Region", "bytes_at", "has_memory", "merged_dims", "region_of"]
+__all__ = [
+    "PLAIN_CLASSES",
+    "PendingMemory",
+    "Region",
+    "bytes_at",
+    "has_memory",
+    "is_ordinary",
+    "merged_dims",
+    "region_of",
+]
 
 _memoryview_from_memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _memoryview_from_memory.restype = ctypes.py_object
@@ -46,20 +56,21 @@ class Region:
     Attributes:
         start: Address of its first byte.
         end: One past the address of its last.
-        dims: ``(size, stride)`` in bytes, by falling stride; one of stride 1 where the region has no gaps.
+        gapless: Whether every byte between start and end belongs to it.
     """
 
-    __slots__ = ("dims", "end", "start")
+    __slots__ = ("_dims", "end", "gapless", "start")
 
-    def __init__(self, start: int, end: int, dims: tuple[tuple[int, int], ...]) -> None:
+    def __init__(self, start: int, end: int, dims: tuple[tuple[int, int], ...] | None = None) -> None:
         self.start = start
         self.end = end
-        self.dims = dims
+        self._dims = dims
+        self.gapless = dims is None or (len(dims) == 1 and dims[0][1] == 1)
 
     @property
-    def gapless(self) -> bool:
-        """Whether every byte between start and end belongs to it."""
-        return len(self.dims) == 1 and self.dims[0][1] == 1
+    def dims(self) -> tuple[tuple[int, int], ...]:
+        """``(size, stride)`` in bytes, by falling stride; one of stride 1 where the region has no gaps."""
+        return ((self.end - self.start, 1),) if self._dims is None else self._dims
 
     def overlaps(self, other: Region) -> bool:
         """Whether a byte may belong to both. Never False where one does."""
@@ -96,6 +107,38 @@ def _apart_in_one_grid(a: Region, b: Region) -> bool:
     return any(a_end <= b_first or b_end <= a_first for (a_first, a_end), (b_first, b_end) in zip(*boxes, strict=True))
 
 
+#: Classes of tensors that torch itself makes: their attributes and operations mean what torch says.
+PLAIN_CLASSES = frozenset({torch.Tensor, torch.nn.Parameter})
+
+#: What torch looks at to choose an implementation, for tensors that are memory and nothing else, also those made in
+#: inference mode. Whatever is unusual about a tensor (a lazy conjugate, sparse, nested, quantised, batched by vmap) is
+#: in there too.
+_ordinary_keys: set[int] = set()
+_known_devices = {"meta"}  # has no memory
+
+
+def is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is memory and nothing else, in short time; may be False for some that are."""
+    if type(tensor) not in PLAIN_CLASSES:
+        return False
+    keys = torch._C._dispatch_keys(tensor).raw_repr()  # noqa: SLF001 - nothing else tells it as fast
+    return keys in _ordinary_keys or _learned(tensor, keys)
+
+
+def _learned(tensor: torch.Tensor, keys: int) -> bool:
+    """Whether ``keys`` are those of ordinary tensors on the device of ``tensor``, which may not have been met yet."""
+    device = tensor.device
+    if device.type in _known_devices:
+        return False
+    with torch._C._DisableTorchDispatch():  # noqa: SLF001 - these tensors are none of the load's
+        for inference in (False, True):
+            with torch.inference_mode(mode=inference):
+                sample = torch.empty(0, device=device)
+                _ordinary_keys.add(torch._C._dispatch_keys(sample).raw_repr())  # noqa: SLF001 - as above
+    _known_devices.add(device.type)
+    return keys in _ordinary_keys
+
+
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether the tensor is a strided one whose memory is its own, not that of a wrapping class."""
     plain = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
@@ -104,13 +147,13 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 def region_of(tensor: torch.Tensor) -> Region | None:
     """The memory of ``tensor``; None where it has no element."""
-    if not tensor.numel():
+    length = tensor.nbytes
+    if not length:
         return None
-    item = tensor.itemsize
     start = tensor.data_ptr()
     if tensor.is_contiguous():
-        length = tensor.numel() * item
-        return Region(start, start + length, ((length, 1),))
+        return Region(start, start + length)
+    item = tensor.itemsize
     strides = tuple(tensor.stride())
     sizes = tuple(size if stride else 1 for size, stride in zip(tensor.shape, strides, strict=True))
     dims = merged_dims(sizes, strides)
@@ -131,25 +174,27 @@ class PendingMemory(Generic[_T]):
     _BUCKET_BITS = 24
 
     def __init__(self) -> None:
-        self._buckets: dict[int, list[tuple[int, int]]] = {}
         self._entries: dict[int, tuple[Region, _T]] = {}
-        self._longest: dict[int, int] = {}
+        self._buckets: dict[int, _Bucket] = {}
         self._next = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _buckets_of(self, region: Region) -> range:
-        return range(region.start >> self._BUCKET_BITS, (region.end - 1 >> self._BUCKET_BITS) + 1)
+    def _buckets_of(self, region: Region) -> Sequence[int]:
+        first, last = region.start >> self._BUCKET_BITS, (region.end - 1) >> self._BUCKET_BITS
+        return (first,) if first == last else range(first, last + 1)
 
     def add(self, region: Region, owner: _T) -> None:
         """``owner`` will write ``region``."""
         key = self._next
         self._next += 1
         self._entries[key] = (region, owner)
-        for bucket in self._buckets_of(region):
-            insort(self._buckets.setdefault(bucket, []), (region.start, key))
-            self._longest[bucket] = max(self._longest.get(bucket, 0), region.end - region.start)
+        for number in self._buckets_of(region):
+            bucket = self._buckets.get(number)
+            if bucket is None:
+                bucket = self._buckets[number] = _Bucket()
+            bucket.add(region, key)
 
     def overlapping(self, region: Region) -> list[_T]:
         """The owners of regions that overlap ``region``, in the order in which they were added."""
@@ -164,27 +209,39 @@ class PendingMemory(Generic[_T]):
 
     def purge(self) -> None:
         """Forget every region whose owner is done."""
-        for key in [key for key, (_, owner) in self._entries.items() if owner.done]:
-            self._remove(key)
+        left = [entry for entry in self._entries.values() if not entry[1].done]
+        self._buckets, self._entries = {}, {}
+        for region, owner in left:
+            self.add(region, owner)
 
     def _keys(self, region: Region) -> list[int]:
-        found = []
-        for bucket in self._buckets_of(region):
-            items = self._buckets.get(bucket)
-            if not items:
-                continue
-            first = bisect_left(items, (region.start - self._longest[bucket], -1))
-            last = bisect_left(items, (region.end, -1))
-            for _, key in items[first:last]:
-                if self._entries[key][0].overlaps(region):
-                    found.append(key)
+        found: list[int] = []
+        entries = self._entries
+        for number in self._buckets_of(region):
+            bucket = self._buckets.get(number)
+            if bucket is not None:
+                found += [key for key in bucket.near(region) if entries[key][0].overlaps(region)]
         return found
 
-    def _remove(self, key: int) -> None:
-        region, _ = self._entries.pop(key)
-        for bucket in self._buckets_of(region):
-            items = self._buckets[bucket]
-            position = bisect_left(items, (region.start, key))
-            del items[position]
-            if not items:
-                del self._buckets[bucket], self._longest[bucket]
+
+class _Bucket:
+    """The keys of regions that touch one piece of memory, sorted by where they start."""
+
+    __slots__ = ("keys", "longest", "starts")
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.keys: list[int] = []
+        self.longest = 0
+
+    def add(self, region: Region, key: int) -> None:
+        start = region.start
+        position = bisect_right(self.starts, start)
+        self.starts.insert(position, start)
+        self.keys.insert(position, key)
+        self.longest = max(self.longest, region.end - start)
+
+    def near(self, region: Region) -> list[int]:
+        """The keys of all regions that may overlap ``region``, and of a few others."""
+        first = bisect_right(self.starts, region.start - self.longest)
+        return self.keys[first : bisect_left(self.starts, region.end, first)]

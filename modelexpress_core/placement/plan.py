@@ -63,7 +63,7 @@ class Copy(Ticket):
         self.info = info
         self.source = source
         self.destination = destination
-        self.needed_bytes = source.numel() * source.itemsize
+        self.needed_bytes = source.nbytes
 
 
 class ReadPlanner:
@@ -108,23 +108,28 @@ class ReadPlanner:
 
     # -- one copy -----------------------------------------------------------------------------------------------------
 
-    def _segments(self, copy: Copy) -> Iterator[Segment]:
+    def _segments(self, copy: Copy) -> Iterable[Segment]:
         source, destination = copy.source, copy.destination
         item = source.itemsize
         straight = destination.device.type == "cpu" and destination.dtype == source.dtype and not self._force_staging
-        if source.is_contiguous() and destination.is_contiguous():  # most are
+        first = int(source.storage_offset()) * item
+        whole = source.is_contiguous() and destination.is_contiguous()  # most are
+        if whole:
             dims: _Dims = ((source.numel(), 1, 1),)
+            span = copy.needed_bytes
         else:
             dims = _merged(source.shape, source.stride(), destination.stride())
-        span = _span(dims) * item
-        first = int(source.storage_offset()) * item
+            span = _span(dims) * item
         if first + span > copy.info.length:
             raise CheckpointError(
                 f"a view of {copy.info.name} reaches to byte {first + span} of {copy.info.length}",
                 file=copy.info.file.name,
                 hint="this is a fault in the code that makes the view",
             )
-        yield from self._split(_Pieces(copy, straight=straight), dims, copy.info.offset + first, 0, item)
+        start = copy.info.offset + first
+        if whole and straight and span <= self._chunk_bytes:  # the same as below, in a fraction of the time
+            return (Segment(start, span, copy, memory=bytes_at(destination.data_ptr(), span)),)
+        return self._split(_Pieces(copy, straight=straight), dims, start, 0, item)
 
     def _split(self, pieces: _Pieces, dims: _Dims, start: int, there: int, item: int) -> Iterator[Segment]:
         """Segments for the elements ``dims``, of which the first is byte ``start`` of the file."""

@@ -11,7 +11,7 @@ While a load records, every torch operation of the thread passes through here. T
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,10 +23,11 @@ from modelexpress_core.checkpoint import Checkpoint, TensorInfo
 from modelexpress_core.errors import IncompleteLoadError, PlacementError
 from modelexpress_core.fetch import FetchEngine
 from modelexpress_core.placement.coverage import Coverage
-from modelexpress_core.placement.deferred import DeferredTensor, Source
+from modelexpress_core.placement.deferred import DeferredTensor, Source, Unwatched, deferred_view
 from modelexpress_core.placement.memory import PendingMemory, has_memory, region_of
 from modelexpress_core.placement.operations import Operation, operation
 from modelexpress_core.placement.plan import Copy, ReadPlanner
+from modelexpress_core.placement.shortcuts import SHORTCUTS
 
 __all__ = ["Recorder"]
 
@@ -42,7 +43,7 @@ _BATCH_BYTES = 64 << 20
 _BATCH_COPIES = 256
 
 #: Completed copies, which keep their destinations alive, are forgotten when this many or this much is kept ...
-_PURGE_COPIES = 4096
+_PURGE_COPIES = 1024
 _PURGE_BYTES = 256 << 20
 #: ... or this many times what was left the last time, so that looking through what is still on its way stays cheap.
 _PURGE_GROWTH = 2
@@ -74,6 +75,9 @@ _ESCAPES = _STORAGE_ESCAPES | {
     torch.Tensor.tolist,
 }
 
+_modes = torch._C._len_torch_dispatch_stack
+_switched_off = torch._C._dispatch_tls_is_dispatch_key_excluded
+_MODES = torch._C.DispatchKey.Python
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _AS_STRIDED = torch.ops.aten.as_strided.default
 _COPY = torch.ops.aten.copy_.default
@@ -100,11 +104,13 @@ class Recorder:
         self._coverage = coverage
         self._lock = threading.RLock()
         self._mode = _RecordingMode(self)
-        self._escapes = _EscapeMode(self)
+        self._functions = _FunctionMode(self)
+        self._recorded: deque[tuple[Source, torch.Tensor, torch.Tensor]] = deque()
+        self._placing = False
         self._pending: PendingMemory[Copy] = PendingMemory()
         self._unsubmitted: list[Copy] = []
         self._unsubmitted_bytes = 0
-        self._recorded_bytes = 0
+        self._pending_bytes = 0
         self._purge_copies = _PURGE_COPIES
         self._purge_bytes = _PURGE_BYTES
         self._fault: BaseException | None = None
@@ -122,7 +128,7 @@ class Recorder:
         _settle_outer()
         self._placed_only = False
         self._prefetch()
-        self._escapes.__enter__()
+        self._functions.__enter__()
         self._mode.__enter__()
         _entered.recorders = [*_outer(), self]
         return self
@@ -130,15 +136,12 @@ class Recorder:
     def __exit__(self, *exc: object) -> None:
         _entered.recorders = [recorder for recorder in _outer() if recorder is not self]
         self._mode.__exit__(None, None, None)
-        self._escapes.__exit__(None, None, None)
+        self._functions.__exit__(None, None, None)
 
     def deferred(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the checkpoint, deferred, in the order of files and of bytes in them."""
         for name, info in self._checkpoint.tensors.items():
-            with _Unwatched():
-                source = self._source(name, info)
-                tensor = DeferredTensor(source, source.meta)
-            yield name, tensor
+            yield name, self._source(name, info).whole()
 
     def place(self, info: TensorInfo, destination: torch.Tensor) -> None:
         """Copy the whole of the stored tensor ``info`` to ``destination``, which has its shape.
@@ -155,11 +158,12 @@ class Recorder:
         _settle_outer()
         with self._lock:
             source.used = True
-            if _fits_bytewise(source.meta, destination):
-                self._record(source, source.meta, destination)
+            whole = source.whole()
+            if _fits_bytewise(whole, destination):
+                self._record(source, whole, destination)
             else:
                 with torch.no_grad():
-                    destination.copy_(self.materialise(DeferredTensor(source, source.meta), "aten.copy_"))
+                    destination.copy_(self.materialise(whole, "aten.copy_"))
 
     def finish(self) -> None:
         """Complete everything that was recorded; deferred tensors cannot be used any more.
@@ -170,7 +174,7 @@ class Recorder:
         with self._lock:
             self._submit()
             self._engine.finish()
-            lost = sorted({copy.info.name for copy in self._pending.owners() if not copy.done})
+            lost = sorted({copy.info.name for copy in self._all_pending() if not copy.done})
             if lost:
                 message = f"{len(lost)} tensors were recorded and not fetched: {', '.join(lost[:8])}"
                 cause = "an error that ended the recording of other tensors was caught by the code that loads"
@@ -183,6 +187,7 @@ class Recorder:
             self._ended = True
             self._pending = PendingMemory()
             self._unsubmitted = []
+            self._recorded.clear()
             for source in self._sources.values():
                 source.prefetched = source.prefetch = None
 
@@ -225,7 +230,7 @@ class Recorder:
             if func == _SET_DATA:
                 return self._setting_data(*args)
             if func in _STORAGE_ESCAPES:
-                self._complete(self._pending.owners())
+                self._complete(self._all_pending())
             args = tuple(_shared(value) for value in args)
             for value in args:
                 if isinstance(value, torch.Tensor):
@@ -244,27 +249,21 @@ class Recorder:
     def settle_all(self) -> None:
         """Complete all copies."""
         with self._lock:
-            self._complete(self._pending.owners())
+            self._complete(self._all_pending())
 
     def _copy(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         destination: torch.Tensor = args[0]
         deferred: DeferredTensor = args[1]
-        source, meta = deferred._source, deferred._meta
+        source = deferred._source
         if source.real is None and source.recorder is self and has_memory(destination):
             shape = destination.shape
-            view = meta if meta.shape == shape else meta.expand(shape)
+            view = deferred if deferred.shape == shape else deferred._meta.expand(shape)
             source.used = True
             if destination.device.type == "meta":
                 self.meta_destinations += 1
                 return destination
             if _fits_bytewise(view, destination):
-                if source.prefetched is not None:
-                    self.needed_bytes += meta.numel() * meta.itemsize
-                    self._settle(destination)
-                    destination.copy_(self._prefetched_view(source, view))
-                    self._wrote(destination)
-                else:
-                    self._record(source, view, destination)
+                self._copy_bytes(source, view, deferred.nbytes, destination)
                 return destination
         return self._compute(_COPY, operation(_COPY), args, kwargs)
 
@@ -285,7 +284,7 @@ class Recorder:
                 return self._compute(func, what, args, kwargs)
         if isinstance(first, torch.Tensor) and not any(isinstance(a, DeferredTensor) for a in args[1:]):
             result = func(*args, **kwargs)
-            if not len(self._pending) or _all_alias(result, first):
+            if not (self._recorded or len(self._pending)) or _all_alias(result, first):
                 return result
         # It copied instead: do it again, with what it reads in place.
         with self._lock:
@@ -295,7 +294,7 @@ class Recorder:
         if what.shape_only:
             return self._shape_only(func, args, kwargs)
         if what.reshapes_in_place:  # may move the storage, which other tensors share
-            self._complete(self._pending.owners())
+            self._complete(self._all_pending())
         for name in what.written_names & kwargs.keys():  # before others, which may be views of the same tensor
             self._made_real(kwargs[name], what, written=True)
         new_args = tuple(self._made_real(value, what, position in what.written) for position, value in enumerate(args))
@@ -347,42 +346,101 @@ class Recorder:
 
     # -- copies -------------------------------------------------------------------------------------------------------
 
-    def _record(self, source: Source, view: torch.Tensor, destination: torch.Tensor) -> None:
-        """Copy ``view`` to ``destination`` in the background."""
-        self._check_usable(source.info)
-        region = region_of(destination)
-        if region is None:
+    def copied(self, deferred: DeferredTensor, destination: torch.Tensor) -> None:
+        """Code copied ``deferred`` to ``destination``, bytes to bytes."""
+        if deferred._source.prefetched is None:
+            self._record(deferred._source, deferred, destination)
+        else:
+            with self._lock:
+                self._copy_bytes(deferred._source, deferred, deferred.nbytes, destination)
+
+    def _copy_bytes(self, source: Source, view: torch.Tensor, needed: int, destination: torch.Tensor) -> None:
+        """Copy ``view``: now, where its bytes are here already, or else in the background."""
+        source.used = True
+        if source.prefetched is None:
+            self._record(source, view, destination)
             return
-        earlier = self._pending.overlapping(region) if len(self._pending) else []
-        self._complete(earlier)
-        # The memory as it is now: the tensor itself may be given other memory before this is planned or done.
-        with torch._C.DisableTorchFunction():
-            memory = destination.detach()
-        copy = Copy(source.info, view, memory)
-        copy.stable = self._placed_only and not earlier
-        for overwritten in earlier:
-            overwritten.stable = False
-        self.needed_bytes += copy.needed_bytes
-        self._pending.add(region, copy)
-        self._unsubmitted.append(copy)
-        self._unsubmitted_bytes += copy.needed_bytes
-        self._recorded_bytes += copy.needed_bytes
+        self.needed_bytes += needed
+        self._settle(destination)
+        destination.copy_(self._prefetched_view(source, view))
         self._wrote(destination)
-        if self._unsubmitted_bytes >= _BATCH_BYTES or len(self._unsubmitted) >= _BATCH_COPIES:
-            self._submit()
+
+    def _record(self, source: Source, view: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copy ``view`` to ``destination`` in the background.
+
+        It is only noted here. What follows from it takes less time when it is done for many copies together; and it is
+        done before anything else asks what is on its way.
+        """
+        if self._ended:
+            self._check_usable(source.info)
+        # The memory as it is now: the tensor itself may be given other memory before this is planned or done.
+        if type(destination) is torch.Tensor:
+            memory = destination.detach()
+        else:
+            with torch._C.DisableTorchFunction():
+                memory = destination.detach()
+        self._recorded.append((source, view, memory))
+        self._unsubmitted_bytes += view.nbytes
+        if self._unsubmitted_bytes >= _BATCH_BYTES or len(self._recorded) + len(self._unsubmitted) >= _BATCH_COPIES:
+            with self._lock:
+                self._submit()
+
+    def _place_recorded(self) -> None:
+        """Find out which memory the copies go to that were recorded, after those that went there before."""
+        if not self._recorded or self._placing:
+            return
+        if self._fault is not None:
+            raise self._fault
+        self._placing = True
+        try:
+            # What is recorded meanwhile comes after all of these.
+            recorded = [self._recorded.popleft() for _ in range(len(self._recorded))]
+            for source, view, memory in recorded:
+                self._place(source, view, memory)
+        except BaseException as exc:
+            self._fault = exc  # none of the rest will be done, whoever catches this
+            raise
+        finally:
+            self._placing = False
         if self._placed_only:  # destinations live as long as the load, and whether they overlap has to be known
             return
-        if len(self._pending) >= self._purge_copies or self._recorded_bytes >= self._purge_bytes:
+        if len(self._pending) >= self._purge_copies or self._pending_bytes >= self._purge_bytes:
             self._purge()
+
+    def _place(self, source: Source, view: torch.Tensor, memory: torch.Tensor) -> None:
+        source.used = True
+        region = region_of(memory)
+        if region is None:
+            return
+        pending = self._pending
+        earlier = pending.overlapping(region) if len(pending) else ()
+        copy = Copy(source.info, view, memory)
+        copy.stable = self._placed_only and not earlier
+        if earlier:
+            self._complete(earlier)
+            for overwritten in earlier:
+                overwritten.stable = False
+        self.needed_bytes += copy.needed_bytes
+        self._pending_bytes += copy.needed_bytes
+        pending.add(region, copy)
+        self._unsubmitted.append(copy)
+        if self._coverage is not None:
+            self._coverage.wrote_region(region)
 
     def _purge(self) -> None:
         """Forget the copies that are done."""
         self._pending.purge()
-        self._recorded_bytes = sum(copy.needed_bytes for copy in self._pending.owners())
+        self._pending_bytes = sum(copy.needed_bytes for copy in self._pending.owners())
         self._purge_copies = max(_PURGE_COPIES, _PURGE_GROWTH * len(self._pending))
-        self._purge_bytes = max(_PURGE_BYTES, _PURGE_GROWTH * self._recorded_bytes)
+        self._purge_bytes = max(_PURGE_BYTES, _PURGE_GROWTH * self._pending_bytes)
+
+    def _all_pending(self) -> list[Copy]:
+        """All copies that were recorded, but for some that are done, in order."""
+        self._place_recorded()
+        return self._pending.owners()
 
     def _submit(self, *, urgent: bool = False) -> None:
+        self._place_recorded()
         copies, self._unsubmitted, self._unsubmitted_bytes = self._unsubmitted, [], 0
         self._fetch(copies, urgent=urgent)
 
@@ -392,7 +450,7 @@ class Recorder:
         if not copies:
             return
         try:
-            with _Unwatched():
+            with Unwatched():
                 self._engine.submit(self._planner.batches(copies), urgent=urgent)
         except BaseException as exc:
             self._fault = exc  # none of these copies will be done, whoever catches this
@@ -406,13 +464,16 @@ class Recorder:
 
     def _settle(self, tensor: torch.Tensor) -> None:
         """Complete the copies to memory of ``tensor``."""
-        if not len(self._pending) or tensor.device.type == "meta":
+        if tensor.device.type == "meta":
+            return
+        self._place_recorded()
+        if not len(self._pending):
             return
         region = region_of(tensor) if has_memory(tensor) else None
         if region is not None:
             self._complete(self._pending.overlapping(region))
         elif not has_memory(tensor):  # we cannot tell which memory it stands for
-            self._complete(self._pending.owners())
+            self._complete(self._all_pending())
 
     def _wrote(self, tensor: torch.Tensor) -> None:
         if self._coverage is not None:
@@ -422,7 +483,7 @@ class Recorder:
 
     def materialise(self, deferred: DeferredTensor, reason: str) -> torch.Tensor:
         """A plain tensor with the elements of ``deferred``; ``reason`` is counted in the report."""
-        with self._lock, torch.inference_mode(mode=False), _Unwatched():
+        with self._lock, torch.inference_mode(mode=False), Unwatched():
             source, meta = deferred._source, deferred._meta
             if source.real is not None:
                 shared = self.shared_memory(deferred)
@@ -459,7 +520,7 @@ class Recorder:
 
     def shared_memory(self, deferred: DeferredTensor) -> torch.Tensor:
         """The memory that every view of the stored tensor means, from now on, because it may be written to."""
-        with self._lock, torch.inference_mode(mode=False), _Unwatched():
+        with self._lock, torch.inference_mode(mode=False), Unwatched():
             source = deferred._source
             if source.real is None:
                 self._check_usable(source.info)
@@ -481,7 +542,7 @@ class Recorder:
         self._check_usable(source.info)
         if not source.prefetch.done:
             self._engine.wait([source.prefetch])
-        return _same_view(source.prefetched.view(source.meta.dtype), meta)
+        return _same_view(source.prefetched.view(source.dtype), meta)
 
     # -- small tensors ------------------------------------------------------------------------------------------------
 
@@ -539,33 +600,24 @@ class _RecordingMode(TorchDispatchMode):
         return self._recorder.dispatch(func, args, kwargs or {})
 
 
-class _EscapeMode(TorchFunctionMode):
-    """Completes copies to a tensor before its memory is handed out past dispatch."""
+class _FunctionMode(TorchFunctionMode):
+    """Takes shortcuts, and completes copies to a tensor before its memory is handed out past dispatch."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ESCAPES:
+        shortcut = SHORTCUTS.get(func)
+        if shortcut is not None:
+            # If other modes of dispatch want to see what is done, or modes are switched off, it goes the long way.
+            if not kwargs and _modes() == 1 and not _switched_off(_MODES):
+                result = shortcut(self._recorder, args)
+                if result is not NotImplemented:
+                    return result
+        elif func in _ESCAPES:
             args = self._recorder.escaping(func, args)
         return func(*args, **(kwargs or {}))
-
-
-class _Unwatched:
-    """A block whose operations are ours and on plain tensors: no mode is asked."""
-
-    __slots__ = ("_dispatch", "_function")
-
-    def __enter__(self) -> None:
-        self._function = torch._C.DisableTorchFunction()
-        self._dispatch = torch._C._DisableTorchDispatch()
-        self._function.__enter__()
-        self._dispatch.__enter__()
-
-    def __exit__(self, *exc: object) -> None:
-        self._dispatch.__exit__(None, None, None)
-        self._function.__exit__(None, None, None)
 
 
 def _shared(value: Any) -> Any:
@@ -627,7 +679,8 @@ def _all_alias(result: Any, base: torch.Tensor) -> bool:
 
 def _wrapped(result: Any, source: Source) -> Any:
     if isinstance(result, torch.Tensor):
-        return DeferredTensor(source, result)
+        layout = tuple(result.size()), result.stride(), int(result.storage_offset())
+        return deferred_view(source, layout, result.dtype, result)
     return type(result)([_wrapped(item, source) for item in result])
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import modelexpress_core as mx
 from modelexpress_core.hooks import hookimpl
@@ -1058,6 +1059,157 @@ def test_packed_four_bit_values_are_copied_bit_for_bit() -> None:
     assert torch.equal(values, whole)
     assert torch.equal(values[:, :8], columns[:, ::2])
     assert torch.equal(values, clone.view(torch.uint8))
+
+
+# -- shortcuts --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_done_to_every_weight_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading the experts of a layer into stacked parameters, as engines do, never goes through torch's dispatch."""
+    weights = {f"{kind}{e}": numbered(8, 6, start=100 * e + len(kind)) for e in range(3) for kind in ("up", "gate")}
+    c = case(**weights, scale=numbered(3), norm=numbered(6))
+    stacked = nn.Parameter(torch.zeros(3, 8, 6), requires_grad=False)
+    scales, norm = torch.zeros(2, 3), torch.zeros(6)
+    seen: list[Any] = []
+    dispatch = recording.Recorder.dispatch
+    monkeypatch.setattr(recording.Recorder, "dispatch", lambda *args: (seen.append(args[1]), dispatch(*args))[1])
+
+    with c.load() as loading:
+        for name, weight in loading:
+            match name[:-1]:
+                case "up" | "gate" as kind:
+                    expert = stacked.data[int(name[-1])]
+                    expert.narrow(0, 0 if kind == "gate" else 4, 4).copy_(weight.narrow(0, 2, 4))
+                case "scal":
+                    scales.data[1] = weight.detach()
+                case _:
+                    norm.copy_(weight.select(0, 3) if weight.dim() > 1 else weight[0:6])
+
+    assert [] == seen
+    expected = torch.stack([torch.cat([weights[f"{kind}{e}"][2:6] for kind in ("gate", "up")]) for e in range(3)])
+    assert torch.equal(expected, stacked)
+    assert torch.equal(torch.stack([torch.zeros(3), numbered(3)]), scales)
+    assert torch.equal(numbered(6), norm)
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_other_modes_of_dispatch_see_what_is_done(outer: bool) -> None:
+    """A mode of the user's, around the load or within it, is not passed over."""
+    c = case(w=numbered(4, 4))
+    destination = torch.zeros(2, 4, 4)
+    around, within = (Watching(), contextlib.nullcontext()) if outer else (contextlib.nullcontext(), Watching())
+
+    with around, c.load() as weights, within:
+        w = dict(weights)["w"]
+        (around if outer else within).seen.clear()
+        destination[1].copy_(w.t())
+        destination[0] = w.narrow(0, 0, 4)
+        mode = around if outer else within
+        seen = list(mode.seen)
+
+    assert {"aten::select.int"} <= set(seen)
+    assert outer or {"aten::copy_", "aten::t"} <= set(seen)
+    assert torch.equal(torch.stack([numbered(4, 4), numbered(4, 4).t()]), destination)
+
+
+def test_a_switch_that_hides_operations_from_modes_stays_as_it_is() -> None:
+    """Code that had switched modes off finds them off after what it does to plain tensors."""
+    c = case(w=numbered(4))
+    plain = torch.zeros(3, 4)
+
+    with ignoring_that_nothing_was_used(), c.load(), torch._C._DisableTorchDispatch():
+        part = plain[1].narrow(0, 1, 2)
+        off = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python)
+
+    assert (2,) == part.shape
+    assert off
+
+
+@pytest.mark.parametrize("name", ["w", "small"])
+def test_a_copy_counts_as_a_change_of_its_destination(name: str) -> None:
+    """Autograd notices that a tensor which it keeps for a backward pass was loaded over."""
+    c = case(w=numbered(64, 64), small=numbered(4))
+    kept = torch.zeros(c.tensors[name].shape)
+    parameter = nn.Parameter(torch.ones(c.tensors[name].shape))
+
+    with torch.enable_grad():
+        result = (parameter * kept).sum()
+        before = kept._version
+        with c.load() as weights:
+            kept.copy_(dict(weights)[name])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.backward()
+
+    assert before < kept._version
+
+
+@pytest.mark.parametrize("name", ["w", "small"])
+def test_a_copy_that_torch_refuses_is_refused(name: str) -> None:
+    """A parameter that requires gradients, outside no_grad; a tensor of inference mode, outside of it."""
+    c = case(w=numbered(64, 64), small=numbered(4))
+    parameter = nn.Parameter(torch.zeros(c.tensors[name].shape))
+    with torch.inference_mode():
+        inference = torch.zeros(c.tensors[name].shape)
+
+    with ignoring_that_nothing_was_used(), c.load() as weights:
+        w = dict(weights)[name]
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+            parameter.copy_(w)
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="requires grad"):
+            parameter[...] = w
+        with pytest.raises(RuntimeError, match="inference tensor outside InferenceMode"):
+            inference.copy_(w)
+        with torch.inference_mode():
+            inference.copy_(w)
+
+    assert not parameter.any()
+    assert torch.equal(c.tensors[name], inference)
+
+
+def test_copies_in_one_batch_to_the_same_memory_are_done_in_order() -> None:
+    """The last one counts, though nothing asked for the memory in between."""
+    c = case(**{f"w{i}": numbered(40, 50, start=1000 * i) for i in range(6)})
+    destination = torch.zeros(40, 50)
+    c.storage.slow[c.offsets["w0"]] = 0.05
+
+    with c.load() as weights:
+        for _, w in weights:
+            destination.copy_(w)
+            destination[3:5].copy_(w[1:3])
+            destination[:, 7] = w[:, 9]
+
+    expected = numbered(40, 50, start=5000)
+    expected[3:5] = numbered(40, 50, start=5000)[1:3]
+    expected[:, 7] = numbered(40, 50, start=5000)[:, 9]
+    assert torch.equal(expected, destination)
+
+
+def test_an_interrupt_while_copies_are_placed_ends_the_load() -> None:
+    """Copies that code was told of as done are not lost without a word when it catches what stopped them."""
+    c = case(w=numbered(4000), v=numbered(4000))
+    destination = torch.zeros(4000)
+
+    with pytest.raises(KeyboardInterrupt), c.load() as weights:
+        found = dict(weights)
+        destination.copy_(found["w"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recording, "region_of", _interrupted)
+            with contextlib.suppress(KeyboardInterrupt):
+                destination.sum()
+
+
+def _interrupted(_: torch.Tensor) -> None:
+    raise KeyboardInterrupt
 
 
 # -- memory and time --------------------------------------------------------------------------------------------------

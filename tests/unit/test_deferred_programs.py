@@ -185,6 +185,46 @@ def _permute(t: torch.Tensor, n: Numbers) -> torch.Tensor:
     return t.permute(order)
 
 
+def _around(n: Numbers) -> int:
+    """A number that may be out of bounds, on either side."""
+    return n.below(12) - 5
+
+
+def _dims_around(t: torch.Tensor, n: Numbers) -> torch.Tensor:
+    forms: Sequence[Callable[[], torch.Tensor]] = (
+        lambda: t.narrow(_around(n), _around(n), _around(n)),
+        lambda: t.narrow(-1, _around(n), 1),
+        lambda: t.narrow(dim=0, start=_around(n), length=1),
+        lambda: t.narrow(0, torch.tensor(_around(n)), 1),
+        lambda: t.select(_around(n), _around(n)),
+        lambda: t.transpose(_around(n), _around(n)),
+        lambda: t.transpose(-1, -2),
+    )
+    return forms[n.below(len(forms))]()
+
+
+def _index_around(t: torch.Tensor, n: Numbers) -> torch.Tensor:
+    bounds = slice(_around(n), _around(n), 1 + n.below(3))
+    forms: Sequence[Any] = (
+        _around(n),
+        bounds,
+        slice(None, None, _around(n)),
+        (_around(n), bounds),
+        (bounds, _around(n)),
+        (bounds, bounds),
+        (None, bounds),
+        (..., bounds),
+        (),
+        ((0, _around(n)),),
+        [_around(n)],
+        np.int64(_around(n)),
+        bool(n.below(2)),
+        torch.tensor(_around(n)),
+        1.5,
+    )
+    return t[forms[n.below(len(forms))]]
+
+
 def _unfold(t: torch.Tensor, n: Numbers) -> torch.Tensor:
     return t.unfold(_dim(t, n), 1 + n.below(3), 1 + n.below(3))
 
@@ -203,6 +243,9 @@ VIEWS: Sequence[Callable[[torch.Tensor, Numbers], torch.Tensor]] = (
     _reshape,
     _permute,
     _unfold,
+    _dims_around,
+    _index_around,
+    _index_around,
     lambda t, n: t.select(_dim(t, n), n.below(max(t.shape[:1] or (1,)))),
     lambda t, n: t[n.below(4)],
     lambda t, n: t[..., n.below(4), None],
@@ -325,7 +368,12 @@ def _set_indexed(target: torch.Tensor, source: torch.Tensor, _: Numbers) -> None
     target.index_copy_(0, torch.tensor([1, 0]), source[:2])
 
 
-SET_ITEMS = (_set_all, _set_tail, _set_one, _set_masked, _set_listed, _set_indexed)
+def _set_index(target: torch.Tensor, source: torch.Tensor, n: Numbers) -> None:
+    index = n.of((_around(n), slice(_around(n), None), (0, slice(1, None)), (slice(None), _around(n)), (..., 0), None))
+    target[index] = source if n.below(3) == 0 else source[index]
+
+
+SET_ITEMS = (_set_all, _set_tail, _set_one, _set_masked, _set_listed, _set_indexed, _set_index)
 
 
 def _exact(t: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -414,7 +462,7 @@ class World:
         for _ in range(1 + n.below(3)):
             t = n.of(VIEWS)(t, n)
         self.handles.append(t)
-        return t.shape, t.dtype
+        return t.shape, t.dtype, t.stride() if t.numel() else None
 
     def copy(self, n: Numbers, step: int) -> None:
         source = self.handle(n)
