@@ -34,6 +34,10 @@ class StagingPool:
         self._unmade = max(1, budget_bytes // self.buffer_bytes)
         self._changed = threading.Condition()
 
+    def allocate_with(self, allocate: Callable[[int], memoryview]) -> None:
+        """Make buffers with ``allocate`` from now on; those that there are stay."""
+        self._allocate = allocate
+
     @contextmanager
     def borrow(self, length: int) -> Iterator[memoryview]:
         """A buffer of ``length`` bytes, for the length of the ``with`` block."""

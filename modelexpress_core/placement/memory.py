@@ -20,6 +20,7 @@ __all__ = [
     "has_memory",
     "is_ordinary",
     "merged_dims",
+    "pinned_memory",
     "region_of",
 ]
 
@@ -32,6 +33,14 @@ _PYBUF_WRITE = 0x200
 def bytes_at(address: int, length: int) -> memoryview:
     """The ``length`` bytes of memory at ``address``, writable. Whoever uses them keeps their owner alive."""
     return _memoryview_from_memory(address, length, _PYBUF_WRITE)  # type: ignore[no-any-return]  # ctypes says Any
+
+
+def pinned_memory(length: int) -> memoryview:
+    """``length`` bytes of host memory that devices copy from without a copy in between."""
+    buffer = torch.empty(length, dtype=torch.uint8, device="cpu", pin_memory=True)
+    held = (ctypes.c_ubyte * length).from_address(buffer.data_ptr())
+    held.owner = buffer  # type: ignore[attr-defined]  # what looks at the array keeps the memory
+    return memoryview(held).cast("B")
 
 
 def merged_dims(sizes: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ from modelexpress_core.errors import IncompleteLoadError, PlacementError
 from modelexpress_core.fetch import FetchEngine
 from modelexpress_core.placement.coverage import Coverage
 from modelexpress_core.placement.deferred import DeferredTensor, Source, Unwatched, deferred_view
-from modelexpress_core.placement.memory import PendingMemory, has_memory, region_of
+from modelexpress_core.placement.memory import PendingMemory, has_memory, pinned_memory, region_of
 from modelexpress_core.placement.operations import Operation, operation
 from modelexpress_core.placement.plan import Copy, ReadPlanner
 from modelexpress_core.placement.shortcuts import SHORTCUTS
@@ -115,6 +115,7 @@ class Recorder:
         self._purge_bytes = _PURGE_BYTES
         self._fault: BaseException | None = None
         self._placed_only = True
+        self._pinned = False
         self._ended = False
         self._sources: dict[str, Source] = {}
         self.needed_bytes = 0
@@ -412,6 +413,9 @@ class Recorder:
         region = region_of(memory)
         if region is None:
             return
+        if memory.is_cuda and not self._pinned:  # never run on a GPU so far
+            self._pinned = True
+            self._engine.staging.allocate_with(pinned_memory)
         pending = self._pending
         earlier = pending.overlapping(region) if len(pending) else ()
         copy = Copy(source.info, view, memory)

@@ -285,3 +285,21 @@ def test_threads_end_with_the_load() -> None:
         fetch.finish()
 
     assert threading.active_count() == before
+
+
+def test_staging_buffers_come_from_where_they_are_asked_for() -> None:
+    """Devices want buffers of their own kind; those that there are are used on."""
+    pool, made = StagingPool(3000, 1000), []
+
+    def allocate(length: int) -> memoryview:
+        made.append(length)
+        return memoryview(bytearray(length))
+
+    with pool.borrow(10):
+        pool.allocate_with(allocate)
+        with pool.borrow(20), pool.borrow(30):
+            pass
+    with pool.borrow(1000):
+        pass
+
+    assert [1000, 1000] == made
