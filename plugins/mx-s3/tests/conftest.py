@@ -163,6 +163,11 @@ def serving(answer: Callable[[Request], Answer | None], context: ssl.SSLContext 
             thread.join()
 
 
+@pytest.fixture(name="serving")
+def _serving() -> Callable[..., contextlib.AbstractContextManager[int]]:
+    return serving
+
+
 @pytest.fixture
 def scripted(opened: Callable[..., S3Storage]) -> Iterator[Callable[..., S3Storage]]:
     """Opens storages on a server that gives each request one answer: for what the real server never does."""

@@ -124,6 +124,31 @@ def test_each_expiry_has_a_renewal_of_its_own(
 
 
 @pytest.mark.parametrize("from_role", ["container"], indirect=True)
+@pytest.mark.parametrize("headers", [{}, {"x-amz-bucket-region": "us-east-1"}], ids=["silent", "with the region"])
+def test_a_head_that_is_refused_without_a_word(
+    from_role: dict[str, str | None],
+    services: Any,
+    keys: dict[str, tuple[str, str]],
+    fronted: Callable[..., str],
+    opened: Callable[..., S3Storage],
+    put: Callable[..., str],
+    headers: dict[str, str],
+) -> None:
+    """A bare 400 may mean another region; where it does not, it means credentials."""
+    put("expiry/object", CONTENT)
+    expired = {keys["reader"][0]}
+    url = fronted(lambda request: (400, headers, b"") if request.access_key in expired else None)
+    storage = opened(AWS_ENDPOINT_URL=url, **from_role)
+    assert keys["reader"][0][-4:] in storage.credentials()
+    services.keys = keys["admin"]
+
+    size = storage.stat("expiry/object").size
+
+    assert len(CONTENT) == size
+    assert 2 == len(services.requests)
+
+
+@pytest.mark.parametrize("from_role", ["container"], indirect=True)
 def test_a_listing_goes_on_at_its_page(
     from_role: dict[str, str | None],
     services: Any,

@@ -157,10 +157,12 @@ class Identity:
             return None
         http, parsed = response
         context = request_dict["context"]
+        redirected = bool(context.get("s3_redirect", {}).get("redirected"))
+        if redirected and not context.get("mx_redirected"):
+            context["mx_redirected"] = True  # to another region, by botocore, which sends it again for that
+            return None
         code = str(parsed.get("Error", {}).get("Code", ""))
-        headers = parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-        free = self._found.method in _FILES
-        if not wants_other_credentials(code, http.status_code, headers, free=free):
+        if not wants_other_credentials(code, http.status_code, free=self._found.method in _FILES):
             return None
         if "mx_renewed" not in context and self._renew(context.get("mx_signed_with")):
             context["mx_renewed"] = True

@@ -195,19 +195,16 @@ _ABOUT_CREDENTIALS = frozenset(
 _REFUSED_CREDENTIALS = _ABOUT_CREDENTIALS - {"AuthorizationHeaderMalformed", "SignatureDoesNotMatch"}
 
 
-def wants_other_credentials(code: str, status: int, headers: Mapping[str, str], *, free: bool) -> bool:
-    """Whether S3 might give other credentials what it refused with this answer.
+def wants_other_credentials(code: str, status: int, *, free: bool) -> bool:
+    """Whether S3 might give other credentials what it refused with this answer, which is of the bucket's region.
 
     Args:
         code: S3's error code; the status where the answer has no body, as to a HEAD.
         status: Of the answer.
-        headers: Of the answer, in lower case.
         free: Looking for others costs no request, so that doubt suffices.
     """
-    if code in _REFUSED_CREDENTIALS:
+    if code in _REFUSED_CREDENTIALS or (status == 400 and code == "400"):  # what an expired token gets for a HEAD
         return True
-    if status == 400 and code == "400":  # what an expired token gets for a HEAD, and a wrong region too
-        return "x-amz-bucket-region" not in headers
     return free and (code == "SignatureDoesNotMatch" or (status == 403 and code == "403"))
 
 
@@ -579,7 +576,10 @@ def _answered(exc: boto.ClientError, uri: str, operation: str) -> BackendError:
     hint = None
     region = headers.get("x-amz-bucket-region") or error.get("Region")
     if meaning in _MAYBE_REGION and region:
+        meaning = _REGION
         hint = f"set AWS_REGION={region}, or add ?region={region} to the URI"
+        if response["ResponseMetadata"].get("RetryAttempts"):  # signing for that region was tried, at the same endpoint
+            hint += ", and set AWS_ENDPOINT_URL to an endpoint of that region, or unset it"
     after = _retry_after_seconds(headers.get("retry-after", "")) if meaning.error.default_retryable else None
     return _error(meaning, reason, uri, operation, hint=hint, retry_after_seconds=after)
 

@@ -75,6 +75,7 @@ class S3Storage:
         self._read_timeout_seconds = float(client.meta.config.read_timeout)  # type: ignore[attr-defined]
         self._connections = Connections(self._read_timeout_seconds)
         self._connections.watch(client)
+        client.meta.events.register("before-call.s3.HeadBucket", _stay)
         if identity is not None:
             identity.watch(client)
 
@@ -306,6 +307,11 @@ def _proxy(endpoint_url: str, scheme: str) -> str | None:
         return None
     parts = urlsplit(proxy if "//" in proxy else f"//{proxy}")
     return f"{parts.scheme or 'http'}://{parts.netloc.rpartition('@')[2]}"
+
+
+def _stay(context: Any, **_: object) -> None:  # noqa: ANN401 - the dict in which botocore keeps what it did
+    """Follow no redirect of a request that is to find the region: botocore would ask for that again, without end."""
+    context.get("s3_redirect", {})["redirected"] = True
 
 
 class _StopError(Exception):
