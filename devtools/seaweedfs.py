@@ -202,6 +202,29 @@ class SeaweedFS:
                 if name.endswith(".grpc"):
                     Path(f"/tmp/seaweedfs-{name.split('.')[0]}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108
 
+    def limit_reads(self, at_once: int) -> None:
+        """Answer 503 to reads of objects beyond so many at once, until the server stops: its own circuit breaker."""
+        commands = [
+            f"s3.circuitBreaker -global -type Count -actions Read -values {at_once} -apply",
+            "s3.circuitBreaker -global -enable -apply",
+        ]
+        addresses = [
+            f"-{part}=127.0.0.1:{self._ports[f'{part}.port']}.{self._ports[f'{part}.port.grpc']}"
+            for part in ("master", "filer")
+        ]
+        result = subprocess.run(
+            [_binary(), "shell", *addresses],
+            input="\n".join([*commands, ""]),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_READY_SECONDS,
+            cwd=self._directory,
+        )
+        if '"enabled":  true' not in result.stdout:
+            message = f"SeaweedFS did not take the limit:\n{result.stdout}{result.stderr}"
+            raise SeaweedFSError(message)
+
     def environ(self, user: str = "admin") -> dict[str, str]:
         """The variables with which a program reaches this server as ``user``."""
         access, secret = self._keys[user]
