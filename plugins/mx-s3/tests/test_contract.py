@@ -45,6 +45,10 @@ class TestS3Storage(StorageContract):
         return opened(AWS_SECRET_ACCESS_KEY="not-the-secret")
 
     @pytest.fixture
+    def without_credentials(self, opened: Callable[..., S3Storage]) -> S3Storage:
+        return opened(AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None)
+
+    @pytest.fixture
     def stalled(self, proxied: Callable[..., Any], put: Callable[..., str]) -> tuple[S3Storage, str]:
         put("contract/silent", bytes(1000))
         storage, _ = proxied(lambda _number, _head: Fault("stall"), MX_S3_READ_TIMEOUT_SECONDS="60")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse
+from typing import Any
 from urllib.parse import quote
 
 from modelexpress_core.errors import (
-    AccessDeniedError,
     BackendError,
+    DeadlineError,
     InvalidURIError,
     NotFoundError,
     SourceChangedError,
@@ -20,16 +20,8 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.storage import ObjectInfo
+from modelexpress_core.storage.http import OpenSockets, http_error
 from modelexpress_core.uri import ModelURI
-
-#: HTTP status -> what it means for a load; from 500 on the server has a fault that may pass.
-_MEANING = {
-    401: AccessDeniedError,
-    403: AccessDeniedError,
-    404: NotFoundError,
-    416: SourceChangedError,  # the file is shorter than the range that was asked for
-    429: UnavailableError,
-}
 
 
 class HelloStorage:
@@ -38,9 +30,9 @@ class HelloStorage:
     def __init__(self, authority: str) -> None:
         if not re.fullmatch(r"([^:\[\]]+|\[[^\]]+\])(:\d+)?", authority):
             raise InvalidURIError(f"no host and port: hello://{authority}", hint="write hello://host:port/path")
+        self.patience_seconds = 30.0  # until core sets it
         self._authority = authority
-        self._sockets: dict[HTTPConnection, socket.socket] = {}
-        self._closed = False
+        self._sockets = OpenSockets()
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The files below the directory ``prefix``."""
@@ -60,51 +52,47 @@ class HelloStorage:
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read into ``buffer``, as far as the connection holds."""
-        last, done = offset + len(buffer) - 1, 0
-        with self._answer("GET", path, f"read bytes {offset}-{last}", f"bytes={offset}-{last}") as answer:
+        done, wanted = 0, f"{offset}-{offset + len(buffer) - 1}"
+        with self._answer("GET", path, f"read bytes {wanted}", f"bytes={wanted}") as answer:
             if version not in (None, answer.headers["ETag"]):
-                raise self._error(SourceChangedError, "the file was replaced", path, "read it")
+                raise SourceChangedError("the file was replaced", **self._named(path, f"read bytes {wanted}"))
             if answer.status != 206 and offset:
-                raise self._error(UnsupportedError, "the server ignores Range", path, "read a part of it")
-            with suppress(OSError, HTTPException):  # what arrived before counts, and core goes on behind it
+                raise UnsupportedError("the server ignores Range", **self._named(path, f"read bytes {wanted}"))
+            try:
                 while count := answer.readinto(buffer[done : done + 65536]):
                     done += count
-            if not done and answer.length:
-                raise ConnectionError("the connection broke before the first byte")
+            except (OSError, HTTPException):
+                if not done:  # otherwise what arrived counts, and core goes on behind it
+                    raise
         return done
 
     def close(self) -> None:
         """End the reads that are under way."""
-        self._closed = True
-        for sock in list(self._sockets.values()):
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+        self._sockets.shut_down()
 
     @contextmanager
     def _answer(self, method: str, path: str, operation: str, byte_range: str = "") -> Iterator[HTTPResponse]:
         """The server's answer to one request, and an error of ours for whatever goes wrong with it."""
-        connection = HTTPConnection(self._authority, timeout=30)
+        named = self._named(path, operation)
+        connection = HTTPConnection(self._authority, timeout=self.patience_seconds)
         try:
             connection.connect()
-            self._sockets[connection] = connection.sock
-            if self._closed:
-                raise ConnectionError
+            self._sockets.add(connection.sock)
             connection.request(method, f"/{quote(path)}", headers={"Range": byte_range} if byte_range else {})
             answer = connection.getresponse()
             if answer.status not in (200, 206):
-                kind = UnavailableError if answer.status >= 500 else _MEANING.get(answer.status, BackendError)
-                raise self._error(kind, f"HTTP {answer.status} {answer.reason}", path, operation)
+                raise http_error(answer.status, answer.reason, retry_after=answer.headers["Retry-After"], **named)
             yield answer
         except (OSError, HTTPException) as exc:
-            if self._closed:
-                raise self._error(BackendError, "the storage was closed", path, operation) from exc
-            raise self._error(UnavailableError, type(exc).__name__, path, operation) from exc
+            if self._sockets.closed:
+                raise BackendError("the storage was closed", **named) from exc
+            kind = DeadlineError if isinstance(exc, TimeoutError) else UnavailableError
+            raise kind(f"no answer, or half of one: {type(exc).__name__}", **named) from exc
         except (ValueError, TypeError, KeyError) as exc:
-            raise self._error(UnsupportedError, "no answer of the kind that nginx gives", path, operation) from exc
+            raise UnsupportedError("no answer of the kind that nginx gives", **named) from exc
         finally:
             connection.close()
-            self._sockets.pop(connection, None)
 
-    def _error(self, kind: type[BackendError], reason: str, path: str, operation: str) -> BackendError:
-        uri = str(ModelURI("hello", self._authority, path))
-        return kind(reason, uri=uri, operation=operation, provider="mx-hello")
+    def _named(self, path: str, operation: str) -> dict[str, Any]:
+        """What every error says."""
+        return {"uri": str(ModelURI("hello", self._authority, path)), "operation": operation, "provider": "mx-hello"}

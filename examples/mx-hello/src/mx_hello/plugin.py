@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.providers import StorageProvider
+from modelexpress_core.providers import StorageCapabilities, StorageProvider
 
 if TYPE_CHECKING:
     from modelexpress_core.storage import Storage
@@ -22,4 +22,4 @@ def _open_hello(uri: ModelURI, _settings: Mapping[str, str]) -> Storage:
 @hookimpl
 def mx_register_storages() -> list[StorageProvider]:
     """``hello``."""
-    return [StorageProvider("mx-hello", ("hello",), _open_hello)]
+    return [StorageProvider("mx-hello", ("hello",), _open_hello, capabilities=StorageCapabilities(patience=True))]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +26,7 @@ from modelexpress_core.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from modelexpress_core.storage.http import retry_after_seconds
 
 __all__ = ["FAILURES", "PROVIDER", "RENEWED", "CredentialsError", "translated", "wants_other_credentials"]
 
@@ -580,7 +578,7 @@ def _answered(exc: boto.ClientError, uri: str, operation: str) -> BackendError:
         hint = f"set AWS_REGION={region}, or add ?region={region} to the URI"
         if response["ResponseMetadata"].get("RetryAttempts"):  # signing for that region was tried, at the same endpoint
             hint += ", and set AWS_ENDPOINT_URL to an endpoint of that region, or unset it"
-    after = _retry_after_seconds(headers.get("retry-after", "")) if meaning.error.default_retryable else None
+    after = retry_after_seconds(headers.get("retry-after", "")) if meaning.error.default_retryable else None
     return _error(meaning, reason, uri, operation, hint=hint, retry_after_seconds=after)
 
 
@@ -588,18 +586,6 @@ def _quoted(text: str) -> str:
     """One line of what a server says, without anything that looks like an access key or a token."""
     text = re.sub(r"\b[A-Z0-9]{16,}\b|[A-Za-z0-9+/=_-]{40,}", "***", " ".join(text.split()))
     return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-def _retry_after_seconds(text: str) -> float | None:
-    """What a ``Retry-After`` header asks for (RFC 9110 section 10.2.3: seconds, or a date)."""
-    try:
-        value = float(text)
-    except ValueError:
-        try:
-            value = (parsedate_to_datetime(text) - datetime.now(timezone.utc)).total_seconds()
-        except (TypeError, ValueError):
-            return None
-    return max(value, 0.0) if math.isfinite(value) else None
 
 
 def _chain(exc: BaseException) -> Iterator[BaseException]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
@@ -12,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError
 from urllib3.exceptions import HTTPError
+
+from modelexpress_core.storage.http import OpenSockets
 
 if TYPE_CHECKING:
     from botocore.response import StreamingBody
@@ -39,12 +39,15 @@ class Connections:
     """
 
     def __init__(self, read_timeout_seconds: float) -> None:
-        self._lock = threading.Lock()
-        self._sockets: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._sockets = OpenSockets()
         self._reading = _Reading()
         self._read_timeout_seconds = read_timeout_seconds
         self._patience_seconds = read_timeout_seconds
-        self.closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Reads have been ended, and later ones will fail."""
+        return self._sockets.closed
 
     @property
     def patience_seconds(self) -> float:
@@ -105,26 +108,17 @@ class Connections:
 
         def connect(connection: Any) -> None:  # noqa: ANN401 - of that pool
             original(connection)
-            with self._lock:
-                closed = self.closed
-                if not closed:
-                    self._sockets.add(connection.sock)
-            if closed:
+            try:
+                self._sockets.add(connection.sock)
+            except ConnectionAbortedError:
                 connection.close()
-                raise ConnectionAbortedError
+                raise
 
         return connect
 
     def shut_down(self) -> None:
         """End every read that waits for bytes, and every one that comes later."""
-        with self._lock:
-            self.closed = True
-            sockets = list(self._sockets)
-        for sock in sockets:
-            # Not sock.shutdown: of a TLS socket that also takes the TLS layer away, and a thread that reads it would
-            # take the encrypted bytes for the object's.
-            with suppress(OSError):
-                socket.socket.shutdown(getattr(sock, "socket", sock), socket.SHUT_RDWR)
+        self._sockets.shut_down()
 
 
 def read_body(body: StreamingBody, view: memoryview, before_piece: Callable[[], None]) -> tuple[int, Exception | None]:
