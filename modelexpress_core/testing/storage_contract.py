@@ -545,7 +545,7 @@ class StorageContract(Contract, contract=True):
             offset=st.integers(0, _RUNS_BYTES - 1),
             run_bytes=st.integers(1, 9000),
             gap_bytes=st.integers(1, 9000),
-            number=st.integers(1, 3000),
+            number=st.integers(1, 300),
             pinned=st.booleans(),
         )
         @example(offset=0, run_bytes=1, gap_bytes=1, number=3000, pinned=True)

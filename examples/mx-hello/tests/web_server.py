@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -55,14 +56,16 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815 - the name that http.server wants
 
     def _send_file(self, content: bytes) -> None:
-        etag = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        digest = hashlib.sha256(content)
+        headers = {"ETag": f'"{digest.hexdigest()}"'}
+        headers["Repr-Digest"] = f"sha-256=:{base64.b64encode(digest.digest()).decode()}:"
         first, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
         if not last:
-            self._send(200, content, etag)
+            self._send(200, content, headers)
         elif int(first) >= len(content):
-            self._send(416, b"", etag)
+            self._send(416, b"", headers)
         else:
-            self._send(206, content[int(first) : int(last) + 1], etag)
+            self._send(206, content[int(first) : int(last) + 1], headers)
 
     def _send_listing(self, site: WebServer, folder: str) -> None:
         below = [path[len(folder) :] for path in site.files if path.startswith(folder)]
