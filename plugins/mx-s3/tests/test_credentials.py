@@ -124,10 +124,11 @@ def test_roles_of_the_processs_environment(
 def test_settings_go_before_the_processs_environment(
     services: Any, opened: Callable[..., S3Storage], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of one variable, the value in the settings holds."""
+    """Of one variable, or of those that stand for each other, the value in the settings holds."""
     token = tmp_path / "token"
     token.write_text(services.container_token)
     monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:1/elsewhere")
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "/elsewhere")
     monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(tmp_path / "missing"))
 
     said = opened(

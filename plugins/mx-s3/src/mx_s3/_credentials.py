@@ -45,7 +45,6 @@ _PLACES: Mapping[str, str] = {
 #: Where keys can be exchanged without a request: asking again costs nothing.
 _FILES = frozenset({"shared-credentials-file", "config-file"})
 
-
 #: What cannot change while the process runs.
 _FIXED = frozenset({"explicit", "env"})
 
@@ -233,7 +232,7 @@ class _Chain:
 
     def __init__(self, settings: S3Settings, region: str) -> None:
         session = new_session(settings)
-        environ = {**os.environ, **_variables(settings)}
+        environ = _environ(settings)
         metadata = InstanceMetadataFetcher(
             timeout=session.get_config_variable("metadata_service_timeout"),
             num_attempts=session.get_config_variable("metadata_service_num_attempts"),
@@ -262,20 +261,25 @@ class _Chain:
         self.resolver.providers = providers
 
 
-def _variables(settings: S3Settings) -> dict[str, str]:
-    """Those of the settings that botocore knows as variables only."""
-    disabled = settings.metadata_disabled
-    variables = {
-        "AWS_WEB_IDENTITY_TOKEN_FILE": settings.web_identity_token_file,
-        "AWS_ROLE_ARN": settings.role_arn,
-        "AWS_ROLE_SESSION_NAME": settings.role_session_name,
+def _environ(settings: S3Settings) -> dict[str, str]:
+    """The process's environment, under those of the settings that botocore knows as variables only."""
+    container = {
         "AWS_CONTAINER_CREDENTIALS_FULL_URI": settings.container_credentials_full_uri,
         "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": settings.container_credentials_relative_uri,
         "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": settings.container_authorization_token_file,
         "AWS_CONTAINER_AUTHORIZATION_TOKEN": settings.container_authorization_token,
+    }
+    disabled = settings.metadata_disabled
+    others = {
+        "AWS_WEB_IDENTITY_TOKEN_FILE": settings.web_identity_token_file,
+        "AWS_ROLE_ARN": settings.role_arn,
+        "AWS_ROLE_SESSION_NAME": settings.role_session_name,
         "AWS_EC2_METADATA_DISABLED": None if disabled is None else str(disabled).lower(),
     }
-    return {name: value for name, value in variables.items() if value is not None}
+    # Those of a container stand for each other, so the process's go only together.
+    replaced = container.keys() if any(container.values()) else ()
+    process = {name: value for name, value in os.environ.items() if name not in replaced}
+    return process | {name: value for name, value in {**container, **others}.items() if value is not None}
 
 
 def _web_identity(session: botocore.session.Session, environ: Mapping[str, str], region: str) -> Any:  # noqa: ANN401
