@@ -209,7 +209,7 @@ class Partial:
         with local_errors(target, "put in place"):
             os.makedirs(os.path.dirname(target), exist_ok=True)
             os.replace(self.path, target)
-            self.discard()
+            os.unlink(self._journal_path)
 
     def close(self) -> None:
         """Write no more. What is there stays for the next pull, if it is anything and its version can be told."""

@@ -24,6 +24,7 @@ from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Fault, TcpProxy
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
+Start = Callable[[str, Path, "dict[str, str]"], "subprocess.Popen[str]"]
 
 CHUNK = 256 << 10
 
@@ -102,20 +103,30 @@ def journaled(copy: Path) -> int:
     """Bytes of unfinished files, by their journals."""
     count = 0
     for part in (copy / ".mx-pull").glob("*.part"):
-        lines = part.with_suffix(".journal").read_text().splitlines()
+        try:
+            lines = part.with_suffix(".journal").read_text().splitlines()
+        except FileNotFoundError:  # just put in place
+            continue
         count += sum(int(line.split()[3]) for line in lines if line[9:].startswith("have "))
     return count
 
 
-def started(uri: str, out: Path, environ: dict[str, str]) -> subprocess.Popen[str]:
-    """``mx pull``, running."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "modelexpress_core", "pull", uri, str(out)],
-        env={**os.environ, **environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def started() -> Iterator[Start]:
+    """Starts ``mx pull``; no process outlives the test."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def started(uri: str, out: Path, environ: dict[str, str]) -> subprocess.Popen[str]:
+        program = [sys.executable, "-m", "modelexpress_core", "pull", uri, str(out)]
+        environ = {**os.environ, **environ}
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(program, env=environ, stdout=pipe, stderr=pipe, text=True))
+        return processes[-1]
+
+    yield started
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -178,7 +189,7 @@ def test_digests_that_s3_keeps_are_compared(s3_server: SeaweedFS, environ: dict[
 
 
 def test_after_kill_9_only_what_is_missing_is_read(
-    mx: Run, uploaded: str, sharded: Path, proxy: TcpProxy, through: dict[str, str], tmp_path: Path
+    mx: Run, started: Start, uploaded: str, sharded: Path, proxy: TcpProxy, through: dict[str, str], tmp_path: Path
 ) -> None:
     """No range that was finished is asked for a second time; no file was there in part."""
     out = tmp_path / "out"
@@ -204,7 +215,7 @@ def test_after_kill_9_only_what_is_missing_is_read(
 
 
 def test_ctrl_c_says_that_the_next_run_goes_on(
-    mx: Run, uploaded: str, sharded: Path, proxy: TcpProxy, through: dict[str, str], tmp_path: Path
+    mx: Run, started: Start, uploaded: str, sharded: Path, proxy: TcpProxy, through: dict[str, str], tmp_path: Path
 ) -> None:
     """Exit code 1, no traceback, no file in part; and it does go on."""
     out = tmp_path / "out"
@@ -226,7 +237,13 @@ def test_ctrl_c_says_that_the_next_run_goes_on(
 
 
 def test_the_directory_is_free_again_after_kill_9_and_taken_before(
-    mx: Run, uploaded: str, proxy: TcpProxy, through: dict[str, str], environ: dict[str, str], tmp_path: Path
+    mx: Run,
+    started: Start,
+    uploaded: str,
+    proxy: TcpProxy,
+    through: dict[str, str],
+    environ: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     """A second process is refused with the number of the first."""
     out = tmp_path / "out"
