@@ -96,7 +96,7 @@ class DeferredTensor(torch.Tensor):
     _given_meta: torch.Tensor | None
     _read: torch.Tensor | None
 
-    # Straight to dispatch: nothing is decided at the level of torch functions.
+    # Straight to dispatch: at the level of torch functions only the mode of the recorder decides anything.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's documented way
 
     @property

@@ -6,6 +6,8 @@ While a load records, every torch operation of the thread passes through here. T
 - it copies a deferred tensor to a place: the copy is recorded and fetched in the background;
 - it is anything else: what it reads or writes is made real first. Deferred tensors among its arguments are read,
   and copies to memory that it touches are completed. Correctness does not depend on knowing the operation.
+
+What loading does to every weight has shortcuts, which end in the same.
 """
 
 from __future__ import annotations
