@@ -197,7 +197,7 @@ class FetchEngine:
         if self._progress.wait(_LOOK_SECONDS):
             return
         now = time.monotonic()
-        for begun, range_ in self._running.values():
+        for begun, range_ in list(self._running.values()):  # threads change it meanwhile
             allowed = _HUNG_TIMES * self._stall_seconds + range_.length / _HUNG_BYTES_PER_SECOND
             if now - begun > allowed:
                 raise DeadlineError(
