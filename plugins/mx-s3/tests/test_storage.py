@@ -189,14 +189,14 @@ def test_a_range_past_the_end_says_that_the_object_is_shorter(storage: Storage, 
 
 def test_a_replaced_object_is_noticed(storage: Storage, put: Callable[..., str]) -> None:
     """A read that is pinned to the old ETag fails, and puts nothing into memory."""
-    put("replaced/object", b"old content")
-    (info,) = storage.list("replaced")
+    put("noticed/object", b"old content")
+    (info,) = storage.list("noticed")
     memory = bytearray(11)
 
-    put("replaced/object", b"new content")
+    put("noticed/object", b"new content")
 
     with pytest.raises(SourceChangedError, match=r"HTTP 412, PreconditionFailed") as caught:
-        storage.read_into("replaced/object", 0, memoryview(memory), version=info.version)
+        storage.read_into("noticed/object", 0, memoryview(memory), version=info.version)
     assert bytes(11) == memory
     assert not caught.value.retryable
 
