@@ -196,18 +196,20 @@ class _FileDigest:
     def _read_others(
         self, keys: Iterable[tuple[int, int]], arrived: Mapping[tuple[int, int], list[_Piece]], reread: Reread
     ) -> None:
-        """Compare pieces that overlap others, and so are no part of the digest, with the file as it is read again."""
-        for offset, length in sorted(keys):
-            lost: list[_Piece] = []
+        """Compare pieces that overlap others, and so are no part of the digest, with the file as it is read again.
 
-            def use(
-                content: memoryview, pieces: list[_Piece] = arrived[offset, length], lost: list[_Piece] = lost
-            ) -> None:
-                lost.extend(self._delivered_again(content, pieces))
+        Nothing vouches for what is read here, so it is delivered to nobody.
+        """
+        for offset, length in sorted(keys):
+            pieces = arrived[offset, length]
+            again: list[int] = []
+
+            def use(content: memoryview, again: list[int] = again) -> None:
+                again.append(self._crc.compute(content, 0))
 
             reread(self._file, offset, length, use)
-            if lost:
-                raise self._lost(lost)
+            if any(piece.crc not in again for piece in pieces):
+                raise self._lost(pieces)
 
     def _delivered_again(self, content: memoryview, pieces: Iterable[_Piece]) -> list[_Piece]:
         """Deliver ``content`` for those of ``pieces`` that arrived differently; those for which it is too late."""
