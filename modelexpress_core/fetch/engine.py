@@ -102,7 +102,7 @@ class FetchEngine:
         self._stall_seconds = settings.stall_seconds
         self._patience = Patience(settings.stall_seconds)
         if capabilities.patience:
-            cast("PatientStorage", storage).patience_seconds = self._patience.seconds
+            self._be_patient(self._patience.seconds)
         self._on_arrival = on_arrival
         self._limit = limit or concurrency_for(capabilities, settings)
         self._lock = threading.Lock()
@@ -213,18 +213,19 @@ class FetchEngine:
         self.usage.add(failures=1, complaints=throttled)
         if throttled:
             self._limit.throttled()
-        if isinstance(error, DeadlineError):
+        if isinstance(error, DeadlineError) and self.capabilities.patience:
             self._be_patient(self._patience.stalled())
 
     def _read_once(self, seconds: float, whole: bool) -> None:
+        if not self.capabilities.patience:  # nobody to tell
+            return
         if whole:
             self._be_patient(self._patience.completed(seconds))
         elif seconds >= self._patience.seconds:
             self._be_patient(self._patience.stalled())
 
     def _be_patient(self, seconds: float) -> None:
-        if self.capabilities.patience:
-            cast("PatientStorage", self._raw_storage).patience_seconds = seconds
+        cast("PatientStorage", self._raw_storage).patience_seconds = seconds
 
     def _set_to_work(self, batches: int) -> None:
         """Have as many threads as the limit allows and the queue needs, and wake them."""
