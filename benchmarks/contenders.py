@@ -10,6 +10,7 @@ import os
 import queue
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ __all__ = [
 _PIECE_BYTES = 8 << 20
 
 
-class Contender:
+class Contender(ABC):
     """Loads one checkpoint again and again.
 
     Attributes:
@@ -48,14 +49,15 @@ class Contender:
 
     tensors: Mapping[str, torch.Tensor]
 
+    @abstractmethod
     def run(self, **setting: Any) -> Mapping[str, Any] | None:  # noqa: ANN401 - JSON
         """Load once; what is returned is kept with the figures. This is timed."""
-        raise NotImplementedError
 
     def digest(self) -> str:
         """The digest of what was loaded."""
         return digest_of(self.tensors)
 
+    @abstractmethod
     def release(self) -> None:
         """Give up what was loaded, where it is not the next run's destination."""
 
@@ -68,6 +70,9 @@ class _IntoPlace(Contender):
         self.sections = sections(self.directory)
         self.destination = Destination(self.directory)
         self.tensors = self.destination.tensors
+
+    def release(self) -> None:
+        """Nothing: its memory is the next run's destination."""
 
 
 class _Fresh(Contender):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 from attrs import frozen
 
-__all__ = ["LoadReport", "PullReport", "PulledFile", "format_bytes"]
+__all__ = ["LoadReport", "PullReport", "PulledFile", "format_bytes", "format_files"]
 
 
 @frozen
@@ -142,6 +142,11 @@ class PullReport:
             f"{format_bytes(self.bytes_resumed)} resumed, {format_bytes(self.bytes_skipped)} skipped, "
             f"{self.seconds:.2f} s, {format_bytes(self.bytes_per_second)}/s, {self.retries} retries"
         )
+
+
+def format_files(count: int) -> str:
+    """``count`` files for people: ``"1 file"``."""
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def format_bytes(count: float) -> str:

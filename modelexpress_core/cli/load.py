@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from modelexpress_core.api import load_state_dict
-from modelexpress_core.cli.output import JsonOption, console, print_json, status_console
+from modelexpress_core.cli.output import JsonOption, console, print_json, progress_bars
 from modelexpress_core.errors import ModelExpressError, PlacementError
 from modelexpress_core.events import LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.report import LoadReport, format_bytes
+from modelexpress_core.report import LoadReport, format_bytes, format_files
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +67,7 @@ def load(
     """Load a checkpoint into memory and report."""
     plugins = PluginManager.discover()
     with _digest_file(digests) as write_digests:
-        status = status_console()
-        bar = _bar(status.is_terminal)
+        bar = progress_bars()
         watch = _Watch(bar)
         plugins.register(watch, name="mx-load-command")
         if bar is None:
@@ -85,20 +84,6 @@ def load(
         print_json(watch.report.to_dict())
     else:
         _print(watch.report, digests)
-
-
-def _bar(terminal: bool) -> Progress | None:
-    if not terminal:
-        return None
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=status_console(),
-        transient=True,
-    )
 
 
 def _checked(device: str) -> torch.device:
@@ -164,10 +149,6 @@ def _sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(bytes_at(tensor.data_ptr(), tensor.numel() * tensor.itemsize)).hexdigest()
 
 
-def _files(count: int) -> str:
-    return "1 file" if count == 1 else f"{count} files"
-
-
 def _print(report: LoadReport, digests: Path | None) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
@@ -176,12 +157,12 @@ def _print(report: LoadReport, digests: Path | None) -> None:
     rows = {
         "loaded": report.uri,
         "storage": storage,
-        "tensors": f"{report.tensors} in {_files(report.files)}",
+        "tensors": f"{report.tensors} in {format_files(report.files)}",
         "needed": format_bytes(report.bytes_needed),
         "fetched": f"{format_bytes(report.bytes_fetched)} in {report.requests} reads, {report.retries} of them retries",
         "time": f"{report.seconds:.2f} s, {format_bytes(report.goodput_bytes_per_second)}/s",
         "concurrency": f"at most {report.concurrency} reads at once",
-        "verified": ", ".join(f"{kind} of {_files(count)}" for kind, count in report.verified.items() if count),
+        "verified": ", ".join(f"{kind} of {format_files(count)}" for kind, count in report.verified.items() if count),
         "peak RSS": format_bytes(report.peak_rss_bytes),
     }
     if digests is not None:

@@ -12,10 +12,11 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from modelexpress_core.errors import InvalidURIError, ModelExpressError
 
-__all__ = ["JsonOption", "console", "errors_reported", "print_json", "status_console"]
+__all__ = ["JsonOption", "console", "errors_reported", "print_json", "progress_bars", "status_console"]
 
 _F = TypeVar("_F", bound=Callable[..., None])
 
@@ -35,6 +36,22 @@ def console() -> Console:
 def status_console() -> Console:
     """For progress, warnings and errors."""
     return Console(stderr=True, highlight=False)
+
+
+def progress_bars() -> Progress | None:
+    """Bars with bytes, rate and time left, which go away at the end; None where no terminal shows them."""
+    status = status_console()
+    if not status.is_terminal:
+        return None
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=status,
+        transient=True,
+    )
 
 
 def print_json(value: object) -> None:

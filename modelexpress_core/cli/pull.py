@@ -8,22 +8,14 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from modelexpress_core.cli.output import JsonOption, console, print_json, status_console
+from modelexpress_core.cli.output import JsonOption, console, print_json, progress_bars, status_console
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.pulling import PullProgress
 from modelexpress_core.pulling import pull as pull_files
-from modelexpress_core.report import PullReport, format_bytes
+from modelexpress_core.report import PullReport, format_bytes, format_files
 
 __all__ = ["pull"]
 
@@ -80,24 +72,12 @@ def pull(
 @contextmanager
 def _bars() -> Iterator[_Bars | None]:
     """Bars on a terminal; nothing elsewhere."""
-    status = status_console()
-    if not status.is_terminal:
+    progress = progress_bars()
+    if progress is None:
         yield None
         return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=status,
-        transient=True,
-    ) as progress:
+    with progress:
         yield _Bars(progress)
-
-
-def _count(count: int) -> str:
-    return "1 file" if count == 1 else f"{count} files"
 
 
 def _print(report: PullReport) -> None:
@@ -106,15 +86,17 @@ def _print(report: PullReport) -> None:
     table.add_column(overflow="fold")
     skipped = [file for file in report.file_list if file.status == "skipped"]
     left_out = [f"{count} {kind}" for kind, count in report.left_out.items() if count]
-    digests = [f"{algorithm} of {_count(count)}" for algorithm, count in report.verified_digests.items()]
+    digests = [f"{algorithm} of {format_files(count)}" for algorithm, count in report.verified_digests.items()]
     rows = {
         "pulled": report.uri,
         "into": report.directory,
         "storage": f"{report.storage['plugin']} {report.storage['version']}",
-        "files": f"{_count(report.files)}, {format_bytes(report.bytes)}",
+        "files": f"{format_files(report.files)}, {format_bytes(report.bytes)}",
         "copied": f"{format_bytes(report.bytes_copied)} in {report.requests} reads, {report.retries} of them retries",
         "resumed": format_bytes(report.bytes_resumed) if report.bytes_resumed else "",
-        "skipped": f"{_count(len(skipped))}, {format_bytes(report.bytes_skipped)}, already there" if skipped else "",
+        "skipped": f"{format_files(len(skipped))}, {format_bytes(report.bytes_skipped)}, already there"
+        if skipped
+        else "",
         "left out": ", ".join(left_out),
         "time": f"{report.seconds:.2f} s, {format_bytes(report.bytes_per_second)}/s",
         "concurrency": f"at most {report.concurrency} reads at once",

@@ -27,7 +27,7 @@ from modelexpress_core.loader import Loader, redacted_uris
 from modelexpress_core.plugins import CORE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
-from modelexpress_core.report import format_bytes
+from modelexpress_core.report import format_bytes, format_files
 from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
 from modelexpress_core.storage import DiagnosableStorage, Endpoint, ObjectInfo, PatientStorage, Storage
 from modelexpress_core.uri import ModelURI
@@ -449,7 +449,7 @@ class _Examination:
             raise _SkippedError(reason)
         checkpoint = self._checkpoint or self._all_headers()
         facts.update(files=len(checkpoint.files), tensors=len(checkpoint.tensors), bytes=checkpoint.tensor_bytes)
-        files = "1 file" if len(checkpoint.files) == 1 else f"{len(checkpoint.files)} files"
+        files = format_files(len(checkpoint.files))
         return "ok", f"{len(checkpoint.tensors)} tensors, {format_bytes(checkpoint.tensor_bytes)} in {files}"
 
     def _all_headers(self) -> Checkpoint:

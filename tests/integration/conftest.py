@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -60,6 +62,35 @@ def mx(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return mx
+
+
+@pytest.fixture
+def on_terminal() -> Callable[..., tuple[int, bytes]]:
+    """Runs the command line on a terminal; the exit code, and what a person would see."""
+
+    def on_terminal(*arguments: str, **environ: str) -> tuple[int, bytes]:
+        master, slave = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "modelexpress_core", *arguments],
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "120", **environ},
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+        )
+        os.close(slave)
+        seen = b""
+        while select.select([master], [], [], 60)[0]:
+            try:
+                part = os.read(master, 65536)
+            except OSError:  # the other end was closed
+                break
+            if not part:
+                break
+            seen += part
+        os.close(master)
+        return process.wait(60), seen
+
+    return on_terminal
 
 
 @pytest.fixture

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import pty
-import select
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,29 +78,11 @@ def test_load_prints_a_report_for_people(mx: Run, sharded: Path) -> None:
         assert word in done.stdout
 
 
-def test_a_terminal_sees_a_progress_bar(sharded: Path) -> None:
+def test_a_terminal_sees_a_progress_bar(sharded: Path, on_terminal: Callable[..., tuple[int, bytes]]) -> None:
     """On a terminal a bar with bytes and rate is drawn; the report follows."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "modelexpress_core", "load", str(sharded)],
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-    )
-    os.close(slave)
-    seen = b""
-    while select.select([master], [], [], 60)[0]:
-        try:
-            part = os.read(master, 65536)
-        except OSError:  # the other end was closed
-            break
-        if not part:
-            break
-        seen += part
-    os.close(master)
+    code, seen = on_terminal("load", str(sharded))
 
-    assert process.wait(60) == 0
+    assert code == 0
     assert b"17 tensors" in seen
     assert "━".encode() in seen
     assert b"needed" in seen

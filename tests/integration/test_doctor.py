@@ -7,7 +7,6 @@ import datetime as dt
 import http.server
 import json
 import os
-import pty
 import shutil
 import socket
 import ssl
@@ -649,24 +648,11 @@ def test_wrong_usage(mx: Run, sharded: Path) -> None:
     assert 2 == mx("doctor", str(sharded), "--timeout", "0").returncode
 
 
-def test_a_terminal_sees_marks(sharded: Path) -> None:
+def test_a_terminal_sees_marks(sharded: Path, on_terminal: Callable[..., tuple[int, bytes]]) -> None:
     """Marks in place of words."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "modelexpress_core", "doctor", str(sharded)],
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"},
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-    )
-    os.close(slave)
-    seen = b""
-    with contextlib.suppress(OSError):  # the other end was closed
-        while part := os.read(master, 65536):
-            seen += part
-    os.close(master)
+    code, seen = on_terminal("doctor", str(sharded), PYTHONIOENCODING="utf-8")
 
-    assert 0 == process.wait(60)
+    assert 0 == code
     assert "✓".encode() in seen
     assert b"\x1b[" in seen
     assert b"skipped" not in seen

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -330,29 +328,11 @@ def test_wrong_input_gives_a_message_and_its_exit_code(
     assert "Traceback" not in done.stderr
 
 
-def test_a_terminal_sees_bars(sharded: Path, tmp_path: Path) -> None:
+def test_a_terminal_sees_bars(sharded: Path, tmp_path: Path, on_terminal: Callable[..., tuple[int, bytes]]) -> None:
     """One for all files; the report follows."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "modelexpress_core", "pull", str(sharded), str(tmp_path / "out")],
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "MX_CHUNK_BYTES": "65536"},
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-    )
-    os.close(slave)
-    seen = b""
-    while select.select([master], [], [], 60)[0]:
-        try:
-            part = os.read(master, 65536)
-        except OSError:  # the other end was closed
-            break
-        if not part:
-            break
-        seen += part
-    os.close(master)
+    code, seen = on_terminal("pull", str(sharded), str(tmp_path / "out"), MX_CHUNK_BYTES="65536")
 
-    assert 0 == process.wait(60)
+    assert 0 == code
     assert b"4 of 4 files" in seen
     assert "━".encode() in seen
     assert b"copied" in seen
