@@ -271,9 +271,11 @@ def test_progress_grows_to_all_of_it(tmp_path: Path) -> None:
     events: list[PullProgress] = []
 
     def slow(path: str, offset: int, length: int) -> None:
-        time.sleep(0.03)
+        if path.endswith(FIRST):  # longer than events are apart, and one after another: each brings one
+            time.sleep(0.15)
 
-    pull(Watched(memory(), before_read=slow), tmp_path, on_progress=events.append)
+    one_by_one = {"MX_CONCURRENCY": "1"}
+    pull(Watched(memory(), before_read=slow), tmp_path, on_progress=events.append, environ=one_by_one)
 
     assert (TOTAL, TOTAL, len(FILES), len(FILES)) == (
         events[-1].bytes_done,
