@@ -5,6 +5,7 @@ Each is made in a process of its own (see ``benchmarks.workers``), and imports t
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import queue
@@ -85,6 +86,7 @@ class _Fresh(Contender):
 
     def release(self) -> None:
         self.tensors = {}
+        ctypes.CDLL(None).malloc_trim(0)  # or the next run may be given memory that is not fresh
 
 
 # -- ModelExpress -----------------------------------------------------------------------------------------------------
@@ -200,6 +202,7 @@ class FastSafetensors(_Fresh):
 
     def release(self) -> None:
         self.tensors = {}
+        ctypes.CDLL(None).malloc_trim(0)  # or the next run may be given memory that is not fresh
         self.buffer.close()
 
 

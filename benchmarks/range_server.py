@@ -43,10 +43,13 @@ class Bandwidth:
 
     Args:
         bytes_per_second: None for no limit.
+        burst_seconds: What nobody asked for in this time may be had later, and waits shorter than this are made up for
+            by the next ones (falling asleep and waking up takes longer than the shortest).
     """
 
-    def __init__(self, bytes_per_second: float | None) -> None:
+    def __init__(self, bytes_per_second: float | None, burst_seconds: float = 0.002) -> None:
         self._rate = bytes_per_second
+        self._burst_seconds = burst_seconds
         self._lock = threading.Lock()
         self._free_at = 0.0
 
@@ -55,9 +58,11 @@ class Bandwidth:
         if self._rate is None:
             return
         with self._lock:
-            end = max(time.monotonic(), self._free_at) + count / self._rate
+            end = max(time.monotonic() - self._burst_seconds, self._free_at) + count / self._rate
             self._free_at = end
-        time.sleep(max(0.0, end - time.monotonic()))
+        wait = end - time.monotonic()
+        if wait > self._burst_seconds:
+            time.sleep(wait)
 
 
 class RangeServer:

@@ -29,6 +29,9 @@ _INNER = 256
 _SHARDS = 4
 _DTYPE = torch.bfloat16
 
+#: What the sockets of a real network keep while nobody reads them.
+_BURST_SECONDS = 0.03
+
 _CAPABILITIES = StorageCapabilities(read_runs=True, concurrency=8, most_concurrency=32, request_cost_bytes=128)
 
 
@@ -138,7 +141,7 @@ class _Plugin:
             StorageProvider(
                 "capped",
                 ("capped",),
-                lambda _uri, _settings: _Capped(Bandwidth(self._rate)),
+                lambda _uri, _settings: _Capped(Bandwidth(self._rate, _BURST_SECONDS)),
                 capabilities=_CAPABILITIES,
             )
         ]
@@ -234,7 +237,7 @@ def _submissions(batches: list[Sequence[Sequence[Range]]]) -> Iterator[None]:
 
 def _fetch_alone(batches: Sequence[Sequence[Sequence[Range]]], rate: float) -> float:
     """Seconds that the same reads take where everything is known from the start."""
-    with contextlib.closing(_Capped(Bandwidth(rate))) as storage:
+    with contextlib.closing(_Capped(Bandwidth(rate, _BURST_SECONDS))) as storage:
         engine = FetchEngine(storage, LoadSettings(), _CAPABILITIES)
         begun = time.perf_counter()
         for given in batches:

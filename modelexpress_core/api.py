@@ -86,7 +86,7 @@ def load_state_dict(
     def attempt(candidate: Candidate) -> dict[str, torch.Tensor]:
         with loader.open(candidate) as load:
             tensors = load.checkpoint.tensors
-            recorder = Recorder(load.checkpoint, load.engine)
+            recorder = Recorder(load.checkpoint, load.engine, fresh=True)
             state = {}
             for name in tensors if wanted is None else wanted:
                 if name not in tensors:

@@ -1,8 +1,9 @@
 """How many reads are under way at once: found by measuring, under the bound that the user sets.
 
-More reads hide more latency, until the network, the storage or the CPU is full; from there on they only cost memory and
-patience. So the number is doubled as long as that raises the goodput, kept where it does not, and tried a little higher
-now and then, because networks change. Where the storage says that it is asked too much, it is lowered at once (additive
+More reads hide more latency, until the network, the storage or the CPU is full; from there on they only cost memory,
+patience, and processor time: threads wait for each other. So the number is doubled as long as that raises the goodput;
+where that did not help even once, it is halved as long as that loses nothing. Then it is tried a little higher now and
+then, because networks change. Where the storage says that it is asked too much, it is lowered at once (additive
 increase, multiplicative decrease).
 """
 
@@ -24,6 +25,8 @@ __all__ = ["ConcurrencyLimit", "FixedConcurrency", "SelfTunedConcurrency", "conc
 _PAYS = 1.10
 #: A small step up has paid if it raised the goodput by this part.
 _STEP_PAYS = 1.04
+#: A halving has lost nothing if this part of the goodput is left.
+_HOLDS = 0.97
 #: A measurement is at least this long: shorter ones say more of the scheduler than of the network.
 _WINDOW_SECONDS = 0.05
 #: Measurements between one small step up that did not pay and the next.
@@ -81,7 +84,9 @@ class SelfTunedConcurrency:
         self._clock = clock
         self._lock = threading.Lock()
         self._reads = max(1, min(start, most))
-        self._ramping = self._reads < most
+        self._start = self._reads
+        self._ramping = True
+        self._sinking = False
         self._kept = self._reads  # what to go back to where a try does not pay
         self._kept_rate = 0.0
         self._until_try = _PATIENCE
@@ -89,6 +94,7 @@ class SelfTunedConcurrency:
         self._begun: float | None = None
         self._bytes = 0
         self._count = 0
+        self._ignored = 0  # arrivals of what began under the last limit
 
     @property
     def reads(self) -> int:
@@ -98,6 +104,9 @@ class SelfTunedConcurrency:
     def arrived(self, length: int) -> None:
         """Count ``length`` bytes, and draw the conclusion where a measurement is complete."""
         with self._lock:
+            if self._ignored:
+                self._ignored -= 1
+                return
             now = self._clock()
             if self._begun is None:
                 self._begun = now
@@ -120,7 +129,7 @@ class SelfTunedConcurrency:
             self._complained = now
             self._reads = self._kept = max(1, int(self._reads * _DECREASE))
             self._kept_rate = 0.0
-            self._ramping = False
+            self._ramping = self._sinking = False
             self._until_try = _PATIENCE
             self._begin()
 
@@ -132,6 +141,8 @@ class SelfTunedConcurrency:
     def _conclude(self, rate: float) -> None:
         if self._ramping:
             self._ramp(rate)
+        elif self._sinking:
+            self._sink(rate)
         elif self._reads > self._kept:  # a small step was tried
             if rate > self._kept_rate * _STEP_PAYS:
                 self._kept, self._kept_rate, self._until_try = self._reads, rate, 1
@@ -146,13 +157,32 @@ class SelfTunedConcurrency:
                 self._begin()  # what is under way began under the old limit
 
     def _ramp(self, rate: float) -> None:
-        if rate > self._kept_rate * _PAYS:
+        paid = rate > self._kept_rate * _PAYS
+        if paid:
             self._kept, self._kept_rate = self._reads, rate
+        if paid and self._reads < self._most:
             self._reads = min(self._most, 2 * self._reads)
-            self._ramping = self._reads > self._kept
+            return
+        self._ramping = False
+        # What is below a number that has paid was measured, and is less.
+        self._sinking = self._kept == self._start
+        self._try_fewer()
+
+    def _sink(self, rate: float) -> None:
+        if rate >= self._kept_rate * _HOLDS:
+            self._kept, self._kept_rate = self._reads, max(rate, self._kept_rate)
         else:
-            self._reads = self._kept
-            self._ramping = False
+            self._sinking = False
+        self._try_fewer()
+
+    def _try_fewer(self) -> None:
+        """Go on with half of what is kept, or leave it at that."""
+        before = self._reads
+        self._sinking = self._sinking and self._kept > 1
+        self._reads = self._kept // 2 if self._sinking else self._kept
+        if self._reads < before:
+            self._ignored = before
+            self._begin()
 
 
 def concurrency_for(capabilities: StorageCapabilities, settings: LoadSettings) -> ConcurrencyLimit:

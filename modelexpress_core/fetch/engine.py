@@ -21,6 +21,7 @@ from modelexpress_core.fetch.concurrency import ConcurrencyLimit, concurrency_fo
 from modelexpress_core.fetch.integrity import Integrity
 from modelexpress_core.fetch.ledger import Ledger
 from modelexpress_core.fetch.limiter import UsageMeter
+from modelexpress_core.fetch.pages import make_pages
 from modelexpress_core.fetch.request import Range, Ticket
 from modelexpress_core.fetch.retry import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.fetch.staging import StagingPool
@@ -92,9 +93,9 @@ class FetchEngine:
             RetryPolicy.from_settings(settings),
             budget or RetryBudget(settings.retry_budget_seconds),
             cancelled=self._cancelled,
-            on_request=lambda again: self.ledger.request(again=again),
+            on_retry=self.ledger.sent_again,
             on_failure=self._failed_once,
-            on_read=self._read_once,
+            on_read=self._read_once if capabilities.patience else None,  # otherwise there is nobody to tell
             uri_of=uri_of,
         )
         self._uri_of = uri_of
@@ -107,12 +108,13 @@ class FetchEngine:
         self._limit = limit or concurrency_for(capabilities, settings)
         self._lock = threading.Lock()
         self._work_ready = threading.Condition(self._lock)
-        self._progress = threading.Condition(self._lock)
+        self._progress = threading.Condition(self._lock)  # something is in place that somebody may wait for
+        self._rest = threading.Condition(self._lock)  # nothing is under way
         self._urgent: deque[Sequence[Range]] = deque()
         self._queue: deque[Sequence[Range]] = deque()
         self._threads: list[threading.Thread] = []
         self._busy = 0
-        self._running: dict[int, tuple[float, Range]] = {}
+        self._running: dict[int, tuple[float, Sequence[Range]]] = {}
         self._pending_segments = 0
         self._stopping = False
         self._error: BaseException | None = None
@@ -147,7 +149,7 @@ class FetchEngine:
         with self._lock:
             for ticket in tickets:
                 while not ticket.done:
-                    self._await_progress()
+                    self._await(self._progress)
 
     def finish(self) -> None:
         """Wait for everything that was submitted, compare digests, check the account, stop.
@@ -159,7 +161,7 @@ class FetchEngine:
         """
         with self._lock:
             while self._pending_segments or self._busy:
-                self._await_progress()
+                self._await(self._rest)
             self._raise_error()
         self.ledger.verified(self._integrity.check(self._reread))
         self._stop()
@@ -178,7 +180,7 @@ class FetchEngine:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
-                self._progress.wait(left)
+                self._rest.wait(left)
             still_busy = self._busy
         self._stop()
         if still_busy:
@@ -191,19 +193,20 @@ class FetchEngine:
         if self._error is not None:
             raise self._error
 
-    def _await_progress(self) -> None:
-        """Wait, with the lock, until something has happened, but not for ever on reads that never end."""
+    def _await(self, condition: threading.Condition) -> None:
+        """Wait, with the lock, for ``condition``, but not for ever on reads that never end."""
         self._raise_error()
-        if self._progress.wait(_LOOK_SECONDS):
+        if condition.wait(_LOOK_SECONDS):
             return
         now = time.monotonic()
-        for begun, range_ in list(self._running.values()):  # threads change it meanwhile
-            allowed = _HUNG_TIMES * self._stall_seconds + range_.length / _HUNG_BYTES_PER_SECOND
+        for begun, batch in list(self._running.values()):  # threads change it meanwhile
+            allowed = _HUNG_TIMES * self._stall_seconds + sum(r.length for r in batch) / _HUNG_BYTES_PER_SECOND
             if now - begun > allowed:
+                first, last = batch[0], batch[-1]
                 raise DeadlineError(
                     f"no answer for {now - begun:.0f} s",
-                    uri=self._uri_of(range_.file.path),
-                    operation=f"read bytes {range_.offset}-{range_.offset + range_.length - 1}",
+                    uri=self._uri_of(first.file.path),
+                    operation=f"read bytes {first.offset}-{last.offset + last.length - 1}",
                     cause="the storage, or the network to it, is gone and its client does not notice",
                     hint="check the storage or the mount; MX_STALL_SECONDS sets how long to wait",
                 )
@@ -217,8 +220,6 @@ class FetchEngine:
             self._be_patient(self._patience.stalled())
 
     def _read_once(self, seconds: float, whole: bool) -> None:
-        if not self.capabilities.patience:  # nobody to tell
-            return
         if whole:
             self._be_patient(self._patience.completed(seconds))
         elif seconds >= self._patience.seconds:
@@ -256,16 +257,20 @@ class FetchEngine:
             finally:
                 with self._lock:
                     self._busy -= 1
-                    self._progress.notify_all()
-                    if not self._stopping and (self._queue or self._urgent):
-                        self._set_to_work(1 + self._limit.reads - self._busy)
+                    if not self._busy:
+                        self._rest.notify_all()
+                    # The next batch is for this thread; there is work for others where the limit was raised.
+                    others = min(self._limit.reads - self._busy, len(self._urgent) + len(self._queue)) - 1
+                    if others > 0 and not self._stopping:
+                        self._set_to_work(others)
                 del batch
 
     def _fetch(self, batch: Sequence[Range]) -> None:
         """Fetch one batch. Accounts are kept by batch, because a range may be a few hundred bytes."""
-        self.ledger.begin()
+        self.ledger.begin(len(batch))
         arrived = 0
         begun = time.monotonic()
+        self._running[threading.get_ident()] = (begun, batch)
         placing_seconds = 0.0
         try:
             for range_ in batch:
@@ -284,7 +289,7 @@ class FetchEngine:
                     ticket.remaining -= 1
                     if not ticket.remaining:
                         ticket.done = True
-            self._progress.notify_all()
+            self._progress.notify_all()  # nobody, mostly
         self._limit.arrived(arrived)
         self._on_arrival()
 
@@ -292,6 +297,8 @@ class FetchEngine:
         """Seconds that it took to bring the bytes from where they were read to where they belong."""
         memory = range_.direct
         if memory is not None:
+            if range_.segments[0].ticket.fresh:
+                make_pages(memory)
             self._read(range_, memory)
             self._integrity.arrived(range_, memory)
             return 0.0
@@ -309,7 +316,6 @@ class FetchEngine:
 
     def _read(self, range_: Range, memory: memoryview) -> None:
         file, runs = range_.file, range_.segments[0].runs
-        self._running[threading.get_ident()] = (time.monotonic(), range_)
         if runs is None:
             self._storage.read_into(file.path, range_.offset, memory, version=file.version)
         else:
@@ -334,6 +340,7 @@ class FetchEngine:
             self._urgent.clear()
             self._cancelled.set()
             self._progress.notify_all()
+            self._rest.notify_all()
         if first:
             self._raw_storage.close()
 

@@ -60,6 +60,8 @@ class Integrity:
 
     def arrived(self, range_: Range, content: memoryview) -> None:
         """The bytes of ``range_`` are where they belong; ``content`` is the buffer that they were read into."""
+        if not (self._enabled and range_.file.digests):
+            return
         digest = self._of(range_.file)
         if digest is None:
             return
@@ -81,8 +83,6 @@ class Integrity:
         return sum(digest.check(reread) for digest in self._files.values() if digest is not None)
 
     def _of(self, file: CheckpointFile) -> _FileDigest | None:
-        if not self._enabled or not file.digests:
-            return None
         with self._lock:
             if file.path not in self._files:
                 best = best_digest(file.digests)

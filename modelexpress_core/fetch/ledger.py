@@ -22,7 +22,7 @@ class Ledger:
         arrived_bytes: Bytes of the ranges that arrived and were delivered.
         requests: Reads sent to the storage.
         retries: Reads sent again.
-        most_in_flight: Most ranges under way at once.
+        most_in_flight: Most batches of ranges under way at once.
         verified_files: Files whose digest was compared, and is right.
         reread_bytes: Bytes read once more to find and mend what was damaged on its way.
     """
@@ -44,14 +44,15 @@ class Ledger:
         with self._lock:
             self.planned_bytes += length
 
-    def begin(self) -> None:
-        """A range is under way."""
+    def begin(self, requests: int) -> None:
+        """A batch of ranges, each a request, is under way."""
         with self._lock:
+            self.requests += requests
             self._in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self._in_flight)
 
     def end(self, arrived: int) -> None:
-        """A range is no longer under way; ``arrived`` is its length, or 0 where it failed."""
+        """A batch is no longer under way; ``arrived`` is its length, or 0 where it failed."""
         now = time.monotonic()
         with self._lock:
             self._in_flight -= 1
@@ -60,11 +61,11 @@ class Ledger:
             while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_SECONDS:
                 self._recent.popleft()
 
-    def request(self, *, again: bool) -> None:
-        """A read is sent to the storage, for the first time or again."""
+    def sent_again(self) -> None:
+        """A read is sent to the storage again."""
         with self._lock:
             self.requests += 1
-            self.retries += again
+            self.retries += 1
 
     def verified(self, files: int) -> None:
         """The digests of ``files`` files are right."""

@@ -19,14 +19,16 @@ class Ticket:
         done: Whether everything arrived. Once true it stays true.
         stable: Whether nothing but this is written to its destination, and nobody uses it, before the load ends: what
             turns out to be damaged may then be delivered again.
+        fresh: Whether nothing was ever written to its destination, so that its pages do not exist yet.
     """
 
-    __slots__ = ("done", "remaining", "stable")
+    __slots__ = ("done", "fresh", "remaining", "stable")
 
     def __init__(self) -> None:
         self.remaining = 0
         self.done = False
         self.stable = False
+        self.fresh = False
 
 
 class Segment:

@@ -70,16 +70,21 @@ class RetryBudget:
             return True
 
 
+def _let_through(exc: Exception, path: str) -> BackendError:
+    """What a storage lets through of its SDK, as an error that names the place, and whose fault it is."""
+    reason = f"the storage plugin let {type(exc).__name__} through at {path!r}: {exc}"
+    return BackendError(reason, hint="report it to the plugin's authors")
+
+
 @contextmanager
 def _own_errors(path: str) -> Iterator[None]:
-    """What a storage lets through of its SDK becomes an error that names the place, and whose fault it is."""
+    """What a storage lets through of its SDK becomes an error of our own."""
     try:
         yield
     except ModelExpressError:
         raise
     except Exception as exc:
-        reason = f"the storage plugin let {type(exc).__name__} through at {path!r}: {exc}"
-        raise BackendError(reason, hint="report it to the plugin's authors") from exc
+        raise _let_through(exc, path) from exc
 
 
 class RetryingStorage:
@@ -90,9 +95,10 @@ class RetryingStorage:
         policy: When to try again.
         budget: Waiting time, shared by all that was made with it.
         cancelled: Set when the load ends: waiting stops at once.
-        on_request: Called for each request, with whether it is sent again.
+        on_retry: Called for each request that is sent again.
         on_failure: Called with each error, whether or not it is tried again.
         on_read: Called after each read that did not fail, with its seconds and whether it brought all it was asked for.
+            None where nobody wants to know.
         uri_of: The redacted URI of an object, of its path.
         uniform: Draws a number between two others.
     """
@@ -104,9 +110,9 @@ class RetryingStorage:
         budget: RetryBudget,
         *,
         cancelled: threading.Event | None = None,
-        on_request: Callable[[bool], None] = lambda again: None,  # noqa: ARG005 - counts nothing
+        on_retry: Callable[[], None] = lambda: None,
         on_failure: Callable[[BackendError], None] = lambda error: None,  # noqa: ARG005 - nobody wants to know
-        on_read: Callable[[float, bool], None] = lambda seconds, whole: None,  # noqa: ARG005 - as above
+        on_read: Callable[[float, bool], None] | None = None,
         uri_of: Callable[[str], str] = str,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
@@ -117,7 +123,7 @@ class RetryingStorage:
         self._policy = policy
         self._budget = budget
         self._cancelled = cancelled or threading.Event()
-        self._on_request = on_request
+        self._on_retry = on_retry
         self._uniform = uniform
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -125,7 +131,8 @@ class RetryingStorage:
         seen: set[str] = set()
         failures = 0
         while True:
-            self._on_request(failures > 0)
+            if failures:
+                self._on_retry()
             try:
                 with _own_errors(prefix):
                     listing = iter(self._storage.list(prefix))
@@ -148,7 +155,8 @@ class RetryingStorage:
         """As the storage's."""
         failures = 0
         while True:
-            self._on_request(failures > 0)
+            if failures:
+                self._on_retry()
             try:
                 with _own_errors(path):
                     return self._storage.stat(path)
@@ -162,13 +170,14 @@ class RetryingStorage:
         Returns:
             The length of ``buffer``.
         """
+        storage = self._storage
 
         def read(done: int) -> int:
-            with _own_errors(path):
-                count = self._storage.read_into(path, offset + done, buffer[done:], version=version)
-            return self._checked(count, path, offset + done, len(buffer) - done)
+            count = storage.read_into(path, offset + done, buffer[done:] if done else buffer, version=version)
+            left = len(buffer) - done
+            return count if 0 < count <= left else self._checked(count, path, offset + done, left)
 
-        return self._fill(len(buffer), read)
+        return self._fill(path, len(buffer), read)
 
     def read_runs(
         self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
@@ -182,28 +191,36 @@ class RetryingStorage:
 
         def read(done: int) -> int:
             first = offset + done // run_bytes * stride_bytes
-            with _own_errors(path):
-                count = storage.read_runs(path, first, run_bytes, stride_bytes, buffer[done:], version=version)
+            count = storage.read_runs(path, first, run_bytes, stride_bytes, buffer[done:], version=version)
             return self._checked(count, path, first, len(buffer) - done, run_bytes)
 
-        return self._fill(len(buffer), read)
+        return self._fill(path, len(buffer), read)
 
-    def _fill(self, total: int, read: Callable[[int], int]) -> int:
+    def _fill(self, path: str, total: int, read: Callable[[int], int]) -> int:
         """Call ``read`` with the number of bytes that are there, until ``total`` are."""
         done, failures = 0, 0
+        on_read = self._on_read
         while done < total:
             if self._cancelled.is_set():
                 raise LoadCancelledError("the load was cancelled")
-            self._on_request(failures > 0 or done > 0)
-            begun = time.monotonic()
+            if failures or done:
+                self._on_retry()
+            begun = time.monotonic() if on_read is not None else 0.0
             try:
                 done += read(done)
             except BackendError as exc:
                 failures += 1
                 self._wait(exc, failures)
+            except ModelExpressError:
+                raise
+            except Exception as exc:  # noqa: BLE001 - becomes one of our own
+                failure = _let_through(exc, path)
+                failure.__cause__ = exc
+                self._wait(failure, failures + 1)
             else:
                 failures = 0
-                self._on_read(time.monotonic() - begun, done == total)
+                if on_read is not None:
+                    on_read(time.monotonic() - begun, done == total)
         return total
 
     def _checked(self, count: int, path: str, offset: int, length: int, unit: int = 1) -> int:

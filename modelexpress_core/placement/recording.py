@@ -95,15 +95,19 @@ class Recorder:
         checkpoint: What is loaded.
         engine: Fetches it.
         coverage: Told of every write, where it matters which tensors are written.
+        fresh: Whether nothing was ever written to the destinations.
     """
 
-    def __init__(self, checkpoint: Checkpoint, engine: FetchEngine, coverage: Coverage | None = None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, engine: FetchEngine, coverage: Coverage | None = None, *, fresh: bool = False
+    ) -> None:
         self._checkpoint = checkpoint
         self._engine = engine
         cost, runs = engine.capabilities.request_cost_bytes, engine.capabilities.read_runs
         staged = engine.force_staging
         self._planner = ReadPlanner(engine.chunk_bytes, cost, reads_runs=runs, force_staging=staged)
         self._coverage = coverage
+        self._fresh = fresh
         self._lock = threading.RLock()
         self._mode = _RecordingMode(self)
         self._functions = _FunctionMode(self)
@@ -422,6 +426,7 @@ class Recorder:
         earlier = pending.overlapping(region) if len(pending) else ()
         copy = Copy(source.info, view, memory)
         copy.stable = self._placed_only and not earlier
+        copy.fresh = self._fresh
         if earlier:
             self._complete(earlier)
             for overwritten in earlier:

@@ -6,8 +6,10 @@ import errno
 import mmap
 import os
 import stat as modes
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from modelexpress_core.errors import (
     AccessDeniedError,
@@ -92,12 +94,25 @@ def _fill_through(descriptor: int, buffer: memoryview, offset: int, run_bytes: i
         runs = min(per_read, (len(buffer) - done) // run_bytes)
         part = through[: (runs - 1) * stride_bytes + run_bytes]
         count = _fill(descriptor, part, offset + done // run_bytes * stride_bytes)
-        for start in range(0, count - run_bytes + 1, stride_bytes):
-            buffer[done : done + run_bytes] = part[start : start + run_bytes]
-            done += run_bytes
+        whole = max(0, (count - run_bytes) // stride_bytes + 1)
+        _take_runs(part, stride_bytes, buffer[done : done + whole * run_bytes], run_bytes)
+        done += whole * run_bytes
         if count < len(part):
             break
     return done
+
+
+def _take_runs(part: memoryview, stride_bytes: int, buffer: memoryview, run_bytes: int) -> None:
+    """Copy runs of ``run_bytes``, one every ``stride_bytes`` of ``part``, to ``buffer``, one after another."""
+    runs = len(buffer) // run_bytes
+    numpy: Any = sys.modules.get("numpy")  # torch imports it, where it is installed
+    if runs and numpy is not None:  # in a fraction of the time
+        lying = numpy.ndarray((runs, run_bytes), numpy.uint8, part, strides=(stride_bytes, 1))
+        numpy.ndarray((runs, run_bytes), numpy.uint8, buffer)[:] = lying
+        return
+    for run in range(runs):
+        start = run * stride_bytes
+        buffer[run * run_bytes : (run + 1) * run_bytes] = part[start : start + run_bytes]
 
 
 class FileStorage:

@@ -7,7 +7,12 @@ from collections.abc import Callable
 
 import pytest
 
-from modelexpress_core.fetch.concurrency import SelfTunedConcurrency, concurrency_for
+from modelexpress_core.fetch.concurrency import (
+    ConcurrencyLimit,
+    FixedConcurrency,
+    SelfTunedConcurrency,
+    concurrency_for,
+)
 from modelexpress_core.providers import StorageCapabilities
 from modelexpress_core.settings import LoadSettings
 
@@ -23,7 +28,7 @@ class Clock:
 
 
 def simulate(
-    limit: SelfTunedConcurrency,
+    limit: ConcurrencyLimit,
     clock: Clock,
     *,
     latency: float,
@@ -53,13 +58,24 @@ def test_a_long_load_is_nearly_as_fast_as_with_the_best_fixed_number(latency: fl
     """At least 0.95 of the goodput of the best fixed setting, from one read to the most."""
     reads = 4000
 
-    def seconds(start: int, most: int) -> float:
-        clock = Clock()
-        return simulate(SelfTunedConcurrency(start, most, clock), clock, latency=latency, cap=cap, reads=reads)
+    def seconds(limit: ConcurrencyLimit, clock: Clock) -> float:
+        return simulate(limit, clock, latency=latency, cap=cap, reads=reads)
 
-    best = min(seconds(fixed, fixed) for fixed in (1, 2, 4, 8, 16, 32, 64))
+    best = min(seconds(FixedConcurrency(fixed), Clock()) for fixed in (1, 2, 4, 8, 16, 32, 64))
 
-    assert best / seconds(16, 64) >= 0.95
+    clock = Clock()
+    assert best / seconds(SelfTunedConcurrency(16, 64, clock), clock) >= 0.95
+
+
+@pytest.mark.parametrize("most", [16, 64])
+def test_fewer_reads_are_kept_where_they_lose_nothing(most: int) -> None:
+    """Whatever is more than the network needs only costs threads that wait for each other."""
+    clock = Clock()
+    limit = SelfTunedConcurrency(16, most, clock)
+
+    simulate(limit, clock, latency=0.001, cap=200e6, reads=300)
+
+    assert limit.reads <= 4
 
 
 def test_no_more_reads_than_pay() -> None:

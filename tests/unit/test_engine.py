@@ -229,7 +229,7 @@ def test_the_ledger_refuses_a_load_that_misses_bytes() -> None:
     """Even where nobody noticed a failure, planned and arrived bytes must agree."""
     ledger = Ledger()
     ledger.plan(100)
-    ledger.begin()
+    ledger.begin(1)
     ledger.end(60)
 
     with pytest.raises(IncompleteLoadError, match="40 of 100"):

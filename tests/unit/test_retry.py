@@ -60,7 +60,7 @@ def retrying(
     attempts: int = 4,
     budget: float = 60.0,
     cancelled: threading.Event | None = None,
-    on_request: Callable[[bool], None] = lambda again: None,
+    on_retry: Callable[[], None] = lambda: None,
     uniform: Callable[[float, float], float] = longest,
 ) -> RetryingStorage:
     return RetryingStorage(
@@ -68,7 +68,7 @@ def retrying(
         RetryPolicy(attempts=attempts),
         RetryBudget(budget),
         cancelled=cancelled,
-        on_request=on_request,
+        on_retry=on_retry,
         uniform=uniform,
     )
 
@@ -217,11 +217,11 @@ def test_a_listing_that_breaks_is_taken_up_without_doubles() -> None:
     assert found == ["a", "b"]
 
 
-def test_requests_and_retries_are_counted() -> None:
-    """Each request is told once, with whether it repeats one."""
-    told: list[bool] = []
+def test_requests_that_repeat_one_are_counted() -> None:
+    """Each is told once, whether the first was cut short or failed."""
+    told: list[None] = []
     storage = Scripted([30, UnavailableError("reset")])
 
-    read(retrying(storage, on_request=told.append))
+    read(retrying(storage, on_retry=lambda: told.append(None)))
 
-    assert told == [False, True, True]
+    assert len(told) == 2

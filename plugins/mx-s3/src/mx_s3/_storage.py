@@ -31,12 +31,13 @@ from modelexpress_core.storage import Endpoint, ObjectInfo
 from modelexpress_core.uri import ModelURI
 from mx_s3._credentials import Identity, new_session
 from mx_s3._errors import FAILURES, PROVIDER, translated
-from mx_s3._http import Connections, read_body
+from mx_s3._http import Connections
+from mx_s3._ranges import RangeRequests
 from mx_s3.settings import REGION_PATTERN, S3Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef, GetObjectRequestTypeDef, HeadObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import GetObjectRequestTypeDef, HeadObjectOutputTypeDef
 
 __all__ = ["S3Storage", "open_s3"]
 
@@ -75,6 +76,7 @@ class S3Storage:
         self._read_timeout_seconds = float(client.meta.config.read_timeout)  # type: ignore[attr-defined]
         self._connections = Connections(self._read_timeout_seconds)
         self._connections.watch(client)
+        self._ranges = RangeRequests(client, self._bucket)
         client.meta.events.register("before-call.s3.HeadBucket", _stay)
         if identity is not None:
             identity.watch(client)
@@ -168,21 +170,22 @@ class S3Storage:
         last = offset + len(buffer) - 1
         operation = f"read bytes {offset}-{last}"
         self._check_open(path, operation)
-        request: GetObjectRequestTypeDef = {"Bucket": self._bucket, "Key": path, "Range": f"bytes={offset}-{last}"}
+        headers = {"Range": f"bytes={offset}-{last}"}
         if version is not None:
-            request["IfMatch"] = version
-        with self._connections.reading() as wait_patiently:
+            headers["If-Match"] = version
+        with self._connections.reading():
             try:
-                response = self._client.get_object(**request)
+                status, answered, body = self._get(path, headers)
             except FAILURES as exc:
                 raise self._failure(exc, path, operation, self.patience_seconds) from exc
-            body = response["Body"]
             try:
-                expected = self._check_answer(response, path, offset, len(buffer), version)
+                expected = self._check_answer(
+                    status, answered, path, offset=offset, length=len(buffer), version=version
+                )
             except BackendError:
                 body.close()
                 raise
-            done, error = read_body(body, buffer[:expected], wait_patiently)
+            done, error = self._connections.read_body(body, buffer[:expected])
         self._check_open(path, operation)
         if error is not None and not done:
             raise self._failure(error, path, operation, self.patience_seconds) from error
@@ -191,32 +194,39 @@ class S3Storage:
             raise self._error(UnavailableError, reason, path, operation, hint="try again")
         return done
 
+    def _get(self, path: str, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], Any]:
+        """Status, headers (by names in small letters) and content of the answer to a GET."""
+        sent = self._ranges.send(path, headers)
+        if sent is not None:
+            return sent.status_code, sent.headers, sent.raw
+        request: GetObjectRequestTypeDef = {"Bucket": self._bucket, "Key": path, "Range": headers["Range"]}
+        if "If-Match" in headers:
+            request["IfMatch"] = headers["If-Match"]
+        response = self._client.get_object(**request)
+        metadata = response["ResponseMetadata"]
+        return metadata["HTTPStatusCode"], metadata["HTTPHeaders"], response["Body"]
+
     def close(self) -> None:
         """Shut the connections down; reads that are under way in other threads fail at once."""
         self._connections.shut_down()
         self._client.close()
 
     def _check_answer(
-        self,
-        response: GetObjectOutputTypeDef,
-        path: str,
-        offset: int,
-        length: int,
-        version: str | None,
+        self, status: int, headers: Mapping[str, str], path: str, *, offset: int, length: int, version: str | None
     ) -> int:
         """How many bytes of what was asked for the body holds, starting with the first.
 
         Not every server (or cache before one) honours ``Range`` and ``If-Match``; wrong bytes must never pass.
         """
         operation = f"read bytes {offset}-{offset + length - 1}"
-        if version is not None and response.get("ETag", version) != version:
-            reason = f"the answer is of another version, {response['ETag']}, and If-Match was ignored"
+        if version is not None and headers.get("etag", version) != version:
+            reason = f"the answer is of another version, {headers['etag']}, and If-Match was ignored"
             raise self._error(SourceChangedError, reason, path, operation, hint="start the load again")
-        if response["ResponseMetadata"]["HTTPStatusCode"] == 200 and offset == 0:
-            return min(length, response.get("ContentLength", length))
-        match = _CONTENT_RANGE.fullmatch(response.get("ContentRange", ""))
+        if status == 200 and offset == 0:
+            return min(length, int(headers.get("content-length", length)))
+        match = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
         if match is None or int(match[1]) != offset or int(match[2]) < offset:
-            reason = f"the answer holds other bytes: {response.get('ContentRange', 'the whole object')}"
+            reason = f"the answer holds other bytes: {headers.get('content-range', 'the whole object')}"
             raise self._error(
                 UnsupportedError,
                 reason,
