@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from devtools.tcp_proxy import Fault, TcpProxy
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
+    DeadlineError,
     NotFoundError,
     SourceChangedError,
     ThrottledError,
@@ -20,6 +25,7 @@ from modelexpress_core.errors import (
 from mx_s3._storage import S3Storage
 
 CONTENT = bytes(range(256)) * 400
+LONG = bytes(range(256)) * 8192  # 2 MiB
 
 
 class Seen:
@@ -160,3 +166,148 @@ def test_an_anonymous_read_carries_no_signature(
 
     assert CONTENT[:10_000] == _read(storage)
     assert [None] == [request.headers["Authorization"] for request in seen.reads]
+
+
+# -- connections that misbehave ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(
+    proxied: Callable[..., tuple[S3Storage, TcpProxy]], put: Callable[..., str]
+) -> Callable[[Fault], tuple[S3Storage, TcpProxy]]:
+    """Opens a storage, which has got an answer from botocore, to whose first read something happens."""
+    put("ranges/long", LONG)
+
+    def broken(fault: Fault) -> tuple[S3Storage, TcpProxy]:
+        reads = iter([fault])
+        storage, proxy = proxied(lambda _, head: next(reads, None) if head.startswith(b"GET") else None)
+        storage.stat("ranges/long")
+        storage.patience_seconds = 0.3
+        return storage, proxy
+
+    return broken
+
+
+@pytest.mark.parametrize("kind", ["reset", "truncate", "stall"])
+@pytest.mark.parametrize("after_bytes", [0, 1, 5000, 100_000, 1_500_000])
+def test_every_byte_before_a_break_counts(
+    broken: Callable[[Fault], tuple[S3Storage, TcpProxy]], kind: Any, after_bytes: int
+) -> None:
+    """The next read goes on where they end, over another connection."""
+    storage, proxy = broken(Fault(kind, after_bytes=after_bytes, of_body=True))
+    memory = bytearray(len(LONG))
+
+    if after_bytes:
+        done = storage.read_into("ranges/long", 0, memoryview(memory), version=None)
+    else:
+        with pytest.raises((UnavailableError, DeadlineError)):
+            storage.read_into("ranges/long", 0, memoryview(memory), version=None)
+        done = 0
+
+    assert after_bytes == done or kind == "reset"  # which may overtake what was sent before
+    assert done <= after_bytes
+    assert len(LONG) - done == storage.read_into("ranges/long", done, memoryview(memory)[done:], version=None)
+    assert LONG == memory
+    assert 2 == proxy.connections
+
+
+@pytest.mark.parametrize("kind", ["reset", "truncate", "stall"])
+@pytest.mark.parametrize("after_bytes", [0, 20])
+def test_an_answer_that_breaks_amid_its_head_may_be_tried_again(
+    broken: Callable[[Fault], tuple[S3Storage, TcpProxy]], kind: Any, after_bytes: int
+) -> None:
+    """Silence is a deadline, which says how long it was; all else is a connection that broke."""
+    storage, _ = broken(Fault(kind, after_bytes=after_bytes))
+    expected = DeadlineError if kind == "stall" else UnavailableError
+
+    with pytest.raises(expected, match="0.3 s" if kind == "stall" else "broke") as caught:
+        storage.read_into("ranges/long", 0, memoryview(bytearray(len(LONG))), version=None)
+
+    assert caught.value.retryable
+    assert len(LONG) == storage.read_into("ranges/long", 0, memoryview(bytearray(len(LONG))), version=None)
+
+
+def test_reads_of_one_thread_use_one_connection(
+    proxied: Callable[..., tuple[S3Storage, TcpProxy]], put: Callable[..., str]
+) -> None:
+    """Errors in between leave it usable, too; what is shorter than was asked for does as well."""
+    put("ranges/long", LONG)
+    storage, proxy = proxied()
+    storage.stat("ranges/long")
+    memory = memoryview(bytearray(2 * len(LONG)))
+
+    for _ in range(5):
+        assert len(LONG) == storage.read_into("ranges/long", 0, memory, version=None)
+        with pytest.raises(NotFoundError):
+            storage.read_into("ranges/missing", 0, memory, version=None)
+
+    assert 1 == proxy.connections
+
+
+def test_closing_ends_a_read(broken: Callable[[Fault], tuple[S3Storage, TcpProxy]]) -> None:
+    """At once, though the kernel waits for a whole piece."""
+    storage, _ = broken(Fault("stall", after_bytes=100_000))
+    storage.patience_seconds = 30
+    timer = threading.Timer(0.3, storage.close)
+    timer.start()
+    begun = time.monotonic()
+
+    with pytest.raises(BackendError, match="closed"):
+        storage.read_into("ranges/long", 0, memoryview(bytearray(len(LONG))), version=None)
+
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 206 P\r\n%s\r\nTransfer-Encoding: chunked\r\n\r\nA\r\n0123456789\r\n0\r\n\r\n",
+        b"HTTP/1.0 206 P\r\n%s\r\nContent-Length: 10\r\n\r\n0123456789",
+    ],
+    ids=["chunked", "HTTP/1.0"],
+)
+def test_answers_of_other_kinds_are_read_too(opened: Callable[..., S3Storage], answer: bytes) -> None:
+    """Proxies may change how an answer is sent."""
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 20\r\n\r\n"
+    answer %= b"Connection: close\r\nContent-Range: bytes 0-9/20"
+    with _answering(lambda request: head if request.startswith(b"HEAD") else answer) as port:
+        storage = opened(AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
+        storage.stat("any")
+        memory = bytearray(10)
+
+        for _ in range(3):
+            assert 10 == storage.read_into("any", 0, memoryview(memory), version=None)
+            assert b"0123456789" == memory
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n\r\n", b"HTTP/1.1 206 P\r\nx: " + b"y" * 100_000])
+def test_what_is_no_answer_is_a_broken_connection(opened: Callable[..., S3Storage], answer: bytes) -> None:
+    """Whatever it is, it is not taken for content."""
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 20\r\n\r\n"
+    with _answering(lambda request: head if request.startswith(b"HEAD") else answer) as port:
+        storage = opened(AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
+        storage.stat("any")
+
+        with pytest.raises(UnavailableError, match="broke"):
+            storage.read_into("any", 0, memoryview(bytearray(10)), version=None)
+
+
+@contextlib.contextmanager
+def _answering(answer: Callable[[bytes], bytes]) -> Iterator[int]:
+    """The port of a server that answers one request of each connection, byte for byte, and closes it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        connection.sendall(answer(connection.recv(65536)))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import socket
-import struct
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import BotoCoreError
@@ -17,15 +14,14 @@ from urllib3.exceptions import HTTPError
 from modelexpress_core.storage.http import OpenSockets
 
 if TYPE_CHECKING:
+    from botocore.response import StreamingBody
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import GetObjectOutputTypeDef
 
-__all__ = ["Connections"]
+__all__ = ["BotocoreAnswer", "Connections"]
 
 #: The most that is lost where a connection is reset: what http.client read before does not count then.
 _PIECE_BYTES = 256 << 10
-
-#: What the kernel fills at once. Nothing of it is lost, and there is time to notice that others gave up.
-_STRAIGHT_BYTES = 1 << 20
 
 
 class _Reading(threading.local):
@@ -77,52 +73,17 @@ class Connections:
             pools[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": watched})
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Within it, requests of this thread wait no longer than ``patience_seconds``."""
+    def reading(self) -> Iterator[Callable[[], None]]:
+        """Within it, requests of this thread wait no longer than ``patience_seconds``.
+
+        Yields:
+            What makes the patience of the moment hold for the body that is read next.
+        """
         self._reading.under_way = True
         try:
-            yield
+            yield self._wait_patiently
         finally:
             self._reading.under_way, self._reading.sock = False, None
-
-    def read_body(self, body: Any, view: memoryview) -> tuple[int, Exception | None]:  # noqa: ANN401 - one of two
-        """Fill ``view`` with the next bytes of ``body``, and give up its connection: for reuse if it is at its end.
-
-        Args:
-            body: What is read: a response of urllib3, or the body that botocore makes of one.
-            view: Where to.
-
-        Returns:
-            Number of bytes that arrived, and what kept more from arriving (None where the stream just ended).
-        """
-        response: Any = getattr(body, "_raw_stream", body)
-        message: Any = getattr(response, "_fp", None)
-        sock = self._reading.sock
-        straight = _Straight(sock, message, self._patience_seconds) if _Straight.can_read(sock, message) else None
-        # urllib3's own readinto goes through a copy; that of http.client, below it, does not.
-        readinto = getattr(message, "readinto", None) or _copying(body)
-        piece_bytes = _PIECE_BYTES
-        if straight is not None:
-            readinto, piece_bytes = straight.readinto, _STRAIGHT_BYTES
-        done, error = 0, None
-        try:
-            while done < len(view):
-                if straight is None:
-                    self._wait_patiently()
-                count = readinto(view[done : done + piece_bytes])
-                if not count:
-                    break
-                done += count
-        except (OSError, HTTPException, HTTPError, BotoCoreError) as exc:
-            error = exc
-        finally:
-            if straight is not None:
-                straight.end()
-            if done < len(view) or not getattr(response, "closed", False):
-                body.close()
-            if hasattr(response, "release_conn"):
-                response.release_conn()
-        return done, error
 
     def _wait_patiently(self) -> None:
         reading, seconds = self._reading, self._patience_seconds
@@ -161,7 +122,57 @@ class Connections:
         self._sockets.shut_down()
 
 
-def _copying(body: Any) -> Callable[[memoryview], int]:  # noqa: ANN401 - as read_body
+class BotocoreAnswer:
+    """The answer to a GetObject of botocore's, its content not read yet.
+
+    Args:
+        response: What ``get_object`` returned.
+        wait_patiently: Called before each of the few waits.
+
+    Attributes:
+        status: The HTTP status.
+        headers: By names in small letters.
+    """
+
+    def __init__(self, response: GetObjectOutputTypeDef, wait_patiently: Callable[[], None]) -> None:
+        self._body = response["Body"]
+        self._wait_patiently = wait_patiently
+        self.status = response["ResponseMetadata"]["HTTPStatusCode"]
+        self.headers: Mapping[str, str] = response["ResponseMetadata"]["HTTPHeaders"]
+
+    def read_into(self, view: memoryview) -> tuple[int, Exception | None]:
+        """Fill ``view`` with the next bytes, and give up the connection: for reuse if the content is at its end.
+
+        Returns:
+            Number of bytes that arrived, and what kept more from arriving (None where the stream just ended).
+        """
+        body = self._body
+        response: Any = getattr(body, "_raw_stream", None)
+        # urllib3's own readinto goes through a copy; that of http.client, below it, does not.
+        readinto = getattr(getattr(response, "_fp", None), "readinto", None) or _copying(body)
+        done, error = 0, None
+        try:
+            while done < len(view):
+                self._wait_patiently()
+                count = readinto(view[done : done + _PIECE_BYTES])
+                if not count:
+                    break
+                done += count
+        except (OSError, HTTPException, HTTPError, BotoCoreError) as exc:
+            error = exc
+        finally:
+            if done < len(view) or not getattr(response, "closed", False):
+                body.close()
+            if hasattr(response, "release_conn"):
+                response.release_conn()
+        return done, error
+
+    def close(self) -> None:
+        """Give the content up, and the connection with it."""
+        self._body.close()
+
+
+def _copying(body: StreamingBody) -> Callable[[memoryview], int]:
     """What fills memory from ``body`` by its public methods alone."""
 
     def readinto(view: memoryview) -> int:
@@ -170,60 +181,3 @@ def _copying(body: Any) -> Callable[[memoryview], int]:  # noqa: ANN401 - as rea
         return len(piece)
 
     return readinto
-
-
-class _Straight:
-    """Fills memory from a plain socket, the kernel waiting until a piece is complete: a tenth of the calls.
-
-    Python's own timeouts make a socket return whatever has arrived; here the kernel has the timeout. It counts for a
-    call, and a call that brought anything ends without an error, so that silence is noticed after twice that time at
-    most.
-
-    Args:
-        sock: The socket.
-        message: The answer of http.client whose content is read from it.
-        timeout_seconds: How long a call waits.
-    """
-
-    def __init__(self, sock: socket.socket, message: HTTPResponse, timeout_seconds: float) -> None:
-        self._sock = sock
-        self._message = message
-        self._timeout_seconds = timeout_seconds
-        self._buffered: int | None = None
-        self._blocking = False
-
-    @staticmethod
-    def can_read(sock: Any, message: Any) -> bool:  # noqa: ANN401 - what this finds out
-        """Whether the socket is a plain one, of a system of which is known how timeouts are set, and ends are told."""
-        plain = type(sock) is socket.socket and sys.platform == "linux" and sys.maxsize > 2**32
-        return plain and isinstance(message, HTTPResponse) and bool(message.length) and not message.chunked
-
-    def readinto(self, view: memoryview) -> int:
-        message = self._message
-        if self._buffered is None:
-            self._buffered = len(message.fp.peek(1))
-        if self._buffered:  # came with the head
-            count = message.readinto(view[: self._buffered])
-            self._buffered -= count
-            return count
-        if not self._blocking:
-            self._sock.setblocking(True)
-            self._blocking = True
-            seconds, rest = divmod(self._timeout_seconds, 1)
-            timeout = struct.pack("@ll", int(seconds), int(rest * 1e6))
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
-        try:
-            count = self._sock.recv_into(view, 0, socket.MSG_WAITALL)
-        except BlockingIOError as exc:
-            raise TimeoutError("timed out") from exc
-        if count:
-            message.length = (message.length or 0) - count
-        return count
-
-    def end(self) -> None:
-        """Leave socket and answer as http.client would."""
-        if self._blocking:
-            with suppress(OSError):  # closed
-                self._sock.settimeout(self._timeout_seconds)
-            if not self._message.length:
-                self._message.close()

@@ -7,7 +7,7 @@ import binascii
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -31,8 +31,8 @@ from modelexpress_core.storage import Endpoint, ObjectInfo
 from modelexpress_core.uri import ModelURI
 from mx_s3._credentials import Identity, new_session
 from mx_s3._errors import FAILURES, PROVIDER, translated
-from mx_s3._http import Connections
-from mx_s3._ranges import RangeRequests
+from mx_s3._http import BotocoreAnswer, Connections
+from mx_s3._ranges import RangeAnswer, RangeRequests
 from mx_s3.settings import REGION_PATTERN, S3Settings
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class S3Storage:
         self._read_timeout_seconds = float(client.meta.config.read_timeout)  # type: ignore[attr-defined]
         self._connections = Connections(self._read_timeout_seconds)
         self._connections.watch(client)
-        self._ranges = RangeRequests(client, self._bucket)
+        self._ranges = RangeRequests(client, self._bucket, lambda: self.patience_seconds)
         client.meta.events.register("before-call.s3.HeadBucket", _stay)
         if identity is not None:
             identity.watch(client)
@@ -173,19 +173,17 @@ class S3Storage:
         headers = {"Range": f"bytes={offset}-{last}"}
         if version is not None:
             headers["If-Match"] = version
-        with self._connections.reading():
+        with self._connections.reading() as wait_patiently:
             try:
-                status, answered, body = self._get(path, headers)
+                answer = self._ranges.get(path, headers) or self._get(path, headers, wait_patiently)
             except FAILURES as exc:
                 raise self._failure(exc, path, operation, self.patience_seconds) from exc
             try:
-                expected = self._check_answer(
-                    status, answered, path, offset=offset, length=len(buffer), version=version
-                )
+                expected = self._check_answer(answer, path, offset=offset, length=len(buffer), version=version)
             except BackendError:
-                body.close()
+                answer.close()
                 raise
-            done, error = self._connections.read_body(body, buffer[:expected])
+            done, error = answer.read_into(buffer[:expected])
         self._check_open(path, operation)
         if error is not None and not done:
             raise self._failure(error, path, operation, self.patience_seconds) from error
@@ -194,17 +192,12 @@ class S3Storage:
             raise self._error(UnavailableError, reason, path, operation, hint="try again")
         return done
 
-    def _get(self, path: str, headers: Mapping[str, str]) -> tuple[int, Mapping[str, str], Any]:
-        """Status, headers (by names in small letters) and content of the answer to a GET."""
-        sent = self._ranges.send(path, headers)
-        if sent is not None:
-            return sent.status_code, sent.headers, sent.raw
+    def _get(self, path: str, headers: Mapping[str, str], wait_patiently: Callable[[], None]) -> BotocoreAnswer:
+        """The answer to a GET that botocore sends."""
         request: GetObjectRequestTypeDef = {"Bucket": self._bucket, "Key": path, "Range": headers["Range"]}
         if "If-Match" in headers:
             request["IfMatch"] = headers["If-Match"]
-        response = self._client.get_object(**request)
-        metadata = response["ResponseMetadata"]
-        return metadata["HTTPStatusCode"], metadata["HTTPHeaders"], response["Body"]
+        return BotocoreAnswer(self._client.get_object(**request), wait_patiently)
 
     def close(self) -> None:
         """Shut the connections down; reads that are under way in other threads fail at once."""
@@ -212,17 +205,18 @@ class S3Storage:
         self._client.close()
 
     def _check_answer(
-        self, status: int, headers: Mapping[str, str], path: str, *, offset: int, length: int, version: str | None
+        self, answer: RangeAnswer | BotocoreAnswer, path: str, *, offset: int, length: int, version: str | None
     ) -> int:
         """How many bytes of what was asked for the body holds, starting with the first.
 
         Not every server (or cache before one) honours ``Range`` and ``If-Match``; wrong bytes must never pass.
         """
         operation = f"read bytes {offset}-{offset + length - 1}"
+        headers = answer.headers
         if version is not None and headers.get("etag", version) != version:
             reason = f"the answer is of another version, {headers['etag']}, and If-Match was ignored"
             raise self._error(SourceChangedError, reason, path, operation, hint="start the load again")
-        if status == 200 and offset == 0:
+        if answer.status == 200 and offset == 0:
             return min(length, int(headers.get("content-length", length)))
         match = _CONTENT_RANGE.fullmatch(headers.get("content-range", ""))
         if match is None or int(match[1]) != offset or int(match[2]) < offset:
