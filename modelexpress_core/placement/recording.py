@@ -419,7 +419,7 @@ class Recorder:
         region = region_of(memory)
         if region is None:
             return
-        if memory.is_cuda and not self._pinned:  # never run on a GPU so far
+        if memory.is_cuda and not self._pinned:
             self._pinned = True
             self._engine.staging.allocate_with(pinned_memory)
         pending = self._pending
