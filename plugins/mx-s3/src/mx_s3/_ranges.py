@@ -137,7 +137,7 @@ class RangeAnswer:
 
     def error_content(self) -> bytes:
         """The content of an answer that is none of an object's."""
-        message = HTTPResponse(cast("socket.socket", _Replayed(self._received, self._receive_into)), method="GET")
+        message = HTTPResponse(cast("socket.socket", _Replayed(self._received, self._receive_some)), method="GET")
         try:
             message.begin()
             content = message.read(_MOST_ERROR_BYTES)
@@ -202,6 +202,9 @@ class RangeAnswer:
             return int(self._receive(lambda: self._sock.recv_into(view, 0, socket.MSG_WAITALL)))
         return int(self._sock.recv_into(view))
 
+    def _receive_some(self, view: memoryview) -> int:
+        return int(self._receive(lambda: self._sock.recv_into(view)))
+
     @staticmethod
     def _receive(receive: Callable[[], Any]) -> Any:  # noqa: ANN401 - what it returns
         try:
@@ -213,9 +216,9 @@ class RangeAnswer:
 class _Replayed(io.RawIOBase):
     """What was received already, and what comes after it, as http.client wants it of a socket."""
 
-    def __init__(self, received: bytes, receive_into: Callable[[memoryview], int]) -> None:
+    def __init__(self, received: bytes, receive: Callable[[memoryview], int]) -> None:
         self._received = io.BytesIO(received)
-        self._receive_into = receive_into
+        self._receive = receive
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -224,7 +227,7 @@ class _Replayed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - as io has it
-        return self._received.readinto(buffer) or self._receive_into(memoryview(buffer)[:1])
+        return self._received.readinto(buffer) or self._receive(memoryview(buffer))
 
 
 class RangeRequests:
@@ -272,6 +275,7 @@ class RangeRequests:
         if signed is None or self._clock() > signed.until:
             signed = self._sign(key)
             if signed is None:
+                self._session = None
                 return None
             self._signed[key] = signed
         answer = self._connected(signed.url)
@@ -300,16 +304,19 @@ class RangeRequests:
         session = self._session
         pool = session._get_connection_manager(url).connection_from_url(url)
         session._setup_ssl_cert(pool, url, session._verify)
-        connection = pool._get_conn()
+        connection = None
         try:
+            connection = pool._get_conn()
             if connection.sock is None:
                 connection.connect()
         except Exception:  # noqa: BLE001 - whatever it is, botocore meets it too, and has words for it
-            connection.close()
+            if connection is not None:
+                connection.close()
             return None
         return RangeAnswer(pool, connection, self._patience)
 
     def _sign(self, key: str) -> _Signed | None:
+        """What the requests for ``key`` have in common; None where they are not for us to send."""
         until = self._clock() + _SIGNED_SECONDS
         preparing = self._preparing
         preparing.request = None
