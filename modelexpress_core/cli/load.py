@@ -36,17 +36,21 @@ class _Watch:
     def __init__(self, bar: Progress | None) -> None:
         self._bar = bar
         self._task = bar.add_task("opening", total=None) if bar else None
+        self._what = ""
         self.report: LoadReport | None = None
 
     @hookimpl
     def mx_load_started(self, event: LoadStarted) -> None:
+        self._what = f"{event.tensors} tensors"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=f"{event.tensors} tensors", total=event.checkpoint_bytes)
+            self._bar.update(self._task, description=self._what, total=event.checkpoint_bytes)
 
     @hookimpl
     def mx_load_progress(self, event: LoadProgress) -> None:
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=event.bytes_done, total=max(event.bytes_planned, event.bytes_done))
+            what = f"{self._what} (limit: {event.limiter})" if event.limiter else self._what
+            total = max(event.bytes_planned, event.bytes_done)
+            self._bar.update(self._task, description=what, completed=event.bytes_done, total=total)
 
     @hookimpl
     def mx_load_finished(self, event: LoadFinished) -> None:

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.progress import Progress
 
 import modelexpress_core as core
+from modelexpress_core.cli.load import _Watch
+from modelexpress_core.events import LoadProgress, LoadStarted
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -86,6 +89,20 @@ def test_a_terminal_sees_a_progress_bar(sharded: Path, on_terminal: Callable[...
     assert b"17 tensors" in seen
     assert "━".encode() in seen
     assert b"needed" in seen
+
+
+def test_the_bar_says_what_limits_the_load() -> None:
+    """As soon as that is known."""
+    bar = Progress()
+    watch = _Watch(bar)
+    watch.mx_load_started(LoadStarted("1", "file:///m", "file", files=1, tensors=17, checkpoint_bytes=100))
+
+    def shown(limiter: str) -> str:
+        watch.mx_load_progress(LoadProgress("1", "file:///m", 10, 100, True, 1.0, 10.0, 9.0, 0, limiter))
+        return bar.tasks[0].description
+
+    assert shown("") == "17 tensors"
+    assert shown("network") == "17 tensors (limit: network)"
 
 
 def test_inspect_lists_tensors_files_and_versions(mx: Run, uploaded: str, environ: dict[str, str]) -> None:
