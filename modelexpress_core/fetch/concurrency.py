@@ -21,8 +21,9 @@ from modelexpress_core.settings import LoadSettings
 
 __all__ = ["ConcurrencyLimit", "FixedConcurrency", "SelfTunedConcurrency", "concurrency_for"]
 
-#: A doubling has paid if it raised the goodput by this part.
-_PAYS = 1.10
+#: A doubling has paid if it raised the goodput by this part. It is measured twice before it counts as useless: what is
+#: measured first includes connecting, and whatever else the machine does.
+_PAYS = 1.05
 #: A small step up has paid if it raised the goodput by this part.
 _STEP_PAYS = 1.04
 #: A halving has lost nothing if this part of the goodput is left.
@@ -86,6 +87,7 @@ class SelfTunedConcurrency:
         self._reads = max(1, min(start, most))
         self._start = self._reads
         self._ramping = True
+        self._doubted = False
         self._sinking = False
         self._kept = self._reads  # what to go back to where a try does not pay
         self._kept_rate = 0.0
@@ -162,6 +164,10 @@ class SelfTunedConcurrency:
             self._kept, self._kept_rate = self._reads, rate
         if paid and self._reads < self._most:
             self._reads = min(self._most, 2 * self._reads)
+            self._doubted = False
+            return
+        if not paid and not self._doubted:
+            self._doubted = True
             return
         self._ramping = False
         # What is below a number that has paid was measured, and is less.
