@@ -28,6 +28,8 @@ _PAYS = 1.05
 _STEP_PAYS = 1.04
 #: A halving has lost nothing if this part of the goodput is left.
 _HOLDS = 0.97
+#: Halving is not tried sooner: a short load loses more by trying than it could gain.
+_SINKS_AFTER_SECONDS = 1.0
 #: A measurement is at least this long: shorter ones say more of the scheduler than of the network.
 _WINDOW_SECONDS = 0.05
 #: Measurements between one small step up that did not pay and the next.
@@ -89,6 +91,8 @@ class SelfTunedConcurrency:
         self._ramping = True
         self._doubted = False
         self._sinking = False
+        self._may_sink = False
+        self._first: float | None = None
         self._kept = self._reads  # what to go back to where a try does not pay
         self._kept_rate = 0.0
         self._until_try = _PATIENCE
@@ -110,6 +114,8 @@ class SelfTunedConcurrency:
                 self._ignored -= 1
                 return
             now = self._clock()
+            if self._first is None:
+                self._first = now
             if self._begun is None:
                 self._begun = now
                 return
@@ -131,7 +137,7 @@ class SelfTunedConcurrency:
             self._complained = now
             self._reads = self._kept = max(1, int(self._reads * _DECREASE))
             self._kept_rate = 0.0
-            self._ramping = self._sinking = False
+            self._ramping = self._sinking = self._may_sink = False
             self._until_try = _PATIENCE
             self._begin()
 
@@ -145,6 +151,9 @@ class SelfTunedConcurrency:
             self._ramp(rate)
         elif self._sinking:
             self._sink(rate)
+        elif self._may_sink and self._clock() - (self._first or 0.0) >= _SINKS_AFTER_SECONDS:
+            self._may_sink, self._sinking = False, True
+            self._try_fewer()
         elif self._reads > self._kept:  # a small step was tried
             if rate > self._kept_rate * _STEP_PAYS:
                 self._kept, self._kept_rate, self._until_try = self._reads, rate, 1
@@ -170,9 +179,9 @@ class SelfTunedConcurrency:
             self._doubted = True
             return
         self._ramping = False
+        self._reads = self._kept
         # What is below a number that has paid was measured, and is less.
-        self._sinking = self._kept == self._start
-        self._try_fewer()
+        self._may_sink = self._kept == self._start
 
     def _sink(self, rate: float) -> None:
         if rate >= self._kept_rate * _HOLDS:
