@@ -1,6 +1,7 @@
 # Everything a contributor needs; each target sets itself up.
 #   make demo   a real S3 server, two checkpoints, every tensor compared
 #   make test   all tests (ARGS="-k name" goes to pytest)
+#   make test-vllm   real vLLM, in an environment of its own
 #   make lint   formatting, lint, types, layers
 #   make bench  figures as ratios to limits and to other libraries (ARGS="local s3 --quick")
 
@@ -10,15 +11,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_VENV ?= .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
-PACKAGES := . plugins/mx-s3
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+PACKAGES := . plugins/mx-s3 integrations/vllm
 
-.PHONY: demo test lint bench format clean help
+.PHONY: demo test test-vllm lint bench format clean help
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) constraints-dev.txt requirements-checkpoint.txt
+$(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml) constraints-dev.txt requirements-checkpoint.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -34,6 +37,17 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+# vLLM's CPU build asks for media libraries whose builds do not go with the CPU build of torch; text models need none.
+$(VLLM_STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml) integrations/vllm/tests/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement integrations/vllm/tests/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(addprefix --editable ,$(PACKAGES))
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest integrations/vllm/tests $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -55,4 +69,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

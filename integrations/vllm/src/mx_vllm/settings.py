@@ -1,0 +1,26 @@
+"""What can be set of the integration."""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from modelexpress_core.settings import boolean, env
+
+__all__ = ["VllmSettings"]
+
+
+@frozen
+class VllmSettings:
+    """Where vLLM's weights come from."""
+
+    model_uri: str | None = env(
+        "MX_MODEL_URI",
+        default=None,
+        help="Where the weights are: any URI or path. Unset: the files that vLLM itself finds for its --model.",
+    )
+    fallback: bool = env(
+        "MX_FALLBACK",
+        default=True,
+        converter=boolean,
+        help="Whether vLLM's own loader takes over where ours fails.",
+    )

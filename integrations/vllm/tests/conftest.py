@@ -1,0 +1,67 @@
+"""Real vLLM in processes of its own, on generated checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_GENERATE = Path(__file__).with_name("generate.py")
+_SECONDS = 900
+
+
+@pytest.fixture(autouse=True)
+def _nothing_configured(nothing_configured: None) -> None:
+    pass
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory with the checkpoint of an architecture, written once."""
+    made: dict[str, Path] = {}
+
+    def checkpoint(name: str) -> Path:
+        if name not in made:
+            models = Path(__file__).with_name("models.py")
+            made[name] = tmp_path_factory.mktemp("models") / name
+            subprocess.run([sys.executable, str(models), name, str(made[name])], check=True, timeout=_SECONDS)
+        return made[name]
+
+    return checkpoint
+
+
+@pytest.fixture
+def generated(tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], str]]:
+    """What each of several runs of vLLM gave, one after another in one process, and all that was printed."""
+
+    def generated(runs: Sequence[dict[str, Any]], **environ: str) -> tuple[list[dict[str, Any]], str]:
+        in_one_process = all(run["tensor_parallel"] == 1 for run in runs)
+        done = subprocess.run(
+            [sys.executable, str(_GENERATE), json.dumps(list(runs))],
+            env={
+                **os.environ,
+                "VLLM_PLUGINS": "modelexpress",
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_one_process else "1",
+                "VLLM_NO_USAGE_STATS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+                **environ,
+            },
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+        printed = done.stdout + done.stderr
+        assert done.returncode == 0, printed[-6000:]
+        return json.loads(done.stdout.splitlines()[-1]), printed
+
+    return generated

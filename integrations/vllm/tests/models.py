@@ -1,0 +1,119 @@
+"""Tiny checkpoints of real architectures, with random weights, in several shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["ARCHITECTURES", "write"]
+
+_SIZES: Mapping[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 512,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+}
+
+
+def _llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**_SIZES))
+
+
+def _qwen3() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**_SIZES, head_dim=64, tie_word_embeddings=True))
+
+
+def _qwen3_moe() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **_SIZES, head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, decoder_sparse_step=1
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def _mixtral() -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2))
+
+
+def _phi3() -> Any:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    return Phi3ForCausalLM(Phi3Config(**_SIZES, pad_token_id=0))
+
+
+def _gemma2() -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(Gemma2Config(**_SIZES, head_dim=64, query_pre_attn_scalar=64))
+
+
+def _gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=256, n_layer=2, n_head=4, n_positions=128, vocab_size=512))
+
+
+def _opt() -> Any:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=512,
+        vocab_size=512,
+        max_position_embeddings=128,
+        word_embed_proj_dim=256,
+    )
+    return OPTForCausalLM(config)
+
+
+ARCHITECTURES: Mapping[str, Callable[[], Any]] = {
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "qwen3-moe": _qwen3_moe,
+    "mixtral": _mixtral,
+    "phi3": _phi3,
+    "gemma2": _gemma2,
+    "gpt2": _gpt2,
+    "opt": _opt,
+}
+
+
+def write(name: str, directory: Path) -> Path:
+    """A checkpoint of the architecture ``name`` in ``directory``, with a tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    torch.manual_seed(1)
+    model = ARCHITECTURES[name]()
+    with torch.no_grad():  # large enough that tokens depend on every weight, and not on the prompt's embedding alone
+        for key, parameter in model.named_parameters():
+            scale = 0.01 if "embed_tokens" in key and model.config.tie_word_embeddings else 0.08
+            parameter.copy_(torch.randn_like(parameter) * scale + (1.0 if parameter.dim() == 1 else 0.0))
+    model.to(torch.bfloat16).save_pretrained(directory, max_shard_size="1MB")
+    vocabulary = {f"t{i}": i for i in range(512)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", eos_token="t1", pad_token="t2")
+    fast.save_pretrained(directory)
+    return directory
+
+
+if __name__ == "__main__":
+    import sys
+
+    write(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,69 @@
+"""The tokens that vLLM generates are those that it generates with its own loader."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devtools.seaweedfs import SeaweedFS
+
+NAMES = ("llama", "qwen3", "qwen3-moe", "mixtral", "phi3", "gemma2", "gpt2", "opt")
+
+
+@pytest.mark.timeout(1200)
+def test_tokens_are_those_of_vllms_own_loader(
+    checkpoint: Callable[[str], Path],
+    s3_server: SeaweedFS,
+    generated: Callable[..., tuple[list[dict[str, Any]], str]],
+) -> None:
+    """For every architecture: from the files that vLLM finds, from another directory, and from S3."""
+    runs = []
+    for name in NAMES:
+        directory = checkpoint(name)
+        uri = s3_server.upload(directory, "models", f"vllm/{name}")
+        for load_format, environ in (
+            ("auto", {}),
+            ("mx", {}),
+            ("modelexpress", {"MX_MODEL_URI": directory.as_uri()}),
+            ("mx", {"MX_MODEL_URI": uri, **s3_server.environ()}),
+        ):
+            run = {"model": str(directory), "load_format": load_format, "tensor_parallel": 1}
+            runs.append({**run, "environ": {**environ, "MX_FALLBACK": "0"}})
+
+    results, printed = generated(runs)
+
+    for number, name in enumerate(NAMES):
+        own, *ours = results[4 * number : 4 * number + 4]
+        assert "tokens" in own, own
+        assert len({logprob for tokens in own["tokens"] for _, logprob in tokens}) > 20, f"{name} says always the same"
+        assert [own] * 3 == ours, name
+    assert 3 * len(NAMES) == printed.count("ModelExpress loaded ")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_two_ranks_read_their_own_bytes(
+    name: str,
+    checkpoint: Callable[[str], Path],
+    s3_server: SeaweedFS,
+    generated: Callable[..., tuple[list[dict[str, Any]], str]],
+) -> None:
+    """Tensor parallel, the tokens are the same, and no rank reads much more than half of the checkpoint."""
+    directory = checkpoint(name)
+    total = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    run = {"model": str(directory), "tensor_parallel": 2}
+
+    results, printed = generated(
+        [{**run, "load_format": "auto"}, {**run, "load_format": "mx", "environ": {"MX_FALLBACK": "0"}}]
+    )
+
+    assert results[0] == results[1]
+    assert "tokens" in results[0], results
+    fetched = [int(count) for count in re.findall(r"ModelExpress loaded .*? fetched \((\d+) bytes\)", printed)]
+    assert 2 == len(fetched), printed[-3000:]
+    assert max(fetched) <= 0.55 * total
+    assert sum(fetched) <= 1.05 * total
