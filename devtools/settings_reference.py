@@ -8,8 +8,9 @@ from pathlib import Path
 
 from modelexpress_core.plugins import CORE, PluginManager
 from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
+from mx_vllm.settings import VllmSettings
 
-__all__ = ["PAGE", "with_tables"]
+__all__ = ["PAGE", "classes", "with_tables"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 
@@ -22,7 +23,7 @@ def with_tables(text: str) -> str:
 
 
 def _lines() -> Iterator[str]:
-    for owner, cls in _classes():
+    for owner, cls in classes():
         about = (cls.__doc__ or "").strip().splitlines()[0].rstrip(".")
         yield f"\n## {owner}: {about[:1].lower()}{about[1:]}\n"
         yield "| variable | default | meaning |"
@@ -34,7 +35,8 @@ def _lines() -> Iterator[str]:
     yield ""
 
 
-def _classes() -> Iterator[tuple[str, type]]:
+def classes() -> Iterator[tuple[str, type]]:
+    """Every settings class of this repository, with the distribution that it belongs to."""
     for cls in CORE_SETTINGS:
         yield CORE, cls
     # A plugin that is installed beside ours has its own documentation.
@@ -42,6 +44,7 @@ def _classes() -> Iterator[tuple[str, type]]:
     for owner, cls in PluginManager.discover({}).settings_classes():
         if owner in first_party:
             yield owner, cls
+    yield "mx-vllm", VllmSettings  # no plugin of ModelExpress, but one of vLLM
 
 
 def _default(row: SettingValue) -> str:

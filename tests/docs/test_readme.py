@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 
 import modelexpress_core as mx
+from devtools import settings_reference
 from modelexpress_core.cli.app import build_app
-from modelexpress_core.settings import CORE_SETTINGS, variables
+from modelexpress_core.settings import variables
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *ROOT.glob("docs/*.md"),
     *ROOT.glob("plugins/*/README.md"),
+    *ROOT.glob("integrations/*/README.md"),
     *ROOT.glob("examples/*/README.md"),
 ]
 README = TEXTS[0].read_text()
@@ -33,9 +35,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_variables_are_read_by_something(path: Path) -> None:
     """A variable with our prefix that a text names is one that core or a plugin reads."""
-    plugins = mx.PluginManager.discover({})
-    known = {name for cls in CORE_SETTINGS for name in variables(cls)}
-    known |= {name for _, cls in plugins.settings_classes() for name in variables(cls)}
+    known = {name for _, cls in settings_reference.classes() for name in variables(cls)}
 
     assert set(re.findall(r"\bMX_[A-Z0-9_]+\b", path.read_text())) - known == set()
 

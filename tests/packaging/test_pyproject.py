@@ -30,7 +30,7 @@ _MEMBERS = sorted(
     for path in _ROOT.glob(f"{pattern}/pyproject.toml")
 )
 _FIRST_PARTY = [_ROOT, *_MEMBERS, *sorted(path.parent for path in _ROOT.glob("integrations/*/pyproject.toml"))]
-_PLUGINS = [member for member in _MEMBERS if "entry-points" in pyproject(member)["project"]]
+_PLUGINS = [member for member in _MEMBERS if ENTRY_POINT_GROUP in pyproject(member)["project"].get("entry-points", {})]
 
 
 def named(directory: Path) -> str:
