@@ -86,3 +86,20 @@ def test_where_both_fail_both_are_told(
 
     assert "nowhere" in results[0]["error"]
     assert "Cannot find any model weights" in results[0]["error"]
+
+
+@pytest.mark.timeout(900)
+def test_ranks_never_take_weights_from_two_places(
+    checkpoint: Callable[[str], Path],
+    generated: Callable[..., tuple[list[dict[str, Any]], str]],
+    tmp_path: Path,
+) -> None:
+    """A model that is spread over ranks is not loaded by vLLM's own loader where ours fails: the start fails."""
+    environ = {"MX_MODEL_URI": str(tmp_path / "nowhere")}
+    run = {"model": str(checkpoint("llama")), "load_format": "mx", "tensor_parallel": 2, "environ": environ}
+
+    results, printed = generated([run])
+
+    assert "error" in results[0]
+    assert "nowhere" in printed
+    assert "so vLLM's own loader does" not in printed

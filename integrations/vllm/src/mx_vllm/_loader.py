@@ -53,7 +53,9 @@ class MxModelLoader(BaseModelLoader):
             self._own.download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """The model with its weights. Where ours fail, vLLM's own loader makes it anew (unless MX_FALLBACK=0).
+        """The model with its weights. Where ours fail, vLLM's own loader makes it anew.
+
+        Not with MX_FALLBACK=0, and not where the model is spread over several ranks.
 
         Raises:
             ModelExpressError: The weights cannot be read, and there is no fallback.
@@ -64,7 +66,8 @@ class MxModelLoader(BaseModelLoader):
             try:
                 model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
             except Exception as exc:
-                if not self._settings.fallback:
+                # Ranks that decide alone could end up with weights of two places.
+                if not self._settings.fallback or vllm_config.parallel_config.world_size > 1:
                     raise
                 reason = f"{type(exc).__name__}: {exc}" if not isinstance(exc, ModelExpressError) else str(exc)
             else:

@@ -22,5 +22,5 @@ class VllmSettings:
         "MX_FALLBACK",
         default=True,
         converter=boolean,
-        help="Whether vLLM's own loader takes over where ours fails.",
+        help="Whether vLLM's own loader takes over where ours fails; never where a model is spread over several ranks.",
     )
