@@ -28,7 +28,7 @@ def test_is_found_and_handles_s3() -> None:
     assert "mx-s3" == registered.plugin.name
     assert S3Settings is registered.provider.settings
     capabilities = registered.provider.capabilities
-    assert (16, 512 << 10) == (capabilities.concurrency, capabilities.request_cost_bytes)
+    assert (32, 512 << 10) == (capabilities.concurrency, capabilities.request_cost_bytes)
     assert capabilities.patience
     assert capabilities.diagnosis
     assert capabilities.stat_digests
