@@ -114,7 +114,7 @@ class FetchEngine:
         self._queue: deque[Sequence[Range]] = deque()
         self._threads: list[threading.Thread] = []
         self._busy = 0
-        self._running: dict[int, tuple[float, Sequence[Range]]] = {}
+        self._running: dict[int, tuple[float, Range]] = {}
         self._pending_segments = 0
         self._stopping = False
         self._error: BaseException | None = None
@@ -199,14 +199,13 @@ class FetchEngine:
         if condition.wait(_LOOK_SECONDS):
             return
         now = time.monotonic()
-        for begun, batch in list(self._running.values()):  # threads change it meanwhile
-            allowed = _HUNG_TIMES * self._stall_seconds + sum(r.length for r in batch) / _HUNG_BYTES_PER_SECOND
+        for begun, range_ in list(self._running.values()):  # threads change it meanwhile
+            allowed = _HUNG_TIMES * self._stall_seconds + range_.length / _HUNG_BYTES_PER_SECOND
             if now - begun > allowed:
-                first, last = batch[0], batch[-1]
                 raise DeadlineError(
                     f"no answer for {now - begun:.0f} s",
-                    uri=self._uri_of(first.file.path),
-                    operation=f"read bytes {first.offset}-{last.offset + last.length - 1}",
+                    uri=self._uri_of(range_.file.path),
+                    operation=f"read bytes {range_.offset}-{range_.offset + range_.length - 1}",
                     cause="the storage, or the network to it, is gone and its client does not notice",
                     hint="check the storage or the mount; MX_STALL_SECONDS sets how long to wait",
                 )
@@ -270,7 +269,6 @@ class FetchEngine:
         self.ledger.begin(len(batch))
         arrived = 0
         begun = time.monotonic()
-        self._running[threading.get_ident()] = (begun, batch)
         placing_seconds = 0.0
         try:
             for range_ in batch:
@@ -316,6 +314,7 @@ class FetchEngine:
 
     def _read(self, range_: Range, memory: memoryview) -> None:
         file, runs = range_.file, range_.segments[0].runs
+        self._running[threading.get_ident()] = (time.monotonic(), range_)
         if runs is None:
             self._storage.read_into(file.path, range_.offset, memory, version=file.version)
         else:
