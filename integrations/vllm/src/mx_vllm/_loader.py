@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,7 +16,15 @@ import modelexpress_core as mx
 from modelexpress_core.errors import IncompleteLoadError, ModelExpressError, PlacementError
 from modelexpress_core.report import LoadReport, format_bytes
 from modelexpress_core.settings import from_env
-from mx_vllm._vllm import Source, forgotten_layers, must_be_loaded, own_loader, safetensors_folder, sources_of
+from mx_vllm._vllm import (
+    Source,
+    forgotten_layers,
+    must_be_loaded,
+    own_loader,
+    own_weights,
+    safetensors_folder,
+    sources_of,
+)
 from mx_vllm.settings import VllmSettings
 
 if TYPE_CHECKING:
@@ -87,17 +96,24 @@ class MxModelLoader(BaseModelLoader):
         Raises:
             ModelExpressError: The weights cannot be read, or leave a parameter unwritten.
         """
+        sources = sources_of(model, model_config)
+        # What a checkpoint lacks may come from another, so only one that is alone has to hold everything.
+        quantized = model_config.quantization is not None
+        wanted = must_be_loaded(model, quantized=quantized) if len(sources) == 1 else None
         blocks: list[mx.DeferredWeights] = []
+        weights: list[Iterable[tuple[str, torch.Tensor]]] = []
         with contextlib.ExitStack() as stack:
-            weights = []
-            for source in sources_of(model, model_config):
-                block = self._opened(stack, source, model, model_config)
-                weights.append((source, block))
-                if isinstance(block, mx.DeferredWeights):
-                    blocks.append(block)
+            for source in sources:
+                uri = self._uri(source)
+                if uri is None:  # files of another kind
+                    weights.append(own_weights(self._own, source))
+                    continue
+                block = stack.enter_context(mx.deferred_weights(uri, model=wanted))
+                blocks.append(block)
+                weights.append(_prefixed(source.prefix, block))
             try:
                 load: Any = model.load_weights
-                load(_named(weights))
+                load(itertools.chain.from_iterable(weights))
             except (KeyError, ValueError, AssertionError, IndexError) as exc:
                 places = ", ".join(str(block.checkpoint.uri) for block in blocks)
                 raise PlacementError(
@@ -109,15 +125,6 @@ class MxModelLoader(BaseModelLoader):
             if block.report is not None:
                 _log.info("%s", _summary(block.report))
 
-    def _opened(self, stack: contextlib.ExitStack, source: Source, model: nn.Module, model_config: ModelConfig) -> Any:
-        uri = self._uri(source)
-        if uri is None:  # files of another kind
-            return self._own._get_weights_iterator(source.of_vllm)
-        quantized = model_config.quantization is not None
-        alone = not getattr(model, "secondary_weights", ())
-        wanted = must_be_loaded(model, quantized=quantized) if alone else None
-        return stack.enter_context(mx.deferred_weights(uri, model=wanted))
-
     def _uri(self, source: Source) -> str | None:
         if source.primary and self._settings.model_uri is not None and not self._of_another_model:
             _log.info("ModelExpress reads the weights from MX_MODEL_URI")
@@ -126,7 +133,7 @@ class MxModelLoader(BaseModelLoader):
         if folder is None:
             _log.info("ModelExpress leaves the weights to vLLM, which found files of another kind than safetensors")
         else:
-            _log.info("ModelExpress reads the weights from %s, which vLLM found; MX_MODEL_URI is not set", folder)
+            _log.info("ModelExpress reads the weights from %s, which vLLM found", folder)
         return folder
 
     def _fall_back(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, reason: str) -> nn.Module:
@@ -141,10 +148,8 @@ class MxModelLoader(BaseModelLoader):
         return own
 
 
-def _named(weights: list[tuple[Source, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
-    for source, tensors in weights:
-        for name, tensor in tensors:
-            yield (source.prefix + name if isinstance(tensors, mx.DeferredWeights) else name), tensor
+def _prefixed(prefix: str, weights: mx.DeferredWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((prefix + name, tensor) for name, tensor in weights)
 
 
 def _summary(report: LoadReport) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "forgotten_layers",
     "must_be_loaded",
     "own_loader",
+    "own_weights",
     "register_load_format",
     "safetensors_folder",
     "sources_of",
@@ -80,13 +81,16 @@ class Source:
 
     Attributes:
         of_vllm: As vLLM describes it.
-        prefix: What is put before the names of its tensors.
         primary: Whether it is the model's own, and not that of a part that comes from elsewhere.
     """
 
     of_vllm: Any
-    prefix: str
     primary: bool
+
+    @property
+    def prefix(self) -> str:
+        """What is put before the names of its tensors."""
+        return str(self.of_vllm.prefix)
 
 
 def sources_of(model: Any, model_config: Any) -> list[Source]:
@@ -102,8 +106,8 @@ def sources_of(model: Any, model_config: Any) -> list[Source]:
     known = {field.name for field in dataclasses.fields(DefaultModelLoader.Source)}
     options = {name: value for name, value in given.items() if name in known}
     primary = DefaultModelLoader.Source(model_config.model, model_config.revision, **options)
-    others = [Source(other, other.prefix, primary=False) for other in getattr(model, "secondary_weights", ())]
-    return [Source(primary, "", primary=True), *others]
+    others = [Source(other, primary=False) for other in getattr(model, "secondary_weights", ())]
+    return [Source(primary, primary=True), *others]
 
 
 def safetensors_folder(own: Any, source: Source) -> str | None:
@@ -114,6 +118,12 @@ def safetensors_folder(own: Any, source: Source) -> str | None:
         of.model_or_path, *subfolder, of.revision, of.fall_back_to_pt, of.allow_patterns_overrides
     )
     return folder if are_safetensors else None
+
+
+def own_weights(own: Any, source: Source) -> Iterable[tuple[str, Any]]:
+    """The weights of ``source`` as vLLM's own loader reads them, with their prefix."""
+    weights: Iterable[tuple[str, Any]] = own._get_weights_iterator(source.of_vllm)
+    return weights
 
 
 def must_be_loaded(model: Any, *, quantized: bool) -> dict[str, Any]:
