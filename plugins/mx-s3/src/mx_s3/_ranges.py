@@ -88,6 +88,7 @@ class RangeAnswer:
         # A socket with one of Python's timeouts returns whatever has arrived. Where the kernel has the timeout, it
         # wakes nobody until a piece is complete.
         self._kernel_waits = _KERNEL_WAITS and type(self._sock) is socket.socket
+        self._whole_pieces = socket.MSG_WAITALL if self._kernel_waits else 0
         self._begun = b""
         self.status = 0
         self.headers: dict[str, str] = {}
@@ -105,16 +106,16 @@ class RangeAnswer:
         """
         self._wait_patiently()
         self._sock.sendall(request)
-        received = b""
+        received, part = b"", memoryview(bytearray(_HEAD_BYTES))
         while (end := received.find(b"\r\n\r\n")) < 0:
             if len(received) > _MOST_HEAD_BYTES:
                 message = "the head of the answer does not end"
                 raise HTTPException(message)
-            part = self._receive(lambda: self._sock.recv(_HEAD_BYTES))
-            if not part:
+            count = self._receive_some(part)
+            if not count:
                 message = "the connection was closed before the answer"
                 raise ConnectionError(message)
-            received += part
+            received += part[:count]
         first, *lines = received[:end].decode("latin-1").split("\r\n")
         version, _, status = first.partition(" ")
         if version not in {"HTTP/1.1", "HTTP/1.0"} or not status[:3].isdigit():
@@ -155,19 +156,20 @@ class RangeAnswer:
         Returns:
             Number of bytes that arrived, and what kept more from arriving (None where the stream just ended).
         """
+        view = view[: self._length]  # what comes after the content is no part of the object
         done, error = min(len(self._begun), len(view)), None
         view[:done] = self._begun[:done]
         try:
             while done < len(view):
                 self._wait_patiently()
-                count = self._receive_into(view[done : done + _PIECE_BYTES])
+                count = self._receive_some(view[done : done + _PIECE_BYTES], self._whole_pieces)
                 if not count:
                     break
                 done += count
         except OSError as exc:
             error = exc
         finally:
-            self._give_back(whole=done == self._length)
+            self._give_back(whole=done == self._length >= len(self._begun))
         return done, error
 
     def close(self) -> None:
@@ -196,19 +198,9 @@ class RangeAnswer:
         else:
             self._sock.settimeout(seconds)
 
-    def _receive_into(self, view: memoryview) -> int:
-        """Receive into ``view``: all of it where the kernel waits, unless the time is over; else what has arrived."""
-        if self._kernel_waits:
-            return int(self._receive(lambda: self._sock.recv_into(view, 0, socket.MSG_WAITALL)))
-        return int(self._sock.recv_into(view))
-
-    def _receive_some(self, view: memoryview) -> int:
-        return int(self._receive(lambda: self._sock.recv_into(view)))
-
-    @staticmethod
-    def _receive(receive: Callable[[], Any]) -> Any:  # noqa: ANN401 - what it returns
+    def _receive_some(self, view: memoryview, flags: int = 0) -> int:
         try:
-            return receive()
+            return int(self._sock.recv_into(view, len(view), flags))
         except BlockingIOError as exc:  # from the kernel's timeout
             raise TimeoutError("timed out") from exc
 
@@ -293,7 +285,10 @@ class RangeRequests:
         except (OSError, HTTPException) as exc:
             answer.close()
             raise ConnectionClosedError(endpoint_url=signed.url, error=exc) from exc
-        if answer.status in _BOTOCORE_KNOWS or answer.status < 300:
+        if answer.status < 300:  # sent in another form, as the next ones will be
+            self._session = None
+            return None
+        if answer.status in _BOTOCORE_KNOWS:
             self._signed.clear()
             return None
         told = {"status_code": answer.status, "headers": answer.headers, "body": content}
