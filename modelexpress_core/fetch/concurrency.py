@@ -153,7 +153,7 @@ class SelfTunedConcurrency:
             self._sink(rate)
         elif self._may_sink and self._clock() - (self._first or 0.0) >= _SINKS_AFTER_SECONDS:
             self._may_sink, self._sinking = False, True
-            self._try_fewer()
+            self._halve()
         elif self._reads > self._kept:  # a small step was tried
             if rate > self._kept_rate * _STEP_PAYS:
                 self._kept, self._kept_rate, self._until_try = self._reads, rate, 1
@@ -181,23 +181,23 @@ class SelfTunedConcurrency:
         self._ramping = False
         self._reads = self._kept
         # What is below a number that has paid was measured, and is less.
-        self._may_sink = self._kept == self._start
+        self._may_sink = self._kept == self._start > 1
 
     def _sink(self, rate: float) -> None:
-        if rate >= self._kept_rate * _HOLDS:
+        lost_nothing = rate >= self._kept_rate * _HOLDS
+        if lost_nothing:
             self._kept, self._kept_rate = self._reads, max(rate, self._kept_rate)
+        if lost_nothing and self._kept > 1:
+            self._halve()
         else:
             self._sinking = False
-        self._try_fewer()
+            self._reads = self._kept
 
-    def _try_fewer(self) -> None:
-        """Go on with half of what is kept, or leave it at that."""
-        before = self._reads
-        self._sinking = self._sinking and self._kept > 1
-        self._reads = self._kept // 2 if self._sinking else self._kept
-        if self._reads < before:
-            self._ignored = before
-            self._begin()
+    def _halve(self) -> None:
+        """Try half of what is kept; what is under way began with more."""
+        self._ignored = self._reads
+        self._reads = self._kept // 2
+        self._begin()
 
 
 def concurrency_for(capabilities: StorageCapabilities, settings: LoadSettings) -> ConcurrencyLimit:
