@@ -202,8 +202,8 @@ class FastSafetensors(_Fresh):
 
     def release(self) -> None:
         self.tensors = {}
-        ctypes.CDLL(None).malloc_trim(0)  # or the next run may be given memory that is not fresh
         self.buffer.close()
+        super().release()
 
 
 class Tensorizer(_Fresh):
