@@ -8,7 +8,6 @@ from pathlib import Path
 
 from modelexpress_core.plugins import CORE, PluginManager
 from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
-from mx_vllm.settings import VllmSettings
 
 __all__ = ["PAGE", "classes", "with_tables"]
 
@@ -40,11 +39,12 @@ def classes() -> Iterator[tuple[str, type]]:
     for cls in CORE_SETTINGS:
         yield CORE, cls
     # A plugin that is installed beside ours has its own documentation.
-    first_party = {path.name for path in (PAGE.parents[1] / "plugins").iterdir()}
+    root = PAGE.parents[1]
+    first_party = {path.name for path in (root / "plugins").iterdir()}
+    first_party |= {f"mx-{path.name}" for path in (root / "integrations").iterdir()}
     for owner, cls in PluginManager.discover({}).settings_classes():
         if owner in first_party:
             yield owner, cls
-    yield "mx-vllm", VllmSettings  # no plugin of ModelExpress, but one of vLLM
 
 
 def _default(row: SettingValue) -> str:

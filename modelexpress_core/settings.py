@@ -79,6 +79,7 @@ class _Variable:
     names: tuple[str, ...]
     help: str
     secret: bool
+    shown: Callable[[Any], str] | None
 
 
 @frozen
@@ -111,6 +112,7 @@ def env(
     help: str,  # noqa: A002 - the word users and typer know
     converter: Callable[[str], Any] | None = None,
     secret: bool = False,
+    shown: Callable[[Any], str] | None = None,
 ) -> Any:  # noqa: ANN401 - an attrs field stands for a value of any type
     """A field of a settings class, read from the variable ``name`` or the first alias that is set.
 
@@ -121,11 +123,12 @@ def env(
         help: One sentence for the settings reference.
         converter: Turns the text into the value; raises ``ValueError`` with a reason.
         secret: Keep the value out of ``repr``, messages and ``mx settings``.
+        shown: What ``mx settings`` shows of a value that may hold a secret; such a value has no ``repr``.
     """
     return attrs.field(
         default=default,
-        repr=not secret,
-        metadata={_METADATA: (_Variable((name, *aliases), help, secret), converter)},
+        repr=not secret and shown is None,
+        metadata={_METADATA: (_Variable((name, *aliases), help, secret, shown), converter)},
     )
 
 
@@ -263,7 +266,8 @@ def describe(cls: type, environ: Mapping[str, str], *, owner: str) -> tuple[Sett
         found = _text(variable, environ)
         problem = problems.get(attribute.name, "")
         hidden = variable.secret or problem  # what cannot be read may be a secret in the wrong place
-        shown = _shown(getattr(settings, attribute.name)) if not hidden else "***" if found else ""
+        show = variable.shown if variable.shown and found else _shown
+        shown = show(getattr(settings, attribute.name)) if not hidden else "***" if found else ""
         name, *aliases = variable.names
         source = found[0] if found else "default"
         rows.append(SettingValue(name, tuple(aliases), shown, source, variable.help, owner, problem))

@@ -121,7 +121,7 @@ def test_commands_that_a_page_names_exist(path: Path) -> None:
     lines += [line for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) for line in _commands(block)]
 
     for line in lines:
-        words = line.split("#")[0].split()
+        words = line.split("#")[0].partition(" -- ")[0].split()  # what follows is another program's
         command = next((word for word in words if not word.startswith("-")), None)
         assert command is None or command in commands, line
         known = {"--help", *(option for parameter in group.params for option in parameter.opts)}

@@ -44,7 +44,7 @@ def requirements(directory: Path) -> list[str]:
 
 
 def package(member: Path) -> Path:
-    return member / "src" / member.name.replace("-", "_")
+    return member / "src" / pyproject(member)["project"]["name"].replace("-", "_")
 
 
 def test_there_are_members() -> None:
@@ -97,9 +97,9 @@ def test_versions_move_together(directory: Path) -> None:
 def test_every_plugin_has_the_same_files(member: Path) -> None:
     """Who knows one plugin knows all of them."""
     source = (package(member) / "plugin.py").read_text(encoding="utf-8")
-    expected = {"__init__.py", "_errors.py", "plugin.py", "py.typed", "settings.py"}
-    expected |= {"_storage.py"} if "mx_register_storages" in source else set()
-    expected |= {"_transport.py"} if "mx_register_transports" in source else set()
+    expected = {"__init__.py", "plugin.py", "py.typed", "settings.py"}
+    expected |= {"_errors.py", "_storage.py"} if "mx_register_storages" in source else set()
+    expected |= {"_errors.py", "_transport.py"} if "mx_register_transports" in source else set()
 
     missing = expected - {path.name for path in package(member).iterdir()}
 
@@ -110,12 +110,16 @@ def test_every_plugin_has_the_same_files(member: Path) -> None:
 
 @pytest.mark.parametrize("member", _PLUGINS, ids=named)
 def test_every_plugin_is_announced_by_its_own_name(member: Path) -> None:
-    """Entry point, distribution and directory have one name, and the entry point is the module ``plugin``."""
-    project = pyproject(member)["project"]
+    """Entry point, distribution and directory have one name, and the entry point is the module ``plugin``.
 
-    assert member.name == project["name"]
-    assert {member.name: f"{package(member).name}.plugin"} == project["entry-points"][ENTRY_POINT_GROUP]
-    assert member.name in _CORE["tool"]["uv"]["sources"]
+    The directory of an integration has the name of what it integrates with.
+    """
+    project = pyproject(member)["project"]
+    name = project["name"]
+
+    assert name == (member.name if member.parent.name == "plugins" else f"mx-{member.name}")
+    assert {name: f"{package(member).name}.plugin"} == project["entry-points"][ENTRY_POINT_GROUP]
+    assert name in _CORE["tool"]["uv"]["sources"]
 
 
 @pytest.mark.parametrize("path", [_ROOT / "modelexpress_core", *map(package, _PLUGINS)], ids=lambda path: path.name)

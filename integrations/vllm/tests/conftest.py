@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ def generated(tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], str]]
     """What each of several runs of vLLM gave, one after another in one process, and all that was printed."""
 
     def generated(runs: Sequence[dict[str, Any]], **environ: str) -> tuple[list[dict[str, Any]], str]:
-        in_one_process = all(run["tensor_parallel"] == 1 for run in runs)
+        in_one_process = all(run.get("tensor_parallel", 1) == 1 for run in runs)
         done = subprocess.run(
             [sys.executable, str(_GENERATE), json.dumps(list(runs))],
             env={
@@ -65,3 +66,15 @@ def generated(tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], str]]
         return json.loads(done.stdout.splitlines()[-1]), printed
 
     return generated
+
+
+@pytest.fixture(scope="session")
+def mischief(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What PYTHONPATH has to be for a plugin to be installed that does harm during loads."""
+    directory = tmp_path_factory.mktemp("mischief")
+    shutil.copy(Path(__file__).with_name("mischief.py"), directory)
+    information = directory / "mischief-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: mischief\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[modelexpress.plugins]\nmischief = mischief\n")
+    return str(directory)

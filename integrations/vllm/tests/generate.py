@@ -1,4 +1,7 @@
-"""Run by the tests in a process of its own: real vLLM, greedy decoding, tokens as JSON on the last line of stdout."""
+"""Run by the tests in a process of its own: real vLLM, what it gives as JSON on the last line of stdout.
+
+That is tokens under greedy decoding, or vectors where ``texts`` are given.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,18 @@ def tokens(model: str, load_format: str, tensor_parallel: int, **options: Any) -
     return found
 
 
+def vectors(model: str, load_format: str, texts: list[str]) -> list[list[float]]:
+    """The embedding of each text."""
+    from vllm import LLM
+
+    llm = LLM(model=model, load_format=load_format, runner="pooling", enforce_eager=True, max_model_len=64)
+    found = [list(output.outputs.embedding) for output in llm.embed(texts, use_tqdm=False)]
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    return found
+
+
 def main() -> None:
     results = []
     for run in json.loads(sys.argv[1]):
@@ -49,7 +64,7 @@ def main() -> None:
         before = dict(os.environ)
         os.environ.update(environ)
         try:
-            results.append({"tokens": tokens(**run)})
+            results.append({"vectors": vectors(**run)} if "texts" in run else {"tokens": tokens(**run)})
         except Exception as exc:  # noqa: BLE001 - the test compares it
             results.append({"error": f"{type(exc).__name__}: {exc}"})
         finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["ARCHITECTURES", "write"]
+__all__ = ["ARCHITECTURES", "QUANTIZED", "write"]
 
 _SIZES: Mapping[str, Any] = {
     "hidden_size": 256,
@@ -81,6 +81,56 @@ def _opt() -> Any:
     return OPTForCausalLM(config)
 
 
+def _int8(model: Any) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
+    """Configuration and tensors of ``model`` in 8 bits with a scale for each row, as compressed-tensors stores them."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if "_proj" not in name:
+            tensors[name] = tensor
+            continue
+        scale = tensor.float().abs().amax(dim=1, keepdim=True) / 127
+        tensors[name] = (tensor.float() / scale).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale.to(torch.bfloat16)
+    common = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**common, "strategy": "channel", "dynamic": False},
+        "input_activations": {**common, "strategy": "token", "dynamic": True},
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    return config, tensors
+
+
+def _gptq(model: Any) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
+    """Configuration and tensors of ``model`` in 4 bits, eight packed in an int32, as GPTQ stores them."""
+    size = 128
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if "_proj" not in name:
+            tensors[name] = tensor
+            continue
+        start = name.removesuffix("weight")
+        rows = tensor.float().T.contiguous()  # inputs by outputs
+        groups = rows.view(-1, size, rows.shape[1])
+        scales = groups.abs().amax(dim=1) / 7
+        fours = ((groups / scales[:, None]).round().clamp(-8, 7) + 8).to(torch.int32).view(rows.shape)
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+        tensors[f"{start}qweight"] = (fours.view(-1, 8, rows.shape[1]) << shifts[None, :, None]).sum(
+            1, dtype=torch.int32
+        )
+        # Eights everywhere, stored less one.
+        tensors[f"{start}qzeros"] = torch.full((scales.shape[0], rows.shape[1] // 8), 0x77777777, dtype=torch.int32)
+        tensors[f"{start}scales"] = scales.to(torch.float16)
+        tensors[f"{start}g_idx"] = torch.arange(rows.shape[0], dtype=torch.int32) // size
+    config = {"quant_method": "gptq", "bits": 4, "group_size": size, "desc_act": False, "sym": True}
+    return config, tensors
+
+
 ARCHITECTURES: Mapping[str, Callable[[], Any]] = {
     "llama": _llama,
     "qwen3": _qwen3,
@@ -92,25 +142,45 @@ ARCHITECTURES: Mapping[str, Callable[[], Any]] = {
     "opt": _opt,
 }
 
+#: Architecture, and what makes configuration and tensors out of such a model.
+QUANTIZED: Mapping[str, tuple[str, Callable[[Any], tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]]]] = {
+    "llama-int8": ("llama", _int8),
+    "llama-gptq": ("llama", _gptq),
+}
+
 
 def write(name: str, directory: Path) -> Path:
-    """A checkpoint of the architecture ``name`` in ``directory``, with a tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    """A checkpoint of the architecture ``name``, or of a quantised one, in ``directory``, with a tokenizer."""
     torch.manual_seed(1)
-    model = ARCHITECTURES[name]()
+    architecture, quantize = QUANTIZED.get(name, (name, None))
+    model = ARCHITECTURES[architecture]()
     with torch.no_grad():  # large enough that tokens depend on every weight, and not on the prompt's embedding alone
         for key, parameter in model.named_parameters():
             scale = 0.01 if "embed_tokens" in key and model.config.tie_word_embeddings else 0.08
             parameter.copy_(torch.randn_like(parameter) * scale + (1.0 if parameter.dim() == 1 else 0.0))
-    model.to(torch.bfloat16).save_pretrained(directory, max_shard_size="1MB")
+    model.to(torch.bfloat16)
+    if quantize is None:
+        model.save_pretrained(directory, max_shard_size="1MB")
+    else:
+        from huggingface_hub import save_torch_state_dict
+
+        model.config.quantization_config, tensors = quantize(model)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(directory)
+        save_torch_state_dict(dict(tensors), directory, max_shard_size="1MB")
+    _write_tokenizer(directory)
+    return directory
+
+
+def _write_tokenizer(directory: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {f"t{i}": i for i in range(512)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", eos_token="t1", pad_token="t2")
     fast.save_pretrained(directory)
-    return directory
 
 
 if __name__ == "__main__":

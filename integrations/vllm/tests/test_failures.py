@@ -89,17 +89,81 @@ def test_where_both_fail_both_are_told(
 
 
 @pytest.mark.timeout(900)
-def test_ranks_never_take_weights_from_two_places(
+def test_a_shard_that_is_replaced_during_the_load(
     checkpoint: Callable[[str], Path],
+    s3_server: SeaweedFS,
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
+    mischief: str,
     tmp_path: Path,
 ) -> None:
-    """A model that is spread over ranks is not loaded by vLLM's own loader where ours fails: the start fails."""
-    environ = {"MX_MODEL_URI": str(tmp_path / "nowhere")}
-    run = {"model": str(checkpoint("llama")), "load_format": "mx", "tensor_parallel": 2, "environ": environ}
+    """By one of the same layout, after the headers were read, on a disk and in S3: nothing of it is used."""
+    directory = checkpoint("llama")
+    shard = min(directory.glob("*.safetensors"))
+    other = tmp_path / shard.name
+    save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, other, {"format": "pt"})
+    assert shard.stat().st_size == other.stat().st_size
+    run = {"model": str(directory), "tensor_parallel": 1}
+    runs: list[dict[str, Any]] = [{**run, "load_format": "auto"}]
+    for fallback in ("1", "0"):
+        copy = shutil.copytree(directory, tmp_path / f"copy{fallback}")
+        uri = s3_server.upload(directory, "models", f"vllm/replaced{fallback}")
+        for place, environ in ((str(copy), {}), (uri, s3_server.environ())):
+            harm = {"MISCHIEF_FROM": str(other), "MISCHIEF_TO": f"{place}/{shard.name}"}
+            all_of_it = {**environ, **harm, "MX_MODEL_URI": place, "MX_FALLBACK": fallback}
+            runs.append({**run, "load_format": "mx", "environ": all_of_it})
 
-    results, printed = generated([run])
+    results, _ = generated(runs, PYTHONPATH=mischief)
+
+    own, *others = results
+    assert "tokens" in own
+    assert [own, own] == others[:2]
+    for failed in others[2:]:
+        assert "SourceChangedError" in failed.get("error", ""), failed
+        assert shard.name in failed["error"]
+
+
+@pytest.mark.timeout(900)
+def test_all_ranks_take_weights_from_one_place(
+    checkpoint: Callable[[str], Path],
+    generated: Callable[..., tuple[list[dict[str, Any]], str]],
+    mischief: str,
+    tmp_path: Path,
+) -> None:
+    """Where one rank of two cannot load its weights, or neither can, vLLM's own loader loads those of both."""
+    directory = checkpoint("llama")
+    run = {"model": str(directory), "tensor_parallel": 2}
+    one = {"MX_MODEL_URI": f"odd://{directory}"}
+    neither = {"MX_MODEL_URI": str(tmp_path / "nowhere")}
+
+    results, printed = generated(
+        [
+            {**run, "load_format": "auto"},
+            {**run, "load_format": "mx", "environ": one},
+            {**run, "load_format": "mx", "environ": neither},
+        ],
+        PYTHONPATH=mischief,
+    )
+
+    own, *others = results
+    assert "tokens" in own, own
+    assert [own, own] == others
+    assert 1 == printed.count("into a new model (MX_FALLBACK=0 forbids that): could not read")
+    assert 1 == printed.count("could not load the weights of another rank, so vLLM's own loader loads all")
+    assert 2 == printed.count("into the model, of which nothing was written yet")
+
+
+@pytest.mark.timeout(900)
+def test_a_rank_that_must_not_fall_back_ends_the_start(
+    checkpoint: Callable[[str], Path],
+    generated: Callable[..., tuple[list[dict[str, Any]], str]],
+    mischief: str,
+) -> None:
+    """With MX_FALLBACK=0 the rank that fails says why, and the other is not left waiting."""
+    directory = checkpoint("llama")
+    run = {"model": str(directory), "load_format": "mx", "tensor_parallel": 2}
+
+    results, printed = generated([run], PYTHONPATH=mischief, MX_MODEL_URI=f"odd://{directory}", MX_FALLBACK="0")
 
     assert "error" in results[0]
-    assert "nowhere" in printed
-    assert "so vLLM's own loader does" not in printed
+    assert "the second rank may not read" in printed
+    assert "vLLM's own loader" not in printed

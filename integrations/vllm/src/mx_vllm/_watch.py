@@ -1,0 +1,113 @@
+"""What users see of a load: what was chosen and why, progress, a summary; and what Prometheus sees."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
+from modelexpress_core.hooks import hookimpl
+from modelexpress_core.report import LoadReport, format_bytes, format_files
+from mx_vllm._metrics import load_metrics
+
+__all__ = ["LoadWatch"]
+
+#: Where no terminal shows a bar, a line says this often how far the load is.
+_LINE_SECONDS = 10.0
+
+
+class LoadWatch:
+    """Observes loads, one after another.
+
+    Args:
+        log: Where lines go.
+        first_rank: Whether to say what all ranks would say alike: the choice and the progress.
+        bar: Whether a progress bar may be shown, where there is a terminal.
+    """
+
+    def __init__(self, log: logging.Logger, *, first_rank: bool, bar: bool) -> None:
+        self._log = log
+        self._first_rank = first_rank
+        self._bar_allowed = bar
+        self._bars: dict[str, Any] = {}
+        self._said: dict[str, float] = {}
+        self.why = ""
+
+    @hookimpl
+    def mx_load_started(self, event: LoadStarted) -> None:
+        if not self._first_rank:
+            return
+        self._log.info(
+            "ModelExpress reads %d tensors (%s in %s) from %s with %s, because %s",
+            event.tensors,
+            format_bytes(event.checkpoint_bytes),
+            format_files(event.files),
+            event.uri,
+            event.provider,
+            self.why,
+        )
+        self._said[event.load_id] = time.monotonic()
+        if self._bar_allowed and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bars[event.load_id] = tqdm(desc="ModelExpress", unit="B", unit_scale=True, total=0)
+
+    @hookimpl
+    def mx_load_progress(self, event: LoadProgress) -> None:
+        bar = self._bars.get(event.load_id)
+        if bar is not None:
+            bar.total = event.bytes_planned
+            bar.set_postfix_str(f"limit: {event.limiter}" if event.limiter else "", refresh=False)
+            bar.update(event.bytes_done - bar.n)
+            return
+        now = time.monotonic()
+        if now - self._said.get(event.load_id, now) < _LINE_SECONDS:
+            return
+        self._said[event.load_id] = now
+        left = "" if event.eta_seconds is None else f", {event.eta_seconds:.0f} s left"
+        limit = f", limited by {event.limiter}" if event.limiter else ""
+        self._log.info(
+            "ModelExpress has read %s of %s%s (%s/s%s%s)",
+            format_bytes(event.bytes_done),
+            format_bytes(event.bytes_planned),
+            "" if event.planning_done else " or more",
+            format_bytes(event.bytes_per_second),
+            left,
+            limit,
+        )
+
+    @hookimpl
+    def mx_load_finished(self, event: LoadFinished) -> None:
+        self._ended(event.load_id)
+        self._log.info("%s", _summary(event.report))
+        metrics = load_metrics()
+        if metrics is not None:
+            metrics.loaded(event.report)
+
+    @hookimpl
+    def mx_load_failed(self, event: LoadFailed) -> None:
+        self._ended(event.load_id)
+        metrics = load_metrics()
+        if metrics is not None:
+            metrics.failed(event)
+
+    def _ended(self, load_id: str) -> None:
+        self._said.pop(load_id, None)
+        bar = self._bars.pop(load_id, None)
+        if bar is not None:
+            bar.close()
+
+
+def _summary(report: LoadReport) -> str:
+    phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.phase_seconds.items())
+    parts = (
+        f"{format_bytes(report.bytes_fetched)} fetched ({report.bytes_fetched} bytes)",
+        f"{format_bytes(report.bytes_needed)} needed",
+        f"{format_bytes(report.bytes_materialised)} materialised",
+        f"{format_bytes(report.goodput_bytes_per_second)}/s",
+        f"{report.retries} retries",
+        f"{report.seconds:.2f} s ({phases})",
+    )
+    return f"ModelExpress loaded {report.uri}: {', '.join(parts)}"

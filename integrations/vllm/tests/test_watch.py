@@ -1,0 +1,171 @@
+"""What users see of a load while it runs and after it: log lines, a bar, metrics."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from modelexpress_core import LoadReport
+from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
+from mx_vllm import _watch
+from mx_vllm._metrics import LoadMetrics
+from mx_vllm._watch import LoadWatch
+
+_STARTED = LoadStarted("1", "s3://bucket/model", "mx-s3", files=4, tensors=291, checkpoint_bytes=16_060_000_000)
+_PROGRESS = LoadProgress(
+    "1",
+    "s3://bucket/model",
+    bytes_done=5_000_000_000,
+    bytes_planned=8_000_000_000,
+    planning_done=True,
+    seconds=4,
+    bytes_per_second=1_500_000_000,
+    eta_seconds=2,
+    retries=0,
+    limiter="network",
+)
+_REPORT = LoadReport(
+    uri="s3://bucket/model",
+    storage={"plugin": "mx-s3", "version": "1"},
+    tensors=291,
+    tensors_in_checkpoint=291,
+    files=4,
+    bytes_needed=8_000_000_000,
+    bytes_fetched=8_030_000_000,
+    bytes_reread=0,
+    bytes_materialised=12_000,
+    header_bytes=1,
+    seconds=6.0,
+    phase_seconds={"open": 0.5, "load": 5.5},
+    goodput_bytes_per_second=1_333_333_333,
+    requests=1000,
+    retries=3,
+    concurrency=32,
+    verified={},
+    materialised_operations={},
+    meta_destinations=0,
+    peak_rss_bytes=1,
+)
+_FAILED = LoadFailed("2", "file:///model", OSError(), seconds=2.0)
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    metrics = LoadMetrics(registry)
+    monkeypatch.setattr(_watch, "load_metrics", lambda: metrics)
+    return registry
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    now = [100.0]
+    monkeypatch.setattr(_watch.time, "monotonic", lambda: now[0])
+    return now
+
+
+def _watching(**options: Any) -> LoadWatch:
+    watch = LoadWatch(logging.getLogger("test_watch"), **{"first_rank": True, "bar": True, **options})
+    watch.why = "MX_MODEL_URI names it"
+    return watch
+
+
+@pytest.fixture(autouse=True)
+def _heard(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "test_watch")
+
+
+def test_the_choice_the_way_and_the_sum(
+    registry: CollectorRegistry, clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line at the start, one every ten seconds, one at the end."""
+    watch = _watching()
+
+    watch.mx_load_started(_STARTED)
+    for second in range(25):
+        clock[0] = 100.0 + second
+        watch.mx_load_progress(_PROGRESS)
+    watch.mx_load_finished(LoadFinished("1", _REPORT))
+
+    chosen, way, still, summed = caplog.messages
+    assert chosen.startswith("ModelExpress reads 291 tensors (16.06 GB in 4 files) from s3://bucket/model with mx-s3")
+    assert chosen.endswith(", because MX_MODEL_URI names it")
+    assert way == still == "ModelExpress has read 5.00 GB of 8.00 GB (1.50 GB/s, 2 s left, limited by network)"
+    assert summed.startswith(
+        "ModelExpress loaded s3://bucket/model: 8.03 GB fetched (8030000000 bytes), 8.00 GB needed"
+    )
+    assert summed.endswith("12.00 kB materialised, 1.33 GB/s, 3 retries, 6.00 s (open 0.50 s, load 5.50 s)")
+
+
+def test_other_ranks_say_only_what_is_their_own(
+    registry: CollectorRegistry, clock: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What each rank read differs; what was chosen does not."""
+    watch = _watching(first_rank=False)
+
+    watch.mx_load_started(_STARTED)
+    clock[0] += 60
+    watch.mx_load_progress(_PROGRESS)
+    watch.mx_load_finished(LoadFinished("1", _REPORT))
+
+    [message] = caplog.messages
+    assert message.startswith("ModelExpress loaded ")
+
+
+def test_a_terminal_gets_a_bar(
+    registry: CollectorRegistry,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In place of lines, unless vLLM was told to show none."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for watch in (_watching(), _watching(bar=False)):
+        watch.mx_load_started(_STARTED)
+        watch.mx_load_progress(_PROGRESS)
+        watch.mx_load_failed(LoadFailed("1", "s3://bucket/model", OSError(), seconds=1.0))
+
+    shown = capsys.readouterr().err
+    assert 1 == shown.count("\n")
+    assert re.search(r"ModelExpress: +62%.*5\.00G/8\.00G.*limit: network", shown)
+
+
+def test_metrics(registry: CollectorRegistry) -> None:
+    """Loads by scheme and result, phases, and bytes by kind."""
+    watch = _watching()
+
+    watch.mx_load_finished(LoadFinished("1", _REPORT))
+    watch.mx_load_failed(_FAILED)
+
+    def value(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(name, labels)
+
+    assert 6.0 == value("mx_load_seconds_sum", scheme="s3", result="loaded")
+    assert 2.0 == value("mx_load_seconds_sum", scheme="file", result="failed")
+    assert 0.5 == value("mx_load_phase_seconds_sum", scheme="s3", phase="open")
+    assert 5.5 == value("mx_load_phase_seconds_sum", scheme="s3", phase="load")
+    assert 8e9 == value("mx_load_bytes_total", scheme="s3", kind="needed")
+    assert 8.03e9 == value("mx_load_bytes_total", scheme="s3", kind="fetched")
+    assert 12e3 == value("mx_load_bytes_total", scheme="s3", kind="materialised")
+
+
+def test_every_metric_is_documented(registry: CollectorRegistry) -> None:
+    """With its labels, in the README."""
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(mx_load_\w+)` \| (.*?) \|", readme, re.MULTILINE))
+    metrics = {
+        f"{metric.name}_total" if metric.type == "counter" else metric.name: metric for metric in registry.collect()
+    }
+
+    assert metrics.keys() == table.keys()
+    labels = {"mx_load_seconds": ["scheme", "result"], "mx_load_phase_seconds": ["scheme", "phase"]}
+    labels["mx_load_bytes_total"] = ["scheme", "kind"]
+    for name, expected in labels.items():
+        assert expected == re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", table[name])), name
