@@ -95,4 +95,5 @@ def _add_plugin_commands(app: typer.Typer) -> None:
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=provider.name, help=provider.help)
         else:
-            app.command(provider.name, help=provider.help)(errors_reported(command))
+            own_help = None if command.__doc__ else provider.help
+            app.command(provider.name, help=own_help, short_help=provider.help)(errors_reported(command))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -151,14 +152,12 @@ def test_serving_by_environment_variables_alone(
     assert f"from {environ['MX_MODEL_URI']} with mx-s3, because MX_MODEL_URI names it" in printed
     assert 1 == printed.count("ModelExpress loaded ")
     assert "nothing reads the variable" not in printed
-    for line in (
-        'mx_load_seconds_count{result="loaded",scheme="s3"} 1.0',
-        'mx_load_phase_seconds_count{phase="open",scheme="s3"} 1.0',
-        'mx_load_phase_seconds_count{phase="load",scheme="s3"} 1.0',
-        'mx_load_bytes_total{kind="needed",scheme="s3"}',
-        'mx_load_bytes_total{kind="fetched",scheme="s3"}',
-    ):
-        assert line in measured
+    labels = f'engine="vllm",model="{bare}"'
+    assert f'mx_load_seconds_count{{{labels},outcome="success",scheme="s3"}} 1.0' in measured
+    for phase in ("open", "load"):
+        assert f'mx_load_phase_seconds_count{{{labels},phase="{phase}",scheme="s3"}} 1.0' in measured
+    for kind in ("needed", "fetched"):
+        assert re.search(rf'mx_load_bytes_total{{engine="vllm",kind="{kind}",.*scheme="s3"}} \d', measured)
 
 
 @pytest.mark.timeout(1200)

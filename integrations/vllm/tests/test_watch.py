@@ -72,7 +72,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 def _watching(**options: Any) -> LoadWatch:
-    watch = LoadWatch(logging.getLogger("test_watch"), **{"first_rank": True, "bar": True, **options})
+    watch = LoadWatch(logging.getLogger("test_watch"), "llama", **{"first_rank": True, "bar": True, **options})
     watch.why = "MX_MODEL_URI names it"
     return watch
 
@@ -145,10 +145,10 @@ def test_metrics(registry: CollectorRegistry) -> None:
     watch.mx_load_failed(_FAILED)
 
     def value(name: str, **labels: str) -> float | None:
-        return registry.get_sample_value(name, labels)
+        return registry.get_sample_value(name, {"engine": "vllm", "model": "llama", **labels})
 
-    assert 6.0 == value("mx_load_seconds_sum", scheme="s3", result="loaded")
-    assert 2.0 == value("mx_load_seconds_sum", scheme="file", result="failed")
+    assert 6.0 == value("mx_load_seconds_sum", scheme="s3", outcome="success")
+    assert 2.0 == value("mx_load_seconds_sum", scheme="file", outcome="error")
     assert 0.5 == value("mx_load_phase_seconds_sum", scheme="s3", phase="open")
     assert 5.5 == value("mx_load_phase_seconds_sum", scheme="s3", phase="load")
     assert 8e9 == value("mx_load_bytes_total", scheme="s3", kind="needed")
@@ -165,7 +165,7 @@ def test_every_metric_is_documented(registry: CollectorRegistry) -> None:
     }
 
     assert metrics.keys() == table.keys()
-    labels = {"mx_load_seconds": ["scheme", "result"], "mx_load_phase_seconds": ["scheme", "phase"]}
-    labels["mx_load_bytes_total"] = ["scheme", "kind"]
-    for name, expected in labels.items():
-        assert expected == re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", table[name])), name
+    common = ["engine", "model", "scheme"]
+    own = {"mx_load_seconds": "outcome", "mx_load_phase_seconds": "phase", "mx_load_bytes_total": "kind"}
+    for name, label in own.items():
+        assert [*common, label] == re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", table[name])), name

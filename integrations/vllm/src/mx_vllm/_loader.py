@@ -130,7 +130,7 @@ class MxModelLoader(BaseModelLoader):
         wanted = must_be_loaded(model, quantized=quantized) if len(sources) == 1 else None
         share_log_handlers(logging.getLogger("modelexpress_core"))
         plugins = mx.PluginManager.discover()
-        watch = LoadWatch(_log, first_rank=is_first_rank(), bar=self.load_config.use_tqdm_on_load)
+        watch = LoadWatch(_log, model_config.model, first_rank=is_first_rank(), bar=self.load_config.use_tqdm_on_load)
         plugins.register(watch, name="mx-vllm-watch")
         blocks: list[mx.DeferredWeights] = []
         weights: list[Iterable[tuple[str, torch.Tensor]]] = []

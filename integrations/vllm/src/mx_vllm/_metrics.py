@@ -13,6 +13,8 @@ from modelexpress_core.report import LoadReport
 
 __all__ = ["LoadMetrics", "load_metrics"]
 
+_LABELS = ("engine", "model", "scheme")
+
 _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1200, 3600)
 
 
@@ -27,7 +29,7 @@ def load_metrics() -> LoadMetrics | None:
 
 
 class LoadMetrics:
-    """Counts loads by the scheme of the place that they read from.
+    """Counts loads by model and by the scheme of the place that they read from.
 
     Args:
         registry: A ``prometheus_client.CollectorRegistry``.
@@ -39,41 +41,41 @@ class LoadMetrics:
         self._seconds = Histogram(
             "mx_load_seconds",
             "Duration of loads by ModelExpress.",
-            ["scheme", "result"],
+            [*_LABELS, "outcome"],
             buckets=_BUCKETS,
             registry=registry,
         )
         self._phase_seconds = Histogram(
             "mx_load_phase_seconds",
             "Duration of the phases of loads that ended well.",
-            ["scheme", "phase"],
+            [*_LABELS, "phase"],
             buckets=_BUCKETS,
             registry=registry,
         )
         self._bytes = Counter(
             "mx_load_bytes",
             "Bytes that loads needed, fetched, and made into plain tensors for code that computes with them.",
-            ["scheme", "kind"],
+            [*_LABELS, "kind"],
             registry=registry,
         )
 
-    def loaded(self, report: LoadReport) -> None:
-        """A load ended well."""
-        scheme = _scheme(report.uri)
-        self._seconds.labels(scheme, "loaded").observe(report.seconds)
+    def loaded(self, model: str, report: LoadReport) -> None:
+        """A load for ``model`` ended well."""
+        labels = ("vllm", model, _scheme(report.uri))
+        self._seconds.labels(*labels, "success").observe(report.seconds)
         for phase, seconds in report.phase_seconds.items():
-            self._phase_seconds.labels(scheme, phase).observe(seconds)
+            self._phase_seconds.labels(*labels, phase).observe(seconds)
         counts = {
             "needed": report.bytes_needed,
             "fetched": report.bytes_fetched,
             "materialised": report.bytes_materialised,
         }
         for kind, count in counts.items():
-            self._bytes.labels(scheme, kind).inc(count)
+            self._bytes.labels(*labels, kind).inc(count)
 
-    def failed(self, event: LoadFailed) -> None:
-        """A load failed."""
-        self._seconds.labels(_scheme(event.uri), "failed").observe(event.seconds)
+    def failed(self, model: str, event: LoadFailed) -> None:
+        """A load for ``model`` failed."""
+        self._seconds.labels("vllm", model, _scheme(event.uri), "error").observe(event.seconds)
 
 
 def _scheme(uri: str) -> str:

@@ -23,12 +23,14 @@ class LoadWatch:
 
     Args:
         log: Where lines go.
+        model: What vLLM calls the model.
         first_rank: Whether to say what all ranks would say alike: the choice and the progress.
         bar: Whether a progress bar may be shown, where there is a terminal.
     """
 
-    def __init__(self, log: logging.Logger, *, first_rank: bool, bar: bool) -> None:
+    def __init__(self, log: logging.Logger, model: str, *, first_rank: bool, bar: bool) -> None:
         self._log = log
+        self._model = model
         self._first_rank = first_rank
         self._bar_allowed = bar
         self._bars: dict[str, Any] = {}
@@ -84,14 +86,14 @@ class LoadWatch:
         self._log.info("%s", _summary(event.report))
         metrics = load_metrics()
         if metrics is not None:
-            metrics.loaded(event.report)
+            metrics.loaded(self._model, event.report)
 
     @hookimpl
     def mx_load_failed(self, event: LoadFailed) -> None:
         self._ended(event.load_id)
         metrics = load_metrics()
         if metrics is not None:
-            metrics.failed(event)
+            metrics.failed(self._model, event)
 
     def _ended(self, load_id: str) -> None:
         self._said.pop(load_id, None)
