@@ -4,6 +4,7 @@
 #   make test-vllm   real vLLM, in an environment of its own
 #   make lint   formatting, lint, types, layers
 #   make bench  figures as ratios to limits and to other libraries (ARGS="local s3 --quick")
+#   make bench-vllm   the same of real vLLM, with each of its loaders (ARGS="--rounds 3")
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,9 +14,10 @@ BENCH_VENV ?= .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_BENCH_STAMP := $(VLLM_VENV)/.installed-bench
 PACKAGES := . plugins/mx-s3 integrations/vllm
 
-.PHONY: demo test test-vllm lint bench format clean help
+.PHONY: demo test test-vllm lint bench bench-vllm format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -63,6 +65,15 @@ $(BENCH_STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) constraints-
 
 bench: $(BENCH_STAMP)
 	@$(BENCH_VENV)/bin/python -m benchmarks $(ARGS)
+
+# What vLLM's own loaders need, in the versions that all benchmarks compare with.
+$(VLLM_BENCH_STAMP): $(VLLM_STAMP) benchmarks/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --constraint benchmarks/requirements.txt \
+		runai-model-streamer runai-model-streamer-s3
+	@touch $@
+
+bench-vllm: $(BENCH_STAMP) $(VLLM_BENCH_STAMP)
+	@VLLM_VENV=$(VLLM_VENV) $(BENCH_VENV)/bin/python -m benchmarks vllm $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
