@@ -24,6 +24,7 @@ def tokens(model: str, load_format: str, tensor_parallel: int, **options: Any) -
         tensor_parallel_size=tensor_parallel,
         distributed_executor_backend="mp" if tensor_parallel > 1 else None,
         enforce_eager=True,
+        gpu_memory_utilization=0.3,  # it refuses to start where less than that of all memory is free
         max_model_len=64,
         max_num_seqs=4,
         dtype="bfloat16",
@@ -49,7 +50,14 @@ def vectors(model: str, load_format: str, texts: list[str]) -> list[list[float]]
     """The embedding of each text."""
     from vllm import LLM
 
-    llm = LLM(model=model, load_format=load_format, runner="pooling", enforce_eager=True, max_model_len=64)
+    llm = LLM(
+        model=model,
+        load_format=load_format,
+        runner="pooling",
+        enforce_eager=True,
+        gpu_memory_utilization=0.3,
+        max_model_len=64,
+    )
     found = [list(output.outputs.embedding) for output in llm.embed(texts, use_tqdm=False)]
     llm.llm_engine.engine_core.shutdown()
     del llm

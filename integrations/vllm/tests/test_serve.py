@@ -23,7 +23,10 @@ import pytest
 from devtools.seaweedfs import SeaweedFS
 
 _PROMPT = [101, 2, 77, 250, 13, 64]
-_SMALL = ("--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4")
+_SMALL = (
+    *("--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4"),
+    *("--gpu-memory-utilization", "0.3"),
+)
 _START_SECONDS = 400
 _STOP_SECONDS = 60
 

@@ -7,9 +7,13 @@ They show at vLLM's ``/metrics`` where the load ran in the process of the HTTP s
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 from modelexpress_core.events import LoadFailed
 from modelexpress_core.report import LoadReport
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 __all__ = ["LoadMetrics", "load_metrics"]
 
@@ -32,10 +36,10 @@ class LoadMetrics:
     """Counts loads by model and by the scheme of the place that they read from.
 
     Args:
-        registry: A ``prometheus_client.CollectorRegistry``.
+        registry: Where they are registered.
     """
 
-    def __init__(self, registry: object) -> None:
+    def __init__(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter, Histogram
 
         self._seconds = Histogram(
