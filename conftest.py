@@ -24,7 +24,7 @@ def s3_server() -> Iterator[SeaweedFS]:
 def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What SDKs would find on this machine (they read the process's environment themselves) is out of the way."""
     for name in list(os.environ):
-        if name.startswith(("AWS_", "MX_", "RUNAI_", "REQUESTS_")) or name.lower().endswith("_proxy"):
+        if name.startswith(("AWS_", "MX_", "MODEL_EXPRESS_", "RUNAI_", "REQUESTS_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))

@@ -40,7 +40,7 @@ def classes() -> Iterator[tuple[str, type]]:
         yield CORE, cls
     # A plugin that is installed beside ours has its own documentation.
     root = PAGE.parents[1]
-    first_party = {path.name for path in (root / "plugins").iterdir()}
+    first_party = {CORE} | {path.name for path in (root / "plugins").iterdir()}
     first_party |= {f"mx-{path.name}" for path in (root / "integrations").iterdir()}
     for owner, cls in PluginManager.discover({}).settings_classes():
         if owner in first_party:
@@ -54,7 +54,7 @@ def _default(row: SettingValue) -> str:
         return "1" if row.value == "True" else "0"
     if row.name.endswith("_BYTES"):
         return f"{int(row.value) >> 20} MiB"
-    return f"{float(row.value):g} s" if row.name.endswith("_SECONDS") else row.value
+    return f"{float(row.value):g} s" if row.name.endswith(("_SECONDS", "_SECS")) else row.value
 
 
 def main() -> None:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.providers import Candidate, LoadRequest, StorageCapabilities, StorageProvider
+from modelexpress_core.providers import (
+    Candidate,
+    CommandProvider,
+    LoadRequest,
+    MetadataStoreProvider,
+    StorageCapabilities,
+    StorageProvider,
+)
+from modelexpress_core.server.settings import ServerSettings
+from modelexpress_core.sources.settings import ServerAddress
 
 if TYPE_CHECKING:
+    from modelexpress_core.server.stores import MetadataStore
     from modelexpress_core.storage import Storage
     from modelexpress_core.uri import ModelURI
 
@@ -24,6 +34,47 @@ def _open_memory(uri: ModelURI, settings: Mapping[str, str]) -> Storage:
     from modelexpress_core.storage.memory import open_memory
 
     return open_memory(uri, settings)
+
+
+def _open_memory_store(uri: ModelURI, settings: Mapping[str, str]) -> MetadataStore:  # noqa: ARG001 - a factory's signature
+    from modelexpress_core.server.stores.memory import MemoryStore
+
+    return MemoryStore()
+
+
+def _serve() -> Callable[..., None]:
+    from modelexpress_core.cli.serve import serve
+
+    return serve
+
+
+def _health() -> Callable[..., None]:
+    from modelexpress_core.cli.sources import health
+
+    return health
+
+
+def _sources() -> Callable[..., None]:
+    from modelexpress_core.cli.sources import sources
+
+    return sources
+
+
+@hookimpl
+def mx_register_commands() -> list[CommandProvider]:
+    """``mx serve``, and those that ask a server."""
+    return [
+        CommandProvider(
+            "serve", _serve, help="Run a server: it knows which worker holds which model.", settings=ServerSettings
+        ),
+        CommandProvider("health", _health, help="Ask a server for its version and uptime.", settings=ServerAddress),
+        CommandProvider(
+            "sources",
+            _sources,
+            help="List the workers that hold models, as a server knows them.",
+            settings=ServerAddress,
+        ),
+    ]
 
 
 @hookimpl
@@ -49,6 +100,23 @@ def mx_register_storages() -> list[StorageProvider]:
             ("memory",),
             _open_memory,
             capabilities=StorageCapabilities(concurrency=4, most_concurrency=8, request_cost_bytes=128),
+        ),
+    ]
+
+
+def _open_redis_store(uri: ModelURI, settings: Mapping[str, str]) -> MetadataStore:
+    from modelexpress_core.server.stores.redis import open_redis
+
+    return open_redis(uri, settings)
+
+
+@hookimpl
+def mx_register_metadata_stores() -> list[MetadataStoreProvider]:
+    """``memory``, ``redis`` and ``rediss``."""
+    return [
+        MetadataStoreProvider("memory", ("memory",), _open_memory_store),
+        MetadataStoreProvider(
+            "redis", ("redis", "rediss"), _open_redis_store, install_hint="modelexpress-core[server]"
         ),
     ]
 

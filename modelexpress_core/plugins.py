@@ -39,6 +39,7 @@ from modelexpress_core.settings import CORE_SETTINGS, PluginSettings, from_env, 
 from modelexpress_core.uri import ModelURI
 
 if TYPE_CHECKING:
+    from modelexpress_core.server.stores import MetadataStore
     from modelexpress_core.storage import Storage
 
 __all__ = ["CORE", "ENTRY_POINT_GROUP", "PluginManager"]
@@ -69,6 +70,9 @@ _HOOKS = frozenset(name for name in vars(hookspecs) if name.startswith("mx_"))
 
 #: What a factory of storages must return has these.
 _STORAGE_METHODS = ("list", "stat", "read_into", "close")
+
+#: And one of metadata stores these.
+_METADATA_STORE_METHODS = ("publish", "get", "list", "update", "reap", "counts", "lead", "check", "close")
 
 _MEND = "mend it, or go on without it: MX_DISABLED_PLUGINS={name}"
 
@@ -451,10 +455,28 @@ class PluginManager:
             ModelExpressError: Whatever the factory reports.
         """
         registered = self.storages.lookup(uri.scheme)
+        return registered, self._opened(registered, uri, environ, "storage", _STORAGE_METHODS)
+
+    def open_metadata_store(self, uri: ModelURI, environ: Mapping[str, str]) -> MetadataStore:
+        """The metadata store for ``uri``, opened.
+
+        Raises:
+            ResolveError: No usable plugin handles the scheme.
+            PluginError: The plugin's factory failed for a reason of its own, or returned no metadata store.
+            ModelExpressError: Whatever the factory reports.
+        """
+        registered = self.metadata_stores.lookup(uri.scheme)
+        store: MetadataStore = self._opened(registered, uri, environ, "metadata store", _METADATA_STORE_METHODS)
+        return store
+
+    @staticmethod
+    def _opened(
+        registered: Registered[Any], uri: ModelURI, environ: Mapping[str, str], kind: str, methods: Iterable[str]
+    ) -> Any:  # noqa: ANN401 - what has the methods
         plugin, label = registered.plugin.name, registered.label
         what = registered.provider.install_hint or plugin
         try:
-            storage = registered.provider.factory(uri, environ)
+            product = registered.provider.factory(uri, environ)
         except ModelExpressError:
             raise
         except ModuleNotFoundError as exc:
@@ -467,13 +489,13 @@ class PluginManager:
         except Exception as exc:
             message = f"{label} failed to open {uri}: {_reason(exc)}"
             raise PluginLoadError(message, plugin=plugin, hint="report it to its authors") from exc
-        lacking = [method for method in _STORAGE_METHODS if not callable(getattr(storage, method, None))]
-        if lacking or isinstance(storage, type):
-            returned = "a class, not an instance" if isinstance(storage, type) else type(storage).__name__
-            message = f"the factory of {label} returned {returned}, which is no storage"
+        lacking = [method for method in methods if not callable(getattr(product, method, None))]
+        if lacking or isinstance(product, type):
+            returned = "a class, not an instance" if isinstance(product, type) else type(product).__name__
+            message = f"the factory of {label} returned {returned}, which is no {kind}"
             cause = f"it has no {', '.join(lacking)}" if lacking else "have you forgotten the ()?"
-            raise PluginLoadError(message, plugin=plugin, cause=cause, hint="have it return an open Storage")
-        return registered, storage
+            raise PluginLoadError(message, plugin=plugin, cause=cause, hint=f"have it return an open {kind}")
+        return product
 
     # -- one typed method per hook ------------------------------------------------------------------------------------
 

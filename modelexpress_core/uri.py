@@ -13,7 +13,7 @@ from attrs import field, frozen
 
 from modelexpress_core.errors import InvalidURIError
 
-__all__ = ["SCHEME_PATTERN", "ModelURI"]
+__all__ = ["SCHEME_PATTERN", "ModelURI", "redacted"]
 
 #: RFC 3986 section 3.1, lower case.
 SCHEME_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*")
@@ -169,6 +169,14 @@ class ModelURI:
         path = quote(self.path, safe=_PLAIN_IN_PATH, errors="surrogateescape")
         query = "&".join(f"{quote(k)}={quote(v) if k in _PUBLIC_QUERY else '***'}" for k, v in self.query.items())
         return f"{self.scheme}://{userinfo}{authority}{slash}{path}{'?' if query else ''}{query}"
+
+
+def redacted(text: str) -> str:
+    """``text`` as a URI with every possible credential hidden; ``"***"`` where it is none."""
+    try:
+        return str(ModelURI.parse(text))
+    except InvalidURIError:
+        return "***"
 
 
 def _refuse_slips(text: str) -> None:

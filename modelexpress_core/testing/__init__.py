@@ -1,6 +1,7 @@
 """What authors of plugins test with: contracts to inherit, and storages that fail on request.
 
-``StorageContract`` and ``PluginContract`` need pytest and hypothesis: ``pip install 'modelexpress-core[testing]'``.
+The contracts need pytest and hypothesis, and that of metadata stores the server:
+``pip install 'modelexpress-core[server,testing]'``.
 ``FaultyStorage`` needs nothing. Nothing here imports torch, and each name is imported at first use.
 """
 
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from modelexpress_core.testing.faults import Fault, FaultPolicy, FaultyStorage
+    from modelexpress_core.testing.metadata_store_contract import MetadataStoreContract
     from modelexpress_core.testing.plugin_contract import PluginContract
     from modelexpress_core.testing.storage_contract import UNUSUAL_NAMES, StorageContract
 
@@ -18,12 +20,21 @@ _MODULES = {
     "Fault": "faults",
     "FaultPolicy": "faults",
     "FaultyStorage": "faults",
+    "MetadataStoreContract": "metadata_store_contract",
     "PluginContract": "plugin_contract",
     "StorageContract": "storage_contract",
     "UNUSUAL_NAMES": "storage_contract",
 }
 
-__all__ = ["UNUSUAL_NAMES", "Fault", "FaultPolicy", "FaultyStorage", "PluginContract", "StorageContract"]
+__all__ = [
+    "UNUSUAL_NAMES",
+    "Fault",
+    "FaultPolicy",
+    "FaultyStorage",
+    "MetadataStoreContract",
+    "PluginContract",
+    "StorageContract",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -31,6 +42,8 @@ def __getattr__(name: str) -> object:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
     try:
+        if name == "MetadataStoreContract":  # its failures say which values differed
+            importlib.import_module("pytest").register_assert_rewrite(f"{__name__}.{_MODULES[name]}")
         value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ModuleNotFoundError as exc:
         if exc.name not in {"pytest", "hypothesis"}:

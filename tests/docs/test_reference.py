@@ -21,6 +21,7 @@ from modelexpress_core.cli.app import build_app
 from modelexpress_core.fetch import limiter
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import LoadReport
+from modelexpress_core.server.metrics import ServerMetrics
 from modelexpress_core.storage import protocol
 from modelexpress_core.storage.memory import store
 from tests.support.checkpoints import safetensors_file, tensor
@@ -32,7 +33,12 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *ROOT.glob("plugins/*/README.md")]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(DOCS.glob("*.md")),
+    *ROOT.glob("plugins/*/README.md"),
+    *ROOT.glob("integrations/*/README.md"),
+]
 
 ERRORS = {name: getattr(errors, name) for name in errors.__all__}
 HOOKS = {name: function for name, function in vars(hookspecs).items() if hasattr(function, "modelexpress_spec")}
@@ -107,7 +113,8 @@ def test_hooks_that_a_page_names_exist(path: Path) -> None:
     """A name that looks like a hook is one."""
     named = set(re.findall(r"\bmx_(?:register|rewrite|rank|load)\w*", path.read_text()))
 
-    assert set() == named - set(HOOKS) - {"mx_register_", "mx_load_"}
+    metrics = {name for name in named if name.endswith(("_seconds", "_total"))}
+    assert set() == named - metrics - set(HOOKS) - {"mx_register_", "mx_load_"}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -376,7 +383,7 @@ def test_the_layers_are_those_that_are_checked() -> None:
     table = page("design.md").partition("## Modules")[2]
     told = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines() if line.startswith("| `")]
 
-    assert [layer for layer in layers if layer != {"__main__"}] == told
+    assert [layer - {"__main__"} for layer in layers] == told
 
 
 def test_every_field_of_a_report_is_explained() -> None:
@@ -384,6 +391,18 @@ def test_every_field_of_a_report_is_explained() -> None:
     table = rows(page("tuning.md").partition("## Reading a report")[2].partition("\n## ")[0])
 
     assert {field.name for field in attrs.fields(LoadReport)} == set(table)
+
+
+def test_every_metric_of_the_server_is_explained() -> None:
+    """In the page on the server, with its labels."""
+    table = re.findall(r"^\| `(mx_\w+)` \| (.*?) \|", page("server.md"), re.MULTILINE)
+    metrics = {
+        f"{metric.name}_total" if metric.type == "counter" else metric.name: set(collector._labelnames)
+        for collector in set(ServerMetrics().registry._collector_to_names)
+        for metric in collector.describe()
+    }
+
+    assert metrics == {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in table}
 
 
 def test_every_limiter_is_explained() -> None:

@@ -7,7 +7,7 @@ import pty
 import select
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from devtools.models import generate_sharded, real_checkpoint
 from devtools.seaweedfs import SeaweedFS
+from tests.support.serving import Serving
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +121,17 @@ def assert_equal() -> Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.T
             ), name
 
     return assert_equal
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Serving]]:
+    """Starts a server of ours, with arguments and variables."""
+    started: list[Serving] = []
+
+    def start(*arguments: str, **environ: str) -> Serving:
+        started.append(Serving(*arguments, **environ))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.end()

@@ -29,6 +29,7 @@ from modelexpress_core.settings import (
     variables,
     warn_unknown_variables,
 )
+from modelexpress_core.uri import redacted
 
 _SECRET = "hunter2"
 
@@ -205,6 +206,23 @@ def test_a_secret_is_in_no_description() -> None:
     assert ("***", "MX_TOKEN") == (rows["MX_TOKEN"].value, rows["MX_TOKEN"].source)
     assert ("", "default") == (rows["MX_SECRET_PORT"].value, rows["MX_SECRET_PORT"].source)
     assert _SECRET not in repr(rows)
+
+
+def test_what_may_hold_a_secret_is_shown_as_the_field_says() -> None:
+    """As a URI may hold a password: the rest of it is shown, and there is no repr."""
+
+    @frozen
+    class Place:
+        where: str = env("MX_WHERE", default="file:///", help="W.", shown=redacted)
+
+    environ = {"MX_WHERE": f"redis://:{_SECRET}@host:6379/0"}
+    [row] = describe(Place, environ, owner="mx-x")
+
+    assert environ["MX_WHERE"] == from_env(Place, environ).where
+    assert "redis://***@host:6379/0" == row.value
+    assert _SECRET not in repr(from_env(Place, environ))
+    assert "file:///" == describe(Place, {}, owner="mx-x")[0].value
+    assert "***" == describe(Place, {"MX_WHERE": f"s3:/{_SECRET}"}, owner="mx-x")[0].value
 
 
 # -- describing --------------------------------------------------------------------------------------------------------

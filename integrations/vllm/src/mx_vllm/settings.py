@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from modelexpress_core.errors import InvalidURIError
 from modelexpress_core.settings import boolean, env
-from modelexpress_core.uri import ModelURI
+from modelexpress_core.uri import redacted
 
 __all__ = ["VllmSettings"]
-
-
-def _without_secrets(uri: str) -> str:
-    try:
-        return str(ModelURI.parse(uri))
-    except InvalidURIError:
-        return "***"
 
 
 @frozen
@@ -25,7 +17,7 @@ class VllmSettings:
     model_uri: str | None = env(
         "MX_MODEL_URI",
         default=None,
-        shown=_without_secrets,
+        shown=redacted,
         help="Where the weights are: any URI or path. Unset: the files that vLLM itself finds for its --model.",
     )
     fallback: bool = env(

@@ -1,0 +1,63 @@
+"""The generated modules of the wire protocol, from the proto files beside them: ``python -m devtools.wire_code``.
+
+With ``--check`` nothing is written; the exit code says whether what is committed is what would be generated.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["generated"]
+
+_ROOT = Path(__file__).resolve().parents[1]
+_PROTOS = _ROOT / "modelexpress_core" / "wire" / "proto" / "modelexpress"
+
+#: Generated code refuses every runtime but its own major version and the next. What it then does is the same in all
+#: from 5 to 7, which a test shows.
+_RUNTIME_CHECK = re.compile(
+    r"^from google\.protobuf import runtime_version as _runtime_version\n"
+    r"|^_runtime_version\.ValidateProtobufRuntimeVersion\(\n(?: .*\n)*\)\n",
+    re.MULTILINE,
+)
+
+
+def generated() -> Mapping[Path, str]:
+    """Text of every generated file, by its path."""
+    protos = sorted(_PROTOS.glob("*.proto"))
+    with tempfile.TemporaryDirectory() as temporary:
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "grpc_tools.protoc",
+                f"--proto_path={_ROOT}",
+                f"--python_out={temporary}",
+                f"--pyi_out={temporary}",
+                *(str(proto.relative_to(_ROOT)) for proto in protos),
+            ],
+            cwd=_ROOT,
+            check=True,
+        )
+        files = sorted(file for file in Path(temporary).rglob("*_pb2.py*"))
+        return {_ROOT / file.relative_to(temporary): _RUNTIME_CHECK.sub("", file.read_text()) for file in files}
+
+
+def main() -> int:
+    """Write the files, or compare them."""
+    check = "--check" in sys.argv[1:]
+    texts = generated()
+    different = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    for path in different:
+        print(path.relative_to(_ROOT))
+        if not check:
+            path.write_text(texts[path])
+    return 1 if check and different else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,121 @@
+"""``mx health`` and ``mx sources``: what a server says of itself, and of the workers that it knows."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from modelexpress_core.cli.output import JsonOption, console, print_json
+from modelexpress_core.errors import PluginLoadError
+from modelexpress_core.settings import from_env
+from modelexpress_core.sources.settings import ServerAddress
+
+if TYPE_CHECKING:
+    from modelexpress_core.sources.client import ServerClient
+
+__all__ = ["health", "sources"]
+
+_WATCH_SECONDS = 2.0
+
+UrlOption = Annotated[
+    str | None,
+    typer.Option("--url", help="The server; by default MODEL_EXPRESS_URL, or localhost:8001.", metavar="URL"),
+]
+
+
+def health(url: UrlOption = None, json_output: JsonOption = False) -> None:
+    """Ask a server for its version and how long it has been up."""
+    with _client(url) as client:
+        begun = time.perf_counter()
+        response = client.health()
+        milliseconds = (time.perf_counter() - begun) * 1000
+    if json_output:
+        print_json({"status": response.status, "version": response.version, "uptime_seconds": response.uptime})
+        return
+    uptime = timedelta(seconds=response.uptime)
+    console().print(
+        f"{response.status}, version {response.version}, up {uptime}, answered in {milliseconds:.0f} ms", markup=False
+    )
+
+
+def sources(
+    url: UrlOption = None,
+    json_output: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on till Ctrl-C, and show what changes.")] = False,
+    model: Annotated[str | None, typer.Option(help="Only those of this model.", metavar="NAME")] = None,
+) -> None:
+    """List the workers that hold models, those that spoke last first."""
+    with _client(url) as client:
+        if json_output:
+            print_json(_as_data(client, model))
+        elif not watch:
+            console().print(_table(_as_data(client, model)))
+        else:
+            _watch(client, model)
+
+
+def _watch(client: ServerClient, model: str | None) -> None:
+    try:
+        with Live(_table(_as_data(client, model)), console=console(), auto_refresh=False) as live:
+            while True:
+                time.sleep(_WATCH_SECONDS)
+                live.update(_table(_as_data(client, model)), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def _as_data(client: ServerClient, model: str | None) -> list[dict[str, object]]:
+    from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+
+    rows: list[dict[str, object]] = []
+    for constant in p2p_pb2.SourceStatus.keys():  # noqa: SIM118 - no dictionary
+        request = p2p_pb2.ListSourcesRequest(status_filter=constant, model_name_filter=model)
+        name = constant.removeprefix("SOURCE_STATUS_").lower()
+        rows += [
+            {
+                "model": source.model_name,
+                "status": name,
+                "rank": source.worker_rank,
+                "worker_id": source.worker_id,
+                "source_id": source.mx_source_id,
+                "accelerator": source.accelerator,
+                "load": round(source.source_load, 4) if source.HasField("source_load") else None,
+                "updated_at_ms": source.updated_at,
+            }
+            for source in client.list_sources(request)
+        ]
+    return rows
+
+
+def _table(rows: list[dict[str, object]]) -> Table | str:
+    if not rows:
+        return "no sources"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = ("model", "status", "rank", "worker_id", "source_id", "accelerator", "load")
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    table.add_column("silent for", justify="right")
+    now = time.time()
+    for row in rows:
+        silent = max(0.0, now - float(str(row["updated_at_ms"])) / 1000)
+        cells = ["" if row[column] is None else escape(str(row[column])) for column in columns]
+        table.add_row(*cells, f"{silent:.0f} s")
+    return table
+
+
+def _client(url: str | None) -> ServerClient:
+    try:
+        from modelexpress_core.sources.client import ServerClient
+    except ModuleNotFoundError as exc:
+        message = f"asking a server needs the package {exc.name}, which is not installed"
+        hint = "pip install 'modelexpress-core[server]'"
+        raise PluginLoadError(message, plugin="modelexpress-core", hint=hint) from exc
+    settings = from_env(ServerAddress, os.environ)
+    return ServerClient(url or settings.url, deadline_seconds=settings.deadline_seconds)

@@ -1,0 +1,1 @@
+"""The control plane: a gRPC server that knows which worker holds which model."""

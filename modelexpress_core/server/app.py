@@ -1,0 +1,133 @@
+"""The server: its services, its store, its reaper, from the first port to the last call."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from types import TracebackType
+
+import grpc.aio
+from prometheus_client import start_http_server
+
+from modelexpress_core.errors import ModelExpressError
+from modelexpress_core.server.interceptors import Observed
+from modelexpress_core.server.metrics import ServerMetrics
+from modelexpress_core.server.reaper import Reaper
+from modelexpress_core.server.services.basic import ApiService, HealthService
+from modelexpress_core.server.services.health import StandardHealth
+from modelexpress_core.server.services.p2p import P2pService
+from modelexpress_core.server.settings import ServerSettings
+from modelexpress_core.server.stores import MetadataStore, StoreUnavailableError
+from modelexpress_core.server.stores.measured import MeasuredStore
+from modelexpress_core.wire.rpc import API, HEALTH, MAX_MESSAGE_BYTES, P2P, STANDARD_HEALTH, handler
+
+__all__ = ["Server"]
+
+_log = logging.getLogger(__name__)
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),  # a port that somebody has is an error, and is not shared
+)
+
+
+class Server:
+    """Serves within its ``async with`` block; at its end, calls that are under way may end first.
+
+    Args:
+        settings: How to run.
+        store: Where metadata is kept; closed at the end.
+
+    Attributes:
+        port: Where the gRPC services are.
+        metrics_port: Where the metrics are.
+    """
+
+    def __init__(self, settings: ServerSettings, store: MetadataStore) -> None:
+        self._settings = settings
+        self._metrics = ServerMetrics()
+        self._store = MeasuredStore(store, self._metrics)
+        self._health = StandardHealth()
+        self._closing = contextlib.AsyncExitStack()
+        self.port = 0
+        self.metrics_port = 0
+
+    async def __aenter__(self) -> Server:
+        async with contextlib.AsyncExitStack() as opened:
+            opened.push_async_callback(self._store.close)
+            await self._serve_metrics(opened)
+            await self._serve(opened)
+            for task in (self._reaper().run(), self._count()):
+                running = asyncio.ensure_future(task)
+                opened.callback(running.cancel)
+            await self._health.begin()
+            opened.push_async_callback(self._health.end)
+            self._closing = opened.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._closing.aclose()
+
+    async def _serve(self, opened: contextlib.AsyncExitStack) -> None:
+        server = grpc.aio.server(interceptors=[Observed(self._metrics)], options=_OPTIONS)
+        implementations = {
+            HEALTH: HealthService(),
+            STANDARD_HEALTH: self._health,
+            API: ApiService(),
+            P2P: P2pService(self._store, self._settings.heartbeat_timeout_seconds),
+        }
+        server.add_generic_rpc_handlers([handler(service, each) for service, each in implementations.items()])
+        address = f"{self._settings.host}:{self._settings.port}"
+        try:
+            self.port = server.add_insecure_port(address)
+        except RuntimeError as exc:
+            raise _taken(address, "MODEL_EXPRESS_SERVER_PORT", exc) from exc
+        await server.start()
+        opened.push_async_callback(server.stop, self._settings.drain_seconds)
+
+    async def _serve_metrics(self, opened: contextlib.AsyncExitStack) -> None:
+        host, port = self._settings.host, self._settings.metrics_port
+        try:
+            server, thread = start_http_server(port, host, self._metrics.registry)
+        except OSError as exc:
+            raise _taken(f"{host}:{port}", "MODEL_EXPRESS_SERVER_METRICS_PORT", exc) from exc
+        self.metrics_port = int(server.server_address[1])
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        opened.callback(close)
+
+    def _reaper(self) -> Reaper:
+        settings = self._settings
+        return Reaper(
+            self._store,
+            self._metrics,
+            stale_after_seconds=settings.heartbeat_timeout_seconds,
+            removed_after_seconds=settings.removal_seconds,
+            interval_seconds=settings.reaper_interval_seconds,
+        )
+
+    async def _count(self) -> None:
+        """Keep the number of sources that the metrics show."""
+        while True:
+            with contextlib.suppress(StoreUnavailableError):  # counted as such
+                self._metrics.counted(await self._store.counts())
+            await asyncio.sleep(_COUNT_SECONDS)
+
+
+_COUNT_SECONDS = 5.0
+
+
+def _taken(address: str, variable: str, exc: Exception) -> ModelExpressError:
+    return ModelExpressError(
+        f"the server cannot listen on {address}: {exc}",
+        cause="another program has the port, or the address is none of this machine",
+        hint=f"end the other, or set {variable}",
+    )

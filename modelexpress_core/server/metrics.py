@@ -1,0 +1,85 @@
+"""What Prometheus sees of a server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from modelexpress_core.server.stores import Reaped, SourceStatus
+
+__all__ = ["ServerMetrics"]
+
+_RPC_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+
+
+class ServerMetrics:
+    """Counts in a registry of its own, which ``/metrics`` shows.
+
+    Attributes:
+        registry: What is shown.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._rpcs = Counter(
+            "mx_server_rpcs", "Calls that were answered.", ["service", "method", "code"], registry=self.registry
+        )
+        self._rpc_seconds = Histogram(
+            "mx_server_rpc_seconds",
+            "How long answers took.",
+            ["service", "method"],
+            buckets=_RPC_BUCKETS,
+            registry=self.registry,
+        )
+        self._store_seconds = Histogram(
+            "mx_server_store_seconds",
+            "How long the metadata store took.",
+            ["operation"],
+            buckets=_RPC_BUCKETS,
+            registry=self.registry,
+        )
+        self._store_errors = Counter(
+            "mx_server_store_errors",
+            "Times the metadata store could not be asked.",
+            ["operation"],
+            registry=self.registry,
+        )
+        self._sources = Gauge("mx_server_sources", "Sources by state.", ["status"], registry=self.registry)
+        self._reaped = Counter(
+            "mx_server_reaped", "Sources that became stale or were removed.", ["action"], registry=self.registry
+        )
+        self._reaper_seconds = Histogram(
+            "mx_server_reaper_seconds",
+            "How long looking for silent sources took.",
+            buckets=_RPC_BUCKETS,
+            registry=self.registry,
+        )
+        build = Gauge("mx_build_info", "1, with the version as a label.", ["version"], registry=self.registry)
+        build.labels(version("modelexpress-core")).set(1)
+
+    def answered(self, path: str, code: str, seconds: float) -> None:
+        """A call was answered."""
+        service, _, method = path.strip("/").partition("/")
+        self._rpcs.labels(service, method, code).inc()
+        self._rpc_seconds.labels(service, method).observe(seconds)
+
+    def stored(self, operation: str, seconds: float) -> None:
+        """The store answered."""
+        self._store_seconds.labels(operation).observe(seconds)
+
+    def store_failed(self, operation: str) -> None:
+        """The store could not be asked."""
+        self._store_errors.labels(operation).inc()
+
+    def reaped(self, reaped: Reaped, seconds: float) -> None:
+        """The reaper went through the store."""
+        self._reaped.labels("stale").inc(reaped.stale)
+        self._reaped.labels("removed").inc(reaped.removed)
+        self._reaper_seconds.observe(seconds)
+
+    def counted(self, counts: Mapping[int, int]) -> None:
+        """How many sources are in each state now."""
+        for status in SourceStatus:
+            self._sources.labels(status.name.lower()).set(counts.get(status, 0))

@@ -1,0 +1,165 @@
+"""``P2pService``: workers publish what they hold, and others find it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+
+from modelexpress_core.server.auth import caller
+from modelexpress_core.server.stores import (
+    MetadataStore,
+    NotPublisherError,
+    SourceQuery,
+    SourceRecord,
+    SourceStatus,
+    StoredSource,
+)
+from modelexpress_core.sources.identity import SourceIdentity
+from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+
+__all__ = ["P2pService"]
+
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_MAX_U64 = (1 << 64) - 1
+
+
+class P2pService:
+    """Requests that make no sense are answered in the response, as clients expect; failures of the store are not.
+
+    Args:
+        store: Where sources are kept.
+        heartbeat_timeout_seconds: A source whose worker is silent for longer is not offered as ready.
+    """
+
+    def __init__(self, store: MetadataStore, heartbeat_timeout_seconds: float) -> None:
+        self._store = store
+        self._timeout_ms = int(heartbeat_timeout_seconds * 1000)
+
+    async def publish_metadata(
+        self, request: p2p_pb2.PublishMetadataRequest, context: _Context
+    ) -> p2p_pb2.PublishMetadataResponse:
+        """Keep what a worker holds."""
+        problem = _problem(request)
+        if problem:
+            return p2p_pb2.PublishMetadataResponse(success=False, message=problem)
+        identity = SourceIdentity.from_message(request.identity)
+        worker = request.worker
+        record = SourceRecord(
+            source_id=identity.source_id,
+            worker_id=request.worker_id,
+            model_name=identity.model_name,
+            worker_rank=worker.worker_rank,
+            status=worker.status,
+            accelerator=worker.accelerator,
+            topology=worker.topology,
+            training_step=_training_step(identity),
+            layout_signature=identity.extra_parameters.get("layout_signature"),
+            publisher=caller.get(),
+        )
+        worker.ClearField("status")
+        worker.ClearField("updated_at")
+        source = StoredSource(record, request.identity.SerializeToString(), worker.SerializeToString())
+        try:
+            await self._store.publish(source)
+        except NotPublisherError as exc:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(exc))
+        return p2p_pb2.PublishMetadataResponse(
+            success=True, message="published", mx_source_id=record.source_id, worker_id=record.worker_id
+        )
+
+    async def list_sources(self, request: p2p_pb2.ListSourcesRequest, _: _Context) -> p2p_pb2.ListSourcesResponse:
+        """Sources that fit all filters, those that spoke last first."""
+        source_id = SourceIdentity.from_message(request.identity).source_id if request.identity.model_name else None
+        query = SourceQuery(
+            source_id=source_id,
+            model_name=request.model_name_filter or None,
+            status=request.status_filter if request.HasField("status_filter") else None,
+        )
+        listing = await self._store.list(query)
+        since = listing.as_of_ms - self._timeout_ms if query.status == SourceStatus.READY else 0
+        records = [record for record in listing.records if record.updated_at_ms >= since and _fits(record, request)]
+        records.sort(key=lambda record: (-record.updated_at_ms, record.worker_id))
+        return p2p_pb2.ListSourcesResponse(instances=_references(records[: request.limit or None]))
+
+    async def get_metadata(self, request: p2p_pb2.GetMetadataRequest, _: _Context) -> p2p_pb2.GetMetadataResponse:
+        """All that a worker published."""
+        source = await self._store.get(request.mx_source_id, request.worker_id)
+        if source is None:
+            return p2p_pb2.GetMetadataResponse(found=False)
+        record = source.record
+        response = p2p_pb2.GetMetadataResponse(found=True, mx_source_id=record.source_id, worker_id=record.worker_id)
+        response.worker.ParseFromString(source.worker)
+        response.identity.ParseFromString(source.identity)
+        silent = source.as_of_ms - record.updated_at_ms > self._timeout_ms
+        stale = record.status == SourceStatus.READY and silent
+        response.worker.status = SourceStatus.STALE if stale else record.status  # type: ignore[assignment]  # the same numbers
+        response.worker.updated_at = record.updated_at_ms
+        return response
+
+    async def update_status(
+        self, request: p2p_pb2.UpdateStatusRequest, context: _Context
+    ) -> p2p_pb2.UpdateStatusResponse:
+        """A heartbeat, or a change of state. Whoever is told that nobody knows the worker has to publish again."""
+        load = request.source_load if request.HasField("source_load") else None
+        try:
+            known = await self._store.update(
+                request.mx_source_id, request.worker_id, request.status, load, caller.get()
+            )
+        except NotPublisherError as exc:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(exc))
+        if not known:
+            message = f"unknown worker {request.worker_id!r} of source {request.mx_source_id!r}; publish it again"
+            return p2p_pb2.UpdateStatusResponse(success=False, message=message)
+        return p2p_pb2.UpdateStatusResponse(success=True, message="updated")
+
+
+def _problem(request: p2p_pb2.PublishMetadataRequest) -> str:
+    """The first thing that is missing, in the order and the words of the protocol; empty where nothing is."""
+    if not request.HasField("identity"):
+        return "identity is required"
+    if not request.identity.model_name:
+        return "identity.model_name is required"
+    if not request.worker_id:
+        return "worker_id is required"
+    return "" if request.HasField("worker") else "worker is required"
+
+
+def _training_step(identity: SourceIdentity) -> int | None:
+    for key in ("training_step", "version"):
+        text = identity.extra_parameters.get(key, "")
+        if text.isascii() and text.isdigit() and int(text) <= _MAX_U64:
+            return int(text)
+    return None
+
+
+def _fits(record: SourceRecord, request: p2p_pb2.ListSourcesRequest) -> bool:
+    """Whether ``record`` passes the filters that the store does not know."""
+    if request.HasField("worker_rank_filter") and record.worker_rank != request.worker_rank_filter:
+        return False
+    if request.HasField("min_updated_at") and record.updated_at_ms < request.min_updated_at:
+        return False
+    if not request.HasField("min_training_step"):
+        return True
+    return record.training_step is not None and record.training_step >= request.min_training_step
+
+
+def _references(records: Sequence[SourceRecord]) -> Sequence[p2p_pb2.SourceInstanceRef]:
+    return [
+        p2p_pb2.SourceInstanceRef(
+            mx_source_id=record.source_id,
+            worker_id=record.worker_id,
+            model_name=record.model_name,
+            worker_rank=record.worker_rank,
+            accelerator=record.accelerator,
+            updated_at=record.updated_at_ms,
+            training_step=record.training_step,
+            layout_signature=record.layout_signature,
+            topology=dict(record.topology),
+            source_load=record.source_load,
+        )
+        for record in records
+    ]

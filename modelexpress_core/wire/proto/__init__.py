@@ -1,0 +1,1 @@
+"""The proto files of the wire protocol, and the modules generated from them."""

@@ -1,0 +1,59 @@
+"""The client that others have, unchanged, against our server; and both clients in one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PROGRAM = Path(__file__).with_name("existing_client.py")
+
+#: What the client needs, and ours beside it. Its own requirements would bring torch and NIXL.
+_REQUIREMENTS = ("grpcio", "protobuf<7", "google-crc32c", "huggingface_hub", "pydantic", "attrs", "pluggy")
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An interpreter with the client 0.7.0 from PyPI."""
+    environment = tmp_path_factory.mktemp("existing") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    python = str(environment / "bin" / "python")
+    for arguments in (_REQUIREMENTS, ("--no-deps", "modelexpress==0.7.0")):
+        done = subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", *arguments], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    return python
+
+
+@pytest.mark.timeout(600)
+def test_it_publishes_lists_gets_and_updates(python: str, start: Callable[..., Any]) -> None:
+    """With the ids that it computes elsewhere; what either client publishes, the other finds."""
+    done = subprocess.run(
+        [python, str(_PROGRAM), start().url],
+        env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert {
+        "source_id": "5a5f555570065064",
+        "ready before": [],
+        "updated": True,
+        "updated another": False,
+        "listed": ["w-1", 3, 0.25, {"rack": "7"}],
+        "found all": True,
+        "found another": False,
+        "seen by us": ["w-1"],
+        "seen by them": ["w-1", "w-2"],
+    } == json.loads(done.stdout)

@@ -1,0 +1,127 @@
+"""Metadata in a real Redis: the contract of metadata stores, restarts, two servers on one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from devtools.redis_server import RedisServer
+from modelexpress_core.errors import UnavailableError
+from modelexpress_core.server.stores import (
+    MetadataStore,
+    SourceQuery,
+    SourceRecord,
+    StoredSource,
+    StoreUnavailableError,
+)
+from modelexpress_core.server.stores.redis import RedisStore, open_redis
+from modelexpress_core.sources.client import ServerClient
+from modelexpress_core.sources.identity import SourceIdentity
+from modelexpress_core.testing import MetadataStoreContract
+from modelexpress_core.uri import ModelURI
+from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+from tests.support.serving import Serving
+
+_IDENTITY = SourceIdentity("acme/model")
+_READY = p2p_pb2.SOURCE_STATUS_READY
+
+
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+class TestRedisStore(MetadataStoreContract):
+    @pytest.fixture
+    def open_store(self, redis_server: RedisServer) -> Callable[[], MetadataStore]:
+        return lambda: RedisStore(redis_server.url)
+
+
+def test_the_uri(redis_server: RedisServer) -> None:
+    """Database, password and options of the URI are those of the connection."""
+    with RedisServer("--requirepass", "pass word") as server:
+        good = ModelURI.parse(f"redis://:pass%20word@127.0.0.1:{server.port}/3?socket_timeout=2")
+        wrong = ModelURI.parse(f"redis://:wrong@127.0.0.1:{server.port}/3")
+
+        async def asked(uri: ModelURI) -> None:
+            store = open_redis(uri, {})
+            try:
+                await store.check()
+            finally:
+                await store.close()
+
+        asyncio.run(asked(good))
+        with pytest.raises(StoreUnavailableError) as raised:
+            asyncio.run(asked(wrong))
+
+    assert "wrong" not in str(raised.value).replace("WRONGPASS", "")
+
+
+def test_no_index_is_left_of_what_was_removed() -> None:
+    """All keys go with the last source, but the names of the states."""
+    with RedisServer() as server:
+
+        async def scenario() -> None:
+            store = RedisStore(server.url)
+            for number in range(3):
+                record = SourceRecord(f"s{number}", "w", f"m{number}", status=_READY)
+                await store.publish(StoredSource(record, b"", b""))
+            await store.reap(0, 3600)
+            await store.reap(3600, 0)
+            keys = [key async for key in store._redis.scan_iter()]
+            assert [b"{mx}:states"] == keys
+            assert [] == list((await store.list(SourceQuery())).records)
+            await store.close()
+
+        asyncio.run(scenario())
+
+
+def test_a_restart_under_load(start: Callable[..., Serving]) -> None:
+    """While Redis is away calls are told UNAVAILABLE; then workers are told to publish again, and all is well."""
+    with RedisServer() as redis:
+        url = start("--metadata", redis.url).url
+        beat = p2p_pb2.UpdateStatusRequest(mx_source_id=_IDENTITY.source_id, worker_id="w", status=_READY)
+        with ServerClient(url, deadline_seconds=30) as client:
+            client.publish(_IDENTITY, p2p_pb2.WorkerMetadata(status=_READY), "w")
+            redis.kill()
+            for call in (client.list_sources, lambda: client.update_status(beat)):
+                with pytest.raises(UnavailableError, match="metadata store"):
+                    call()
+            redis.start()
+
+            assert not _answer(lambda: client.update_status(beat)).success
+            assert client.publish(_IDENTITY, p2p_pb2.WorkerMetadata(status=_READY), "w").success
+            assert client.update_status(beat).success
+            assert ["w"] == [source.worker_id for source in client.list_sources()]
+
+
+def _answer(call: Callable[[], p2p_pb2.UpdateStatusResponse]) -> p2p_pb2.UpdateStatusResponse:
+    """The first answer, as soon as there is one."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return call()
+        except UnavailableError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_two_servers_on_one(redis_server: RedisServer, start: Callable[..., Serving]) -> None:
+    """What is published at one is found at the other; one of them reaps; a server that is killed leaves all there."""
+    brisk = {"MX_HEARTBEAT_TIMEOUT_SECS": "0.5", "MX_GC_TIMEOUT_SECS": "2", "MX_REAPER_SCAN_INTERVAL_SECS": "0.2"}
+    with RedisServer() as redis:
+        one, other = (start("--metadata", redis.url, **brisk) for _ in range(2))
+        with ServerClient(one.url) as first, ServerClient(other.url) as second:
+            first.publish(_IDENTITY, p2p_pb2.WorkerMetadata(status=_READY), "w")
+            assert second.metadata(_IDENTITY.source_id, "w").found
+            one.end()
+            deadline = time.monotonic() + 30
+            while second.metadata(_IDENTITY.source_id, "w").found:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+        assert 'mx_server_reaped_total{action="removed"} 1.0' in other.metrics()
