@@ -142,7 +142,11 @@ def test_plugins_lists_the_installed_ones(mx: Run) -> None:
     done = mx("plugins", "--json")
 
     listed = {plugin["distribution"]: plugin for plugin in json.loads(done.stdout)["plugins"]}
-    assert listed["modelexpress-core"]["schemes"] == {"storage": ["file", "memory"]}
+    assert listed["modelexpress-core"]["schemes"] == {
+        "storage": ["file", "memory"],
+        "metadata store": ["memory", "redis", "rediss"],
+        "command": ["serve", "health", "sources"],
+    }
     assert listed["mx-s3"]["schemes"] == {"storage": ["s3"]}
     assert listed["mx-s3"]["status"] == "loaded"
     assert listed["mx-s3"]["version"] == listed["modelexpress-core"]["version"]
