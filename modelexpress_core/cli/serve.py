@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import attrs
 import typer
@@ -15,15 +14,11 @@ import typer
 from modelexpress_core.cli.output import status_console
 from modelexpress_core.errors import PluginLoadError
 from modelexpress_core.plugins import PluginManager
+from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.settings import from_env
 from modelexpress_core.uri import ModelURI
 
-if TYPE_CHECKING:
-    from modelexpress_core.server.settings import ServerSettings
-
 __all__ = ["serve"]
-
-_log = logging.getLogger(__name__)
 
 
 def serve(
@@ -35,10 +30,6 @@ def serve(
     ] = None,
 ) -> None:
     """Run a server: workers publish what they hold, and others find it. Ends on SIGTERM or Ctrl-C."""
-    try:
-        from modelexpress_core.server.settings import ServerSettings
-    except ModuleNotFoundError as exc:
-        raise _missing(exc) from exc
     settings = from_env(ServerSettings, os.environ)
     given: dict[str, Any] = {"host": host, "port": port, "metrics_port": metrics_port, "metadata": metadata}
     settings = attrs.evolve(settings, **{name: value for name, value in given.items() if value is not None})

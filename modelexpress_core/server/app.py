@@ -20,15 +20,14 @@ from modelexpress_core.server.services.p2p import P2pService
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.server.stores import MetadataStore, StoreUnavailableError
 from modelexpress_core.server.stores.measured import MeasuredStore
-from modelexpress_core.wire.rpc import API, HEALTH, MAX_MESSAGE_BYTES, P2P, STANDARD_HEALTH, handler
+from modelexpress_core.wire.rpc import API, HEALTH, MESSAGE_OPTIONS, P2P, STANDARD_HEALTH, handler
 
 __all__ = ["Server"]
 
 _log = logging.getLogger(__name__)
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    *MESSAGE_OPTIONS,
     ("grpc.so_reuseport", 0),  # a port that somebody has is an error, and is not shared
 )
 

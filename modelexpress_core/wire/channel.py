@@ -9,7 +9,7 @@ import grpc
 from attrs import frozen
 
 from modelexpress_core.errors import InvalidURIError
-from modelexpress_core.wire.rpc import MAX_MESSAGE_BYTES
+from modelexpress_core.wire.rpc import MESSAGE_OPTIONS
 
 __all__ = ["Endpoint", "open_channel"]
 
@@ -34,8 +34,7 @@ _RETRIES = {
 }
 
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    *MESSAGE_OPTIONS,
     ("grpc.service_config", json.dumps(_RETRIES)),
 )
 

@@ -19,7 +19,7 @@ from modelexpress_core.wire.proto.modelexpress import api_pb2, health_pb2, p2p_p
 __all__ = [
     "API",
     "HEALTH",
-    "MAX_MESSAGE_BYTES",
+    "MESSAGE_OPTIONS",
     "P2P",
     "STANDARD_HEALTH",
     "WORKER",
@@ -30,7 +30,13 @@ __all__ = [
 ]
 
 #: Metadata of a worker with many tensors is long.
-MAX_MESSAGE_BYTES = 100 << 20
+_MAX_MESSAGE_BYTES = 100 << 20
+
+#: What servers and channels have in common.
+MESSAGE_OPTIONS = (
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+)
 
 
 @frozen

@@ -21,11 +21,12 @@ class HealthService:
 
     def __init__(self) -> None:
         self._started = time.monotonic()
+        self._version = version("modelexpress-core")  # read once: probes ask often
 
     async def get_health(self, _: health_pb2.GetHealthRequest, __: _Context) -> health_pb2.GetHealthResponse:
         """Status is ``"ok"`` whenever this is answered at all."""
         uptime = int(time.monotonic() - self._started)
-        return health_pb2.GetHealthResponse(version=version("modelexpress-core"), status="ok", uptime=uptime)
+        return health_pb2.GetHealthResponse(version=self._version, status="ok", uptime=uptime)
 
 
 class ApiService:

@@ -121,8 +121,7 @@ class MemoryStore:
     def _check_publisher(self, key: _Key, publisher: str) -> None:
         source = self._sources.get(key)
         if source is not None and source.record.publisher not in {"", publisher}:
-            message = f"{key[1]} was published by another"
-            raise NotPublisherError(message)
+            raise NotPublisherError(key[1])
 
     def _change(self, key: _Key, **changes: object) -> None:
         source = self._sources[key]

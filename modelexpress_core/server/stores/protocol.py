@@ -36,7 +36,14 @@ class StoreUnavailableError(Exception):
 
 
 class NotPublisherError(Exception):
-    """Somebody wants to change a record that another published."""
+    """Somebody wants to change a record that another published.
+
+    Args:
+        worker_id: The worker of the record.
+    """
+
+    def __init__(self, worker_id: str) -> None:
+        super().__init__(f"{worker_id} was published by another")
 
 
 def _unmodifiable(given: Mapping[str, str]) -> Mapping[str, str]:

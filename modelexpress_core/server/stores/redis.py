@@ -210,7 +210,7 @@ class RedisStore:
             source.worker,
         )
         if not done:
-            raise _not_publisher(record.worker_id)
+            raise NotPublisherError(record.worker_id)
 
     async def get(self, source_id: str, worker_id: str) -> StoredSource | None:
         """The source with these ids, if there is one."""
@@ -233,7 +233,7 @@ class RedisStore:
         load = "" if source_load is None else repr(source_load)
         done = await self._run(_UPDATE, _id(source_id, worker_id), status, load, publisher)
         if done < 0:
-            raise _not_publisher(worker_id)
+            raise NotPublisherError(worker_id)
         return bool(done)
 
     async def reap(self, stale_after_seconds: float, removed_after_seconds: float) -> Reaped:
@@ -282,10 +282,6 @@ async def _told() -> AsyncIterator[None]:
         yield
     except (redis.exceptions.RedisError, OSError) as exc:
         raise StoreUnavailableError(f"Redis: {exc}") from exc
-
-
-def _not_publisher(worker_id: str) -> NotPublisherError:
-    return NotPublisherError(f"{worker_id} was published by another")
 
 
 def _id(source_id: str, worker_id: str) -> str:

@@ -94,16 +94,16 @@ def _candidates(model: str, settings: VllmSettings) -> Iterator[Explained]:
 
 def _opened(loader: Loader, uri: str, why: str) -> Iterator[Explained]:
     for candidate in loader.candidates(uri):
-        why = why if candidate.origin == "caller" else f"{candidate.origin} found it"
+        reason = why if candidate.origin == "caller" else f"{candidate.origin} found it"
         place = str(candidate.uri)
         try:
             checkpoint = loader.open_headers(candidate)
         except ModelExpressError as exc:
-            yield Explained(place, why, "unusable", "ModelExpress", problem=str(exc))
+            yield Explained(place, reason, "unusable", "ModelExpress", problem=str(exc))
             continue
         reader = f"ModelExpress, with {checkpoint.provider}"
         sizes = (len(checkpoint.tensors), len(checkpoint.files), checkpoint.tensor_bytes)
-        yield Explained(place, why, "chosen", reader, *sizes)
+        yield Explained(place, reason, "chosen", reader, *sizes)
 
 
 def _found_by_vllm(loader: Loader, model: str) -> Iterator[Explained]:
