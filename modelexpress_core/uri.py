@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 from attrs import field, frozen
 
 from modelexpress_core.errors import InvalidURIError
+from modelexpress_core.immutable import unmodifiable
 
 __all__ = ["SCHEME_PATTERN", "ModelURI", "redacted"]
 
@@ -49,10 +49,6 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def _unmodifiable(query: Mapping[str, str]) -> Mapping[str, str]:
-    return MappingProxyType(dict(query))
-
-
 @frozen
 class ModelURI:
     """Where a checkpoint, a directory or a single file is.
@@ -69,7 +65,7 @@ class ModelURI:
     scheme: str
     authority: str = ""
     path: str = ""
-    query: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False, repr=False)
+    query: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False, repr=False)
     userinfo: str = field(default="", repr=False)
 
     @classmethod

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from types import MappingProxyType
 
 from attrs import define, field, frozen
 
+from modelexpress_core.immutable import unmodifiable
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["Checkpoint", "CheckpointFile", "TensorInfo"]
-
-
-def _unmodifiable(mapping: Mapping[str, str]) -> Mapping[str, str]:
-    return MappingProxyType(dict(mapping))
 
 
 @frozen
@@ -37,8 +33,8 @@ class CheckpointFile:
     size: int
     version: str | None
     header_bytes: int
-    digests: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False)
-    metadata: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False)
+    digests: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
+    metadata: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
     header: bytes = field(default=b"", repr=False, eq=False)
 
 

@@ -20,7 +20,7 @@ from modelexpress_core.server.services.p2p import P2pService
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.server.stores import MetadataStore, StoreUnavailableError
 from modelexpress_core.server.stores.measured import MeasuredStore
-from modelexpress_core.wire.rpc import API, HEALTH, MESSAGE_OPTIONS, P2P, STANDARD_HEALTH, handler
+from modelexpress_core.wire.rpc import API, HEALTH, MESSAGE_OPTIONS, P2P, STANDARD_HEALTH, Service, handler
 
 __all__ = ["Server"]
 
@@ -48,7 +48,12 @@ class Server:
         self._settings = settings
         self._metrics = ServerMetrics()
         self._store = MeasuredStore(store, self._metrics)
-        self._health = StandardHealth()
+        self._services: dict[Service, object] = {
+            HEALTH: HealthService(),
+            API: ApiService(),
+            P2P: P2pService(self._store, settings.heartbeat_timeout_seconds),
+        }
+        self._health = StandardHealth(service.name for service in self._services)
         self._closing = contextlib.AsyncExitStack()
         self.port = 0
         self.metrics_port = 0
@@ -73,13 +78,8 @@ class Server:
 
     async def _serve(self, opened: contextlib.AsyncExitStack) -> None:
         server = grpc.aio.server(interceptors=[Observed(self._metrics)], options=_OPTIONS)
-        implementations = {
-            HEALTH: HealthService(),
-            STANDARD_HEALTH: self._health,
-            API: ApiService(),
-            P2P: P2pService(self._store, self._settings.heartbeat_timeout_seconds),
-        }
-        server.add_generic_rpc_handlers([handler(service, each) for service, each in implementations.items()])
+        services = {**self._services, STANDARD_HEALTH: self._health}
+        server.add_generic_rpc_handlers([handler(service, each) for service, each in services.items()])
         address = f"{self._settings.host}:{self._settings.port}"
         try:
             self.port = server.add_insecure_port(address)

@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from enum import IntEnum
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import attrs
 from attrs import field, frozen
+
+from modelexpress_core.immutable import unmodifiable
 
 if TYPE_CHECKING:
     from modelexpress_core.wire.proto.modelexpress import p2p_pb2
@@ -58,10 +59,6 @@ class SourceType(IntEnum):
     TVM_FFI_CACHE = 9
 
 
-def _unmodifiable(given: Mapping[str, str]) -> Mapping[str, str]:
-    return MappingProxyType(dict(given))
-
-
 @frozen
 class SourceIdentity:
     """A model as an engine holds it in memory: workers with equal identities can read from one another.
@@ -95,7 +92,7 @@ class SourceIdentity:
     expert_parallel_size: int = 0
     dtype: str = ""
     quantization: str = ""
-    extra_parameters: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False)
+    extra_parameters: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
     revision: str = ""
     backend_framework_version: str = ""
     torch_version: str = ""

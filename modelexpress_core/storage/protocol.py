@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
 from attrs import field, frozen
 
+from modelexpress_core.immutable import unmodifiable
+
 __all__ = ["DiagnosableStorage", "Endpoint", "ObjectInfo", "PatientStorage", "RunStorage", "Storage"]
-
-
-def _unmodifiable(digests: Mapping[str, str]) -> Mapping[str, str]:
-    return MappingProxyType(dict(digests))
 
 
 @frozen
@@ -32,7 +29,7 @@ class ObjectInfo:
     path: str
     size: int = field(validator=attrs.validators.ge(0))
     version: str | None = None
-    digests: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False)
+    digests: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A read-only mapping cannot be pickled or copied as it is.

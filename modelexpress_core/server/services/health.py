@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 
 from modelexpress_core.wire.proto.modelexpress import health_pb2
-from modelexpress_core.wire.rpc import API, HEALTH, P2P
 
 __all__ = ["StandardHealth"]
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Status = health_pb2.HealthCheckResponse.ServingStatus
-_KNOWN = frozenset({"", API.name, HEALTH.name, P2P.name})
 
 
 class StandardHealth:
-    """All services serve, or none: before the server is ready, and while it drains."""
+    """All services serve, or none: before the server is ready, and while it drains.
 
-    def __init__(self) -> None:
+    Args:
+        services: Full names of those that there are; the empty name is the server as a whole.
+    """
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._known = frozenset({"", *services})
         self._serving = False
         self._ended = False
         self._changed = asyncio.Condition()
@@ -41,7 +44,7 @@ class StandardHealth:
 
     async def check(self, request: health_pb2.HealthCheckRequest, context: _Context) -> health_pb2.HealthCheckResponse:
         """Whether a service serves now."""
-        if request.service not in _KNOWN:
+        if request.service not in self._known:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no service is called {request.service!r}")
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
@@ -62,6 +65,6 @@ class StandardHealth:
                     await self._changed.wait()
 
     def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
-        if service not in _KNOWN:
+        if service not in self._known:
             return _Status.SERVICE_UNKNOWN
         return _Status.SERVING if self._serving else _Status.NOT_SERVING

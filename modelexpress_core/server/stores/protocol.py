@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from types import MappingProxyType
 from typing import Protocol
 
 from attrs import field, frozen
+
+from modelexpress_core.immutable import unmodifiable
 
 __all__ = [
     "Listing",
@@ -46,10 +47,6 @@ class NotPublisherError(Exception):
         super().__init__(f"{worker_id} was published by another")
 
 
-def _unmodifiable(given: Mapping[str, str]) -> Mapping[str, str]:
-    return MappingProxyType(dict(given))
-
-
 @frozen
 class SourceRecord:
     """What lists show of a source.
@@ -76,7 +73,7 @@ class SourceRecord:
     status: int = SourceStatus.UNKNOWN
     updated_at_ms: int = 0
     accelerator: str = ""
-    topology: Mapping[str, str] = field(factory=dict, converter=_unmodifiable, hash=False)
+    topology: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
     training_step: int | None = None
     layout_signature: str | None = None
     source_load: float | None = None
