@@ -17,11 +17,15 @@ from modelexpress_core.providers import (
 )
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.sources.settings import ServerAddress
+from modelexpress_core.wire.settings import AuthSettings, TlsSettings, TokenSettings
 
 if TYPE_CHECKING:
     from modelexpress_core.server.stores import MetadataStore
     from modelexpress_core.storage import Storage
     from modelexpress_core.uri import ModelURI
+
+
+_CLIENT_SETTINGS = (ServerAddress, TlsSettings, TokenSettings)
 
 
 def _open_file(uri: ModelURI, settings: Mapping[str, str]) -> Storage:
@@ -65,14 +69,17 @@ def mx_register_commands() -> list[CommandProvider]:
     """``mx serve``, and those that ask a server."""
     return [
         CommandProvider(
-            "serve", _serve, help="Run a server: it knows which worker holds which model.", settings=ServerSettings
+            "serve",
+            _serve,
+            help="Run a server: it knows which worker holds which model.",
+            settings=(ServerSettings, TlsSettings, AuthSettings),
         ),
-        CommandProvider("health", _health, help="Ask a server for its version and uptime.", settings=ServerAddress),
+        CommandProvider("health", _health, help="Ask a server for its version and uptime.", settings=_CLIENT_SETTINGS),
         CommandProvider(
             "sources",
             _sources,
             help="List the workers that hold models, as a server knows them.",
-            settings=ServerAddress,
+            settings=_CLIENT_SETTINGS,
         ),
     ]
 

@@ -441,9 +441,10 @@ class PluginManager:
         for name in sorted(self._records):
             for records in self._records[name].values():
                 for record in records:
-                    cls = getattr(record, "settings", None)
-                    if cls is not None and (name, cls) not in pairs:
-                        pairs.append((name, cls))
+                    settings = getattr(record, "settings", None) or ()
+                    for cls in settings if isinstance(settings, tuple) else (settings,):
+                        if (name, cls) not in pairs:
+                            pairs.append((name, cls))
         return tuple(pairs)
 
     def open_storage(self, uri: ModelURI, environ: Mapping[str, str]) -> tuple[Registered[StorageProvider], Storage]:

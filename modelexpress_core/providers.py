@@ -164,14 +164,14 @@ class CommandProvider:
             or a function that typer turns into a command.
         help: One line for ``mx --help``.
         api_version: The hook contract that it was written for.
-        settings: Settings class that it reads, for ``mx settings``.
+        settings: Settings class that it reads, for ``mx settings``; or several.
     """
 
     name: str = field(validator=_check_name)
     factory: Callable[[], Any] = field(validator=_check_factory)
     help: str = field(default="", kw_only=True)
     api_version: int = field(default=API_VERSION, kw_only=True)
-    settings: type | None = field(default=None, kw_only=True)
+    settings: type | tuple[type, ...] | None = field(default=None, kw_only=True)
 
 
 @frozen

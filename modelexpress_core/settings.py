@@ -51,7 +51,6 @@ _METADATA = "modelexpress.env"
 #: Variables with our prefix that other parts of ModelExpress read, so that they are not called unknown.
 RESERVED_VARIABLES = frozenset(
     {
-        "MX_AUTH_TOKEN_PATH",
         "MX_FALLBACK",
         "MX_GC_TIMEOUT_SECS",
         "MX_HEARTBEAT_INTERVAL_SECS",

@@ -23,6 +23,7 @@ from attrs import field, frozen
 
 from modelexpress_core.errors import BackendError, DeadlineError, NotFoundError, UnavailableError, UnsupportedError
 from modelexpress_core.storage import Endpoint
+from modelexpress_core.tls_errors import objection
 
 __all__ = ["Certificate", "Handshake", "NetworkRoute", "shown_address", "within"]
 
@@ -46,19 +47,6 @@ _REFUSALS: Mapping[int, tuple[str, str]] = {
     errno.EHOSTUNREACH: ("the host is down, or there is no route to it", "check the host and the network between"),
     errno.ECONNRESET: ("a firewall or the server breaks connections off", "check what is between, and the port"),
 }
-
-#: OpenSSL's verification error -> (what is wrong, likely cause, next step).
-_DISTRUST: Mapping[int, tuple[str, str, str]] = {
-    9: ("is not valid yet", "the clock of this machine is slow", "set the clock (chronyc tracking, timedatectl)"),
-    10: ("has expired", "it was not renewed, or the clock of this machine is fast", "renew it, and check the clock"),
-    62: ("is for another host", "the name in the endpoint is not one that the certificate has", "use one that it has"),
-    64: ("is for another host", "the address in the endpoint is none that the certificate has", "use a name it has"),
-}
-_UNTRUSTED = (
-    "is not trusted",
-    "it was signed by an authority of your own, or by a proxy that looks into connections",
-    "name the file with that authority's certificate",
-)
 
 
 def within(seconds: float, call: Callable[[], _R], operation: str) -> _R:
@@ -292,7 +280,7 @@ class NetworkRoute:
             return version, None
 
     def _distrust(self, exc: ssl.SSLCertVerificationError) -> BackendError:
-        what, cause, hint = _DISTRUST.get(exc.verify_code, _UNTRUSTED)
+        what, cause, hint = objection(exc)
         return UnavailableError(
             f"its certificate {what}: {exc.verify_message}",
             operation=f"verify {self.endpoint.host}",

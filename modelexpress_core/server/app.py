@@ -20,16 +20,13 @@ from modelexpress_core.server.services.p2p import P2pService
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.server.stores import MetadataStore, StoreUnavailableError
 from modelexpress_core.server.stores.measured import MeasuredStore
-from modelexpress_core.wire.rpc import API, HEALTH, MESSAGE_OPTIONS, P2P, STANDARD_HEALTH, Service, handler
+from modelexpress_core.wire.rpc import API, HEALTH, P2P, STANDARD_HEALTH, Service
+from modelexpress_core.wire.serving import listen, new_server
+from modelexpress_core.wire.settings import AuthSettings, TlsSettings
 
 __all__ = ["Server"]
 
 _log = logging.getLogger(__name__)
-
-_OPTIONS = (
-    *MESSAGE_OPTIONS,
-    ("grpc.so_reuseport", 0),  # a port that somebody has is an error, and is not shared
-)
 
 
 class Server:
@@ -38,14 +35,26 @@ class Server:
     Args:
         settings: How to run.
         store: Where metadata is kept; closed at the end.
+        tls: Files of TLS, which is spoken where there is a certificate among them.
+        auth: Whose calls are answered.
 
     Attributes:
         port: Where the gRPC services are.
+        health_port: Where those of health are, without TLS; 0 where that is not asked for.
         metrics_port: Where the metrics are.
     """
 
-    def __init__(self, settings: ServerSettings, store: MetadataStore) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        store: MetadataStore,
+        *,
+        tls: TlsSettings | None = None,
+        auth: AuthSettings | None = None,
+    ) -> None:
         self._settings = settings
+        self._tls = tls or TlsSettings()
+        self._auth = auth or AuthSettings()
         self._metrics = ServerMetrics()
         self._store = MeasuredStore(store, self._metrics)
         self._services: dict[Service, object] = {
@@ -56,6 +65,7 @@ class Server:
         self._health = StandardHealth(service.name for service in self._services)
         self._closing = contextlib.AsyncExitStack()
         self.port = 0
+        self.health_port = 0
         self.metrics_port = 0
 
     async def __aenter__(self) -> Server:
@@ -63,6 +73,7 @@ class Server:
             opened.push_async_callback(self._store.close)
             await self._serve_metrics(opened)
             await self._serve(opened)
+            await self._serve_health(opened)
             for task in (self._reaper().run(), self._count()):
                 running = asyncio.ensure_future(task)
                 opened.callback(running.cancel)
@@ -77,16 +88,29 @@ class Server:
         await self._closing.aclose()
 
     async def _serve(self, opened: contextlib.AsyncExitStack) -> None:
-        server = grpc.aio.server(interceptors=[Observed(self._metrics)], options=_OPTIONS)
         services = {**self._services, STANDARD_HEALTH: self._health}
-        server.add_generic_rpc_handlers([handler(service, each) for service, each in services.items()])
-        address = f"{self._settings.host}:{self._settings.port}"
-        try:
-            self.port = server.add_insecure_port(address)
-        except RuntimeError as exc:
-            raise _taken(address, "MODEL_EXPRESS_SERVER_PORT", exc) from exc
+        server = new_server(services, auth=self._auth, interceptors=[Observed(self._metrics)])
+        self.port = self._listen(server, self._settings.port, "MODEL_EXPRESS_SERVER_PORT", self._tls, self._auth)
         await server.start()
         opened.push_async_callback(server.stop, self._settings.drain_seconds)
+
+    async def _serve_health(self, opened: contextlib.AsyncExitStack) -> None:
+        """For probes that speak no TLS, and have no certificate to show."""
+        if self._settings.health_port is None:
+            return
+        services = {HEALTH: self._services[HEALTH], STANDARD_HEALTH: self._health}
+        server = new_server(services, auth=AuthSettings())
+        port = self._settings.health_port
+        self.health_port = self._listen(server, port, "MODEL_EXPRESS_HEALTH_PORT", TlsSettings(), AuthSettings())
+        await server.start()
+        opened.push_async_callback(server.stop, 0)
+
+    def _listen(self, server: grpc.aio.Server, port: int, variable: str, tls: TlsSettings, auth: AuthSettings) -> int:
+        address = f"{self._settings.host}:{port}"
+        try:
+            return listen(server, address, tls=tls, auth=auth)
+        except RuntimeError as exc:
+            raise _taken(address, variable, exc) from exc
 
     async def _serve_metrics(self, opened: contextlib.AsyncExitStack) -> None:
         host, port = self._settings.host, self._settings.metrics_port

@@ -36,6 +36,12 @@ class ServerSettings:
         converter=_port,
         help="Port of the Prometheus metrics; 0: any free one.",
     )
+    health_port: int | None = env(
+        "MODEL_EXPRESS_HEALTH_PORT",
+        default=None,
+        converter=_port,
+        help="Port that serves health alone, without TLS, for probes that speak none; unset: there is no such port.",
+    )
     metadata: str = env(
         "MX_METADATA_URI",
         default="memory://",

@@ -3,78 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any
 
-import grpc
-
-from modelexpress_core.errors import AccessDeniedError, BackendError, DeadlineError, UnavailableError, UnsupportedError
 from modelexpress_core.sources.identity import SourceIdentity
-from modelexpress_core.wire.channel import Endpoint, open_channel
+from modelexpress_core.wire.client import Client, Security
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
-from modelexpress_core.wire.rpc import HEALTH, P2P, Service, stub
+from modelexpress_core.wire.rpc import HEALTH, P2P
 
 __all__ = ["ServerClient"]
 
-_Code = grpc.StatusCode
 
-#: Error and likely cause for each status that has one of its own.
-_ERRORS: dict[grpc.StatusCode, tuple[type[BackendError], str, str]] = {
-    _Code.UNAVAILABLE: (
-        UnavailableError,
-        "no server is there, one side speaks TLS and the other does not, or what it depends on is down",
-        "check MODEL_EXPRESS_URL (https:// is TLS), and that the server runs: `mx health`",
-    ),
-    _Code.DEADLINE_EXCEEDED: (
-        DeadlineError,
-        "the server is overloaded, or something on the way drops packets",
-        "try again; MX_SERVER_DEADLINE_SECONDS sets how long is waited",
-    ),
-    _Code.UNAUTHENTICATED: (
-        AccessDeniedError,
-        "the server wants a token, and none or a wrong one was sent",
-        "check the file that MX_AUTH_TOKEN_PATH names",
-    ),
-    _Code.PERMISSION_DENIED: (
-        AccessDeniedError,
-        "the server knows who asks, and does not let them",
-        "ask whoever runs the server",
-    ),
-    _Code.UNIMPLEMENTED: (
-        UnsupportedError,
-        "what listens there is another program, or a server of another version",
-        "check host and port in MODEL_EXPRESS_URL",
-    ),
-}
-
-
-class ServerClient:
+class ServerClient(Client):
     """A connection to one server; thread-safe. Made without a word sent.
 
     Args:
-        url: Where it is: ``host:port``, or a URL.
+        url: Where it is: ``host:port``, or a URL; ``https://`` is TLS.
         deadline_seconds: How long each call may take, retries included.
+        security: Certificates and token; by default those of this system, and the token at the usual place.
 
     Raises:
         InvalidURIError: By the constructor, where ``url`` is no address.
+        SettingsError: By the constructor, where certificates cannot be used.
         BackendError: By each call: unavailable, access denied, deadline, unsupported.
     """
 
-    def __init__(self, url: str, *, deadline_seconds: float = 10.0) -> None:
-        self._endpoint = Endpoint.parse(url)
-        self._deadline_seconds = deadline_seconds
-        self._channel = open_channel(self._endpoint)
-        self._stubs = {service.name: stub(service, self._channel) for service in (HEALTH, P2P)}
-
-    def __enter__(self) -> ServerClient:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the connection."""
-        self._channel.close()
+    def __init__(self, url: str, *, deadline_seconds: float = 10.0, security: Security | None = None) -> None:
+        super().__init__(url, (HEALTH, P2P), deadline_seconds=deadline_seconds, security=security or Security())
 
     def health(self) -> health_pb2.GetHealthResponse:
         """Version, status and uptime of the server."""
@@ -104,17 +57,3 @@ class ServerClient:
         """A heartbeat. Whoever is told that the server does not know the worker publishes again."""
         response: p2p_pb2.UpdateStatusResponse = self._call(P2P, "UpdateStatus", request)
         return response
-
-    def _call(self, service: Service, method: str, request: Any) -> Any:  # noqa: ANN401 - messages of the method
-        try:
-            return self._stubs[service.name][method](request, timeout=self._deadline_seconds)
-        except grpc.RpcError as exc:
-            code = exc.code()
-            kind, cause, hint = _ERRORS.get(code, (BackendError, "", ""))
-            raise kind(
-                f"the server answered {code.name}: {exc.details()}",
-                uri=str(self._endpoint),
-                operation=f"call {method}",
-                cause=cause or None,
-                hint=hint or "look into the log of the server",
-            ) from exc

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import grpc
 from attrs import frozen
+from google.protobuf.message import Message
 
-from modelexpress_core.errors import InvalidURIError
-from modelexpress_core.wire.rpc import MESSAGE_OPTIONS
+from modelexpress_core.errors import InvalidURIError, SettingsError
+from modelexpress_core.wire.files import Files, read_bytes
+from modelexpress_core.wire.rpc import MESSAGE_OPTIONS, Service, stub
+from modelexpress_core.wire.settings import TlsSettings, TokenSettings
+from modelexpress_core.wire.tls import ClientTls
 
-__all__ = ["Endpoint", "open_channel"]
+__all__ = ["Connection", "Endpoint", "TokenFile", "open_channel"]
 
 _DEFAULT_PORT = 8001
 
@@ -37,6 +45,9 @@ _OPTIONS = (
     *MESSAGE_OPTIONS,
     ("grpc.service_config", json.dumps(_RETRIES)),
 )
+
+#: Channels with the same credentials would share a connection, also one that stands since before they changed.
+_SECURE_OPTIONS = (*_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
 
 
 @frozen
@@ -69,8 +80,100 @@ class Endpoint:
         return f"{'https' if self.tls else 'http'}://{self.target}"
 
 
-def open_channel(endpoint: Endpoint) -> grpc.Channel:
+class Connection:
+    """Calls of one server over a channel that is opened anew when certificates have changed. Thread-safe.
+
+    Nothing is sent before the first call. Calls that find no server are made again, within their deadline.
+
+    Args:
+        endpoint: The server.
+        services: What is called.
+        tls: Files of TLS, where the endpoint speaks it.
+        token: Where the token is that is sent, if any.
+
+    Raises:
+        SettingsError: Files of TLS make no sense.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        services: Iterable[Service],
+        *,
+        tls: TlsSettings | None = None,
+        token: TokenSettings | None = None,
+    ) -> None:
+        self.endpoint = endpoint
+        self._services = tuple(services)
+        self._tls = ClientTls(tls or TlsSettings()) if endpoint.tls else None
+        self._token = None if token is None else TokenFile(token.path)
+        self._lock = threading.Lock()
+        self._channel: grpc.Channel | None = None
+        self._stubs: Mapping[str, Mapping[str, Callable[..., Any]]] = {}
+
+    def call(self, service: Service, method: str, request: Message, timeout_seconds: float) -> Any:  # noqa: ANN401 - the method's answer
+        """The answer of ``method``: a message, or an iterator of them.
+
+        Raises:
+            grpc.RpcError: There is none.
+            SettingsError: The token's file is there, and holds none.
+        """
+        token = None if self._token is None else self._token.token()
+        metadata = None if token is None else (("authorization", f"Bearer {token}"),)
+        return self._stub(service)[method](request, timeout=timeout_seconds, metadata=metadata)
+
+    def _stub(self, service: Service) -> Mapping[str, Callable[..., Any]]:
+        with self._lock:
+            credentials, changed = (None, False) if self._tls is None else self._tls.credentials()
+            if self._channel is None or changed:
+                # The channel before is left to the calls that are under way on it.
+                self._channel = open_channel(self.endpoint, credentials)
+                self._stubs = {each.name: stub(each, self._channel) for each in self._services}
+            return self._stubs[service.name]
+
+    def close(self) -> None:
+        """End the connection."""
+        with self._lock:
+            if self._channel is not None:
+                self._channel.close()
+            self._channel = None
+
+
+class TokenFile:
+    """The token that is sent: what the file holds as of now; None where there is no such file.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._files: Files[str] | None = None
+
+    def token(self) -> str | None:
+        """The token.
+
+        Raises:
+            SettingsError: The file is there, and cannot be read or holds no token.
+        """
+        if self._files is None:
+            if not os.path.exists(self._path):
+                return None
+            self._files = Files((self._path,), self._read)
+        return self._files.value()
+
+    def _read(self) -> str:
+        token = read_bytes(self._path, "MX_AUTH_TOKEN_PATH").strip()
+        if not re.fullmatch(rb"[\x21-\x7e]+", token):
+            message = f"the file that MX_AUTH_TOKEN_PATH names holds no token: {self._path}"
+            raise SettingsError(message, hint="a token is one word, and all that stands in the file")
+        return token.decode("ascii")
+
+
+def open_channel(endpoint: Endpoint, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
     """A channel to ``endpoint``; nothing is sent before the first call. Calls that find no server are made again."""
     if endpoint.tls:
-        return grpc.secure_channel(endpoint.target, grpc.ssl_channel_credentials(), options=_OPTIONS)
+        return grpc.secure_channel(
+            endpoint.target, credentials or grpc.ssl_channel_credentials(), options=_SECURE_OPTIONS
+        )
     return grpc.insecure_channel(endpoint.target, options=_OPTIONS)

@@ -24,6 +24,7 @@ class Serving:
     Attributes:
         url: Where its gRPC services are.
         metrics_url: Where its metrics are.
+        health_url: Where its health alone is, without TLS; None where that was not asked for.
         process: Its process; what it says goes to ``process.stderr``.
     """
 
@@ -40,11 +41,11 @@ class Serving:
         timer.start()
         line = self.process.stderr.readline()
         timer.cancel()
-        match = re.fullmatch(r"serving on (\S+), metrics on (\S+), metadata in \S+\n", line)
+        match = re.fullmatch(r"serving on (\S+), metrics on (\S+), metadata in [^\s,]+(?:, health on (\S+))?\n", line)
         if match is None:
             self.process.kill()
             raise AssertionError(line + self.process.stderr.read())
-        self.url, self.metrics_url = match[1], f"http://{match[2]}"
+        self.url, self.metrics_url, self.health_url = match[1], f"http://{match[2]}", match[3]
 
     def metrics(self) -> str:
         """What it counted until now."""

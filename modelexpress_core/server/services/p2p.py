@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from modelexpress_core.server.auth import caller
 from modelexpress_core.server.stores import (
     MetadataStore,
     NotPublisherError,
@@ -18,6 +17,7 @@ from modelexpress_core.server.stores import (
     StoredSource,
 )
 from modelexpress_core.sources.identity import SourceIdentity
+from modelexpress_core.wire.authentication import caller
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
 __all__ = ["P2pService"]

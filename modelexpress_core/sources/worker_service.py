@@ -1,0 +1,250 @@
+"""``WorkerService``: a worker tells readers what lies where in its memory, and keeps it there while they read.
+
+A reader leases the source before it reads, and gives the lease back. A worker that wants to change or free its memory
+drains first: it grants no more leases, and waits for those that are out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import grpc
+import grpc.aio
+
+from modelexpress_core.errors import ModelExpressError
+from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
+from modelexpress_core.wire.rpc import STANDARD_HEALTH, WORKER
+from modelexpress_core.wire.serving import listen, new_server
+from modelexpress_core.wire.settings import AuthSettings, TlsSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+__all__ = ["Leases", "WorkerServer"]
+
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Code = grpc.StatusCode
+_R = TypeVar("_R")
+
+
+class Leases:
+    """Who reads now. Thread-safe.
+
+    Args:
+        seconds: A lease that is not given back in this time ends by itself: its reader is gone.
+        clock: Seconds that never go back.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._until: dict[str, float] = {}
+        self._returned: dict[str, float] = {}
+        self._draining = False
+        self._changed = threading.Condition()
+
+    @property
+    def draining(self) -> bool:
+        """Whether no more are granted."""
+        return self._draining
+
+    def grant(self) -> str | None:
+        """A new lease; None while draining."""
+        with self._changed:
+            if self._draining:
+                return None
+            lease = secrets.token_hex(16)
+            self._until[lease] = self._clock() + self._seconds
+            return lease
+
+    def release(self, lease: str) -> bool:
+        """It is given back; False where it had ended before that, or never was: its reader cannot trust what it read.
+
+        A call that is made again, because its answer was lost, gets the same answer.
+        """
+        with self._changed:
+            self._count()
+            until = self._until.pop(lease, None)
+            if until is not None:
+                self._returned[lease] = until
+                self._changed.notify_all()
+            return lease in self._returned
+
+    def out(self) -> int:
+        """How many are out."""
+        with self._changed:
+            return self._count()
+
+    def drain(self, timeout_seconds: float) -> bool:
+        """Grant no more, and wait for those that are out; whether all came back in time."""
+        deadline = self._clock() + timeout_seconds
+        with self._changed:
+            self._draining = True
+            while self._count():
+                now = self._clock()
+                if now >= deadline:
+                    return False
+                self._changed.wait(min(deadline, *self._until.values()) - now)
+            return True
+
+    def _count(self) -> int:
+        now = self._clock()
+        self._until = {lease: until for lease, until in self._until.items() if until > now}
+        self._returned = {lease: until for lease, until in self._returned.items() if until > now}
+        return len(self._until)
+
+
+class _WorkerService:
+    """What a worker answers, in the words of the protocol."""
+
+    def __init__(self, manifest: p2p_pb2.GetTensorManifestResponse, leases: Leases) -> None:
+        self._manifest = manifest
+        self._leases = leases
+
+    async def get_tensor_manifest(
+        self, request: p2p_pb2.GetTensorManifestRequest, context: _Context
+    ) -> p2p_pb2.GetTensorManifestResponse:
+        """What lies where."""
+        await self._check(request, context)
+        return self._manifest
+
+    async def prepare_tensor_read(
+        self, request: p2p_pb2.PrepareTensorReadRequest, context: _Context
+    ) -> p2p_pb2.PrepareTensorReadResponse:
+        """The same, and a promise that it stays there."""
+        await self._check(request, context)
+        lease = self._leases.grant()
+        if lease is None:
+            await context.abort(_Code.UNAVAILABLE, _DRAINING)
+        return p2p_pb2.PrepareTensorReadResponse(lease_id=lease, manifest=self._manifest)
+
+    async def release_tensor_read(
+        self, request: p2p_pb2.ReleaseTensorReadRequest, context: _Context
+    ) -> p2p_pb2.ReleaseTensorReadResponse:
+        """A reader is done; also a worker that drains hears that."""
+        await self._check_ids(request, context)
+        if not self._leases.release(request.lease_id):
+            await context.abort(_Code.NOT_FOUND, "no such lease: it has ended, and the memory may have changed since")
+        return p2p_pb2.ReleaseTensorReadResponse()
+
+    async def _check(self, request: Any, context: _Context) -> None:  # noqa: ANN401 - one of two messages
+        await self._check_ids(request, context)
+        if self._leases.draining:
+            await context.abort(_Code.UNAVAILABLE, _DRAINING)
+
+    async def _check_ids(self, request: Any, context: _Context) -> None:  # noqa: ANN401 - one of three messages
+        ours = self._manifest
+        if not request.mx_source_id:
+            await context.abort(_Code.INVALID_ARGUMENT, "mx_source_id is required")
+        if request.mx_source_id != ours.mx_source_id:
+            reason = f"this worker holds source {ours.mx_source_id!r}, not {request.mx_source_id!r}"
+            await context.abort(_Code.FAILED_PRECONDITION, reason)
+        if request.HasField("worker_id") and request.worker_id != ours.worker_id:
+            reason = f"this is worker {ours.worker_id!r}, not {request.worker_id!r}"
+            await context.abort(_Code.FAILED_PRECONDITION, reason)
+
+
+_DRAINING = "the worker is draining: its memory is about to change"
+
+
+class _WorkerHealth:
+    """``grpc.health.v1.Health`` of a worker: it serves until it drains."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+
+    async def check(self, request: health_pb2.HealthCheckRequest, context: _Context) -> health_pb2.HealthCheckResponse:
+        """Whether readers are welcome."""
+        if request.service not in {"", WORKER.name}:
+            await context.abort(_Code.NOT_FOUND, f"no service is called {request.service!r}")
+        status = health_pb2.HealthCheckResponse
+        return status(status=status.NOT_SERVING if self._leases.draining else status.SERVING)
+
+    async def watch(self, _: health_pb2.HealthCheckRequest, context: _Context) -> None:
+        """Not offered: a probe asks again."""
+        await context.abort(_Code.UNIMPLEMENTED, "watching is not offered by workers")
+
+
+class WorkerServer:
+    """Serves ``WorkerService`` in a thread of its own, so that it can be used from any program.
+
+    Args:
+        manifest: What the worker holds, with its ids.
+        address: Where to listen: ``host:port``; port 0 is any free one.
+        tls: Files of TLS, which is spoken where there is a certificate among them.
+        auth: Whose calls are answered.
+        lease_seconds: How long a reader may keep a lease.
+
+    Attributes:
+        port: Where it listens.
+        leases: Who reads now.
+
+    Raises:
+        ModelExpressError: It cannot listen there.
+        SettingsError: Files of TLS or of tokens make no sense.
+    """
+
+    def __init__(
+        self,
+        manifest: p2p_pb2.GetTensorManifestResponse,
+        address: str,
+        *,
+        tls: TlsSettings | None = None,
+        auth: AuthSettings | None = None,
+        lease_seconds: float = 600.0,
+    ) -> None:
+        self.leases = Leases(lease_seconds)
+        self._manifest = manifest
+        self._address = address
+        self._tls = tls or TlsSettings()
+        self._auth = auth or AuthSettings()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mx-worker-service", daemon=True)
+        self._thread.start()
+        try:
+            self.port, self._server = self._wait(self._begin())
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def __enter__(self) -> WorkerServer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def drain(self, timeout_seconds: float) -> bool:
+        """Grant no more leases, and wait for those that are out; whether all came back in time."""
+        return self.leases.drain(timeout_seconds)
+
+    def close(self) -> None:
+        """Answer no more. Whoever wants readers to end first drains."""
+        if self._thread.is_alive():
+            self._wait(self._server.stop(0))
+            self._end_loop()
+
+    async def _begin(self) -> tuple[int, grpc.aio.Server]:
+        services = {WORKER: _WorkerService(self._manifest, self.leases), STANDARD_HEALTH: _WorkerHealth(self.leases)}
+        server = new_server(services, auth=self._auth)
+        try:
+            port = listen(server, self._address, tls=self._tls, auth=self._auth)
+        except RuntimeError as exc:
+            message = f"the worker cannot listen on {self._address}: {exc}"
+            hint = "end the program that has the port, or set MX_WORKER_GRPC_PORT"
+            raise ModelExpressError(message, hint=hint) from exc
+        await server.start()
+        return port, server
+
+    def _wait(self, work: Coroutine[Any, Any, _R]) -> _R:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,26 @@
+"""What OpenSSL's objections to a certificate mean, and what to do about them."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+
+__all__ = ["objection"]
+
+#: OpenSSL's verification error -> (what is wrong, likely cause, next step).
+_OBJECTIONS: Mapping[int, tuple[str, str, str]] = {
+    9: ("is not valid yet", "the clock of this machine is slow", "set the clock (chronyc tracking, timedatectl)"),
+    10: ("has expired", "it was not renewed, or the clock of this machine is fast", "renew it, and check the clock"),
+    62: ("is for another host", "the name in the endpoint is not one that the certificate has", "use one that it has"),
+    64: ("is for another host", "the address in the endpoint is none that the certificate has", "use a name it has"),
+}
+_UNTRUSTED = (
+    "is not trusted",
+    "it was signed by an authority of your own, or by a proxy that looks into connections",
+    "name the file with that authority's certificate",
+)
+
+
+def objection(exc: ssl.SSLCertVerificationError) -> tuple[str, str, str]:
+    """What is wrong with the certificate ("has expired"), the likely cause, and the next step."""
+    return _OBJECTIONS.get(exc.verify_code, _UNTRUSTED)

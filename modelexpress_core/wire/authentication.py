@@ -1,0 +1,220 @@
+"""Who calls, and whether they may: for every service of a server or of a worker, but those of health.
+
+An ``Authenticator`` says who a call is from. Those here know tokens from a file, and certificates; one that asks an
+authority elsewhere (that of a cluster, say) is one more class with that one method.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeAlias
+
+import grpc
+import grpc.aio
+from attrs import frozen
+
+from modelexpress_core.errors import SettingsError
+from modelexpress_core.wire.files import Files, read_bytes
+from modelexpress_core.wire.rpc import HEALTH, STANDARD_HEALTH, wrapped
+from modelexpress_core.wire.settings import AuthSettings
+
+__all__ = [
+    "Authenticated",
+    "Authenticator",
+    "Call",
+    "Certificates",
+    "RefusedError",
+    "Tokens",
+    "authenticator",
+    "caller",
+]
+
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Code = grpc.StatusCode
+
+#: Who makes the call that is being answered; empty where nobody has to prove who they are.
+caller: ContextVar[str] = ContextVar("caller", default="")
+
+#: Services that anybody may ask.
+_OPEN = frozenset({HEALTH.name, STANDARD_HEALTH.name})
+
+_LINE = re.compile(r"(?P<name>[^:\s]+):(?:sha256:(?P<digest>[0-9a-fA-F]{64})|(?P<token>[\x21-\x7e]+))")
+
+#: A shorter one can be guessed.
+_SHORTEST_TOKEN = 16
+
+
+@frozen
+class Call:
+    """What a call says of who makes it.
+
+    Attributes:
+        token: What came after ``Bearer``; None where there is no such header.
+        names: Names in the certificate that the client proved to have, the subject's last.
+    """
+
+    token: str | None = None
+    names: Sequence[str] = ()
+
+    def __repr__(self) -> str:
+        """Without the token."""
+        return f"Call(token={'***' if self.token else None}, names={self.names!r})"
+
+
+class RefusedError(Exception):
+    """The call is not answered.
+
+    Args:
+        code: UNAUTHENTICATED: who it is from is not proven. PERMISSION_DENIED: they may not. UNAVAILABLE: the authority
+            that would know cannot be asked.
+        reason: What the caller is told. Holds no token.
+    """
+
+    def __init__(self, code: grpc.StatusCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class Authenticator(Protocol):
+    """Says who a call is from."""
+
+    async def authenticate(self, call: Call) -> str:
+        """The name of whoever makes the call: records that they publish belong to that name. Never empty.
+
+        Raises:
+            RefusedError: It is not known, or they may not.
+        """
+
+
+class Tokens:
+    """Callers by their tokens, from a file.
+
+    Each line is ``name:token`` or ``name:sha256:`` with the token's digest; empty lines and those that begin with ``#``
+    say nothing. A name may have several tokens, so that one can be replaced without a gap.
+
+    Args:
+        path: The file; read again whenever it changes.
+
+    Raises:
+        SettingsError: It cannot be read, or a line makes no sense.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._files = Files((path,), lambda: _read_tokens(path))
+
+    async def authenticate(self, call: Call) -> str:
+        """Who has the token."""
+        if call.token is None:
+            raise RefusedError(_Code.UNAUTHENTICATED, "a token is wanted, and none was sent")
+        given = hashlib.sha256(call.token.encode("utf-8", "surrogateescape")).digest()
+        found = ""
+        for digest, name in self._files.value().items():
+            if hmac.compare_digest(digest, given):  # and on, so that all take the same time
+                found = name
+        if not found:
+            raise RefusedError(_Code.UNAUTHENTICATED, "the token is not one that is known here")
+        return found
+
+
+def _read_tokens(path: str) -> Mapping[bytes, str]:
+    """Names by the digests of their tokens."""
+    names: dict[bytes, str] = {}
+    try:
+        text = read_bytes(path, "MX_AUTH_TOKENS_PATH").decode()
+    except UnicodeDecodeError as exc:
+        raise _bad_tokens(path, "it is no text") from exc
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = _LINE.fullmatch(line.strip())
+        if match is None:
+            raise _bad_tokens(path, f"line {number} is neither name:token nor name:sha256:digest")
+        if match["token"] is not None and len(match["token"]) < _SHORTEST_TOKEN:
+            raise _bad_tokens(path, f"line {number} has a token of fewer than {_SHORTEST_TOKEN} characters")
+        digest = bytes.fromhex(match["digest"]) if match["digest"] else hashlib.sha256(match["token"].encode()).digest()
+        if names.setdefault(digest, match["name"]) != match["name"]:
+            raise _bad_tokens(path, f"line {number} has the token of another name")
+    if not names:
+        raise _bad_tokens(path, "it has no tokens in it")
+    return names
+
+
+def _bad_tokens(path: str, problem: str) -> SettingsError:
+    return SettingsError(
+        f"the file of tokens that MX_AUTH_TOKENS_PATH names cannot be used: {path}: {problem}",
+        hint="write a line name:token for each caller; `openssl rand -hex 32` makes a token",
+    )
+
+
+class Certificates:
+    """Callers by their certificates, which TLS has verified."""
+
+    async def authenticate(self, call: Call) -> str:
+        """The first name in the certificate: of its alternative names, else of its subject."""
+        if not call.names:
+            raise RefusedError(_Code.UNAUTHENTICATED, "a certificate with a name in it is wanted, and none was shown")
+        return call.names[0]
+
+
+def authenticator(settings: AuthSettings) -> Authenticator | None:
+    """What ``settings`` ask for; None where everybody is answered.
+
+    Raises:
+        SettingsError: The file of tokens makes no sense.
+    """
+    if settings.mode == "token":
+        assert settings.tokens is not None  # noqa: S101 - for the type checker: the settings have checked it
+        return Tokens(settings.tokens)
+    return Certificates() if settings.mode == "mtls" else None
+
+
+class Authenticated(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the annotations alone
+    """Refuses calls of unknown or forbidden callers, whatever the service, and tells the others' names as ``caller``.
+
+    Args:
+        authenticator: Who knows them.
+    """
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self._authenticator = authenticator
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler of a call, behind the door."""
+        handler = await continuation(handler_call_details)
+        service = handler_call_details.method.strip("/").partition("/")[0]
+        if handler is None or service in _OPEN:
+            return handler
+        token = _token(handler_call_details.invocation_metadata)
+
+        async def admit(context: _Context) -> None:
+            try:
+                caller.set(await self._authenticator.authenticate(Call(token, _names(context.auth_context()))))
+            except RefusedError as exc:
+                await context.abort(exc.code, exc.reason)
+
+        return wrapped(handler, admit)
+
+
+def _token(metadata: Any) -> str | None:  # noqa: ANN401 - pairs, in gRPC's own class
+    for key, value in metadata or ():
+        if key == "authorization" and isinstance(value, str):
+            scheme, _, token = value.partition(" ")
+            if scheme.lower() == "bearer" and token.strip():
+                return token.strip()
+    return None
+
+
+def _names(proven: Mapping[str, Iterable[bytes]]) -> Sequence[str]:
+    """The names in a client's certificate: alternative ones first, then the common name, then the whole subject."""
+    keys = ("x509_subject_alternative_name", "x509_common_name", "x509_subject")
+    found = (name.decode("utf-8", "replace") for key in keys for name in proven.get(key, ()))
+    return tuple(name for name in found if name)

@@ -1,0 +1,131 @@
+"""Credentials of gRPC's TLS, for servers and for clients, from files that may be replaced at any time."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import grpc
+from attrs import frozen
+
+from modelexpress_core.errors import SettingsError
+from modelexpress_core.wire.files import Files, read_bytes
+from modelexpress_core.wire.settings import TlsSettings
+
+__all__ = ["ClientTls", "client_context", "server_credentials"]
+
+
+@frozen(repr=False)
+class _Material:
+    """What the files hold, checked: PEM."""
+
+    authorities: bytes | None
+    certificate: bytes | None
+    key: bytes | None
+
+
+def _read(settings: TlsSettings) -> _Material:
+    """The files of ``settings``, once they fit together.
+
+    Raises:
+        SettingsError: One cannot be read, is no PEM, or the key is not the certificate's.
+    """
+    named = (
+        (settings.authorities, "MX_TLS_CA_PATH"),
+        (settings.certificate, "MX_TLS_CERT_PATH"),
+        (settings.key, "MX_TLS_KEY_PATH"),
+    )
+    material = _Material(*(None if path is None else read_bytes(path, variable) for path, variable in named))
+    client_context(settings)  # gRPC itself would say nothing of what is wrong
+    return material
+
+
+def client_context(settings: TlsSettings) -> ssl.SSLContext:
+    """The same settings for Python's own TLS, of the client's side.
+
+    Raises:
+        SettingsError: A file makes no sense.
+    """
+    try:
+        context = ssl.create_default_context(cafile=settings.authorities)
+    except (OSError, ssl.SSLError) as exc:
+        message = f"the file that MX_TLS_CA_PATH names has no certificates in it: {settings.authorities}"
+        raise SettingsError(message, hint="name a file of certificates in PEM") from exc
+    if settings.certificate is not None:
+        try:
+            context.load_cert_chain(settings.certificate, settings.key, password=_no_password)
+        except (OSError, ssl.SSLError, ValueError) as exc:
+            mismatch = getattr(exc, "reason", "") == "KEY_VALUES_MISMATCH"
+            what = "are not a pair" if mismatch else "cannot be used"
+            message = (
+                f"the certificate and the key that MX_TLS_CERT_PATH and MX_TLS_KEY_PATH name {what}: "
+                f"{settings.certificate}, {settings.key}"
+            )
+            raise SettingsError(message, hint="name a certificate and its own key in PEM, not encrypted") from exc
+    return context
+
+
+def _no_password() -> str:
+    """In place of a question on the terminal."""
+    reason = "the key is encrypted"
+    raise ValueError(reason)
+
+
+class ClientTls:
+    """A client's credentials.
+
+    Args:
+        settings: The files.
+
+    Raises:
+        SettingsError: They make no sense.
+    """
+
+    def __init__(self, settings: TlsSettings) -> None:
+        self._files = Files(settings.files, lambda: _client_credentials(_read(settings)))
+
+    def credentials(self) -> tuple[grpc.ChannelCredentials, bool]:
+        """Credentials as of now, and whether they have changed since the last call."""
+        return self._files.changed()
+
+
+def _client_credentials(material: _Material) -> grpc.ChannelCredentials:
+    authorities = material.authorities or _system_authorities()
+    return grpc.ssl_channel_credentials(authorities, material.key, material.certificate)
+
+
+def _system_authorities() -> bytes | None:
+    """Those of this system, which gRPC does not look for: it brings a list of its own."""
+    path = ssl.get_default_verify_paths().cafile
+    try:
+        return Path(path).read_bytes() if path else None
+    except OSError:
+        return None
+
+
+def server_credentials(settings: TlsSettings, *, clients_prove: bool) -> grpc.ServerCredentials:
+    """Credentials of a server, which looks at its files with each handshake.
+
+    Args:
+        settings: The files; a certificate is among them.
+        clients_prove: Whether clients have to show a certificate of one of the authorities.
+
+    Raises:
+        SettingsError: The files make no sense.
+    """
+
+    def read() -> grpc.ServerCertificateConfiguration:
+        material = _read(settings)
+        assert material.key is not None  # noqa: S101 - for the type checker: there is a certificate
+        assert material.certificate is not None  # noqa: S101 - likewise
+        authorities = material.authorities if clients_prove else None
+        return grpc.ssl_server_certificate_configuration([(material.key, material.certificate)], authorities)
+
+    files = Files(settings.files, read)
+
+    def newer() -> Any:  # noqa: ANN401 - None where nothing has changed, which the annotations do not know
+        value, changed = files.changed()
+        return value if changed else None
+
+    return grpc.dynamic_ssl_server_credentials(files.value(), newer, require_client_authentication=clients_prove)

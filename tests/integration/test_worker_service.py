@@ -1,0 +1,205 @@
+"""A worker that offers what it holds, in a thread of its own, and readers that call it over gRPC."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+
+import grpc
+import pytest
+import trustme
+
+from modelexpress_core.errors import AccessDeniedError, ModelExpressError, NotFoundError, UnavailableError
+from modelexpress_core.sources.worker_client import WorkerClient
+from modelexpress_core.sources.worker_service import Leases, WorkerServer
+from modelexpress_core.wire.channel import Endpoint, open_channel
+from modelexpress_core.wire.client import Security
+from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
+from modelexpress_core.wire.rpc import STANDARD_HEALTH, WORKER, stub
+from modelexpress_core.wire.settings import AuthSettings, TlsSettings, TokenSettings
+
+_TOKEN = "t0ken" * 8
+
+
+def manifest(tensors: int = 3) -> p2p_pb2.GetTensorManifestResponse:
+    return p2p_pb2.GetTensorManifestResponse(
+        tensors=[
+            p2p_pb2.TensorDescriptor(name=f"layers.{i}.weight", addr=2**40 + i, size=1 << 20, dtype="bfloat16")
+            for i in range(tensors)
+        ],
+        mx_source_id="5a5f555570065064",
+        worker_id="w-1",
+        metadata_endpoint="10.0.0.1:5555",
+        agent_name="agent",
+        worker_rank=1,
+        accelerator="cpu",
+    )
+
+
+def client(server: WorkerServer, **options: Security) -> WorkerClient:
+    return WorkerClient(f"127.0.0.1:{server.port}", deadline_seconds=20, **options)
+
+
+def test_the_manifest_comes_back_whole() -> None:
+    """Whether the worker is named or not, and with 200,000 tensors in it."""
+    said = manifest(200_000)
+    with WorkerServer(said, "127.0.0.1:0") as server, client(server) as reader:
+        assert said == reader.manifest("5a5f555570065064")
+        assert said == reader.manifest("5a5f555570065064", "w-1")
+        with reader.lease("5a5f555570065064", "w-1") as lease:
+            assert said == lease.manifest
+            assert 1 == server.leases.out()
+        assert 0 == server.leases.out()
+
+
+def test_what_is_not_held_is_refused() -> None:
+    """With the statuses of the protocol: another source or worker, and none at all."""
+    with WorkerServer(manifest(), "127.0.0.1:0") as server, client(server) as reader:
+        for ids in (("0" * 16, None), ("5a5f555570065064", "w-2")):
+            with pytest.raises(NotFoundError, match=r"FAILED_PRECONDITION.*not '"):
+                reader.manifest(*ids)
+            with pytest.raises(NotFoundError, match="FAILED_PRECONDITION"), reader.lease(*ids):
+                pytest.fail("a lease of what is not there")
+        with pytest.raises(ModelExpressError, match="INVALID_ARGUMENT"):
+            reader.manifest("")
+        assert 0 == server.leases.out()
+
+
+def test_draining_waits_for_readers_and_takes_no_more() -> None:
+    """The drain ends when the last lease is back; who comes meanwhile is told so."""
+    with WorkerServer(manifest(), "127.0.0.1:0") as server, client(server) as reader:
+        with ThreadPoolExecutor() as pool:
+            with reader.lease("5a5f555570065064"):
+                drained = pool.submit(server.drain, 60.0)
+                assert not server.drain(0.0)
+                with pytest.raises(UnavailableError, match="draining"), reader.lease("5a5f555570065064"):
+                    pytest.fail("a lease of a worker that drains")
+                with pytest.raises(UnavailableError, match="draining"):
+                    reader.manifest("5a5f555570065064")
+                assert not drained.done()
+            assert drained.result(60)
+        with open_channel(Endpoint.parse(f"127.0.0.1:{server.port}")) as channel:
+            health = stub(STANDARD_HEALTH, channel)["Check"](health_pb2.HealthCheckRequest(), timeout=10)
+
+    assert health_pb2.HealthCheckResponse.NOT_SERVING == health.status
+
+
+def test_a_reader_whose_lease_ended_is_told_so() -> None:
+    """What it read may have changed under it; one whose own work failed hears of that instead."""
+    with (
+        WorkerServer(manifest(), "127.0.0.1:0", lease_seconds=0.001) as server,
+        client(server) as reader,
+        pytest.raises(NotFoundError, match="may have changed"),
+        reader.lease("5a5f555570065064"),
+    ):
+        assert server.drain(60.0)
+    with WorkerServer(manifest(), "127.0.0.1:0") as server, client(server) as reader:
+        with pytest.raises(ZeroDivisionError), reader.lease("5a5f555570065064"):
+            raise ZeroDivisionError
+        assert 0 == server.leases.out()
+
+
+def test_leases_end_by_themselves() -> None:
+    """A reader that died keeps nobody from draining; giving back twice is giving back once."""
+    now = 0.0
+    leases = Leases(10, clock=lambda: now)
+    first, second = leases.grant(), leases.grant()
+    assert first is not None
+    assert second is not None
+
+    assert leases.release(first)
+    assert leases.release(first)
+    assert not leases.release("no such lease")
+    assert 1 == leases.out()
+    now = 11.0
+    assert 0 == leases.out()
+    assert not leases.release(second)
+    assert leases.drain(0)
+    assert leases.grant() is None
+
+
+def test_many_readers_and_a_drain(tmp_path: Path) -> None:
+    """Once the drain has ended, nobody holds a lease, however many came and went at the same time."""
+    held = 0
+    lock = threading.Lock()
+    with WorkerServer(manifest(), "127.0.0.1:0") as server, client(server) as reader:
+
+        def read(_: int) -> bool:
+            nonlocal held
+            try:
+                with reader.lease("5a5f555570065064"):
+                    with lock:
+                        held += 1
+                    with lock:
+                        held -= 1
+            except UnavailableError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            reads = [pool.submit(read, i) for i in range(200)]
+            next(iter(reads)).result(60)
+            assert server.drain(60)
+            assert 0 == held
+            outcomes = [each.result(60) for each in reads]
+
+    assert outcomes[0]
+
+
+def test_the_door_is_that_of_the_server(tmp_path: Path) -> None:
+    """Tokens and TLS hold for workers, too; health is open."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"reader:{_TOKEN}\n")
+    token = tmp_path / "token"
+    token.write_text(_TOKEN)
+    authority = trustme.CA()
+    (tmp_path / "ca.pem").write_bytes(authority.cert_pem.bytes())
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    (tmp_path / "cert.pem").write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+    tls = TlsSettings(*(str(tmp_path / name) for name in ("ca.pem", "cert.pem", "key.pem")))
+    trusting = TlsSettings(authorities=tls.authorities)
+
+    with WorkerServer(manifest(), "127.0.0.1:0", tls=tls, auth=AuthSettings("token", str(tokens))) as server:
+        url = f"https://127.0.0.1:{server.port}"
+        with WorkerClient(url, security=Security(trusting, TokenSettings(str(token)))) as known:
+            assert manifest() == known.manifest("5a5f555570065064")
+        with WorkerClient(url, security=Security(trusting, TokenSettings("/nowhere"))) as unknown:
+            with pytest.raises(AccessDeniedError, match="none was sent"):
+                unknown.manifest("5a5f555570065064")
+            with pytest.raises(AccessDeniedError, match="none was sent"), unknown.lease("5a5f555570065064"):
+                pytest.fail("a lease for a stranger")
+        with client(server) as plain, pytest.raises(UnavailableError, match="speaks TLS"):
+            plain.manifest("5a5f555570065064")
+
+
+def test_a_port_that_is_taken() -> None:
+    """Is an error that names it, and leaves no thread behind."""
+    with WorkerServer(manifest(), "127.0.0.1:0") as server:
+        before = threading.active_count()
+        with pytest.raises(ModelExpressError, match=f"127.0.0.1:{server.port}"):
+            WorkerServer(manifest(), f"127.0.0.1:{server.port}")
+        assert before == threading.active_count()
+
+
+def test_random_bytes_do_no_harm() -> None:
+    """Whatever is sent to whatever method: an error or an answer, and a worker that goes on."""
+    random = Random(2)
+    message = p2p_pb2.ReleaseTensorReadRequest(mx_source_id="5a5f555570065064", worker_id="w-1", lease_id="0" * 32)
+    good = message.SerializeToString()
+    allowed = {"INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND"}
+    with WorkerServer(manifest(), "127.0.0.1:0", lease_seconds=0.01) as server:
+        with open_channel(Endpoint.parse(f"127.0.0.1:{server.port}")) as channel:
+            for name in WORKER.methods:
+                call = channel.unary_unary(WORKER.path(name))
+                for _ in range(1000):
+                    data = bytearray(good if random.random() < 0.7 else random.randbytes(random.randrange(1, 99)))
+                    data[random.randrange(len(data))] = random.randrange(256)
+                    try:
+                        call(bytes(data), timeout=10)
+                    except grpc.RpcError as exc:
+                        assert exc.code().name in allowed, exc  # noqa: PT017 - an answer is as good
+        with client(server) as reader:
+            assert manifest() == reader.manifest("5a5f555570065064")
