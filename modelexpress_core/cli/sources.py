@@ -14,8 +14,6 @@ from rich.table import Table
 
 from modelexpress_core.cli.output import JsonOption, console, print_json
 from modelexpress_core.errors import PluginLoadError
-from modelexpress_core.settings import from_env
-from modelexpress_core.sources.settings import ServerAddress
 
 if TYPE_CHECKING:
     from modelexpress_core.sources.client import ServerClient
@@ -113,11 +111,8 @@ def _table(rows: list[dict[str, object]]) -> Table | str:
 def _client(url: str | None) -> ServerClient:
     try:
         from modelexpress_core.sources.client import ServerClient
-        from modelexpress_core.wire.client import Security
     except ModuleNotFoundError as exc:
         message = f"asking a server needs the package {exc.name}, which is not installed"
         hint = "pip install 'modelexpress-core[server]'"
         raise PluginLoadError(message, plugin="modelexpress-core", hint=hint) from exc
-    settings = from_env(ServerAddress, os.environ)
-    security = Security.from_env(os.environ)
-    return ServerClient(url or settings.url, deadline_seconds=settings.deadline_seconds, security=security)
+    return ServerClient.from_env(os.environ, url=url)

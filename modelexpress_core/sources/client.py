@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from modelexpress_core.settings import from_env
 from modelexpress_core.sources.identity import SourceIdentity
+from modelexpress_core.sources.settings import ServerAddress
 from modelexpress_core.wire.client import Client, Security
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import HEALTH, P2P
@@ -28,6 +30,18 @@ class ServerClient(Client):
 
     def __init__(self, url: str, *, deadline_seconds: float = 10.0, security: Security | None = None) -> None:
         super().__init__(url, (HEALTH, P2P), deadline_seconds=deadline_seconds, security=security or Security())
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, *, url: str | None = None) -> ServerClient:
+        """As the variables say; to the server at ``url``, where one is given.
+
+        Raises:
+            SettingsError: Variables, or files that they name, cannot be used.
+            InvalidURIError: The address is none.
+        """
+        address = from_env(ServerAddress, environ)
+        security = Security.from_env(environ)
+        return cls(url or address.url, deadline_seconds=address.deadline_seconds, security=security)
 
     def health(self) -> health_pb2.GetHealthResponse:
         """Version, status and uptime of the server."""

@@ -8,6 +8,8 @@ import sys
 import types
 from typing import Any
 
+import grpc
+
 # The package's own __init__ imports torch, which these parts of it do not need.
 spec: Any = importlib.util.find_spec("modelexpress")
 bare = types.ModuleType("modelexpress")
@@ -16,12 +18,13 @@ sys.modules["modelexpress"] = bare
 
 from modelexpress import p2p_pb2 as theirs  # type: ignore[import-not-found]  # noqa: E402 - see above
 from modelexpress.client import MxClient  # type: ignore[import-not-found]  # noqa: E402
+from modelexpress.metadata import worker_server  # type: ignore[import-not-found]  # noqa: E402
 
 from modelexpress_core.sources.client import ServerClient  # noqa: E402 - both in one process
 from modelexpress_core.sources.identity import Engine, SourceIdentity  # noqa: E402
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2 as ours  # noqa: E402
 
-url = sys.argv[1]
+url, endpoint = sys.argv[1:]
 client = MxClient(url)
 identity = theirs.SourceIdentity(
     mx_version="0.5.0",
@@ -56,7 +59,7 @@ worker.updated_at = found.worker.updated_at
 answers["found all"] = found.found and found.worker == worker and found.identity == identity
 answers["found another"] = client.get_metadata(source_id, "nobody").found
 
-with ServerClient(url) as mine:
+with ServerClient.from_env(url=url) as mine:
     same = SourceIdentity(
         "deepseek-ai/DeepSeek-V3",
         mx_version="0.5.0",
@@ -70,4 +73,12 @@ with ServerClient(url) as mine:
     mine.publish(same, ours.WorkerMetadata(status=ours.SOURCE_STATUS_READY), "w-2")
 answers["seen by them"] = sorted(each.worker_id for each in client.list_sources(identity).instances)
 client.close()
+lease, _ = worker_server.prepare_tensor_read(endpoint, source_id, worker_id="w-1")
+answers["read from a worker"] = [tensor.name for tensor in lease.manifest.tensors]
+lease.release()
+answers["manifest"] = len(worker_server.fetch_tensor_manifest(endpoint, source_id)[0])
+try:
+    worker_server.fetch_tensor_manifest(endpoint, "0" * 16)
+except grpc.RpcError as exc:
+    answers["another source"] = exc.code().name
 sys.stdout.write(json.dumps(answers) + "\n")

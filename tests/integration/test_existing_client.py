@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 
+from modelexpress_core.sources.worker_service import WorkerServer
+from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+
 _ROOT = Path(__file__).resolve().parents[2]
+_SOURCE_ID = "5a5f555570065064"
+_TOKEN = "t0ken" * 8
 _PROGRAM = Path(__file__).with_name("existing_client.py")
 
 #: What the client needs, and ours beside it. Its own requirements would bring torch and NIXL.
@@ -34,20 +39,30 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_it_publishes_lists_gets_and_updates(python: str, start: Callable[..., Any]) -> None:
-    """With the ids that it computes elsewhere; what either client publishes, the other finds."""
-    done = subprocess.run(
-        [python, str(_PROGRAM), start().url],
-        env={**os.environ, "PYTHONPATH": str(_ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_it_publishes_lists_gets_and_updates(python: str, start: Callable[..., Any], tmp_path: Path) -> None:
+    """With its token, and the ids that it computes elsewhere; what either client publishes, the other finds.
+
+    And it reads what a worker of ours offers, under a lease.
+    """
+    (tmp_path / "token").write_text(_TOKEN)
+    (tmp_path / "tokens").write_text(f"workers:{_TOKEN}\n")
+    serving = start(MX_AUTH_MODE="token", MX_AUTH_TOKENS_PATH=str(tmp_path / "tokens"))
+    tensors = [p2p_pb2.TensorDescriptor(name=name, addr=1, size=2) for name in ("a", "b")]
+    manifest = p2p_pb2.GetTensorManifestResponse(tensors=tensors, mx_source_id=_SOURCE_ID, worker_id="w-1")
+    with WorkerServer(manifest, "127.0.0.1:0") as worker:
+        done = subprocess.run(
+            [python, str(_PROGRAM), serving.url, f"127.0.0.1:{worker.port}"],
+            env={**os.environ, "PYTHONPATH": str(_ROOT), "MX_AUTH_TOKEN_PATH": str(tmp_path / "token")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert 0 == worker.leases.out()
 
     assert done.returncode == 0, done.stderr
     assert {
-        "source_id": "5a5f555570065064",
+        "source_id": _SOURCE_ID,
         "ready before": [],
         "updated": True,
         "updated another": False,
@@ -56,4 +71,7 @@ def test_it_publishes_lists_gets_and_updates(python: str, start: Callable[..., A
         "found another": False,
         "seen by us": ["w-1"],
         "seen by them": ["w-1", "w-2"],
+        "read from a worker": ["a", "b"],
+        "manifest": 2,
+        "another source": "FAILED_PRECONDITION",
     } == json.loads(done.stdout)
