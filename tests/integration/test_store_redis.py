@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
+import trustme
 
 from devtools.redis_server import RedisServer
-from modelexpress_core.errors import UnavailableError
+from modelexpress_core.errors import InvalidURIError, UnavailableError
 from modelexpress_core.server.stores import (
     MetadataStore,
     SourceQuery,
@@ -59,6 +63,70 @@ def test_the_uri(redis_server: RedisServer) -> None:
             asyncio.run(asked(wrong))
 
     assert "wrong" not in str(raised.value).replace("WRONGPASS", "")
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("redis://127.0.0.1/models", "'models' is no number"),
+        ("redis://:hush@127.0.0.1/0?sokcet_timeout=2", "sokcet_timeout"),
+        ("redis://:hush@127.0.0.1/0?socket_timeout=soon", "socket_timeout"),
+    ],
+)
+def test_a_uri_that_makes_no_sense(uri: str, said: str) -> None:
+    """Is told before anything is served, without the password."""
+    with pytest.raises(InvalidURIError, match=said) as raised:
+        open_redis(ModelURI.parse(uri), {})
+
+    assert "hush" not in str(raised.value)
+
+
+@contextlib.asynccontextmanager
+async def _behind_tls(port: int, authority: trustme.CA) -> AsyncIterator[int]:
+    """A port that speaks TLS, and passes on to ``port`` what it is told."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+def test_tls(redis_server: RedisServer, tmp_path: Path) -> None:
+    """``rediss`` speaks it, and trusts the authority that the URI names, and no other."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    source = StoredSource(SourceRecord("id", "w", "m", 0, 2), b"", b"")
+
+    async def live() -> bool:
+        async with _behind_tls(redis_server.port, authority) as port:
+            trusting = open_redis(ModelURI.parse(f"rediss://127.0.0.1:{port}/5?ssl_ca_certs={tmp_path}/ca.pem"), {})
+            distrusting = open_redis(ModelURI.parse(f"rediss://127.0.0.1:{port}/5"), {})
+            plain = open_redis(ModelURI.parse(f"redis://127.0.0.1:{port}/5?socket_timeout=1"), {})
+            try:
+                await trusting.publish(source)
+                for store in (distrusting, plain):
+                    with pytest.raises(StoreUnavailableError):
+                        await store.check()
+                return await trusting.get("id", "w") is not None
+            finally:
+                for store in (trusting, distrusting, plain):
+                    await store.close()
+
+    assert asyncio.run(live())
 
 
 def test_no_index_is_left_of_what_was_removed() -> None:

@@ -11,13 +11,14 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import redis.asyncio
 import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
+from modelexpress_core.errors import InvalidURIError
 from modelexpress_core.server.stores.protocol import (
     Listing,
     NotPublisherError,
@@ -167,10 +168,22 @@ return 1
 
 
 def open_redis(uri: ModelURI, settings: Mapping[str, str]) -> RedisStore:  # noqa: ARG001 - a factory's signature
-    """The store at ``redis://[user:password@]host[:port][/database]``; ``rediss`` is TLS. Connects at first use."""
+    """The store at ``redis://[user:password@]host[:port][/database]``; ``rediss`` is TLS. Connects at first use.
+
+    Raises:
+        InvalidURIError: The database is no number, or redis-py does not know an option, or not such a value.
+    """
+    if uri.path and not uri.path.isdigit():
+        message = f"{uri} names no database of Redis: {uri.path!r} is no number"
+        raise InvalidURIError(message, hint="write redis://host:6379/0")
     userinfo = f"{uri.userinfo}@" if uri.userinfo else ""
     query = f"?{urlencode(uri.query)}" if uri.query else ""
-    return RedisStore(f"{uri.scheme}://{userinfo}{uri.authority}/{quote(uri.path)}{query}")
+    try:
+        return RedisStore(f"{uri.scheme}://{userinfo}{uri.authority}/{uri.path}{query}")
+    except (TypeError, ValueError, redis.exceptions.RedisError) as exc:
+        # Their messages name options, and may quote values.
+        message = f"{uri} has an option that redis-py does not take, or not such a value: {', '.join(uri.query)}"
+        raise InvalidURIError(message, hint="correct the part after the question mark") from exc
 
 
 class RedisStore:
@@ -189,6 +202,8 @@ class RedisStore:
             retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), _RETRIES),  # every call may be made twice
             retry_on_error=[redis.exceptions.ConnectionError, redis.exceptions.TimeoutError],
         )
+        # Says now which options make no sense, and connects to nothing.
+        self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # it has no annotations
         self._scripts = {
             script: self._redis.register_script(_COMMON + script)
             for script in (_PUBLISH, _GET, _LIST, _UPDATE, _REAP, _COUNTS, _LEAD)
