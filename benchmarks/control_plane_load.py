@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -33,6 +34,9 @@ _OPTIONS = (*MESSAGE_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
 
 #: Makes one call for a worker, and says whether it was answered as it should be.
 _Call: TypeAlias = "Callable[[int], Awaitable[bool]]"
+
+#: What failed calls of the order that is being carried out said, and how often.
+_failures: Counter[str] = Counter()
 
 
 def _identity(worker: int) -> SourceIdentity:
@@ -155,7 +159,15 @@ class _Load:
         """``call`` for another worker each time, in no order that a cache could like, and always the same one."""
         order = [*range(workers)]
         random.Random(workers).shuffle(order)
-        return lambda number: call(order[number % workers])
+
+        async def one(number: int) -> bool:
+            try:
+                return await call(order[number % workers])
+            except grpc.aio.AioRpcError as exc:
+                _failures[f"{exc.code().name}: {exc.details()}"] += 1
+                return False
+
+        return one
 
     async def _publish(self, request: p2p_pb2.PublishMetadataRequest, worker: int) -> bool:
         response = await self._calls[worker % _CHANNELS]["PublishMetadata"](request)
@@ -255,7 +267,8 @@ async def _main(target: str) -> None:
         begun = time.perf_counter()
         answer = await getattr(load, order.pop("do"))(**order)
         busy = (time.process_time() - used) / (time.perf_counter() - begun)
-        print(json.dumps({**answer, "client_busy": busy}), flush=True)
+        print(json.dumps({**answer, "client_busy": busy, "failures": _failures}), flush=True)
+        _failures.clear()
 
 
 if __name__ == "__main__":
