@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks.measuring import Plan, Report, print_report, write_json
 
 #: In the order in which they are run where none is named.
-BENCHMARKS = ("local", "s3", "concurrency", "recording", "memory", "faults", "corruption")
+BENCHMARKS = ("local", "s3", "concurrency", "recording", "memory", "faults", "corruption", "control_plane")
 #: Only where they are named: they take long, and need more.
 _NAMED = ("vllm",)
 

@@ -17,6 +17,8 @@ __all__ = ["Observed"]
 
 _log = logging.getLogger(__name__)
 
+_NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
+
 
 class Observed(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the annotations alone
     """Counts calls by their code, and answers what nobody expected with one that says so.
@@ -59,5 +61,4 @@ class Observed(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is g
 
 def _name(code: Any) -> str:  # noqa: ANN401 - a number, or what it stands for
     """Name of a status: of its number, as gRPC tells it, or of the status itself."""
-    number = getattr(code, "value", (code or 0,))[0]
-    return next(status.name for status in grpc.StatusCode if status.value[0] == number)
+    return _NAMES[getattr(code, "value", (code or 0,))[0]]

@@ -58,16 +58,27 @@ class ServerMetrics:
         )
         build = Gauge("mx_build_info", "1, with the version as a label.", ["version"], registry=self.registry)
         build.labels(version("modelexpress-core")).set(1)
+        # Finding what has some labels takes longer than counting it.
+        self._of_answers: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._of_operations: dict[str, Histogram] = {}
 
     def answered(self, path: str, code: str, seconds: float) -> None:
         """A call was answered."""
-        service, _, method = path.strip("/").partition("/")
-        self._rpcs.labels(service, method, code).inc()
-        self._rpc_seconds.labels(service, method).observe(seconds)
+        found = self._of_answers.get((path, code))
+        if found is None:
+            service, _, method = path.strip("/").partition("/")
+            found = self._rpcs.labels(service, method, code), self._rpc_seconds.labels(service, method)
+            self._of_answers[path, code] = found
+        rpcs, rpc_seconds = found
+        rpcs.inc()
+        rpc_seconds.observe(seconds)
 
     def stored(self, operation: str, seconds: float) -> None:
         """The store answered."""
-        self._store_seconds.labels(operation).observe(seconds)
+        found = self._of_operations.get(operation)
+        if found is None:
+            found = self._of_operations[operation] = self._store_seconds.labels(operation)
+        found.observe(seconds)
 
     def store_failed(self, operation: str) -> None:
         """The store could not be asked."""

@@ -21,6 +21,7 @@ NAMES = {
     "memory": {"what", "destination", "peak over it MiB"},
     "faults": {"failing", "loads", "right", "fetched twice"},
     "corruption": {"digest", "corruptions", "mended", "failed", "wrong"},
+    "control_plane": {"what", "store", "workers", "wrong"},
 }
 
 

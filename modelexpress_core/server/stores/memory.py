@@ -7,12 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import attrs
+from attrs import define
 
 from modelexpress_core.server.stores.protocol import (
     Listing,
     NotPublisherError,
     Reaped,
     SourceQuery,
+    SourceRecord,
     SourceStatus,
     StoredSource,
 )
@@ -20,6 +22,29 @@ from modelexpress_core.server.stores.protocol import (
 __all__ = ["MemoryStore"]
 
 _Key = tuple[str, str]
+
+
+@define(eq=False)
+class _Kept:
+    """A source as it was published, and what heartbeats change.
+
+    They change it in place. A new record for each heartbeat would take longer to make than all the rest, and would have
+    the garbage collector go through all sources every few seconds, while nobody is answered.
+    """
+
+    published: StoredSource
+    status: int
+    updated_at_ms: int
+    source_load: float | None
+
+    def record(self) -> SourceRecord:
+        """As of now."""
+        return attrs.evolve(
+            self.published.record,
+            status=self.status,
+            updated_at_ms=self.updated_at_ms,
+            source_load=self.source_load,
+        )
 
 
 class MemoryStore:
@@ -31,7 +56,7 @@ class MemoryStore:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._sources: dict[_Key, StoredSource] = {}
+        self._sources: dict[_Key, _Kept] = {}
         self._by_source: defaultdict[str, set[_Key]] = defaultdict(set)
         self._by_model: defaultdict[str, set[_Key]] = defaultdict(set)
         self._by_status: defaultdict[int, set[_Key]] = defaultdict(set)
@@ -39,23 +64,32 @@ class MemoryStore:
 
     async def publish(self, source: StoredSource) -> None:
         """Keep ``source`` in place of what was there under its ids, as of now."""
-        key = (source.record.source_id, source.record.worker_id)
-        self._check_publisher(key, source.record.publisher)
-        self._put(key, attrs.evolve(source, record=attrs.evolve(source.record, updated_at_ms=self._now_ms())))
+        record = source.record
+        key = (record.source_id, record.worker_id)
+        before = self._sources.get(key)
+        if before is not None:
+            _check_publisher(before, record.publisher)
+            self._remove(key)
+        self._sources[key] = _Kept(source, record.status, self._now_ms(), record.source_load)
+        self._by_source[record.source_id].add(key)
+        self._by_model[record.model_name].add(key)
+        self._by_status[record.status].add(key)
 
     async def get(self, source_id: str, worker_id: str) -> StoredSource | None:
         """The source with these ids, if there is one."""
-        source = self._sources.get((source_id, worker_id))
-        return None if source is None else attrs.evolve(source, as_of_ms=self._now_ms())
+        kept = self._sources.get((source_id, worker_id))
+        if kept is None:
+            return None
+        return StoredSource(kept.record(), kept.published.identity, kept.published.worker, self._now_ms())
 
     async def list(self, query: SourceQuery) -> Listing:
         """The sources that ``query`` asks for."""
-        records = (self._sources[key].record for key in self._keys(query))
+        kept = (self._sources[key] for key in self._keys(query))
         wanted = [
-            record
-            for record in records
-            if (query.model_name is None or record.model_name == query.model_name)
-            and (query.status is None or record.status == query.status)
+            each.record()
+            for each in kept
+            if (query.model_name is None or each.published.record.model_name == query.model_name)
+            and (query.status is None or each.status == query.status)
         ]
         return Listing(wanted, self._now_ms())
 
@@ -64,12 +98,14 @@ class MemoryStore:
     ) -> bool:
         """Set the state of a source, as of now; False where there is no such source."""
         key = (source_id, worker_id)
-        source = self._sources.get(key)
-        if source is None:
+        kept = self._sources.get(key)
+        if kept is None:
             return False
-        self._check_publisher(key, publisher)
-        load = source.record.source_load if source_load is None else source_load
-        self._change(key, status=status, source_load=load, updated_at_ms=self._now_ms())
+        _check_publisher(kept, publisher)
+        self._set_status(key, kept, status)
+        kept.updated_at_ms = self._now_ms()
+        if source_load is not None:
+            kept.source_load = source_load
         return True
 
     async def reap(self, stale_after_seconds: float, removed_after_seconds: float) -> Reaped:
@@ -77,13 +113,14 @@ class MemoryStore:
         now = self._now_ms()
         stale = removed = 0
         for key in [*self._by_status[SourceStatus.STALE]]:
-            if now - self._sources[key].record.updated_at_ms >= removed_after_seconds * 1000:
+            if now - self._sources[key].updated_at_ms >= removed_after_seconds * 1000:
                 self._remove(key)
                 removed += 1
         for status in [status for status in self._by_status if status != SourceStatus.STALE]:
             for key in [*self._by_status[status]]:
-                if now - self._sources[key].record.updated_at_ms >= stale_after_seconds * 1000:
-                    self._change(key, status=SourceStatus.STALE)
+                kept = self._sources[key]
+                if now - kept.updated_at_ms >= stale_after_seconds * 1000:
+                    self._set_status(key, kept, SourceStatus.STALE)
                     stale += 1
         return Reaped(stale, removed)
 
@@ -118,34 +155,26 @@ class MemoryStore:
             return [*self._by_status.get(query.status, ())]
         return [*self._sources]
 
-    def _check_publisher(self, key: _Key, publisher: str) -> None:
-        source = self._sources.get(key)
-        if source is not None and source.record.publisher not in {"", publisher}:
-            raise NotPublisherError(key[1])
-
-    def _change(self, key: _Key, **changes: object) -> None:
-        source = self._sources[key]
-        self._put(key, attrs.evolve(source, record=attrs.evolve(source.record, **changes)))  # type: ignore[arg-type]  # fields of the record
-
-    def _put(self, key: _Key, source: StoredSource) -> None:
-        before = self._sources.get(key)
-        if before is not None:
-            self._by_status[before.record.status].discard(key)
-            if before.record.model_name != source.record.model_name:
-                self._drop(self._by_model, before.record.model_name, key)
-        self._sources[key] = source
-        self._by_source[key[0]].add(key)
-        self._by_model[source.record.model_name].add(key)
-        self._by_status[source.record.status].add(key)
+    def _set_status(self, key: _Key, kept: _Kept, status: int) -> None:
+        if status != kept.status:
+            self._by_status[kept.status].discard(key)
+            self._by_status[status].add(key)
+            kept.status = status
 
     def _remove(self, key: _Key) -> None:
-        record = self._sources.pop(key).record
+        kept = self._sources.pop(key)
+        record = kept.published.record
         self._drop(self._by_source, record.source_id, key)
         self._drop(self._by_model, record.model_name, key)
-        self._by_status[record.status].discard(key)
+        self._by_status[kept.status].discard(key)
 
     @staticmethod
     def _drop(index: defaultdict[str, set[_Key]], name: str, key: _Key) -> None:
         index[name].discard(key)
         if not index[name]:
             del index[name]
+
+
+def _check_publisher(kept: _Kept, publisher: str) -> None:
+    if kept.published.record.publisher not in {"", publisher}:
+        raise NotPublisherError(kept.published.record.worker_id)
