@@ -1,7 +1,8 @@
 """The story of a load: find the candidates, open one, plan, fetch, check the account.
 
-1. **Candidates.** ``mx_rewrite_uri`` may replace the URI that was asked for; ``mx_rank_candidates`` says which places
-   are tried, best first. The scheme of each picks the storage plugin.
+1. **Candidates.** ``mx_rewrite_uri`` may replace the URI that was asked for; discoveries name workers that hold what
+   this one needs, where it says what that is; ``mx_rank_candidates`` says which places are tried, best first. The
+   scheme of each picks the plugin.
 2. **Open.** Headers only, in parallel: which tensor lies where, in which version of which file.
 3. **Plan and fetch.** Copies to destinations become reads, which go straight into place while later copies are still
    being recorded.
@@ -32,11 +33,13 @@ from modelexpress_core.providers import Candidate, LoadRequest, StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import LoadReport
 from modelexpress_core.settings import LoadSettings, from_env
+from modelexpress_core.sources.discovery import find_candidates
 from modelexpress_core.storage import Storage
 from modelexpress_core.uri import ModelURI
 
 if TYPE_CHECKING:
     from modelexpress_core.placement import Recorder
+    from modelexpress_core.sources.identity import SourceIdentity
 
 __all__ = ["Load", "Loader", "redacted_uris"]
 
@@ -82,15 +85,30 @@ class Loader:
                 _log.warning("trying the next place, because loading from %s failed: %s", candidate.uri, exc)
         return attempt(last)
 
-    def candidates(self, uri: str | os.PathLike[str] | ModelURI) -> tuple[Candidate, ...]:
+    def candidates(
+        self,
+        uri: str | os.PathLike[str] | ModelURI,
+        *,
+        identity: SourceIdentity | None = None,
+        worker_rank: int = 0,
+        reader: str = "",
+    ) -> tuple[Candidate, ...]:
         """The places to try, best first.
+
+        Args:
+            uri: The checkpoint.
+            identity: The model as it will be in memory, for discoveries to find workers that hold it; without one, none
+                is asked.
+            worker_rank: Which part of it is needed.
+            reader: Who asks, as ``LoadRequest`` has it.
 
         Raises:
             InvalidURIError: ``uri`` is not one.
             ResolveError: A plugin dropped them all.
+            SettingsError: A variable that says which discoveries are asked makes no sense.
         """
-        request = LoadRequest(self.plugins.rewrite_uri(ModelURI.parse(uri)))
-        ranked = self.plugins.rank_candidates(request, (Candidate(request.uri),))
+        request = LoadRequest(self.plugins.rewrite_uri(ModelURI.parse(uri)), identity, worker_rank, reader)
+        ranked = find_candidates(self.plugins, self.environ, request)
         if not ranked:
             message = f"no candidate is left for {request.uri}: a plugin's mx_rank_candidates dropped them all"
             raise ResolveError(message, hint="disable the plugin with MX_DISABLED_PLUGINS")

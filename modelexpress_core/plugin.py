@@ -10,17 +10,20 @@ from modelexpress_core.hooks import hookimpl
 from modelexpress_core.providers import (
     Candidate,
     CommandProvider,
+    DiscoveryProvider,
     LoadRequest,
     MetadataStoreProvider,
     StorageCapabilities,
     StorageProvider,
 )
 from modelexpress_core.server.settings import ServerSettings
-from modelexpress_core.sources.settings import ServerAddress
+from modelexpress_core.sources.ranking import rank
+from modelexpress_core.sources.settings import DiscoverySettings, PublishingSettings, ServerAddress, StaticSources
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings, TokenSettings
 
 if TYPE_CHECKING:
     from modelexpress_core.server.stores import MetadataStore
+    from modelexpress_core.sources.discovery import Discovery
     from modelexpress_core.storage import Storage
     from modelexpress_core.uri import ModelURI
 
@@ -128,7 +131,34 @@ def mx_register_metadata_stores() -> list[MetadataStoreProvider]:
     ]
 
 
+def _open_server_discovery(uri: ModelURI, settings: Mapping[str, str]) -> Discovery:
+    from modelexpress_core.sources.discovery.server import open_server
+
+    return open_server(uri, settings)
+
+
+def _open_static_discovery(uri: ModelURI, settings: Mapping[str, str]) -> Discovery:
+    from modelexpress_core.sources.discovery.static import open_static
+
+    return open_static(uri, settings)
+
+
+@hookimpl
+def mx_register_discoveries() -> list[DiscoveryProvider]:
+    """``server`` and ``static``."""
+    return [
+        DiscoveryProvider(
+            "server",
+            ("server",),
+            _open_server_discovery,
+            install_hint="modelexpress-core[server]",
+            settings=(DiscoverySettings, PublishingSettings),
+        ),
+        DiscoveryProvider("static", ("static",), _open_static_discovery, settings=StaticSources),
+    ]
+
+
 @hookimpl(trylast=True)
-def mx_rank_candidates(request: LoadRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate]:  # noqa: ARG001 - the hook's signature
-    """In the order in which they were found."""
-    return candidates
+def mx_rank_candidates(request: LoadRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Peers first, spread over those who ask; all else in the order in which it was found."""
+    return rank(request, candidates)

@@ -40,6 +40,7 @@ from modelexpress_core.uri import ModelURI
 
 if TYPE_CHECKING:
     from modelexpress_core.server.stores import MetadataStore
+    from modelexpress_core.sources.discovery import Discovery
     from modelexpress_core.storage import Storage
 
 __all__ = ["CORE", "ENTRY_POINT_GROUP", "PluginManager"]
@@ -73,6 +74,9 @@ _STORAGE_METHODS = ("list", "stat", "read_into", "close")
 
 #: And one of metadata stores these.
 _METADATA_STORE_METHODS = ("publish", "get", "list", "update", "reap", "counts", "lead", "check", "close")
+
+#: And one of discoveries these.
+_DISCOVERY_METHODS = ("candidates", "close")
 
 _MEND = "mend it, or go on without it: MX_DISABLED_PLUGINS={name}"
 
@@ -436,13 +440,13 @@ class PluginManager:
         return tuple(record for name in sorted(self._records) for record in self._records[name].get(hook, ()))
 
     def settings_classes(self) -> tuple[tuple[str, type], ...]:
-        """The settings class of every record that has one, with its distribution."""
+        """The settings classes of every record that has any, with its distribution."""
         pairs = []
         for name in sorted(self._records):
             for records in self._records[name].values():
                 for record in records:
-                    settings = getattr(record, "settings", None) or ()
-                    for cls in settings if isinstance(settings, tuple) else (settings,):
+                    declared = getattr(record, "settings", None) or ()
+                    for cls in declared if isinstance(declared, tuple) else (declared,):
                         if (name, cls) not in pairs:
                             pairs.append((name, cls))
         return tuple(pairs)
@@ -469,6 +473,19 @@ class PluginManager:
         registered = self.metadata_stores.lookup(uri.scheme)
         store: MetadataStore = self._opened(registered, uri, environ, "metadata store", _METADATA_STORE_METHODS)
         return store
+
+    def open_discovery(
+        self, uri: ModelURI, environ: Mapping[str, str]
+    ) -> tuple[Registered[DiscoveryProvider], Discovery]:
+        """The discovery for ``uri``, opened, with the record it came from.
+
+        Raises:
+            ResolveError: No usable plugin handles the scheme.
+            PluginError: The plugin's factory failed for a reason of its own, or returned no discovery.
+            ModelExpressError: Whatever the factory reports.
+        """
+        registered = self.discoveries.lookup(uri.scheme)
+        return registered, self._opened(registered, uri, environ, "discovery", _DISCOVERY_METHODS)
 
     @staticmethod
     def _opened(

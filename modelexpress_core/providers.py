@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import attrs
 from attrs import field, frozen
 
+from modelexpress_core.immutable import unmodifiable
 from modelexpress_core.uri import SCHEME_PATTERN, ModelURI
 
 if TYPE_CHECKING:
+    from modelexpress_core.sources.discovery import Discovery
+    from modelexpress_core.sources.identity import SourceIdentity
     from modelexpress_core.storage import Storage
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "DiscoveryProvider",
     "LoadRequest",
     "MetadataStoreProvider",
+    "Peer",
     "SchemeProvider",
     "ServerServiceProvider",
     "StorageCapabilities",
@@ -104,7 +108,7 @@ class SchemeProvider:
         alternative: Only used where ``MX_PREFER`` names it, so it never conflicts.
         install_hint: What to install if the factory finds its SDK missing.
         api_version: The hook contract that it was written for.
-        settings: Settings class that the factory reads, for ``mx settings``.
+        settings: Settings class that the factory reads, or several, for ``mx settings``.
     """
 
     name: str = field(validator=_check_name)
@@ -113,7 +117,7 @@ class SchemeProvider:
     alternative: bool = field(default=False, kw_only=True)
     install_hint: str | None = field(default=None, kw_only=True)
     api_version: int = field(default=API_VERSION, kw_only=True)
-    settings: type | None = field(default=None, kw_only=True)
+    settings: type | tuple[type, ...] | None = field(default=None, kw_only=True)
 
 
 @frozen
@@ -131,7 +135,9 @@ class TransportProvider(SchemeProvider):
 
 @frozen
 class DiscoveryProvider(SchemeProvider):
-    """Finds the peers and places that hold a model now."""
+    """Finds the peers and places that hold a model now; the factory returns a ``Discovery``."""
+
+    factory: Callable[[ModelURI, Mapping[str, str]], Discovery] = field(validator=_check_factory)
 
 
 @frozen
@@ -176,13 +182,44 @@ class CommandProvider:
 
 @frozen
 class LoadRequest:
-    """What a load is asked for, as ranking sees it.
+    """What a load is asked for, as discoveries and ranking see it.
 
     Attributes:
         uri: The checkpoint, after ``mx_rewrite_uri``.
+        identity: The model as it will be in this worker's memory; None where peers are of no use.
+        worker_rank: Which part of it this worker holds: only peers of the same rank have the same bytes.
+        reader: Who asks: the worker's id, or anything that tells it from others. Readers are spread by it.
+        selector: How one of several peers is chosen: ``"random"``, ``"rendezvous_hash"`` or ``"load_aware"``.
     """
 
     uri: ModelURI
+    identity: SourceIdentity | None = None
+    worker_rank: int = 0
+    reader: str = ""
+    selector: str = "load_aware"
+
+
+@frozen
+class Peer:
+    """A worker that holds what the load needs, as a discovery knows it.
+
+    Attributes:
+        source_id: What it holds: the ``mx_source_id`` of its identity.
+        worker_id: Who it is.
+        worker_rank: Which part it holds.
+        accelerator: What holds it.
+        load: How busy it says it is, from 0 to 1; None where it does not say.
+        updated_at_ms: When it last said something, in milliseconds since 1970, by the clock of whoever was told.
+        topology: Where it is, and what else it says of itself.
+    """
+
+    source_id: str
+    worker_id: str
+    worker_rank: int = 0
+    accelerator: str = ""
+    load: float | None = None
+    updated_at_ms: int = 0
+    topology: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
 
 
 @frozen
@@ -192,7 +229,9 @@ class Candidate:
     Attributes:
         uri: Where; its scheme picks the plugin.
         origin: Who named it: ``"caller"``, or the name of a discovery.
+        peer: The worker whose memory it is; None for all other places.
     """
 
     uri: ModelURI
     origin: str = "caller"
+    peer: Peer | None = None

@@ -201,8 +201,9 @@ class _Examination:
         return "ok", seen
 
     def _plugin_settings(self, registered: Registered[StorageProvider]) -> list[SettingValue]:
-        cls = registered.provider.settings
-        return [] if cls is None else list(describe(cls, self._environ, owner=registered.plugin.name))
+        declared = registered.provider.settings or ()
+        classes = declared if isinstance(declared, tuple) else (declared,)
+        return [value for cls in classes for value in describe(cls, self._environ, owner=registered.plugin.name)]
 
     def _opened(self) -> tuple[Registered[StorageProvider], Storage]:
         if self._registered is None or self._storage is None:

@@ -6,17 +6,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 from attrs import field, frozen
 
 from modelexpress_core.immutable import unmodifiable
+from modelexpress_core.sources.layouts import layout_digest, tensor_layouts
 
 if TYPE_CHECKING:
+    import torch
+
     from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
-__all__ = ["WIRE_VERSION", "Engine", "SourceIdentity", "SourceType"]
+__all__ = ["WIRE_VERSION", "Engine", "SourceIdentity", "SourceType", "own_identity"]
 
 #: What our identities carry as ``mx_version``. It changes with the protocol, not with the package, so that workers of
 #: two releases find one another while a fleet is upgraded.
@@ -140,3 +143,51 @@ def _lowered(parameters: Mapping[str, str]) -> dict[str, str]:
     for key in sorted(parameters):
         lowered.setdefault(key.lower(), parameters[key].lower())
     return lowered
+
+
+def own_identity(
+    model_name: str,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    engine: int,
+    engine_version: str,
+    **details: Any,  # noqa: ANN401 - fields of SourceIdentity
+) -> SourceIdentity:
+    """The identity under which an engine of ours publishes ``tensors``, and by which it looks for others like it.
+
+    Whoever has an equal one has tensors of the same names, shapes, strides and dtypes, made by the same versions of
+    engine, torch and CUDA for the same accelerator: the bytes of one can take the place of the other's.
+
+    Args:
+        model_name: Name of the model.
+        tensors: What is published, by name: parameters and buffers, on the device where they are used.
+        engine: Number of the engine, see ``Engine``.
+        engine_version: Its version.
+        **details: Other fields of ``SourceIdentity``: ``tensor_parallel_size``, ``dtype``, ``revision`` and so on. Keys
+            in ``extra_parameters`` stand beside ``layout_signature``.
+    """
+    import torch
+
+    device = next((tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"), torch.device("cpu"))
+    extra = {**details.pop("extra_parameters", {}), "layout_signature": layout_digest(tensor_layouts(tensors))}
+    return SourceIdentity(
+        model_name,
+        backend_framework=engine,
+        backend_framework_version=engine_version,
+        torch_version=torch.__version__,
+        cuda_version=torch.version.cuda or torch.version.hip or "",
+        gpu_arch=_architecture(device),
+        extra_parameters=extra,
+        **details,
+    )
+
+
+def _architecture(device: torch.device) -> str:
+    """``"sm_90"`` for an accelerator of NVIDIA, ``"gfx942"`` for one of AMD, and else what torch calls the device."""
+    import torch
+
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

@@ -1,12 +1,48 @@
-"""Where the server is that workers and commands ask."""
+"""Which server workers and commands ask, how workers tell it what they hold, and how they find others."""
 
 from __future__ import annotations
 
 from attrs import frozen
 
-from modelexpress_core.settings import env, seconds
+from modelexpress_core.settings import env, names, seconds
+from modelexpress_core.uri import redacted
 
-__all__ = ["ServerAddress"]
+__all__ = ["SELECTORS", "DiscoverySettings", "PublishingSettings", "ServerAddress", "StaticSources"]
+
+#: How one of several peers may be chosen; see ``modelexpress_core.sources.ranking``.
+SELECTORS = ("load_aware", "random", "rendezvous_hash")
+
+#: What existing deployments call the server's stores, and what is asked then: the server is, whatever store it has.
+_BACKENDS = {
+    "server": "server://",
+    "redis": "server://",
+    "kubernetes": "server://",
+    "k8s": "server://",
+    "crd": "server://",
+    "memory": "server://",
+    "k8s-service": "k8s-service://",
+    "service": "k8s-service://",
+}
+
+
+def _backend(text: str) -> str:
+    """The discovery that a value of ``MX_METADATA_BACKEND`` stands for."""
+    try:
+        return _BACKENDS[text.strip().lower()]
+    except KeyError:
+        reason = f"expected one of {', '.join(_BACKENDS)}"
+        raise ValueError(reason) from None
+
+
+def _selector(text: str) -> str:
+    if text.strip() in SELECTORS:
+        return text.strip()
+    reason = f"expected one of {', '.join(SELECTORS)}"
+    raise ValueError(reason)
+
+
+def _shown(uris: tuple[str, ...]) -> str:
+    return ",".join(map(redacted, uris))
 
 
 @frozen
@@ -21,4 +57,55 @@ class ServerAddress:
     )
     deadline_seconds: float = env(
         "MX_SERVER_DEADLINE_SECONDS", default=10.0, converter=seconds, help="How long one call to the server may take."
+    )
+
+
+@frozen
+class PublishingSettings:
+    """How workers say that they are alive."""
+
+    interval_seconds: float = env(
+        "MX_HEARTBEAT_INTERVAL_SECS",
+        default=30.0,
+        converter=seconds,
+        help="How often a worker says that it is alive; well below MX_HEARTBEAT_TIMEOUT_SECS of the server.",
+    )
+
+
+@frozen
+class DiscoverySettings:
+    """Where peers are looked for, and which of them is chosen."""
+
+    uris: tuple[str, ...] = env(
+        "MX_DISCOVERY",
+        default=(),
+        converter=names,
+        shown=_shown,
+        help="Who is asked (URIs, comma-separated): server://, server://host:port, static://, or a plugin's.",
+    )
+    backend: str | None = env(
+        "MX_METADATA_BACKEND",
+        default=None,
+        converter=_backend,
+        help="The same in the words of existing deployments: server, redis and kubernetes mean server://. Where neither is "
+        "set, server:// is asked if MODEL_EXPRESS_URL is set, and nobody otherwise.",
+    )
+    selector: str = env(
+        "MX_P2P_SOURCE_SELECTOR",
+        default="load_aware",
+        converter=_selector,
+        help="How one of several peers is chosen: load_aware, rendezvous_hash or random.",
+    )
+
+
+@frozen
+class StaticSources:
+    """Places that are known beforehand."""
+
+    uris: tuple[str, ...] = env(
+        "MX_STATIC_SOURCES",
+        default=(),
+        converter=names,
+        shown=_shown,
+        help="Peers and checkpoints that static:// names: grpc://10.0.0.5:6555,s3://bucket/model.",
     )

@@ -44,6 +44,11 @@ _RETRIES = {
 _OPTIONS = (
     *MESSAGE_OPTIONS,
     ("grpc.service_config", json.dumps(_RETRIES)),
+    # A server that was away is found again within seconds of its return, however long that took. gRPC itself would try
+    # every two minutes in the end.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # how long one try may take
+    ("grpc.max_reconnect_backoff_ms", 1000),
 )
 
 #: Channels with the same credentials would share a connection, also one that stands since before they changed.

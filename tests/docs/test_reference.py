@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import pytest
 import typer
+from prometheus_client import CollectorRegistry
 
 import modelexpress_core as mx
 from devtools import settings_reference
@@ -22,6 +23,8 @@ from modelexpress_core.fetch import limiter
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import LoadReport
 from modelexpress_core.server.metrics import ServerMetrics
+from modelexpress_core.sources.metrics import SourceMetrics
+from modelexpress_core.sources.settings import SELECTORS
 from modelexpress_core.storage import protocol
 from modelexpress_core.storage.memory import store
 from tests.support.checkpoints import safetensors_file, tensor
@@ -395,14 +398,39 @@ def test_every_field_of_a_report_is_explained() -> None:
 
 def test_every_metric_of_the_server_is_explained() -> None:
     """In the page on the server, with its labels."""
-    table = re.findall(r"^\| `(mx_\w+)` \| (.*?) \|", page("server.md"), re.MULTILINE)
-    metrics = {
+    text = page("server.md").partition("\n## Metrics\n")[2].partition("\n## ")[0]
+
+    assert registered(ServerMetrics().registry) == explained_metrics(text)
+
+
+def test_every_metric_of_looking_for_peers_is_explained() -> None:
+    """Where the page tells how a source is chosen, with its labels."""
+    registry = CollectorRegistry()
+    SourceMetrics(registry)
+
+    text = page("server.md").partition("\n## Choosing a source\n")[2].partition("\n## ")[0]
+    assert registered(registry) == explained_metrics(text)
+
+
+def test_every_selector_is_explained() -> None:
+    """In the same place."""
+    text = page("server.md").partition("| `MX_P2P_SOURCE_SELECTOR` |")[2].partition("\n\n")[0]
+
+    assert set(SELECTORS) == set(rows(text))
+
+
+def registered(registry: CollectorRegistry) -> dict[str, set[str]]:
+    """The labels of each metric, by the name that it is scraped under."""
+    return {
         f"{metric.name}_total" if metric.type == "counter" else metric.name: set(collector._labelnames)
-        for collector in set(ServerMetrics().registry._collector_to_names)
+        for collector in set(registry._collector_to_names)
         for metric in collector.describe()
     }
 
-    assert metrics == {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in table}
+
+def explained_metrics(text: str) -> dict[str, set[str]]:
+    table = re.findall(r"^\| `(mx_\w+)` \| (.*?) \|", text, re.MULTILINE)
+    return {name: set(re.findall(r"`(\w+)`", labels)) for name, labels in table}
 
 
 def test_every_limiter_is_explained() -> None:

@@ -145,6 +145,7 @@ def test_plugins_lists_the_installed_ones(mx: Run) -> None:
     assert listed["modelexpress-core"]["schemes"] == {
         "storage": ["file", "memory"],
         "metadata store": ["memory", "redis", "rediss"],
+        "discovery": ["server", "static"],
         "command": ["serve", "health", "sources"],
     }
     assert listed["mx-s3"]["schemes"] == {"storage": ["s3"]}

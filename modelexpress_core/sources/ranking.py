@@ -1,0 +1,122 @@
+"""Which place is tried first: kinds of places in a fixed order, and peers of a kind spread over those who ask.
+
+Peers are put in order by rendezvous hashing (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates",
+1998): each reader has its own order of all peers, evenly spread, which every process computes alike and without talking
+to others. Where a peer comes or goes, only its own readers move. With weights (Schindelhauer and Schomaker, "Weighted
+Distributed Hash Tables", 2005) a peer is chosen in proportion to what it has to spare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from modelexpress_core.errors import SettingsError
+from modelexpress_core.providers import Candidate, LoadRequest
+from modelexpress_core.sources.settings import SELECTORS
+
+__all__ = ["rank"]
+
+#: A peer that says nothing of its load is taken for half busy.
+_UNKNOWN_LOAD = 0.5
+
+#: What even the busiest peer has to spare, so that it is not left out where all are busy.
+_LEAST_WEIGHT = 0.05
+
+#: Schemes of transports in the order in which they are tried; others come after them.
+_TRANSPORTS = ("nixl", "grpc")
+
+#: Schemes of the server's cache, which comes after peers.
+_CACHES = ("mx", "mxs")
+
+#: A float holds this many bits exactly, and one more for the half that keeps it from 0 and 1.
+_BITS = 52
+
+
+def rank(request: LoadRequest, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """All ``candidates``, best first: peers over NIXL, over gRPC, over others, the server's cache, and all the rest.
+
+    Peers of a kind are in the order that ``request.selector`` gives this reader; the rest stays as it was found.
+
+    Raises:
+        SettingsError: There is no such selector.
+    """
+    try:
+        order = _ORDERS[request.selector]
+    except KeyError:
+        message = f"no way to choose a peer: {request.selector!r}"
+        raise SettingsError(message, hint=f"set MX_P2P_SOURCE_SELECTOR to one of {', '.join(SELECTORS)}") from None
+    kinds: list[list[Candidate]] = [[] for _ in range(_KINDS)]
+    for candidate in candidates:
+        kinds[_kind(candidate)].append(candidate)
+    peers = (candidate for kind in kinds[:_PEER_KINDS] for candidate in order(request.reader, kind))
+    return (*peers, *(candidate for kind in kinds[_PEER_KINDS:] for candidate in kind))
+
+
+_PEER_KINDS = len(_TRANSPORTS) + 1
+_KINDS = _PEER_KINDS + 2
+
+
+def _kind(candidate: Candidate) -> int:
+    scheme = candidate.uri.scheme
+    if scheme in _TRANSPORTS:
+        return _TRANSPORTS.index(scheme)
+    if candidate.peer is not None:
+        return _PEER_KINDS - 1
+    return _PEER_KINDS if scheme in _CACHES else _PEER_KINDS + 1
+
+
+def _shuffled(_reader: str, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    return random.sample(candidates, len(candidates))
+
+
+def _by_hash(reader: str, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    return _by_score(reader, candidates, lambda _: 1.0)
+
+
+def _by_load(reader: str, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    return _by_score(reader, candidates, _spare)
+
+
+_ORDERS: Mapping[str, Callable[[str, Sequence[Candidate]], Sequence[Candidate]]] = {
+    "load_aware": _by_load,
+    "random": _shuffled,
+    "rendezvous_hash": _by_hash,
+}
+
+
+def _by_score(
+    reader: str, candidates: Sequence[Candidate], weight: Callable[[Candidate], float]
+) -> Sequence[Candidate]:
+    def key(candidate: Candidate) -> tuple[float, str, str]:
+        name = _name(candidate)
+        return weight(candidate) / math.log(_uniform(reader, name)), name, str(candidate.uri)
+
+    return sorted(candidates, key=key)
+
+
+def _name(candidate: Candidate) -> str:
+    """What tells one peer from others, whoever found it."""
+    if candidate.peer is not None and candidate.peer.worker_id:
+        return candidate.peer.worker_id
+    return f"{candidate.uri.authority}/{candidate.uri.path}"
+
+
+def _spare(candidate: Candidate) -> float:
+    """What a peer has to spare, from 0.05 to 1."""
+    load = candidate.peer.load if candidate.peer is not None else None
+    if load is None or math.isnan(load):
+        load = _UNKNOWN_LOAD
+    return min(1.0, max(_LEAST_WEIGHT, 1.0 - load))
+
+
+def _uniform(reader: str, name: str) -> float:
+    """A number between 0 and 1, both excluded, that looks drawn at random; the same in every process."""
+    digest = hashlib.blake2b(digest_size=8)
+    for text in (reader, name):
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    drawn = int.from_bytes(digest.digest(), "big") >> (64 - _BITS)
+    return (drawn + 0.5) / (1 << _BITS)
