@@ -18,7 +18,13 @@ from modelexpress_core.providers import (
 )
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.sources.ranking import rank
-from modelexpress_core.sources.settings import DiscoverySettings, PublishingSettings, ServerAddress, StaticSources
+from modelexpress_core.sources.settings import (
+    DiscoverySettings,
+    PublishingSettings,
+    ServerAddress,
+    StaticSources,
+    WorkerSettings,
+)
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings, TokenSettings
 
 if TYPE_CHECKING:
@@ -152,7 +158,7 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
             ("server",),
             _open_server_discovery,
             install_hint="modelexpress-core[server]",
-            settings=(DiscoverySettings, PublishingSettings),
+            settings=(DiscoverySettings, PublishingSettings, WorkerSettings),
         ),
         DiscoveryProvider("static", ("static",), _open_static_discovery, settings=StaticSources),
     ]

@@ -40,6 +40,7 @@ __all__ = [
     "pairs",
     "positive_integer",
     "seconds",
+    "tcp_port",
     "variables",
     "warn_unknown_variables",
 ]
@@ -64,8 +65,6 @@ RESERVED_VARIABLES = frozenset(
         "MX_REDIS_PORT",
         "MX_SERVER_ADDRESS",
         "MX_TRANSFER_TIMEOUT",
-        "MX_WORKER_GRPC_PORT",
-        "MX_WORKER_HOST",
     }
 )
 
@@ -157,6 +156,14 @@ def seconds(text: str) -> float:
         reason = "expected a number of seconds greater than 0"
         raise ValueError(reason)
     return value
+
+
+def tcp_port(text: str) -> int:
+    """A TCP port; 0 for any that is free."""
+    if not re.fullmatch(r"\d{1,5}", text.strip()) or int(text) > 65535:
+        reason = "expected a port: a whole number from 0 to 65535"
+        raise ValueError(reason)
+    return int(text)
 
 
 def byte_count(text: str) -> int:

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from modelexpress_core.settings import env, seconds
+from modelexpress_core.settings import env, seconds, tcp_port
 from modelexpress_core.uri import redacted
 
 __all__ = ["ServerSettings"]
-
-
-def _port(text: str) -> int:
-    """A TCP port; 0 for any that is free."""
-    if not text.strip().isdigit() or int(text) > 65535:
-        reason = "expected a port: a whole number from 0 to 65535"
-        raise ValueError(reason)
-    return int(text)
 
 
 @frozen
@@ -28,18 +20,21 @@ class ServerSettings:
         help="Address that the server listens on.",
     )
     port: int = env(
-        "MODEL_EXPRESS_SERVER_PORT", default=8001, converter=_port, help="Port of all gRPC services; 0: any free one."
+        "MODEL_EXPRESS_SERVER_PORT",
+        default=8001,
+        converter=tcp_port,
+        help="Port of all gRPC services; 0: any free one.",
     )
     metrics_port: int = env(
         "MODEL_EXPRESS_SERVER_METRICS_PORT",
         default=9401,
-        converter=_port,
+        converter=tcp_port,
         help="Port of the Prometheus metrics; 0: any free one.",
     )
     health_port: int | None = env(
         "MODEL_EXPRESS_HEALTH_PORT",
         default=None,
-        converter=_port,
+        converter=tcp_port,
         help="Port that serves health alone, without TLS, for probes that speak none; unset: there is no such port.",
     )
     metadata: str = env(

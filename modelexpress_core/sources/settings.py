@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from modelexpress_core.settings import env, names, seconds
+from modelexpress_core.settings import env, names, seconds, tcp_port
 from modelexpress_core.uri import redacted
 
-__all__ = ["SELECTORS", "DiscoverySettings", "PublishingSettings", "ServerAddress", "StaticSources"]
+__all__ = ["SELECTORS", "DiscoverySettings", "PublishingSettings", "ServerAddress", "StaticSources", "WorkerSettings"]
 
 #: How one of several peers may be chosen; see ``modelexpress_core.sources.ranking``.
 SELECTORS = ("load_aware", "random", "rendezvous_hash")
@@ -73,6 +73,35 @@ class PublishingSettings:
 
 
 @frozen
+class WorkerSettings:
+    """Where a worker offers what it holds."""
+
+    host: str | None = env(
+        "MX_WORKER_HOST",
+        default=None,
+        help="Name or address by which other workers reach this one; unset: the address of the way to the server.",
+    )
+    port: int = env(
+        "MX_WORKER_GRPC_PORT",
+        default=6555,
+        converter=tcp_port,
+        help="Port of the first device's WorkerService; the others follow it. 0: any free one.",
+    )
+    lease_seconds: float = env(
+        "MX_WORKER_LEASE_SECONDS",
+        default=600.0,
+        converter=seconds,
+        help="How long a reader may take; what it read after that is not trusted.",
+    )
+    drain_seconds: float = env(
+        "MX_WORKER_DRAIN_SECONDS",
+        default=30.0,
+        converter=seconds,
+        help="How long a worker that ends, or changes its weights, waits for readers.",
+    )
+
+
+@frozen
 class DiscoverySettings:
     """Where peers are looked for, and which of them is chosen."""
 
@@ -87,8 +116,8 @@ class DiscoverySettings:
         "MX_METADATA_BACKEND",
         default=None,
         converter=_backend,
-        help="The same in the words of existing deployments: server, redis and kubernetes mean server://. Where neither is "
-        "set, server:// is asked if MODEL_EXPRESS_URL is set, and nobody otherwise.",
+        help="The same in the words of existing deployments: server, redis and kubernetes mean server://. If neither "
+        "is set, server:// is asked if MODEL_EXPRESS_URL is set, and nobody otherwise.",
     )
     selector: str = env(
         "MX_P2P_SOURCE_SELECTOR",

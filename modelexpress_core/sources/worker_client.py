@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from attrs import frozen
 
 from modelexpress_core.errors import BackendError
+from modelexpress_core.settings import from_env
+from modelexpress_core.sources.settings import ServerAddress
 from modelexpress_core.wire.client import Client, Security
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.rpc import WORKER
@@ -45,6 +47,17 @@ class WorkerClient(Client):
 
     def __init__(self, url: str, *, deadline_seconds: float = 10.0, security: Security | None = None) -> None:
         super().__init__(url, (WORKER,), deadline_seconds=deadline_seconds, security=security or Security())
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, *, url: str) -> WorkerClient:
+        """To the worker at ``url``, with the deadline, the certificates and the token that the variables say.
+
+        Raises:
+            SettingsError: Variables, or files that they name, cannot be used.
+            InvalidURIError: The address is none.
+        """
+        deadline_seconds = from_env(ServerAddress, environ).deadline_seconds
+        return cls(url, deadline_seconds=deadline_seconds, security=Security.from_env(environ))
 
     def manifest(self, source_id: str, worker_id: str | None = None) -> p2p_pb2.GetTensorManifestResponse:
         """What the worker holds."""

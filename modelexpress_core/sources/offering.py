@@ -1,0 +1,184 @@
+"""A worker that offers what it holds: its manifest is served, its record published, both are taken back in order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from modelexpress_core.errors import PlacementError
+from modelexpress_core.settings import from_env
+from modelexpress_core.sources.client import ServerClient
+from modelexpress_core.sources.discovery.server import TRANSPORTS_KEY
+from modelexpress_core.sources.identity import SourceIdentity
+from modelexpress_core.sources.publishing import Publisher, PublishingState, withdraw_on_exit
+from modelexpress_core.sources.settings import PublishingSettings, ServerAddress, WorkerSettings
+from modelexpress_core.sources.worker_service import Leases, WorkerServer
+from modelexpress_core.wire.channel import Endpoint
+from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+from modelexpress_core.wire.settings import AuthSettings, TlsSettings
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Offer", "tensor_descriptors"]
+
+
+def tensor_descriptors(tensors: Mapping[str, torch.Tensor]) -> Sequence[p2p_pb2.TensorDescriptor]:
+    """Where tensors lie, in the words of the protocol: first byte, bytes up to the last element, device, dtype.
+
+    Raises:
+        PlacementError: One has no memory (it is on the meta device, say).
+    """
+    described = []
+    for name, tensor in tensors.items():
+        elements = 0 if tensor.numel() == 0 else 1
+        if elements:
+            elements += sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        if elements and (tensor.is_meta or not tensor.data_ptr()):
+            message = f"{name} has no memory that could be offered: it is on the device {tensor.device}"
+            raise PlacementError(message, tensor=name, hint="offer tensors once they are on the device where they stay")
+        descriptor = p2p_pb2.TensorDescriptor(
+            name=name,
+            addr=tensor.data_ptr() if elements else 0,
+            size=elements * tensor.element_size(),
+            device_id=tensor.device.index or 0,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+        )
+        described.append(descriptor)
+    return described
+
+
+class Offer:
+    """Offers the tensors of one worker from ``start`` until the end of the ``with`` block.
+
+    Its record says that it is initializing until ``ready`` is called. At the end the record becomes stale first, then
+    readers that are under way are waited for, and only then does the service end: the memory is the worker's own again.
+
+    Args:
+        identity: What the tensors are; see ``own_identity``.
+        tensors: Parameters and buffers by name, on the device where they stay.
+        worker_rank: Which part of the model they are.
+        device: Number of the device, added to ``MX_WORKER_GRPC_PORT``.
+        transports: Schemes that they can be read by.
+        nixl_metadata: What NIXL's agents say of themselves, where there is one.
+        load: How busy the worker is, from 0 to 1, or None where it cannot say; called for each heartbeat.
+        worker_id: A name that no other process uses; by default one is made.
+        environ: Variables: the server, certificates, tokens, ports; by default the process's.
+
+    Attributes:
+        worker_id: The name.
+        endpoint: Where the manifest is served.
+
+    Raises:
+        SettingsError: Variables, or files that they name, cannot be used.
+        ModelExpressError: The port is taken.
+        PlacementError: A tensor has no memory.
+    """
+
+    def __init__(
+        self,
+        identity: SourceIdentity,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        worker_rank: int = 0,
+        device: int = 0,
+        transports: Sequence[str] = (),
+        nixl_metadata: bytes = b"",
+        load: Callable[[], float | None] | None = None,
+        worker_id: str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        environ = os.environ if environ is None else environ
+        settings = from_env(WorkerSettings, environ)
+        tls, auth = from_env(TlsSettings, environ), from_env(AuthSettings, environ)
+        self._drain_seconds = settings.drain_seconds
+        self.worker_id = worker_id or uuid.uuid4().hex
+        manifest = p2p_pb2.GetTensorManifestResponse(
+            tensors=tensor_descriptors(tensors),
+            mx_source_id=identity.source_id,
+            worker_id=self.worker_id,
+            worker_rank=worker_rank,
+            accelerator=identity.gpu_arch,
+        )
+        with contextlib.ExitStack() as opened:
+            client = opened.enter_context(ServerClient.from_env(environ))
+            port = settings.port + device if settings.port else 0
+            self._server = opened.enter_context(
+                WorkerServer(manifest, f"{_ANY}:{port}", tls=tls, auth=auth, lease_seconds=settings.lease_seconds)
+            )
+            host = settings.host or _own_address(Endpoint.parse(from_env(ServerAddress, environ).url))
+            scheme = "https://" if tls.certificate else ""  # without it, other programs understand it, too
+            self.endpoint = f"{scheme}{host}:{self._server.port}"
+            self._publisher = Publisher(
+                client,
+                identity,
+                p2p_pb2.WorkerMetadata(
+                    worker_rank=worker_rank,
+                    worker_grpc_endpoint=self.endpoint,
+                    accelerator=identity.gpu_arch,
+                    topology={TRANSPORTS_KEY: ",".join(transports)} if transports else {},
+                    nixl_metadata=nixl_metadata,
+                ),
+                self.worker_id,
+                interval_seconds=from_env(PublishingSettings, environ).interval_seconds,
+                load=load,
+            )
+            self._closing = opened.pop_all()
+
+    def __enter__(self) -> Offer:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Publish; also see to it that the record is withdrawn when the process ends otherwise."""
+        self._publisher.start()
+        withdraw_on_exit(self._publisher)
+
+    def ready(self) -> None:
+        """Others may read from now on."""
+        self._publisher.ready()
+
+    @property
+    def state(self) -> PublishingState:
+        """What was told to the server."""
+        return self._publisher.state
+
+    @property
+    def leases(self) -> Leases:
+        """Who reads now."""
+        return self._server.leases
+
+    def drain(self) -> bool:
+        """Take the record back, and wait for readers; whether all have ended within ``MX_WORKER_DRAIN_SECONDS``."""
+        self._publisher.withdraw()
+        return self._server.drain(self._drain_seconds)
+
+    def close(self) -> None:
+        """Drain, and end."""
+        try:
+            self.drain()
+        finally:
+            self._closing.close()
+
+
+_ANY = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - workers of other hosts call it
+
+
+def _own_address(server: Endpoint) -> str:
+    """The address of this machine that the server, and so other workers, can reach: that of the way to it."""
+    host, _, port = server.target.rpartition(":")
+    with contextlib.suppress(OSError):
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as sock:
+            sock.connect(address)  # nothing is sent
+            found = str(sock.getsockname()[0])
+            return f"[{found}]" if ":" in found else found
+    return socket.gethostname()
