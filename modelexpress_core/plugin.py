@@ -15,7 +15,7 @@ from modelexpress_core.providers import (
     StorageCapabilities,
     StorageProvider,
 )
-from modelexpress_core.server.settings import ServerSettings
+from modelexpress_core.server.settings import ConfigPath, LogSettings, ServerSettings, SpanSettings, StoreVariables
 from modelexpress_core.sources.settings import ServerAddress
 
 if TYPE_CHECKING:
@@ -65,7 +65,10 @@ def mx_register_commands() -> list[CommandProvider]:
     """``mx serve``, and those that ask a server."""
     return [
         CommandProvider(
-            "serve", _serve, help="Run a server: it knows which worker holds which model.", settings=ServerSettings
+            "serve",
+            _serve,
+            help="Run a server: it knows which worker holds which model.",
+            settings=(ConfigPath, ServerSettings, StoreVariables, LogSettings, SpanSettings),
         ),
         CommandProvider("health", _health, help="Ask a server for its version and uptime.", settings=ServerAddress),
         CommandProvider(

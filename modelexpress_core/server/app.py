@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 import grpc.aio
 from prometheus_client import start_http_server
 
 from modelexpress_core.errors import ModelExpressError
+from modelexpress_core.providers import ServerServiceProvider, ServiceContext
+from modelexpress_core.server.calls import LoggedCalls
 from modelexpress_core.server.interceptors import Observed
 from modelexpress_core.server.metrics import ServerMetrics
 from modelexpress_core.server.reaper import Reaper
 from modelexpress_core.server.services.basic import ApiService, HealthService
 from modelexpress_core.server.services.health import StandardHealth
 from modelexpress_core.server.services.p2p import P2pService
+from modelexpress_core.server.services.plugins import PluginServices
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.server.stores import MetadataStore, StoreUnavailableError
 from modelexpress_core.server.stores.measured import MeasuredStore
+from modelexpress_core.server.tracing import span_interceptors
 from modelexpress_core.wire.rpc import API, HEALTH, MESSAGE_OPTIONS, P2P, STANDARD_HEALTH, Service, handler
 
 __all__ = ["Server"]
@@ -38,13 +43,22 @@ class Server:
     Args:
         settings: How to run.
         store: Where metadata is kept; closed at the end.
+        services: What plugins offer beside the server's own services, each with its distribution.
+        environ: Variables, for their factories.
 
     Attributes:
         port: Where the gRPC services are.
         metrics_port: Where the metrics are.
     """
 
-    def __init__(self, settings: ServerSettings, store: MetadataStore) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        store: MetadataStore,
+        *,
+        services: Iterable[tuple[str, ServerServiceProvider]] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self._settings = settings
         self._metrics = ServerMetrics()
         self._store = MeasuredStore(store, self._metrics)
@@ -53,7 +67,10 @@ class Server:
             API: ApiService(),
             P2P: P2pService(self._store, settings.heartbeat_timeout_seconds),
         }
-        self._health = StandardHealth(service.name for service in self._services)
+        own = [service.name for service in self._services]
+        self._plugin_services = PluginServices(services, {*own, STANDARD_HEALTH.name}, self._metrics)
+        self._environ = environ or {}
+        self._health = StandardHealth([*own, *self._plugin_services.names])
         self._closing = contextlib.AsyncExitStack()
         self.port = 0
         self.metrics_port = 0
@@ -77,9 +94,13 @@ class Server:
         await self._closing.aclose()
 
     async def _serve(self, opened: contextlib.AsyncExitStack) -> None:
-        server = grpc.aio.server(interceptors=[Observed(self._metrics)], options=_OPTIONS)
+        # From the outermost to the innermost: what happens within a call is part of its span, and of its line.
+        interceptors = [*span_interceptors(), LoggedCalls(), Observed(self._metrics)]
+        server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
         services = {**self._services, STANDARD_HEALTH: self._health}
         server.add_generic_rpc_handlers([handler(service, each) for service, each in services.items()])
+        closing = await opened.enter_async_context(contextlib.AsyncExitStack())
+        server.add_generic_rpc_handlers(self._plugin_services.make(ServiceContext(self._store, self._environ, closing)))
         address = f"{self._settings.host}:{self._settings.port}"
         try:
             self.port = server.add_insecure_port(address)
