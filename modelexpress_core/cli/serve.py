@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 
 from modelexpress_core.cli.output import console, exit_code, package_missing
-from modelexpress_core.errors import ModelExpressError
+from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
 from modelexpress_core.plugins import CORE, PluginManager
 from modelexpress_core.server.logs import announce, write_log
 from modelexpress_core.server.settings import ConfigPath, LogSettings, ServerSettings, SpanSettings, StoreVariables
@@ -73,6 +73,7 @@ def serve(
     if log.format == "text":
         _serve(settings.get(ServerSettings))
         return
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it writes lines of its own, and what it cannot do we say
     try:
         _serve(settings.get(ServerSettings))
     except ModelExpressError as exc:
@@ -95,18 +96,23 @@ def _settings(path: str | None, given: dict[str, Given]) -> Config:
         from modelexpress_core.server.config import read_config
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
-    path = path or from_env(ConfigPath).path
+    path = from_env(ConfigPath).path if path is None else path
     config = read_config(_SECTIONS, os.environ, path=path, given=given, also=(StoreVariables, SpanSettings))
     if "metadata" in config.defaults(ServerSettings):
         usual = from_env(StoreVariables).metadata()
         config = config.with_fallback(ServerSettings, {"metadata": usual} if usual else {})
+    try:
+        ModelURI.parse(config.get(ServerSettings).metadata)
+    except InvalidURIError as exc:
+        source = dict(config.describe(CORE))["metadata"].source
+        message = f"settings that cannot be used:\n  metadata (from {source}): {exc.message}"
+        raise SettingsError(message, hint=exc.hint) from exc
     return config
 
 
 def _print(config: Config) -> None:
     """Every setting, its value and where that came from, where the server could use them all."""
-    metadata = ModelURI.parse(config.get(ServerSettings).metadata)
-    PluginManager.discover().metadata_stores.lookup(metadata.scheme)
+    PluginManager.discover().metadata_stores.lookup(ModelURI.parse(config.get(ServerSettings).metadata).scheme)
     out = console()
     for key, value in config.describe(CORE):
         source = "" if value.source == "default" else f" (from {value.source})"

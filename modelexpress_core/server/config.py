@@ -98,7 +98,7 @@ def read_config(
         SettingsError: The file cannot be read, or values cannot be used; all are named, without secrets.
     """
     reader = _Reader(path or "", sections)
-    if path:
+    if path is not None:
         reader.read(_document(path))
     flags = given or {}
     sources = {

@@ -71,7 +71,7 @@ class _Spans(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is gen
     ) -> Any:  # noqa: ANN401 - a handler, or None
         """The handler of a call, within its span."""
         handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
-        if handler is None:  # a method that there is not: callers choose its name
+        if handler is None or self._in_vain():  # of a method that there is not, callers choose the name
             return handler
         name = handler_call_details.method.lstrip("/")
         metadata: Any = handler_call_details.invocation_metadata or ()
@@ -102,6 +102,10 @@ class _Spans(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is gen
                         span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, code.name))
 
         return within(handler, in_span)
+
+    def _in_vain(self) -> bool:
+        """Whether nobody has set up where spans go: calls are then what they are without OpenTelemetry."""
+        return isinstance(self._trace.get_tracer_provider(), self._trace.ProxyTracerProvider)
 
 
 @contextlib.contextmanager
@@ -159,9 +163,9 @@ def _exporter(name: str, protocol: str) -> SpanExporter | None:
         return None
     try:
         exporter: SpanExporter = importlib.import_module(_OTLP[protocol]).OTLPSpanExporter()
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as exc:
         package = f"opentelemetry-exporter-otlp-proto-{protocol.partition('/')[0]}"
-        _log.warning("no spans are exported to a collector: %s is missing; pip install %s", package, package)
+        _log.warning("no spans are exported to a collector: %s is missing; pip install %s", exc.name, package)
         return None
     except Exception as exc:  # noqa: BLE001 - of another package, made of variables
         _log.warning("no spans are exported to a collector: its exporter cannot be made (%s)", type(exc).__name__)

@@ -69,6 +69,7 @@ def test_checking(mx: Command, config: Callable[[str], str]) -> None:
     done = mx("--log-level", "debug", "serve", "--check", "--config", path, "--host", "h", environ=environ)
     unknown = mx("serve", "--check", environ={"MX_METADATA_BACKEND": "kubernetes"})
     wrong = mx("serve", "--check", environ={"MX_METADATA_BACKEND": "server"})
+    no_uri = mx("serve", "--check", environ={"MX_METADATA_URI": f"redis:/:{_SECRET}@h"})
 
     assert 0 == done.returncode, done.stderr
     shown = done.stdout.splitlines()
@@ -80,6 +81,8 @@ def test_checking(mx: Command, config: Callable[[str], str]) -> None:
     assert "log.level = debug (from --log-level)" in shown
     assert _SECRET not in done.stdout + done.stderr
     assert (1, True) == (unknown.returncode, "metadata store scheme 'kubernetes'" in unknown.stderr)
+    assert (1, True) == (no_uri.returncode, "metadata (from MX_METADATA_URI): fewer than" in no_uri.stderr)
+    assert _SECRET not in no_uri.stderr
     assert (1, True) == (wrong.returncode, "there are memory, redis, kubernetes" in wrong.stderr)
 
 

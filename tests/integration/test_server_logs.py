@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,6 +114,17 @@ def test_a_server_that_does_not_start_says_so_in_json(mx: Command) -> None:
     assert "etcd" in line["message"]
     assert line["hint"]
     assert "hunter2" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_told_in_json(mx: Command) -> None:
+    """In one line: gRPC's core adds none."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = str(listening.getsockname()[1])
+        done = mx("serve", "--log-format", "json", "--host", "127.0.0.1", "--port", port, "--metrics-port", "0")
+
+    [line] = lines(done.stderr)
+    assert (1, "error") == (done.returncode, line["level"])
+    assert port in line["message"]
 
 
 _PROGRAM = """

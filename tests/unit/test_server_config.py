@@ -120,7 +120,7 @@ def test_what_is_no_configuration(read: Read, text: str | bytes, reason: str) ->
     assert reason in said
 
 
-@pytest.mark.parametrize("path", ["nothing.yaml", ".", "a\0b"])
+@pytest.mark.parametrize("path", ["nothing.yaml", ".", "a\0b", ""])
 def test_a_file_that_cannot_be_read(path: str) -> None:
     """Is named, with the reason."""
     with pytest.raises(SettingsError, match=r"the configuration .* cannot be read: ") as raised:
