@@ -113,16 +113,24 @@ def mx_register_metadata_stores() -> Iterable[MetadataStoreProvider]:  # type: i
 
 @hookspec
 def mx_register_server_services() -> Iterable[ServerServiceProvider]:  # type: ignore[empty-body]  # a specification
-    """GRPC services that a server offers beside its own.
+    """GRPC services that ``mx serve`` offers beside its own.
 
-    Not used where no server runs in the process.
+    Not used where no server runs in the process. The factory is called once, when the server starts.
 
     Example:
         >>> from modelexpress_core.hooks import hookimpl
         >>> from modelexpress_core.providers import ServerServiceProvider
+        >>> def make_audit(context):
+        ...     import grpc
+        ...
+        ...     async def count(request, rpc):
+        ...         return str(sum((await context.store.counts()).values())).encode()
+        ...
+        ...     handlers = {"Count": grpc.unary_unary_rpc_method_handler(count)}
+        ...     return grpc.method_handlers_generic_handler("acme.audit.AuditService", handlers)
         >>> @hookimpl
         ... def mx_register_server_services():
-        ...     return [ServerServiceProvider("acme.audit.AuditService", lambda context: ...)]
+        ...     return [ServerServiceProvider("acme.audit.AuditService", make_audit)]
         >>> mx_register_server_services()[0].name
         'acme.audit.AuditService'
     """

@@ -16,7 +16,7 @@ from modelexpress_core.providers import (
     StorageCapabilities,
     StorageProvider,
 )
-from modelexpress_core.server.settings import ServerSettings
+from modelexpress_core.server.settings import ConfigPath, LogSettings, ServerSettings, SpanSettings, StoreVariables
 from modelexpress_core.sources.ranking import rank
 from modelexpress_core.sources.settings import (
     DiscoverySettings,
@@ -81,7 +81,7 @@ def mx_register_commands() -> list[CommandProvider]:
             "serve",
             _serve,
             help="Run a server: it knows which worker holds which model.",
-            settings=(ServerSettings, TlsSettings, AuthSettings),
+            settings=(ConfigPath, ServerSettings, TlsSettings, AuthSettings, StoreVariables, LogSettings, SpanSettings),
         ),
         CommandProvider("health", _health, help="Ask a server for its version and uptime.", settings=_CLIENT_SETTINGS),
         CommandProvider(

@@ -427,26 +427,29 @@ class PluginManager:
         return self._table("mx_register_metadata_stores", MetadataStoreProvider)
 
     @property
-    def server_services(self) -> tuple[ServerServiceProvider, ...]:
-        """Services that a server offers beside its own."""
-        return self._all("mx_register_server_services")
+    def server_services(self) -> tuple[tuple[str, ServerServiceProvider], ...]:
+        """Services that a server offers beside its own, each with its distribution."""
+        return tuple(
+            (name, record)
+            for name in sorted(self._records)
+            for record in self._records[name].get("mx_register_server_services", ())
+        )
 
     @property
     def commands(self) -> tuple[CommandProvider, ...]:
         """Subcommands of ``mx``."""
-        return self._all("mx_register_commands")
-
-    def _all(self, hook: str) -> tuple[Any, ...]:
-        return tuple(record for name in sorted(self._records) for record in self._records[name].get(hook, ()))
+        return tuple(
+            record for name in sorted(self._records) for record in self._records[name].get("mx_register_commands", ())
+        )
 
     def settings_classes(self) -> tuple[tuple[str, type], ...]:
-        """The settings classes of every record that has any, with its distribution."""
+        """The settings classes of every record that has some, each with its distribution."""
         pairs = []
         for name in sorted(self._records):
             for records in self._records[name].values():
                 for record in records:
-                    declared = getattr(record, "settings", None) or ()
-                    for cls in declared if isinstance(declared, tuple) else (declared,):
+                    classes = getattr(record, "settings", None) or ()
+                    for cls in classes if isinstance(classes, tuple) else (classes,):
                         if (name, cls) not in pairs:
                             pairs.append((name, cls))
         return tuple(pairs)

@@ -5,7 +5,8 @@ A record is data. Building one does no I/O and imports no SDK; the factory in it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -15,6 +16,7 @@ from modelexpress_core.immutable import unmodifiable
 from modelexpress_core.uri import SCHEME_PATTERN, ModelURI
 
 if TYPE_CHECKING:
+    from modelexpress_core.server.stores import MetadataStore
     from modelexpress_core.sources.discovery import Discovery
     from modelexpress_core.sources.identity import SourceIdentity
     from modelexpress_core.storage import Storage
@@ -29,6 +31,7 @@ __all__ = [
     "Peer",
     "SchemeProvider",
     "ServerServiceProvider",
+    "ServiceContext",
     "StorageCapabilities",
     "StorageProvider",
     "TransportProvider",
@@ -145,19 +148,61 @@ class MetadataStoreProvider(SchemeProvider):
     """Keeps the server's metadata."""
 
 
+class _Collecting:
+    """Stands for a server where generated code adds a service to one."""
+
+    def __init__(self) -> None:
+        self.handlers: list[Any] = []
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
+        """What serves the methods."""
+        self.handlers += handlers
+
+    def add_registered_method_handlers(self, name: str, handlers: Mapping[str, Any]) -> None:
+        """The same once more, for servers that want them by name."""
+
+
+@frozen
+class ServiceContext:
+    """What the factory of a service is given.
+
+    Attributes:
+        store: The server's metadata, whose methods are coroutines. The server closes it.
+        settings: Variables.
+        closing: What is pushed here is called at the end, after the last call, in reverse order.
+    """
+
+    store: MetadataStore
+    settings: Mapping[str, str]
+    closing: AsyncExitStack
+
+    def handler(self, add_to_server: Callable[[Any, Any], None], servicer: object) -> Any:  # noqa: ANN401 - of gRPC
+        """What ``add_to_server``, an ``add_..._to_server`` that protoc generated, adds to a server for ``servicer``."""
+        collecting = _Collecting()
+        add_to_server(servicer, collecting)
+        [handler] = collecting.handlers
+        return handler
+
+
 @frozen
 class ServerServiceProvider:
     """A gRPC service that ``mx serve`` also offers.
 
+    It is offered in the standard health service, and its calls are logged, traced and counted as the server's own are.
+
     Attributes:
         name: Full gRPC service name.
-        factory: Called once, when the server starts.
+        factory: Called once as ``factory(context)`` when the server starts, in its event loop, with a
+            ``ServiceContext``. Returns a ``grpc.GenericRpcHandler`` for methods of ``name``, which are coroutines or
+            asynchronous generators. If it fails, the server does not start. SDKs are imported there.
         api_version: The hook contract that it was written for.
+        settings: Settings class that the factory reads, or several, for ``mx settings``.
     """
 
     name: str = field(validator=_check_name)
-    factory: Callable[..., Any] = field(validator=_check_factory)
+    factory: Callable[[ServiceContext], Any] = field(validator=_check_factory)
     api_version: int = field(default=API_VERSION, kw_only=True)
+    settings: type | tuple[type, ...] | None = field(default=None, kw_only=True)
 
 
 @frozen
@@ -170,7 +215,7 @@ class CommandProvider:
             or a function that typer turns into a command.
         help: One line for ``mx --help``.
         api_version: The hook contract that it was written for.
-        settings: Settings class that it reads, for ``mx settings``; or several.
+        settings: Settings class that it reads, or several, for ``mx settings``.
     """
 
     name: str = field(validator=_check_name)

@@ -9,6 +9,8 @@ process environment. Nothing is read at import and nothing changes later::
 
 
     settings = from_env(MySettings, os.environ)
+
+A program that has flags and a file, too, reads from ``Sources``: ``from_sources(MySettings, sources)``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import difflib
 import logging
 import os
 import re
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -27,20 +30,26 @@ from modelexpress_core.errors import SettingsError
 
 __all__ = [
     "CORE_SETTINGS",
+    "Given",
     "LoadSettings",
     "PluginSettings",
     "SettingValue",
+    "Sources",
+    "Written",
     "boolean",
     "buffer_bytes",
     "byte_count",
     "describe",
     "env",
     "from_env",
+    "from_sources",
+    "keys",
     "names",
     "pairs",
     "positive_integer",
     "seconds",
     "tcp_port",
+    "unusable",
     "variables",
     "warn_unknown_variables",
 ]
@@ -61,8 +70,6 @@ RESERVED_VARIABLES = frozenset(
         "MX_MODEL_URI",
         "MX_NIXL_BACKEND",
         "MX_REAPER_SCAN_INTERVAL_SECS",
-        "MX_REDIS_HOST",
-        "MX_REDIS_PORT",
         "MX_SERVER_ADDRESS",
         "MX_TRANSFER_TIMEOUT",
     }
@@ -85,7 +92,7 @@ class SettingValue:
         name: The variable.
         aliases: Other variables read where ``name`` is not set.
         value: Its value as text; ``"***"`` for a secret that is set.
-        source: The variable that the value came from, or ``"default"``.
+        source: What the value came from: a variable, a flag, a line of a file, or ``"default"``.
         help: What it does.
         owner: The distribution that reads it.
         problem: Why the value cannot be used; empty where it can.
@@ -98,6 +105,51 @@ class SettingValue:
     help: str
     owner: str
     problem: str = ""
+
+
+@frozen
+class Given:
+    """The value of a field that is known already.
+
+    Attributes:
+        value: As the field has it.
+        source: What it came from: ``"--port"``.
+    """
+
+    value: Any = attrs.field(repr=False)
+    source: str
+
+
+@frozen
+class Written:
+    """What a file says of a field.
+
+    Attributes:
+        value: As a reader of YAML, JSON or TOML returns it: text, number, switch, list or mapping.
+        key: Where it stands in the file, for messages: ``"log.level"``.
+        place: Where the file is and where it stands in it, for messages: ``"mx.yaml, line 3"``.
+    """
+
+    value: object = attrs.field(repr=False)
+    key: str
+    place: str
+
+
+@frozen
+class Sources:
+    """Where the fields of a settings class come from. The first that has a value wins, in this order.
+
+    Attributes:
+        given: Flags, by field.
+        environ: Variables.
+        written: What a file says, by field.
+        fallback: What takes the place of defaults, by field.
+    """
+
+    environ: Mapping[str, str]
+    given: Mapping[str, Given] = attrs.field(factory=dict, kw_only=True)
+    written: Mapping[str, Written] = attrs.field(factory=dict, kw_only=True)
+    fallback: Mapping[str, Given] = attrs.field(factory=dict, kw_only=True)
 
 
 def env(
@@ -226,29 +278,165 @@ def from_env(cls: type[_T], environ: Mapping[str, str] | None = None) -> _T:
     Raises:
         SettingsError: One or more variables cannot be used; the message names every one of them.
     """
-    values, problems = _read(cls, os.environ if environ is None else environ)
-    if problems:
-        message = "settings that cannot be used:\n  " + "\n  ".join(problems.values())
+    return from_sources(cls, Sources(os.environ if environ is None else environ))
+
+
+def from_sources(cls: type[_T], sources: Sources) -> _T:
+    """An instance of the settings class ``cls``, each field from the first of ``sources`` that has it.
+
+    Raises:
+        SettingsError: One or more values cannot be used, another taking their place or not; all are named.
+    """
+    reading = _read(cls, sources)
+    if reading.problems:
+        message = "settings that cannot be used:\n  " + "\n  ".join(reading.problems.values())
         raise SettingsError(message, hint="correct or unset them; `mx settings` shows all that are read")
-    return cls(**values)
+    return cls(**reading.values)
 
 
-def _read(cls: type, environ: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of the fields that are set, and what is wrong with those that cannot be used, by field."""
-    values: dict[str, Any] = {}
-    problems: dict[str, str] = {}
-    for attribute, variable, converter in _fields(cls):
-        found = _text(variable, environ)
-        if found is None:
-            continue
-        name, text = found
+def unusable(cls: type, sources: Sources) -> tuple[str, ...]:
+    """What is wrong with the values of ``sources`` for ``cls``, a line for each; nothing where all can be used."""
+    reading = _read(cls, sources)
+    if not reading.problems:
         try:
-            values[attribute.name] = converter(text) if converter else text
-        except ValueError as exc:
-            # The reason may quote the value, as int() does.
-            problem = "***: the value (not shown) cannot be used" if variable.secret else f"{text!r}: {exc}"
-            problems[attribute.name] = f"{name}={problem}"
-    return values, problems
+            cls(**reading.values)
+        except SettingsError as exc:  # what only the class itself knows
+            return (exc.message,)
+    return tuple(reading.problems.values())
+
+
+@frozen
+class _Reading:
+    """The fields that have a value, what each came from, and by variable or place in a file what is wrong there."""
+
+    values: dict[str, Any]
+    origins: dict[str, str]
+    problems: dict[tuple[str, str], str]
+
+    def unusable(self, field: str) -> str:
+        return "; ".join(problem for (name, _), problem in self.problems.items() if name == field)
+
+
+def _read(cls: type, sources: Sources) -> _Reading:
+    reading = _Reading({}, {}, {})
+
+    def known(field: str, value: Any, origin: str) -> None:  # noqa: ANN401 - of any type
+        reading.values[field], reading.origins[field] = value, origin
+
+    hints = typing.get_type_hints(cls) if sources.written else {}
+    for attribute, variable, converter in _fields(cls):
+        field = attribute.name
+        # From the last to the first, so that what is wrong with a value is told even where another wins.
+        if field in sources.fallback:
+            known(field, sources.fallback[field].value, sources.fallback[field].source)
+        if field in sources.written:
+            written = sources.written[field]
+            try:
+                known(field, _from_data(written.value, hints[field], converter), written.place)
+            except ValueError as exc:
+                problem = f"{written.place}: {written.key}: {_why(exc, written.value, variable)}"
+                reading.problems[field, written.place] = problem
+        found = _text(variable, sources.environ)
+        if found is not None:
+            name, text = found
+            try:
+                known(field, converter(text) if converter else text, name)
+            except ValueError as exc:
+                hidden = "***: the value (not shown) cannot be used"
+                problem = hidden if _is_hidden(variable) else f"{text!r}: {exc}"
+                reading.problems[field, name] = f"{name}={problem}"
+        if field in sources.given:
+            known(field, sources.given[field].value, sources.given[field].source)
+    return reading
+
+
+def _is_hidden(variable: _Variable) -> bool:
+    return variable.secret or variable.shown is not None
+
+
+class _WrongTypeError(ValueError):
+    """A value of another type than the field's; says so without the value."""
+
+
+def _why(exc: ValueError, value: object, variable: _Variable) -> str:
+    """Why ``value`` cannot be used, without it where it may be a secret."""
+    if value is None:
+        return str(exc)
+    if _is_hidden(variable):  # a converter may quote it, as int() does
+        return str(exc) if isinstance(exc, _WrongTypeError) else "the value (not shown) cannot be used"
+    try:
+        text = repr(value)
+    except ValueError:  # of a number with thousands of digits
+        return "the value (not shown) cannot be used"
+    return f"{text if len(text) <= _SHOWN_CHARACTERS else f'{text[:_SHOWN_CHARACTERS]}...'}: {exc}"
+
+
+#: What a message shows of a value.
+_SHOWN_CHARACTERS = 80
+
+_KINDS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def _from_data(value: object, hint: Any, converter: Callable[[str], Any] | None) -> Any:  # noqa: ANN401 - of any type
+    """``value``, as a file has it, for a field of the type ``hint``.
+
+    Text does not pass for a number, unless it has a unit, and a number not for text. What the converter refuses in a
+    variable it refuses here.
+    """
+    kind = (
+        next((each for each in typing.get_args(hint) if each is not type(None)), hint) if _is_optional(hint) else hint
+    )
+    origin = typing.get_origin(kind) or kind
+    if value is None or value in ("", [], {}):
+        message = "nothing stands there; leave the key out, or give it a value"
+        raise _WrongTypeError(message)
+    if origin is bool:
+        return _checked(value, bool)
+    if origin in {int, float}:
+        if isinstance(value, str) and converter in _WITH_UNITS and re.search(r"[A-Za-z]\s*$", value):
+            return converter(value)
+        number = value if origin is float and type(value) is int else _checked(value, origin)
+        return converter(str(number)) if converter else origin(number)
+    if origin is tuple:
+        text = ",".join(_item(item) for item in _checked(value, list))
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        text = ",".join(f"{_item(key)}={_item(item)}" for key, item in _checked(value, dict).items())
+    else:
+        text = _checked(value, str)
+    return converter(text) if converter else text
+
+
+def _is_optional(hint: object) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def _checked(value: object, kind: type) -> Any:  # noqa: ANN401 - of the type ``kind``
+    if type(value) is not kind:
+        is_now = _KINDS.get(type(value), f"a {type(value).__name__}")
+        message = f"expected {_KINDS[kind]}, and this is {is_now}"
+        raise _WrongTypeError(message)
+    return value
+
+
+def _item(value: object) -> str:
+    """An item of a list or a mapping, which variables separate by commas."""
+    text: str = _checked(value, str)
+    if "," in text or not text.strip():
+        message = "expected items that are not empty and have no commas"
+        raise _WrongTypeError(message)
+    return text
+
+
+def keys(cls: type) -> tuple[str, ...]:
+    """Every field of the settings class ``cls`` that a file may set, in order."""
+    return tuple(attribute.name for attribute, _, _ in _fields(cls))
 
 
 def variables(cls: type) -> tuple[str, ...]:
@@ -256,24 +444,26 @@ def variables(cls: type) -> tuple[str, ...]:
     return tuple(name for _, variable, _ in _fields(cls) for name in variable.names)
 
 
-def describe(cls: type, environ: Mapping[str, str], *, owner: str) -> tuple[SettingValue, ...]:
+def describe(cls: type, environ: Mapping[str, str] | Sources, *, owner: str) -> tuple[SettingValue, ...]:
     """Every setting of ``cls`` with its value in ``environ``, where that came from, and what is wrong with it."""
-    values, problems = _read(cls, environ)
+    reading = _read(cls, environ if isinstance(environ, Sources) else Sources(environ))
+    values, wrong = reading.values, {name: reading.unusable(name) for name in keys(cls)}
     try:
         settings = cls(**values)
     except SettingsError as exc:  # what only the class itself knows, which may concern any of its fields
-        problems |= {name: exc.message for name in values if any(v in exc.message for v in _names_of(cls, name))}
-        settings = cls(**{name: value for name, value in values.items() if name not in problems})
+        wrong |= {name: exc.message for name in values if any(v in exc.message for v in _names_of(cls, name))}
+        settings = cls(**{name: value for name, value in values.items() if not wrong[name]})
     rows = []
     for attribute, variable, _ in _fields(cls):
-        found = _text(variable, environ)
-        problem = problems.get(attribute.name, "")
+        problem = wrong[attribute.name]
+        # Of what cannot be used, that is where it stands.
+        source = next((place for name, place in reading.problems if name == attribute.name), None)
+        source = source or reading.origins.get(attribute.name)
         hidden = variable.secret or problem  # what cannot be read may be a secret in the wrong place
-        show = variable.shown if variable.shown and found else _shown
-        shown = show(getattr(settings, attribute.name)) if not hidden else "***" if found else ""
+        show = variable.shown if variable.shown and source else _shown
+        shown = show(getattr(settings, attribute.name)) if not hidden else "***" if source else ""
         name, *aliases = variable.names
-        source = found[0] if found else "default"
-        rows.append(SettingValue(name, tuple(aliases), shown, source, variable.help, owner, problem))
+        rows.append(SettingValue(name, tuple(aliases), shown, source or "default", variable.help, owner, problem))
     return tuple(rows)
 
 
@@ -388,6 +578,9 @@ class LoadSettings:
         help="Read everything through staging buffers, as for devices that need them; for tests of that path.",
     )
 
+
+#: Numbers that may be written as text, with a unit.
+_WITH_UNITS = frozenset({buffer_bytes, byte_count, seconds})
 
 #: Every settings class of core, in the order in which `mx settings` shows them.
 CORE_SETTINGS: tuple[type, ...] = (LoadSettings, PluginSettings)

@@ -14,9 +14,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from modelexpress_core.errors import InvalidURIError, ModelExpressError
+from modelexpress_core.errors import InvalidURIError, ModelExpressError, PluginLoadError
 
-__all__ = ["JsonOption", "console", "errors_reported", "print_json", "progress_bars", "status_console"]
+__all__ = [
+    "JsonOption",
+    "console",
+    "errors_reported",
+    "exit_code",
+    "package_missing",
+    "print_json",
+    "progress_bars",
+    "status_console",
+]
 
 _F = TypeVar("_F", bound=Callable[..., None])
 
@@ -60,6 +69,17 @@ def print_json(value: object) -> None:
     sys.stdout.flush()
 
 
+def exit_code(exc: ModelExpressError) -> int:
+    """What a command ends with that failed with ``exc``: 2 where it was used wrongly, or else 1."""
+    return 2 if isinstance(exc, InvalidURIError) else 1
+
+
+def package_missing(what: str, exc: ModuleNotFoundError) -> PluginLoadError:
+    """The error for ``what`` (``"the server"``), which the extra ``server`` brings the packages of."""
+    message = f"{what} needs the package {exc.name}, which is not installed"
+    return PluginLoadError(message, plugin="modelexpress-core", hint="pip install 'modelexpress-core[server]'")
+
+
 def errors_reported(command: _F) -> _F:
     """``command``, with our errors as a message on stderr (and as JSON on stdout where asked for) and exit code 1."""
 
@@ -69,7 +89,7 @@ def errors_reported(command: _F) -> _F:
             command(*args, **kwargs)
         except ModelExpressError as exc:
             _report(exc, as_json=bool(kwargs.get("json_output")))
-            raise typer.Exit(2 if isinstance(exc, InvalidURIError) else 1) from exc
+            raise typer.Exit(exit_code(exc)) from exc
         except KeyboardInterrupt:
             status_console().print("Interrupted; nothing was kept.", style="red")
             raise typer.Exit(1) from None

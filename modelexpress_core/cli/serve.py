@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import attrs
 import typer
+from rich.text import Text
 
-from modelexpress_core.cli.output import status_console
-from modelexpress_core.errors import PluginLoadError
-from modelexpress_core.plugins import PluginManager
-from modelexpress_core.server.settings import ServerSettings
-from modelexpress_core.settings import from_env
+from modelexpress_core.cli.output import console, exit_code, package_missing
+from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
+from modelexpress_core.plugins import CORE, PluginManager
+from modelexpress_core.server.logs import announce, write_log
+from modelexpress_core.server.settings import ConfigPath, LogSettings, ServerSettings, SpanSettings, StoreVariables
+from modelexpress_core.settings import Given, from_env
 from modelexpress_core.uri import ModelURI
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
 
+if TYPE_CHECKING:
+    from modelexpress_core.server.config import Config
+
 __all__ = ["serve"]
+
+_log = logging.getLogger(__name__)
+
+#: Settings class of each section of the configuration file; the empty name is its top.
+_SECTIONS = {"": ServerSettings, "tls": TlsSettings, "auth": AuthSettings, "log": LogSettings}
 
 
 def serve(
+    context: typer.Context,
+    *,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", metavar="ADDRESS")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the gRPC services.", min=0, max=65535)] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Port of the metrics.", min=0, max=65535)] = None,
@@ -32,38 +44,123 @@ def serve(
     metadata: Annotated[
         str | None, typer.Option(help="Where metadata is kept: memory:// or redis://host:6379/0", metavar="URI")
     ] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="text for people, json for programs; logs go to stderr.", metavar="FORMAT")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="YAML file with settings; variables and flags win over it.", metavar="FILE")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Show all settings and where each came from, and serve nothing.")
+    ] = False,
 ) -> None:
     """Run a server: workers publish what they hold, and others find it. Ends on SIGTERM or Ctrl-C."""
-    settings = from_env(ServerSettings, os.environ)
-    given: dict[str, Any] = {
-        "host": host,
-        "port": port,
-        "metrics_port": metrics_port,
-        "health_port": health_port,
-        "metadata": metadata,
+    given = {
+        key: Given(value, f"--{key.replace('_', '-')}")
+        for key, value in {
+            "host": host,
+            "port": port,
+            "metrics_port": metrics_port,
+            "health_port": health_port,
+            "metadata": metadata,
+        }.items()
+        if value is not None
     }
-    settings = attrs.evolve(settings, **{name: value for name, value in given.items() if value is not None})
-    tls, auth = from_env(TlsSettings, os.environ), from_env(AuthSettings, os.environ)
-    asyncio.run(_run(settings, tls, auth))
+    if log_format is not None:
+        given["log.format"] = Given(_known_format(log_format), "--log-format")
+    root = context.find_root()
+    if getattr(root.get_parameter_source("log_level"), "name", "") == "COMMANDLINE":
+        given["log.level"] = Given(root.params["log_level"].lower(), "--log-level")
+    settings = _settings(config, given)
+    if check:
+        _print(settings)
+        return
+    log = settings.get(LogSettings)
+    try:
+        write_log(log)
+    except ModuleNotFoundError as exc:
+        raise package_missing("a log in JSON", exc) from exc
+    if log.format == "text":
+        _serve(settings)
+        return
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it writes lines of its own, and what it cannot do we say
+    try:
+        _serve(settings)
+    except ModelExpressError as exc:
+        _log.error(exc.headline, extra={"error": type(exc).__name__, "cause": exc.cause, "hint": exc.hint})
+        raise typer.Exit(exit_code(exc)) from exc
+    except Exception as exc:
+        _log.exception("the server failed")
+        raise typer.Exit(1) from exc
+
+
+def _known_format(text: str) -> str:
+    if text not in {"text", "json"}:
+        message = f"{text!r} is none of text, json"
+        raise typer.BadParameter(message, param_hint="--log-format")
+    return text
+
+
+def _settings(path: str | None, given: dict[str, Given]) -> Config:
+    try:
+        from modelexpress_core.server.config import read_config
+    except ModuleNotFoundError as exc:
+        raise package_missing("the server", exc) from exc
+    path = from_env(ConfigPath).path if path is None else path
+    config = read_config(_SECTIONS, os.environ, path=path, given=given, also=(StoreVariables, SpanSettings))
+    if "metadata" in config.defaults(ServerSettings):
+        usual = from_env(StoreVariables).metadata()
+        config = config.with_fallback(ServerSettings, {"metadata": usual} if usual else {})
+    config.get(AuthSettings).check(config.get(TlsSettings))
+    try:
+        ModelURI.parse(config.get(ServerSettings).metadata)
+    except InvalidURIError as exc:
+        source = dict(config.describe(CORE))["metadata"].source
+        message = f"settings that cannot be used:\n  metadata (from {source}): {exc.message}"
+        raise SettingsError(message, hint=exc.hint) from exc
+    return config
+
+
+def _print(config: Config) -> None:
+    """Every setting, its value and where that came from, where the server could use them all."""
+    PluginManager.discover().metadata_stores.lookup(ModelURI.parse(config.get(ServerSettings).metadata).scheme)
+    out = console()
+    for key, value in config.describe(CORE):
+        source = "" if value.source == "default" else f" (from {value.source})"
+        out.print(Text.assemble((key, "bold"), f" = {value.value}", (source, "dim")), soft_wrap=True)
+
+
+def _serve(config: Config) -> None:
+    try:
+        from modelexpress_core.server.tracing import exported_spans
+    except ModuleNotFoundError as exc:
+        raise package_missing("the server", exc) from exc
+    with exported_spans(from_env(SpanSettings)):
+        asyncio.run(_run(config.get(ServerSettings), config.get(TlsSettings), config.get(AuthSettings)))
 
 
 async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -> None:
     try:
         from modelexpress_core.server.app import Server
     except ModuleNotFoundError as exc:
-        raise _missing(exc) from exc
+        raise package_missing("the server", exc) from exc
     uri = ModelURI.parse(settings.metadata)
-    store = PluginManager.discover().open_metadata_store(uri, os.environ)
-    async with Server(settings, store, tls=tls, auth=auth) as server:
-        health = f", health on {settings.host}:{server.health_port}" if server.health_port else ""
-        status_console().print(
-            f"serving on {settings.host}:{server.port}, metrics on {settings.host}:{server.metrics_port}/metrics, "
-            f"metadata in {uri}{health}",
-            markup=False,
-            soft_wrap=True,
+    plugins = PluginManager.discover()
+    store = plugins.open_metadata_store(uri, os.environ)
+    async with Server(
+        settings, store, tls=tls, auth=auth, services=plugins.server_services, environ=os.environ
+    ) as server:
+        grpc, metrics = f"{settings.host}:{server.port}", f"{settings.host}:{server.metrics_port}/metrics"
+        health = f"{settings.host}:{server.health_port}" if server.health_port else ""
+        announce(
+            f"serving on {grpc}, metrics on {metrics}, metadata in {uri}" + (f", health on {health}" if health else ""),
+            grpc=grpc,
+            metrics=metrics,
+            metadata=str(uri),
+            health=health or None,
         )
         await _told_to_end()
-        status_console().print("ending: calls that are under way may end first")
+        announce("ending: calls that are under way may end first")
 
 
 async def _told_to_end() -> None:
@@ -73,8 +170,3 @@ async def _told_to_end() -> None:
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, ended.set)
     await ended.wait()
-
-
-def _missing(exc: ModuleNotFoundError) -> PluginLoadError:
-    message = f"the server needs the package {exc.name}, which is not installed"
-    return PluginLoadError(message, plugin="modelexpress-core", hint="pip install 'modelexpress-core[server]'")

@@ -12,8 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from modelexpress_core.cli.output import JsonOption, console, print_json
-from modelexpress_core.errors import PluginLoadError
+from modelexpress_core.cli.output import JsonOption, console, package_missing, print_json
 
 if TYPE_CHECKING:
     from modelexpress_core.sources.client import ServerClient
@@ -112,7 +111,5 @@ def _client(url: str | None) -> ServerClient:
     try:
         from modelexpress_core.sources.client import ServerClient
     except ModuleNotFoundError as exc:
-        message = f"asking a server needs the package {exc.name}, which is not installed"
-        hint = "pip install 'modelexpress-core[server]'"
-        raise PluginLoadError(message, plugin="modelexpress-core", hint=hint) from exc
+        raise package_missing("asking a server", exc) from exc
     return ServerClient.from_env(os.environ, url=url)

@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 import grpc.aio
 from prometheus_client import start_http_server
 
 from modelexpress_core.errors import ModelExpressError
+from modelexpress_core.providers import ServerServiceProvider, ServiceContext
+from modelexpress_core.server.calls import LoggedCalls
 from modelexpress_core.server.interceptors import Observed
 from modelexpress_core.server.metrics import ServerMetrics
 from modelexpress_core.server.reaper import Reaper
 from modelexpress_core.server.services.basic import ApiService, HealthService
 from modelexpress_core.server.services.health import StandardHealth
 from modelexpress_core.server.services.p2p import P2pService
+from modelexpress_core.server.services.plugins import PluginServices
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.server.stores import MetadataStore, StoreUnavailableError
 from modelexpress_core.server.stores.measured import MeasuredStore
+from modelexpress_core.server.tracing import span_interceptors
 from modelexpress_core.wire.rpc import API, HEALTH, P2P, STANDARD_HEALTH, Service
 from modelexpress_core.wire.serving import listen, new_server
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
@@ -37,6 +42,8 @@ class Server:
         store: Where metadata is kept; closed at the end.
         tls: Files of TLS, which is spoken where there is a certificate among them.
         auth: Whose calls are answered.
+        services: What plugins offer beside the server's own services, each with its distribution.
+        environ: Variables, for their factories.
 
     Attributes:
         port: Where the gRPC services are.
@@ -51,6 +58,8 @@ class Server:
         *,
         tls: TlsSettings | None = None,
         auth: AuthSettings | None = None,
+        services: Iterable[tuple[str, ServerServiceProvider]] = (),
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         self._settings = settings
         self._tls = tls or TlsSettings()
@@ -62,7 +71,10 @@ class Server:
             API: ApiService(),
             P2P: P2pService(self._store, settings.heartbeat_timeout_seconds),
         }
-        self._health = StandardHealth(service.name for service in self._services)
+        own = [service.name for service in self._services]
+        self._plugin_services = PluginServices(services, {*own, STANDARD_HEALTH.name}, self._metrics)
+        self._environ = environ or {}
+        self._health = StandardHealth([*own, *self._plugin_services.names])
         self._closing = contextlib.AsyncExitStack()
         self.port = 0
         self.health_port = 0
@@ -88,8 +100,12 @@ class Server:
         await self._closing.aclose()
 
     async def _serve(self, opened: contextlib.AsyncExitStack) -> None:
+        # From the outermost to the innermost: what happens within a call is part of its span, and of its line.
+        interceptors = [*span_interceptors(), LoggedCalls(), Observed(self._metrics)]
         services = {**self._services, STANDARD_HEALTH: self._health}
-        server = new_server(services, auth=self._auth, interceptors=[Observed(self._metrics)])
+        closing = await opened.enter_async_context(contextlib.AsyncExitStack())
+        others = self._plugin_services.make(ServiceContext(self._store, self._environ, closing))
+        server = new_server(services, auth=self._auth, interceptors=interceptors, others=others)
         self.port = self._listen(server, self._settings.port, "MODEL_EXPRESS_SERVER_PORT", self._tls, self._auth)
         await server.start()
         opened.push_async_callback(server.stop, self._settings.drain_seconds)

@@ -4,10 +4,44 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from modelexpress_core.settings import env, seconds, tcp_port
+from modelexpress_core.errors import SettingsError
+from modelexpress_core.settings import Given, env, names, seconds, tcp_port
 from modelexpress_core.uri import redacted
 
-__all__ = ["ServerSettings"]
+__all__ = ["ConfigPath", "LogSettings", "ServerSettings", "SpanSettings", "StoreVariables"]
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+#: What existing deployments of servers write for levels.
+_OTHER_LEVELS = {"trace": "debug", "warn": "warning"}
+
+_FORMATS = ("text", "json")
+
+
+def _level(text: str) -> str:
+    word = text.strip().lower()
+    word = _OTHER_LEVELS.get(word, word)
+    if word not in _LEVELS:
+        reason = f"expected one of {', '.join(_LEVELS)}"
+        raise ValueError(reason)
+    return word
+
+
+def _format(text: str) -> str:
+    word = text.strip().lower()
+    if word not in _FORMATS:
+        reason = f"expected one of {', '.join(_FORMATS)}"
+        raise ValueError(reason)
+    return word
+
+
+@frozen
+class ConfigPath:
+    """Where the configuration of the server is."""
+
+    path: str | None = env(
+        "MX_SERVER_CONFIG", default=None, help="YAML file with settings of the server; variables and flags win over it."
+    )
 
 
 @frozen
@@ -64,3 +98,93 @@ class ServerSettings:
         converter=seconds,
         help="How long calls that are under way may take once the server is told to end.",
     )
+
+
+@frozen
+class LogSettings:
+    """What the server logs."""
+
+    level: str = env(
+        "MODEL_EXPRESS_LOG_LEVEL",
+        default="info",
+        converter=_level,
+        help="What the server logs at least: debug (every call), info, warning or error.",
+    )
+    format: str = env(
+        "MX_LOG_FORMAT",
+        default="text",
+        converter=_format,
+        help="How the server logs: text for people, or json, an object on each line.",
+    )
+
+
+@frozen
+class SpanSettings:
+    """Where the server's spans go.
+
+    OpenTelemetry's own variables, which its SDK reads; these decide whether the server exports at all.
+    """
+
+    exporters: tuple[str, ...] = env(
+        "OTEL_TRACES_EXPORTER",
+        default=(),
+        converter=names,
+        help="Where spans of the server go: otlp, console or none; unset: otlp where an endpoint is set.",
+    )
+    endpoint: str | None = env(
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        default=None,
+        shown=redacted,
+        help="The collector that spans of the server go to.",
+    )
+    protocol: str = env(
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
+        "OTEL_EXPORTER_OTLP_PROTOCOL",
+        default="grpc",
+        help="How the collector is spoken to: grpc or http/protobuf.",
+    )
+
+
+@frozen
+class StoreVariables:
+    """What existing deployments set instead of a URI for the metadata."""
+
+    backend: str | None = env(
+        "MX_METADATA_BACKEND",
+        default=None,
+        help="Where the server keeps metadata if no URI says so: memory, redis or kubernetes.",
+    )
+    redis_url: str | None = env(
+        "REDIS_URL", default=None, shown=redacted, help="The Redis that the backend redis stands for."
+    )
+    redis_host: str = env(
+        "MX_REDIS_HOST", default="localhost", help="Host of the Redis that the backend redis stands for, without a URL."
+    )
+    redis_port: int = env(
+        "MX_REDIS_PORT",
+        default=6379,
+        converter=tcp_port,
+        help="Port of the Redis that the backend redis stands for, without a URL.",
+    )
+
+    def metadata(self) -> Given | None:
+        """The URI that they stand for, and the variables that say so; None where none is set.
+
+        Raises:
+            SettingsError: No backend has that name.
+        """
+        if self.backend is None:
+            return None
+        backend = self.backend.strip().lower()
+        host = f"[{self.redis_host}]" if ":" in self.redis_host else self.redis_host
+        uris = {
+            "memory": "memory://",
+            "redis": self.redis_url or f"redis://{host}:{self.redis_port}",
+            "kubernetes": "kubernetes://",
+        }
+        if backend not in uris:
+            message = f"no metadata backend of a server is called {self.backend!r}; there are {', '.join(uris)}"
+            raise SettingsError(message, hint="correct MX_METADATA_BACKEND, or set MX_METADATA_URI, which wins over it")
+        from_url = backend == "redis" and self.redis_url
+        return Given(uris[backend], f"MX_METADATA_BACKEND{', REDIS_URL' if from_url else ''}")

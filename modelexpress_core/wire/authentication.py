@@ -6,20 +6,22 @@ authority elsewhere (that of a cluster, say) is one more class with that one met
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
+from modelexpress_core.wire.around import Context, within
 from modelexpress_core.wire.files import Files, read_bytes
-from modelexpress_core.wire.rpc import HEALTH, STANDARD_HEALTH, wrapped
+from modelexpress_core.wire.rpc import HEALTH, STANDARD_HEALTH
 from modelexpress_core.wire.settings import AuthSettings
 
 __all__ = [
@@ -33,7 +35,6 @@ __all__ = [
     "caller",
 ]
 
-_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Code = grpc.StatusCode
 
 #: Who makes the call that is being answered; empty where nobody has to prove who they are.
@@ -195,13 +196,15 @@ class Authenticated(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it
             return handler
         token = _token(handler_call_details.invocation_metadata)
 
-        async def admit(context: _Context) -> None:
+        @contextlib.asynccontextmanager
+        async def admitted(context: Context) -> AsyncIterator[None]:
             try:
                 caller.set(await self._authenticator.authenticate(Call(token, _names(context.auth_context()))))
             except RefusedError as exc:
                 await context.abort(exc.code, exc.reason)
+            yield
 
-        return wrapped(handler, admit)
+        return within(handler, admitted)
 
 
 def _token(metadata: Any) -> str | None:  # noqa: ANN401 - pairs, in gRPC's own class

@@ -18,6 +18,7 @@ from modelexpress_core.wire.files import Files, read_bytes
 from modelexpress_core.wire.rpc import MESSAGE_OPTIONS, Service, stub
 from modelexpress_core.wire.settings import TlsSettings, TokenSettings
 from modelexpress_core.wire.tls import ClientTls
+from modelexpress_core.wire.tracing import traced
 
 __all__ = ["Connection", "Endpoint", "TokenFile", "open_channel"]
 
@@ -178,7 +179,6 @@ class TokenFile:
 def open_channel(endpoint: Endpoint, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
     """A channel to ``endpoint``; nothing is sent before the first call. Calls that find no server are made again."""
     if endpoint.tls:
-        return grpc.secure_channel(
-            endpoint.target, credentials or grpc.ssl_channel_credentials(), options=_SECURE_OPTIONS
-        )
-    return grpc.insecure_channel(endpoint.target, options=_OPTIONS)
+        known = credentials or grpc.ssl_channel_credentials()
+        return traced(grpc.secure_channel(endpoint.target, known, options=_SECURE_OPTIONS))
+    return traced(grpc.insecure_channel(endpoint.target, options=_OPTIONS))

@@ -7,7 +7,7 @@ code can be imported in the same process; on the wire only paths, field numbers 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import grpc
@@ -27,7 +27,6 @@ __all__ = [
     "Service",
     "handler",
     "stub",
-    "wrapped",
 ]
 
 #: Metadata of a worker with many tensors is long.
@@ -105,32 +104,6 @@ WORKER = Service(
         "ReleaseTensorRead": Method(p2p_pb2.ReleaseTensorReadRequest, p2p_pb2.ReleaseTensorReadResponse),
     },
 )
-
-
-def wrapped(
-    handler: grpc.RpcMethodHandler[Any, Any], before: Callable[[Any], Awaitable[None]]
-) -> grpc.RpcMethodHandler[Any, Any]:
-    """``handler`` of whatever kind, once ``before``, which gets the call's context, has let the call pass."""
-    kind = next(name for name in _KINDS if getattr(handler, name) is not None)
-    answer = getattr(handler, kind)
-
-    async def one(request: Any, context: Any) -> Any:  # noqa: ANN401 - any message
-        await before(context)
-        return await answer(request, context)
-
-    async def many(request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: ANN401 - any message
-        await before(context)
-        async for response in answer(request, context):
-            yield response
-
-    make = getattr(grpc, f"{kind}_rpc_method_handler")
-    outer = many if handler.response_streaming else one
-    made: grpc.RpcMethodHandler[Any, Any] = make(outer, handler.request_deserializer, handler.response_serializer)
-    return made
-
-
-#: What a handler calls the function of a method, by what is one and what is many.
-_KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
 class _Channel(Protocol):

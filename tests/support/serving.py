@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Sequence
 
 __all__ = ["Serving"]
 
@@ -19,20 +21,23 @@ class Serving:
 
     Args:
         *arguments: More options.
+        before: Options of ``mx`` itself.
         **environ: More variables.
 
     Attributes:
         url: Where its gRPC services are.
         metrics_url: Where its metrics are.
         health_url: Where its health alone is, without TLS; None where that was not asked for.
-        process: Its process; what it says goes to ``process.stderr``.
+        metadata: Where it says that its metadata is.
+        process: Its process; what it says goes to ``process.stderr``, and what it prints to ``process.stdout``.
     """
 
-    def __init__(self, *arguments: str, **environ: str) -> None:
-        command = [sys.executable, "-m", "modelexpress_core", "serve", "--host", "127.0.0.1"]
+    def __init__(self, *arguments: str, before: Sequence[str] = (), **environ: str) -> None:
+        command = [sys.executable, "-m", "modelexpress_core", *before, "serve", "--host", "127.0.0.1"]
         self.process = subprocess.Popen(
             [*command, "--port", "0", "--metrics-port", "0", *arguments],
             env={**os.environ, **environ},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -41,20 +46,33 @@ class Serving:
         timer.start()
         line = self.process.stderr.readline()
         timer.cancel()
-        match = re.fullmatch(r"serving on (\S+), metrics on (\S+), metadata in [^\s,]+(?:, health on (\S+))?\n", line)
-        if match is None:
+        match = re.fullmatch(r"serving on (\S+), metrics on (\S+), metadata in ([^\s,]+)(?:, health on (\S+))?\n", line)
+        if match is not None:
+            self.url, self.metrics_url, self.metadata = match[1], f"http://{match[2]}", match[3]
+            self.health_url = match[4]
+        elif line.startswith("{") and "grpc" in (said := json.loads(line)):
+            self.url, self.metrics_url, self.metadata = said["grpc"], f"http://{said['metrics']}", said["metadata"]
+            self.health_url = said.get("health")
+        else:
             self.process.kill()
             raise AssertionError(line + self.process.stderr.read())
-        self.url, self.metrics_url, self.health_url = match[1], f"http://{match[2]}", match[3]
 
     def metrics(self) -> str:
         """What it counted until now."""
         with urllib.request.urlopen(self.metrics_url, timeout=10) as answer:
             return str(answer.read().decode())
 
+    def ended(self) -> tuple[str, str]:
+        """Told to end, what it printed and what it said from then on."""
+        self.process.terminate()
+        printed, said = self.process.communicate(timeout=_START_SECONDS)
+        assert 0 == self.process.returncode, said
+        return printed, said
+
     def end(self) -> None:
         """At once, without a word."""
         self.process.kill()
         self.process.wait()
-        if self.process.stderr is not None:
-            self.process.stderr.close()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()

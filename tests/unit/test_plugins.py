@@ -158,8 +158,24 @@ def test_every_kind_of_record_is_collected(site: Site, discover: Discover) -> No
 
     for hook in kinds:
         assert f"all-{hook.replace('_', '-')}" in getattr(manager, hook).schemes
-    assert ["a.B"] == [service.name for service in manager.server_services]
+    assert [("mx-all", "a.B")] == [(name, service.name) for name, service in manager.server_services]
     assert "c" in [command.name for command in manager.commands]
+
+
+def test_a_record_may_have_several_settings_classes(site: Site, discover: Discover) -> None:
+    """Each is listed once, with the distribution."""
+    source = (
+        "from modelexpress_core import providers\nfrom modelexpress_core.settings import LoadSettings, PluginSettings\n"
+    )
+    source += "@hookimpl\ndef mx_register_commands():\n    both = (LoadSettings, PluginSettings)\n"
+    source += "    return [providers.CommandProvider('c', print, settings=both)]\n"
+    source += "@hookimpl\ndef mx_register_server_services():\n"
+    source += "    return [providers.ServerServiceProvider('a.B', print, settings=LoadSettings)]\n"
+    site.install("mx-all", source)
+
+    found = [(name, cls.__name__) for name, cls in discover().settings_classes() if name == "mx-all"]
+
+    assert [("mx-all", "LoadSettings"), ("mx-all", "PluginSettings")] == sorted(found)
 
 
 def test_a_register_hook_may_be_a_generator(site: Site, discover: Discover) -> None:

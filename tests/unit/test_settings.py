@@ -14,14 +14,18 @@ from hypothesis import strategies as st
 
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.settings import (
+    Given,
     LoadSettings,
     PluginSettings,
     SettingValue,
+    Sources,
+    Written,
     boolean,
     byte_count,
     describe,
     env,
     from_env,
+    from_sources,
     names,
     pairs,
     positive_integer,
@@ -327,3 +331,130 @@ def test_a_buffer_that_holds_no_element_is_refused(name: str) -> None:
     """Here, and not by a thread in the middle of a load."""
     with pytest.raises(SettingsError, match="at least 16 bytes"):
         from_env(LoadSettings, {name: "8"})
+
+
+# -- flags, variables and files ----------------------------------------------------------------------------------------
+
+
+def written(**values: object) -> dict[str, Written]:
+    return {name: Written(value, name, "mx.yaml, line 1") for name, value in values.items()}
+
+
+@frozen
+class Filed:
+    """A settings class with a field of each type that a file may set."""
+
+    count: int = env("MX_COUNT", default=1, converter=positive_integer, help="A.")
+    plain: int = env("MX_PLAIN", default=1, help="B.", converter=int)
+    share: float = env("MX_SHARE", default=0.5, help="C.", converter=float)
+    wait: float | None = env("MX_WAIT", default=None, converter=seconds, help="D.")
+    size: int = env("MX_SIZE", default=1, converter=byte_count, help="E.")
+    flag: bool = env("MX_FLAG", default=False, converter=boolean, help="F.")
+    word: str = env("MX_WORD", default="plain", help="G.")
+    token: str | None = env("MX_TOKEN", default=None, help="H.", secret=True)
+    url: str = env("MX_URL", default="", help="I.", shown=redacted)
+    prefer: Mapping[str, str] = env("MX_PAIRS", default=attrs.Factory(dict), converter=pairs, help="J.")
+    listed: tuple[str, ...] = env("MX_NAMES", default=(), converter=names, help="K.")
+
+
+def test_flags_win_over_variables_and_those_over_files() -> None:
+    """And all of them over the fallback, which wins over the default."""
+    sources = Sources(
+        {"MX_COUNT": "2", "MX_PLAIN": "2"},
+        given={"count": Given(1, "--count")},
+        written=written(count=3, plain=3, share=3),
+        fallback={name: Given(4, "elsewhere") for name in ("count", "plain", "share", "size")},
+    )
+
+    settings = from_sources(Filed, sources)
+    origins = {value.name: value.source for value in describe(Filed, sources, owner="x")}
+
+    assert (1, 2, 3.0, 4, "plain") == (settings.count, settings.plain, settings.share, settings.size, settings.word)
+    assert ["--count", "MX_PLAIN", "mx.yaml, line 1", "elsewhere", "default"] == [
+        origins[name] for name in ("MX_COUNT", "MX_PLAIN", "MX_SHARE", "MX_SIZE", "MX_WORD")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("count", 5, 5),
+        ("share", 1, 1.0),
+        ("share", 0.25, 0.25),
+        ("wait", 30, 30.0),
+        ("wait", "30s", 30.0),
+        ("size", 1024, 1024),
+        ("size", "1KiB", 1024),
+        ("flag", True, True),
+        ("word", "text", "text"),
+        ("token", _SECRET, _SECRET),
+        ("prefer", {"s3": "mx-s3"}, {"s3": "mx-s3"}),
+        ("listed", ["a", "b"], ("a", "b")),
+    ],
+)
+def test_values_of_files_have_a_type(field: str, value: object, expected: object) -> None:
+    """That of the field; a whole number passes for a number, and text with a unit for one that may have it."""
+    settings = from_sources(Filed, Sources({}, written=written(**{field: value})))
+
+    assert expected == getattr(settings, field)
+    assert type(expected) is type(getattr(settings, field))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("count", "5", "'5': expected a whole number, and this is text"),
+        ("count", 5.0, "5.0: expected a whole number, and this is a number"),
+        ("count", True, "True: expected a whole number, and this is true or false"),
+        ("count", 0, "0: expected a whole number of at least 1"),
+        pytest.param("count", 1 << 50000, "the value (not shown) cannot be used", id="long"),
+        ("share", "0.5", "'0.5': expected a number, and this is text"),
+        ("share", False, "expected a number"),
+        ("wait", "30", "'30': expected a number, and this is text"),
+        ("wait", float("nan"), "expected a number of seconds"),
+        ("wait", None, "wait: nothing stands there"),
+        ("flag", "true", "expected true or false, and this is text"),
+        ("flag", 1, "expected true or false, and this is a whole number"),
+        ("word", 5, "expected text, and this is a whole number"),
+        ("word", "", "nothing stands there"),
+        ("listed", "a,b", "expected a list, and this is text"),
+        ("listed", ["a", 1], "expected text, and this is a whole number"),
+        ("listed", ["a,b"], "have no commas"),
+        ("prefer", ["s3=x"], "expected a mapping, and this is a list"),
+        ("prefer", {"s3": ""}, "not empty"),
+    ],
+)
+def test_values_of_another_type_are_refused(field: str, value: object, reason: str) -> None:
+    """With the place, the key, the value and what is expected."""
+    with pytest.raises(SettingsError) as raised:
+        from_sources(Filed, Sources({}, written=written(**{field: value})))
+
+    assert f"mx.yaml, line 1: {field}: " in str(raised.value)
+    assert reason in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("field", ["token", "url"])
+@pytest.mark.parametrize("value", [[_SECRET], {_SECRET: _SECRET}])
+def test_secrets_of_files_are_not_told(field: str, value: object) -> None:
+    """Neither by what is wrong with them nor by a list of settings."""
+    sources = Sources({}, written=written(**{field: value}))
+    with pytest.raises(SettingsError) as raised:
+        from_sources(Filed, sources)
+
+    assert f"{field}: expected text" in str(raised.value)
+    assert _SECRET not in str(raised.value) + str(describe(Filed, sources, owner="x")) + repr(sources)
+
+
+def test_what_is_wrong_is_told_though_another_value_wins() -> None:
+    """All of it, of files, variables and several fields."""
+    sources = Sources(
+        {"MX_COUNT": "none", "MX_SHARE": "much"},
+        given={"count": Given(1, "--count")},
+        written=written(count=-1, flag=3),
+    )
+    with pytest.raises(SettingsError) as raised:
+        from_sources(Filed, sources)
+
+    for part in ("line 1: count: -1", "MX_COUNT='none'", "MX_SHARE='much'", "line 1: flag: 3"):
+        assert part in str(raised.value)

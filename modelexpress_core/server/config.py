@@ -1,0 +1,248 @@
+"""The configuration file of the server: YAML, strict, with every mistake told at once, by line.
+
+At the top stand the fields of ``ServerSettings``, and below the name of a section those of another settings class::
+
+    port: 8001
+    metadata: redis://redis:6379/0
+    log:
+      format: json
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import yaml
+from attrs import frozen
+
+from modelexpress_core.errors import SettingsError
+from modelexpress_core.settings import (
+    Given,
+    SettingValue,
+    Sources,
+    Written,
+    describe,
+    from_sources,
+    keys,
+    unusable,
+)
+
+__all__ = ["Config", "read_config"]
+
+_T = TypeVar("_T")
+
+#: A configuration is short. What is longer is another file.
+_MAX_BYTES = 1 << 20
+
+
+@frozen
+class Config:
+    """Settings that can be used, and where each came from.
+
+    Attributes:
+        sections: Settings class of each section of the file; the empty name is its top.
+        sources: Where the fields of each section come from.
+    """
+
+    sections: Mapping[str, type]
+    sources: Mapping[str, Sources]
+
+    def get(self, cls: type[_T]) -> _T:
+        """The settings of the class ``cls``, which one of the sections is."""
+        return from_sources(cls, self.sources[self._name(cls)])
+
+    def defaults(self, cls: type) -> tuple[str, ...]:
+        """The fields of ``cls`` that nothing sets."""
+        rows = zip(keys(cls), describe(cls, self.sources[self._name(cls)], owner=""), strict=True)
+        return tuple(key for key, value in rows if value.source == "default")
+
+    def with_fallback(self, cls: type, fallback: Mapping[str, Given]) -> Config:
+        """The same, with ``fallback`` in place of the defaults of some fields of ``cls``."""
+        name = self._name(cls)
+        was = self.sources[name]
+        now = Sources(was.environ, given=was.given, written=was.written, fallback=fallback)
+        return Config(self.sections, {**self.sources, name: now})
+
+    def describe(self, owner: str) -> tuple[tuple[str, SettingValue], ...]:
+        """Every setting by its key in the file, with its value and where that came from."""
+        return tuple(
+            (_joined(name, key), value)
+            for name, cls in self.sections.items()
+            for key, value in zip(keys(cls), describe(cls, self.sources[name], owner=owner), strict=True)
+        )
+
+    def _name(self, cls: type) -> str:
+        return next(name for name, each in self.sections.items() if each is cls)
+
+
+def read_config(
+    sections: Mapping[str, type],
+    environ: Mapping[str, str],
+    *,
+    path: str | None = None,
+    given: Mapping[str, Given] | None = None,
+    also: Iterable[type] = (),
+) -> Config:
+    """Settings from flags, variables and a file, where the first that has a value wins, in this order.
+
+    Args:
+        sections: Settings class of each section of the file; the empty name is its top.
+        environ: Variables.
+        path: The file; none by default.
+        given: Flags, by key in the file: ``"log.level"``.
+        also: Settings classes that only variables set, to be checked with the others.
+
+    Raises:
+        SettingsError: The file cannot be read, or values cannot be used; all are named, without secrets.
+    """
+    reader = _Reader(path or "", sections)
+    if path is not None:
+        reader.read(_document(path))
+    flags = given or {}
+    sources = {
+        name: Sources(
+            environ,
+            written=reader.written[name],
+            given={key: flags[_joined(name, key)] for key in keys(cls) if _joined(name, key) in flags},
+        )
+        for name, cls in sections.items()
+    }
+    problems = [*reader.problems]
+    problems += [problem for name, cls in sections.items() for problem in unusable(cls, sources[name])]
+    problems += [problem for cls in also for problem in unusable(cls, Sources(environ))]
+    if problems:
+        message = "settings that cannot be used:\n  " + "\n  ".join(problems)
+        raise SettingsError(message, hint="correct them; `mx serve --check` tells whether all can be used")
+    return Config(sections, sources)
+
+
+def _joined(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
+
+
+# -- reading the file --------------------------------------------------------------------------------------------------
+
+
+def _document(path: str) -> yaml.MappingNode:
+    """The mapping in the file.
+
+    Messages quote nothing of it: it may hold secrets, and a slip of the pen puts them anywhere.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as exc:
+        raise _unreadable(path, exc.strerror or str(exc)) from exc
+    except ValueError as exc:
+        raise _unreadable(path, "it is no path") from exc
+    if len(data) > _MAX_BYTES:
+        raise _unreadable(path, "it is longer than 1 MiB")
+    try:
+        node = yaml.compose(data.decode(), Loader=yaml.SafeLoader)
+    except UnicodeDecodeError:
+        raise _unreadable(path, "it is no text in UTF-8") from None  # which holds all of it
+    except yaml.MarkedYAMLError as exc:
+        line = "" if exc.problem_mark is None else f"line {exc.problem_mark.line + 1}: "
+        # What others say may hold what stands there.
+        plain = isinstance(exc, (yaml.scanner.ScannerError, yaml.parser.ParserError))
+        raise _unreadable(
+            path, f"{line}{exc.problem if plain else 'one document without aliases is expected'}"
+        ) from None
+    except yaml.YAMLError:
+        raise _unreadable(path, "it is no YAML") from None
+    except RecursionError:
+        raise _unreadable(path, "it is nested too deeply") from None
+    if not isinstance(node, yaml.MappingNode):
+        is_now = "is empty" if node is None else "holds no mapping"
+        raise _unreadable(path, f"it {is_now}; expected lines such as `port: 8001`, or {{}} where nothing is set")
+    return node
+
+
+def _unreadable(path: str, reason: str) -> SettingsError:
+    return SettingsError(
+        f"the configuration {path} cannot be read: {reason}", hint="check --config or MX_SERVER_CONFIG, and the file"
+    )
+
+
+class _Reader:
+    """What a file says, by section and key, and what is wrong with it.
+
+    Args:
+        path: The file, for messages.
+        sections: Settings class of each section.
+    """
+
+    def __init__(self, path: str, sections: Mapping[str, type]) -> None:
+        self._path = path
+        self._sections = sections
+        self.written: dict[str, dict[str, Written]] = {name: {} for name in sections}
+        self.problems: list[str] = []
+
+    def read(self, document: yaml.MappingNode) -> None:
+        """Go through the whole file, whatever is wrong on the way."""
+        for key, node, line in self._items(document, ""):
+            if not key or key not in self._sections:
+                self._note("", key, node, line)
+            elif isinstance(node, yaml.MappingNode):
+                for inner, value, at in self._items(node, key):
+                    self._note(key, inner, value, at)
+            else:
+                expected = ", ".join(keys(self._sections[key]))
+                self._wrong(line, f"{key}: expected a mapping with some of {expected}")
+
+    def _items(self, mapping: yaml.MappingNode, section: str) -> Iterable[tuple[str, yaml.Node, int]]:
+        """Keys and values of ``mapping`` with the line of each. PyYAML would let the last win of those that are one."""
+        lines: dict[str, int] = {}
+        for key, value in mapping.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                self._wrong(line, "a key that is no text")
+            elif key.value in lines:
+                self._wrong(line, f"{_joined(section, key.value)} stands in line {lines[key.value]} already")
+            else:
+                lines[key.value] = line
+                yield key.value, value, line
+
+    def _note(self, section: str, key: str, node: yaml.Node, line: int) -> None:
+        full = _joined(section, key)
+        if key not in keys(self._sections[section]):
+            self._wrong(line, f"nothing is called {full}{self._guess(section, key)}")
+            return
+        try:
+            value = _value(node, set())
+        except (ValueError, OverflowError, RecursionError, yaml.YAMLError):
+            self._wrong(line, f"{full}: the value (not shown) cannot be read")
+        else:
+            self.written[section][key] = Written(value, full, f"{self._path}, line {line}")
+
+    def _guess(self, section: str, key: str) -> str:
+        """What ``key`` may stand for: one like it in its section, the same in another, or else all that there are."""
+        here = [*keys(self._sections[section]), *(name for name in self._sections if name and not section)]
+        near = [_joined(section, each) for each in difflib.get_close_matches(key, here, n=1)]
+        near += [_joined(name, key) for name, cls in self._sections.items() if key in keys(cls)]
+        return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(here)}"
+
+    def _wrong(self, line: int, problem: str) -> None:
+        self.problems.append(f"{self._path}, line {line}: {problem}")
+
+
+def _value(node: yaml.Node, seen: set[int]) -> Any:  # noqa: ANN401 - whatever YAML can say
+    """What ``node`` says. A list or mapping may not stand in it twice, by an alias: it may hold itself."""
+    if isinstance(node, yaml.CollectionNode):
+        if id(node) in seen:
+            reason = "an alias"
+            raise ValueError(reason)
+        seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(each, seen) for each in node.value]
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[Any, Any] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in mapping:
+                reason = "a key that stands twice, or is no text"
+                raise ValueError(reason)
+            mapping[key.value] = _value(value, seen)
+        return mapping
+    return yaml.constructor.SafeConstructor().construct_object(node)

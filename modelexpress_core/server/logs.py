@@ -1,0 +1,84 @@
+"""How the server's log is written: for people or as JSON, and without what other packages say in detail."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+from modelexpress_core.server.settings import LogSettings
+
+__all__ = ["announce", "write_log"]
+
+#: The loggers of this program.
+_OURS = "modelexpress_core"
+
+
+class _Announcement(logging.LogRecord):
+    """What is said whatever the level, and to people in so many words."""
+
+
+class _ForPeople(logging.Formatter):
+    converter = staticmethod(time.gmtime)
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Announcements are their message alone; anything else has time, level and logger before it."""
+        return record.getMessage() if isinstance(record, _Announcement) else super().format(record)
+
+
+def _for_programs() -> logging.Formatter:
+    """An object on each line: time, level, logger, message, the fields of the record, and an exception if there is one.
+
+    Raises:
+        ModuleNotFoundError: python-json-logger is not installed.
+    """
+    from pythonjsonlogger.json import JsonFormatter
+
+    class ForPrograms(JsonFormatter):
+        def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
+            """The four that every line has come first, and no field of a record takes their place."""
+            time_ = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="microseconds")
+            always = {
+                "time": time_.replace("+00:00", "Z"),
+                "level": record.levelname.lower(),
+                "logger": record.name,
+                "message": record.getMessage(),
+            }
+            log_data.update(always)
+            super().add_fields(log_data, record, message_dict)
+            log_data.update(always)
+
+    return ForPrograms("%(message)s", rename_fields={"exc_info": "exception", "stack_info": "stack"})
+
+
+def write_log(settings: LogSettings) -> None:
+    """Write the log to stderr as ``settings`` say, warnings of Python included.
+
+    Of other packages only warnings and errors are written: what SDKs log in detail holds credentials.
+
+    Raises:
+        ModuleNotFoundError: The format is ``json``, and python-json-logger is not installed.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_for_programs() if settings.format == "json" else _ForPeople())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger(_OURS).setLevel(settings.level.upper())
+    logging.captureWarnings(capture=True)
+
+
+def announce(message: str, **fields: object) -> None:
+    """Say where the server is, or that it ends: whatever the level is, since programs wait for it.
+
+    Args:
+        message: What people read.
+        **fields: What programs read.
+    """
+    logger = logging.getLogger(__name__)
+    record = _Announcement(logger.name, logging.INFO, __file__, 0, message, (), None)
+    vars(record).update(fields)
+    logger.handle(record)

@@ -1,0 +1,173 @@
+"""Spans of calls, for OpenTelemetry: made where its API is installed, exported where the user asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from modelexpress_core.server.settings import SpanSettings
+from modelexpress_core.wire.around import Context, status_of, within
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+__all__ = ["exported_spans", "span_interceptors"]
+
+_log = logging.getLogger(__name__)
+
+#: What the server is called in traces unless OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES says otherwise.
+_SERVICE_NAME = "modelexpress"
+
+_Code = grpc.StatusCode
+
+#: Statuses that are the server's fault; others are the caller's (OpenTelemetry's conventions for gRPC servers).
+_FAULTS = frozenset(
+    {
+        _Code.UNKNOWN,
+        _Code.DEADLINE_EXCEEDED,
+        _Code.UNIMPLEMENTED,
+        _Code.INTERNAL,
+        _Code.UNAVAILABLE,
+        _Code.DATA_LOSS,
+    }
+)
+
+_OTLP = {
+    "grpc": "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
+    "http/protobuf": "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+}
+
+
+def span_interceptors() -> Sequence[grpc.aio.ServerInterceptor[Any, Any]]:
+    """What makes a span of each call; nothing where the API of OpenTelemetry is not installed."""
+    try:
+        return (_Spans(),)
+    except ModuleNotFoundError:
+        return ()
+
+
+class _Spans(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the annotations alone
+    """Makes a span of each call, below the span that the caller tells as W3C Trace Context has it."""
+
+    def __init__(self) -> None:
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._trace = trace
+        self._tracer = trace.get_tracer("modelexpress_core", version("modelexpress-core"))
+        self._propagator = TraceContextTextMapPropagator()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:  # noqa: ANN401 - a handler, or None
+        """The handler of a call, within its span."""
+        handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
+        if handler is None or self._in_vain():  # of a method that there is not, callers choose the name
+            return handler
+        name = handler_call_details.method.lstrip("/")
+        metadata: Any = handler_call_details.invocation_metadata or ()
+        parent = self._propagator.extract({key: value for key, value in metadata if isinstance(value, str)})
+        service, _, method = name.partition("/")
+        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
+
+        @contextlib.asynccontextmanager
+        async def in_span(context: Context) -> AsyncIterator[None]:
+            raised: BaseException | None = None
+            with self._tracer.start_as_current_span(
+                name,
+                parent,
+                self._trace.SpanKind.SERVER,
+                attributes,
+                record_exception=False,
+                set_status_on_exception=False,  # how gRPC ends a call is an exception, too
+            ) as span:
+                try:
+                    yield
+                except BaseException as exc:
+                    raised = exc
+                    raise
+                finally:
+                    code = status_of(context, raised)
+                    span.set_attribute("rpc.grpc.status_code", code.value[0])
+                    if code in _FAULTS:
+                        span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, code.name))
+
+        return within(handler, in_span)
+
+    def _in_vain(self) -> bool:
+        """Whether nobody has set up where spans go: calls are then what they are without OpenTelemetry."""
+        return isinstance(self._trace.get_tracer_provider(), self._trace.ProxyTracerProvider)
+
+
+@contextlib.contextmanager
+def exported_spans(settings: SpanSettings) -> Iterator[None]:
+    """Export spans within the block, as ``settings`` ask; at its end the last ones are sent.
+
+    A provider that the program has already stays. What keeps spans from being exported is logged; it stops no server.
+    """
+    wanted = [name.lower() for name in settings.exporters] or (["otlp"] if settings.endpoint else [])
+    if not wanted or wanted == ["none"]:
+        yield
+        return
+    try:
+        from opentelemetry import trace
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ModuleNotFoundError as exc:
+        _log.warning(
+            "no spans are exported: the package %s is missing; pip install 'modelexpress-core[otel]'",
+            exc.name,
+        )
+        yield
+        return
+    exporters = [exporter for name in wanted if (exporter := _exporter(name, settings.protocol)) is not None]
+    if not exporters or not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        yield
+        return
+    found = Resource.create()  # of OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES
+    named = not str(found.attributes.get("service.name", "unknown_service")).startswith("unknown_service")
+    ours = Resource({"service.version": version("modelexpress-core"), "service.name": _SERVICE_NAME})
+    resource = ours.merge(found) if named else found.merge(ours)
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    for exporter in exporters:
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+    try:
+        yield
+    finally:
+        provider.shutdown()
+
+
+def _exporter(name: str, protocol: str) -> SpanExporter | None:
+    """The exporter that ``OTEL_TRACES_EXPORTER`` calls ``name``; None, and a warning, where there is none."""
+    if name == "console":
+        from opentelemetry.sdk.trace.export import ConsoleSpanExporter
+
+        return ConsoleSpanExporter()
+    if name != "otlp" or protocol not in _OTLP:
+        variable, value = (
+            ("OTEL_TRACES_EXPORTER", name) if name != "otlp" else ("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
+        )
+        known = "otlp, console, none" if name != "otlp" else ", ".join(_OTLP)
+        _log.warning("no spans are exported to what %s names, %r; there are %s", variable, value, known)
+        return None
+    try:
+        exporter: SpanExporter = importlib.import_module(_OTLP[protocol]).OTLPSpanExporter()
+    except ModuleNotFoundError as exc:
+        package = f"opentelemetry-exporter-otlp-proto-{protocol.partition('/')[0]}"
+        _log.warning("no spans are exported to a collector: %s is missing; pip install %s", exc.name, package)
+        return None
+    except Exception as exc:  # noqa: BLE001 - of another package, made of variables
+        _log.warning("no spans are exported to a collector: its exporter cannot be made (%s)", type(exc).__name__)
+        return None
+    return exporter

@@ -1,0 +1,69 @@
+"""What a call carries of the span that it is made in: ``traceparent``, as W3C Trace Context has it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from attrs import frozen
+
+__all__ = ["traced"]
+
+
+def traced(channel: grpc.Channel) -> grpc.Channel:
+    """``channel``, with the current span of OpenTelemetry told in each call; nothing is where there is none.
+
+    OpenTelemetry is not imported for it: in a program that has not imported it, no span is current.
+    """
+    return grpc.intercept_channel(channel, _Tracing())
+
+
+@frozen
+class _Details(grpc.ClientCallDetails):
+    """Of one call, as gRPC hands them to interceptors."""
+
+    method: str
+    timeout: float | None
+    metadata: tuple[tuple[str, str | bytes], ...]
+    credentials: grpc.CallCredentials | None
+    wait_for_ready: bool | None
+    compression: grpc.Compression | None
+
+
+class _Tracing(
+    grpc.UnaryUnaryClientInterceptor,  # type: ignore[type-arg]  # generic in the annotations alone
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[type-arg]
+    grpc.StreamUnaryClientInterceptor,  # type: ignore[type-arg]
+    grpc.StreamStreamClientInterceptor,  # type: ignore[type-arg]
+):
+    def _intercept(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:  # noqa: ANN401 - of gRPC
+        carrier = _carrier()
+        if not carrier:
+            return continuation(details, request)
+        told = _Details(
+            details.method,
+            details.timeout,
+            (*(details.metadata or ()), *carrier.items()),
+            details.credentials,
+            details.wait_for_ready,
+            details.compression,
+        )
+        return continuation(told, request)
+
+    intercept_unary_unary: Any = _intercept
+    intercept_unary_stream: Any = _intercept
+    intercept_stream_unary: Any = _intercept
+    intercept_stream_stream: Any = _intercept
+
+
+def _carrier() -> dict[str, str]:
+    """What is told of the current span."""
+    if "opentelemetry.trace" not in sys.modules:
+        return {}
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    return carrier

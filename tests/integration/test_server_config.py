@@ -1,0 +1,124 @@
+"""`mx serve` with a configuration file, and with the variables that deployments have already."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from devtools.redis_server import RedisServer
+from modelexpress_core.sources.client import ServerClient
+from modelexpress_core.sources.identity import SourceIdentity
+from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+from tests.support.serving import Serving
+
+_SECRET = "hunter2"
+
+Start = Callable[..., Serving]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[str], str]:
+    """Writes a configuration; its path."""
+
+    def config(text: str) -> str:
+        path = tmp_path / "mx.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return config
+
+
+def test_a_file_configures_the_server(start: Start, config: Callable[[str], str]) -> None:
+    """By flag and by variable; the flags that the test gives win over it."""
+    path = config("host: 203.0.113.1\nport: 1\nlog:\n  format: json\n")
+
+    by_flag = start("--config", path)
+    by_variable = start(MX_SERVER_CONFIG=path)
+
+    for serving in (by_flag, by_variable):
+        with ServerClient(serving.url) as client:
+            assert "ok" == client.health().status
+        _, said = serving.ended()
+        assert said.startswith("{")
+
+
+def test_a_wrong_file_stops_the_server(mx: Command, config: Callable[[str], str]) -> None:
+    """With one message and exit code 1, whether it would serve or check."""
+    path = config(f"prot: 1\nmetadata: [{_SECRET}]\n")
+
+    for arguments in (("serve",), ("serve", "--check")):
+        done = mx(*arguments, "--config", path, environ={"MX_GC_TIMEOUT_SECS": "-1"})
+
+        assert 1 == done.returncode
+        for part in ("mx.yaml, line 1: nothing is called prot", "mx.yaml, line 2: metadata", "MX_GC_TIMEOUT_SECS='-1'"):
+            assert part in done.stderr
+        assert "Traceback" not in done.stderr
+        assert _SECRET not in done.stderr
+        assert not done.stdout
+
+
+def test_checking(mx: Command, config: Callable[[str], str]) -> None:
+    """Shows every value and where it came from, without secrets; a store that nobody offers fails it."""
+    path = config("port: 9000\nlog: {level: warning}\n")
+    environ = {"MX_METADATA_BACKEND": "redis", "REDIS_URL": f"redis://:{_SECRET}@redis", "MX_DRAIN_SECONDS": "3"}
+
+    done = mx("--log-level", "debug", "serve", "--check", "--config", path, "--host", "h", environ=environ)
+    unknown = mx("serve", "--check", environ={"MX_METADATA_BACKEND": "kubernetes"})
+    wrong = mx("serve", "--check", environ={"MX_METADATA_BACKEND": "server"})
+    no_uri = mx("serve", "--check", environ={"MX_METADATA_URI": f"redis:/:{_SECRET}@h"})
+
+    assert 0 == done.returncode, done.stderr
+    shown = done.stdout.splitlines()
+    assert "host = h (from --host)" in shown
+    assert f"port = 9000 (from {path}, line 1)" in shown
+    assert "metrics_port = 9401" in shown
+    assert "metadata = redis://***@redis (from MX_METADATA_BACKEND, REDIS_URL)" in shown
+    assert "drain_seconds = 3.0 (from MX_DRAIN_SECONDS)" in shown
+    assert "log.level = debug (from --log-level)" in shown
+    assert _SECRET not in done.stdout + done.stderr
+    assert (1, True) == (unknown.returncode, "metadata store scheme 'kubernetes'" in unknown.stderr)
+    assert (1, True) == (no_uri.returncode, "metadata (from MX_METADATA_URI): fewer than" in no_uri.stderr)
+    assert _SECRET not in no_uri.stderr
+    assert (1, True) == (wrong.returncode, "there are memory, redis, kubernetes" in wrong.stderr)
+
+
+def test_the_variables_of_existing_deployments(start: Start) -> None:
+    """A backend with a host or with a URL is the Redis that a URI names; a URI wins over them."""
+    identity = SourceIdentity("acme/model")
+    with RedisServer() as redis:
+        servers = [
+            start(MX_METADATA_BACKEND="redis", MX_REDIS_HOST="127.0.0.1", MX_REDIS_PORT=str(redis.port)),
+            start(MX_METADATA_BACKEND="redis", REDIS_URL=redis.url, MX_REDIS_PORT="1"),
+            start(MX_METADATA_URI=redis.url),
+            start(MX_METADATA_BACKEND="redis", REDIS_URL=redis.url, MX_METADATA_URI="memory://"),
+        ]
+        found = []
+        with ServerClient(servers[0].url) as client:
+            assert client.publish(identity, p2p_pb2.WorkerMetadata(), "w").success
+        for serving in servers:
+            with ServerClient(serving.url) as client:
+                found.append(len(client.list_sources()))
+
+    assert [1, 1, 1, 0] == found
+
+
+def test_a_password_in_a_url_is_not_told(start: Start) -> None:
+    """Not where the server says where its metadata is, nor later."""
+    with RedisServer("--requirepass", _SECRET) as redis:
+        serving = start(
+            MX_METADATA_BACKEND="redis",
+            REDIS_URL=f"redis://:{_SECRET}@127.0.0.1:{redis.port}",
+            MODEL_EXPRESS_LOG_LEVEL="debug",
+            MX_LOG_FORMAT="json",
+        )
+        assert f"redis://***@127.0.0.1:{redis.port}" == serving.metadata
+        with ServerClient(serving.url) as client:
+            assert [] == list(client.list_sources())
+        _, said = serving.ended()
+
+    assert "ListSources" in said
+    assert _SECRET not in said

@@ -1,0 +1,268 @@
+"""gRPC services of plugins beside the server's own, from a registered plugin to a real call."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import types
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from modelexpress_core import hookimpl
+from modelexpress_core.errors import PluginConflictError, PluginError, PluginLoadError, SettingsError
+from modelexpress_core.plugins import PluginManager
+from modelexpress_core.providers import ServerServiceProvider, ServiceContext
+from modelexpress_core.server.app import Server
+from modelexpress_core.server.settings import ServerSettings
+from modelexpress_core.server.stores import StoreUnavailableError
+from modelexpress_core.server.stores.memory import MemoryStore
+from modelexpress_core.wire.channel import Endpoint, open_channel
+from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
+from modelexpress_core.wire.rpc import P2P, STANDARD_HEALTH, stub
+
+_PAGE = Path(__file__).parents[2] / "docs" / "hooks.md"
+_SETTINGS = ServerSettings(host="127.0.0.1", port=0, metrics_port=0, drain_seconds=5.0)
+
+Call = Callable[[grpc.Channel, str], None]
+
+
+def offering(*records: ServerServiceProvider) -> object:
+    """A plugin that offers ``records``."""
+
+    class Plugin:
+        @hookimpl
+        def mx_register_server_services(self) -> list[ServerServiceProvider]:
+            return list(records)
+
+    return Plugin()
+
+
+def served(call: Call, **plugins: object) -> None:
+    """Calls ``call`` with a channel to a server with ``plugins``, and with the address of its metrics."""
+    manager = PluginManager()
+    for name, plugin in plugins.items():
+        manager.register(plugin, name=name.replace("_", "-"))
+
+    def called(server: Server) -> None:
+        with open_channel(Endpoint.parse(f"127.0.0.1:{server.port}")) as channel:
+            call(channel, f"http://127.0.0.1:{server.metrics_port}/metrics")
+
+    async def serve() -> None:
+        services = manager.server_services
+        async with Server(_SETTINGS, MemoryStore(), services=services, environ={"ACME": "1"}) as server:
+            await asyncio.to_thread(called, server)
+
+    asyncio.run(serve())
+
+
+def nothing(channel: grpc.Channel, metrics: str) -> None:
+    pytest.fail("the server started")
+
+
+def metrics_at(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_the_example_is_served() -> None:
+    """That of the page on hooks, which asks the server's store; its health and its calls are told as others' are."""
+    section = _PAGE.read_text().partition("### mx_register_server_services\n")[2].partition("\n### ")[0]
+    plugin = types.ModuleType("example")
+    exec("\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)), vars(plugin))
+    counted = []
+
+    def call(channel: grpc.Channel, metrics: str) -> None:
+        count = channel.unary_unary("/acme.audit.AuditService/Count")
+        counted.append(count(b"", timeout=10))
+        request = p2p_pb2.PublishMetadataRequest(identity={"model_name": "m"}, worker_id="w", worker={})
+        stub(P2P, channel)["PublishMetadata"](request, timeout=10)
+        counted.append(count(b"", timeout=10))
+        check = stub(STANDARD_HEALTH, channel)["Check"]
+        health = check(health_pb2.HealthCheckRequest(service="acme.audit.AuditService"), timeout=10)
+
+        assert health_pb2.HealthCheckResponse.SERVING == health.status
+        line = 'mx_server_rpcs_total{code="OK",method="Count",service="acme.audit.AuditService"} 2.0'
+        assert line in metrics_at(metrics)
+
+    served(call, mx_acme=plugin)
+
+    assert [b"0", b"1"] == counted
+
+
+class Servicer:
+    async def one(self, request: bytes, rpc: Any) -> bytes:
+        return request
+
+    async def many(self, request: bytes, rpc: Any) -> Any:
+        for _ in range(3):
+            yield request
+
+    async def written(self, request: bytes, rpc: Any) -> None:
+        await rpc.write(request)
+
+    async def taken(self, requests: Any, rpc: Any) -> bytes:
+        return b"".join([request async for request in requests])
+
+    async def both(self, requests: Any, rpc: Any) -> Any:
+        async for request in requests:
+            yield request
+
+    async def refuse(self, request: bytes, rpc: Any) -> Any:
+        yield request
+        await rpc.abort(grpc.StatusCode.FAILED_PRECONDITION, "not now")
+
+    async def fail(self, request: bytes, rpc: Any) -> Any:
+        yield request
+        raise ValueError(request)
+
+    async def fail_at_the_store(self, request: bytes, rpc: Any) -> Any:
+        yield request
+        raise StoreUnavailableError
+
+
+def all_sorts(context: ServiceContext) -> Any:
+    """A service with a method of each sort, made as code that protoc generated makes it."""
+
+    def add_to_server(servicer: Servicer, server: Any) -> None:
+        handlers = {
+            "One": grpc.unary_unary_rpc_method_handler(servicer.one),
+            "Many": grpc.unary_stream_rpc_method_handler(servicer.many),
+            "Written": grpc.unary_stream_rpc_method_handler(servicer.written),
+            "Taken": grpc.stream_unary_rpc_method_handler(servicer.taken),
+            "Both": grpc.stream_stream_rpc_method_handler(servicer.both),
+            "Refuse": grpc.unary_stream_rpc_method_handler(servicer.refuse),
+            "Fail": grpc.unary_stream_rpc_method_handler(servicer.fail),
+            "FailAtTheStore": grpc.unary_stream_rpc_method_handler(servicer.fail_at_the_store),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("acme.All", handlers),))
+        server.add_registered_method_handlers("acme.All", handlers)
+
+    assert {"ACME": "1"} == context.settings
+    return context.handler(add_to_server, Servicer())
+
+
+def test_calls_of_every_sort(caplog: pytest.LogCaptureFixture) -> None:
+    """Are answered, logged and counted; an exception is told as INTERNAL, without what it says."""
+    caplog.set_level("DEBUG", "modelexpress_core.server")
+
+    def call(channel: grpc.Channel, metrics: str) -> None:
+        assert b"a" == channel.unary_unary("/acme.All/One")(b"a", timeout=10)
+        assert [b"a"] * 3 == list(channel.unary_stream("/acme.All/Many")(b"a", timeout=10))
+        assert [b"a"] == list(channel.unary_stream("/acme.All/Written")(b"a", timeout=10))
+        assert b"ab" == channel.stream_unary("/acme.All/Taken")(iter([b"a", b"b"]), timeout=10)
+        assert [b"a", b"b"] == list(channel.stream_stream("/acme.All/Both")(iter([b"a", b"b"]), timeout=10))
+        for method, code in (
+            ("Refuse", "FAILED_PRECONDITION"),
+            ("Fail", "INTERNAL"),
+            ("FailAtTheStore", "UNAVAILABLE"),
+        ):
+            answers = channel.unary_stream(f"/acme.All/{method}")(b"hunter2", timeout=10)
+            assert b"hunter2" == next(answers)
+            with pytest.raises(grpc.RpcError) as raised:
+                next(answers)
+            assert code == raised.value.code().name
+            assert "hunter2" not in str(raised.value.details())
+        measured = metrics_at(metrics)
+        for method, code in (("One", "OK"), ("Many", "OK"), ("Taken", "OK"), ("Both", "OK"), ("Fail", "INTERNAL")):
+            assert f'mx_server_rpcs_total{{code="{code}",method="{method}",service="acme.All"}} 1.0' in measured
+
+    served(call, mx_acme=offering(ServerServiceProvider("acme.All", all_sorts)))
+
+    logged = {vars(record)["method"]: vars(record)["code"] for record in caplog.records if hasattr(record, "method")}
+    assert {"Many": "OK", "Both": "OK", "Fail": "INTERNAL"}.items() <= logged.items()
+    assert ["/acme.All/Fail failed"] == [
+        record.getMessage() for record in caplog.records if record.levelname == "ERROR"
+    ]
+
+
+def test_what_is_opened_is_closed_at_the_end() -> None:
+    """After the last call, and before the store is."""
+    told = []
+
+    def make(context: ServiceContext) -> Any:
+        async def close() -> None:
+            told.append(await context.store.counts())
+
+        context.closing.push_async_callback(close)
+        return grpc.method_handlers_generic_handler("acme.A", {})
+
+    served(lambda channel, metrics: told.append("serving"), mx_acme=offering(ServerServiceProvider("acme.A", make)))
+
+    assert ["serving", {}] == told
+
+
+def test_a_plugin_answers_under_its_name_alone() -> None:
+    """A handler that takes every call gets those of its service."""
+
+    class Everything(grpc.GenericRpcHandler):
+        def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+            async def answer(request: bytes, rpc: Any) -> bytes:
+                return b"mine"
+
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    def call(channel: grpc.Channel, metrics: str) -> None:
+        assert b"mine" == channel.unary_unary("/acme.A/Anything")(b"", timeout=10)
+        for path in ("/acme.AB/Anything", f"/{P2P.name}/Nothing"):
+            with pytest.raises(grpc.RpcError) as raised:
+                channel.unary_unary(path)(b"", timeout=10)
+            assert grpc.StatusCode.UNIMPLEMENTED == raised.value.code()
+
+    served(call, mx_acme=offering(ServerServiceProvider("acme.A", lambda context: Everything())))
+
+
+def raising(error: Exception) -> Callable[[ServiceContext], Any]:
+    def make(context: ServiceContext) -> Any:
+        raise error
+
+    return make
+
+
+def handler(name: str) -> Callable[[ServiceContext], Any]:
+    return lambda context: grpc.method_handlers_generic_handler(name, {})
+
+
+@pytest.mark.parametrize(
+    ("record", "error", "said"),
+    [
+        (ServerServiceProvider("acme.A", raising(ValueError("no reason"))), PluginLoadError, "ValueError: no reason"),
+        (
+            ServerServiceProvider("acme.A", raising(SettingsError("ACME=2", hint="set ACME=1"))),
+            PluginLoadError,
+            "ACME=2\nNext step: set ACME=1",
+        ),
+        (ServerServiceProvider("acme.A", raising(ModuleNotFoundError("No module x"))), PluginLoadError, "No module x"),
+        (ServerServiceProvider("acme.A", lambda context: None), PluginLoadError, "NoneType, which is no grpc."),
+        (ServerServiceProvider("acme.A", handler("acme.B")), PluginLoadError, "what answers for acme.B"),
+        (ServerServiceProvider("acme/A", handler("acme/A")), PluginLoadError, "no full name"),
+        (ServerServiceProvider(P2P.name, handler(P2P.name)), PluginConflictError, "the server itself has already"),
+        (
+            ServerServiceProvider(STANDARD_HEALTH.name, handler(STANDARD_HEALTH.name)),
+            PluginConflictError,
+            "the server itself has already",
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_what_cannot_be_served_stops_the_server(
+    record: ServerServiceProvider, error: type[PluginError], said: str
+) -> None:
+    """With a message that names the plugin and the service."""
+    with pytest.raises(error) as raised:
+        served(nothing, mx_acme=offering(record))
+
+    assert "mx-acme" == raised.value.plugin
+    for part in ("mx-acme", record.name, said):
+        assert part in str(raised.value)
+
+
+def test_two_plugins_with_one_service() -> None:
+    """Are both named."""
+    one, other = (offering(ServerServiceProvider("acme.A", handler("acme.A"))) for _ in range(2))
+    with pytest.raises(PluginConflictError, match=r"mx-b offers the service acme\.A, which mx-a has already"):
+        served(nothing, mx_a=one, mx_b=other)

@@ -1,0 +1,164 @@
+"""The server's configuration file: what it sets, and how every mistake in it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from modelexpress_core.errors import SettingsError
+from modelexpress_core.server.config import Config, read_config
+from modelexpress_core.server.settings import LogSettings, ServerSettings, StoreVariables
+from modelexpress_core.settings import Given
+
+_SECTIONS = {"": ServerSettings, "log": LogSettings}
+_SECRET = "hunter2"
+
+Read = Callable[..., Config]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """Reads a configuration from text."""
+
+    def read(text: str | bytes, **environ: str) -> Config:
+        path = tmp_path / "mx.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_config(_SECTIONS, environ, path=str(path), given={"log.level": Given("error", "--log-level")})
+
+    return read
+
+
+def refused(read: Read, text: str | bytes) -> str:
+    with pytest.raises(SettingsError) as raised:
+        read(text)
+    assert _SECRET not in str(raised.value)
+    return str(raised.value)
+
+
+def test_what_a_file_sets(read: Read) -> None:
+    """At the top and in a section; flags and variables win over it."""
+    config = read(
+        "port: 1\nhost: h\ndrain_seconds: 5\nlog: {level: debug, format: json}\n", MODEL_EXPRESS_SERVER_HOST="e"
+    )
+
+    assert ServerSettings(host="e", port=1, drain_seconds=5.0) == config.get(ServerSettings)
+    assert LogSettings(level="error", format="json") == config.get(LogSettings)
+    sources = {key: value.source.rpartition("/")[2] for key, value in config.describe("mx")}
+    assert {
+        "host": "MODEL_EXPRESS_SERVER_HOST",
+        "port": "mx.yaml, line 1",
+        "drain_seconds": "mx.yaml, line 3",
+        "log.level": "--log-level",
+        "log.format": "mx.yaml, line 4",
+    } == {key: source for key, source in sources.items() if source != "default"}
+
+
+def test_an_empty_mapping_sets_nothing(read: Read) -> None:
+    """Which is how a file says so."""
+    assert ServerSettings() == read("# nothing\n{}\n").get(ServerSettings)
+
+
+def test_all_mistakes_are_told_at_once(read: Read) -> None:
+    """Each with its line, and with what is expected there."""
+    said = refused(
+        read,
+        "port: 1\nport: 2\nprot: 3\nmetrics_port: '9401'\nlevel: info\nhost: 12:30\nlog:\n  fromat: json\n"
+        "  level: loud\nremoval_seconds: -1\n7: seven\n",
+    )
+
+    for line in (
+        "mx.yaml, line 2: port stands in line 1 already",
+        "mx.yaml, line 3: nothing is called prot; did you mean port?",
+        "mx.yaml, line 4: metrics_port: '9401': expected a whole number, and this is text",
+        "mx.yaml, line 5: nothing is called level; did you mean log.level?",
+        "mx.yaml, line 6: host: expected text, and this is a whole number",
+        "mx.yaml, line 8: nothing is called log.fromat; did you mean log.format?",
+        "mx.yaml, line 9: log.level: 'loud': expected one of debug, info, warning, error",
+        "mx.yaml, line 10: removal_seconds: -1: expected a number of seconds greater than 0",
+        "mx.yaml, line 11: a key that is no text",
+    ):
+        assert f"{line}\n" in said.replace("host: 750: ", "host: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "it is empty"),
+        ("# nothing\n", "it is empty"),
+        (f"[{_SECRET}]", "it holds no mapping"),
+        (_SECRET, "it holds no mapping"),
+        (f"port: [{_SECRET}", "line 1: expected ',' or ']'"),
+        (f"port: 1\n\t{_SECRET}: 2", "line 2: found character"),
+        (f"metadata: *{_SECRET}", "line 1: one document without aliases"),
+        (f"port: 1\n---\n{_SECRET}: 2", "line 2: one document"),
+        (f"metadata: !{_SECRET} 1", "metadata: the value (not shown) cannot be read"),
+        (f"metadata: &a [*a, {_SECRET}]", "metadata: the value (not shown) cannot be read"),
+        (f"metadata: {{a: {_SECRET}, a: 2}}", "metadata: the value (not shown) cannot be read"),
+        (f"metadata: [{_SECRET}]", "metadata: expected text, and this is a list"),
+        ("port: 2020-99-99", "port: the value (not shown) cannot be read"),
+        ("log: 5", "log: expected a mapping with some of level, format"),
+        ("log:", "log: expected a mapping"),
+        ("port:", "port: nothing stands there"),
+        ("? [a]\n: 1", "a key that is no text"),
+        (f"xyz: {_SECRET}", "nothing is called xyz; there are host, port"),
+        (f"'': {_SECRET}", "nothing is called "),
+        (f"<<: {{port: {_SECRET}}}", "a key that is no text"),
+        ("[" * 5000, "nested too deeply"),
+        ("a: \0", "it is no YAML"),
+        (_SECRET.encode() + b"\xff", "it is no text in UTF-8"),
+        (b"#" * (1 << 21), "it is longer than 1 MiB"),
+    ],
+    ids=lambda value: repr(value[:24]),
+)
+def test_what_is_no_configuration(read: Read, text: str | bytes, reason: str) -> None:
+    """Is refused with the file and the reason, and with nothing that stands in it."""
+    said = refused(read, text)
+
+    assert "mx.yaml" in said
+    assert reason in said
+
+
+@pytest.mark.parametrize("path", ["nothing.yaml", ".", "a\0b", ""])
+def test_a_file_that_cannot_be_read(path: str) -> None:
+    """Is named, with the reason."""
+    with pytest.raises(SettingsError, match=r"the configuration .* cannot be read: ") as raised:
+        read_config(_SECTIONS, {}, path=path)
+
+    assert "--config" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "uri"),
+    [
+        ({}, None),
+        ({"REDIS_URL": "redis://r"}, None),
+        ({"MX_METADATA_BACKEND": "memory", "REDIS_URL": "redis://r"}, "memory://"),
+        ({"MX_METADATA_BACKEND": "redis"}, "redis://localhost:6379"),
+        ({"MX_METADATA_BACKEND": "Redis", "MX_REDIS_HOST": "r", "MX_REDIS_PORT": "1"}, "redis://r:1"),
+        ({"MX_METADATA_BACKEND": "redis", "MX_REDIS_HOST": "::1"}, "redis://[::1]:6379"),
+        ({"MX_METADATA_BACKEND": "redis", "REDIS_URL": "rediss://r/1", "MX_REDIS_HOST": "x"}, "rediss://r/1"),
+        ({"MX_METADATA_BACKEND": "kubernetes"}, "kubernetes://"),
+    ],
+)
+def test_variables_of_existing_deployments(environ: dict[str, str], uri: str | None) -> None:
+    """The backend says whether the others matter."""
+    from modelexpress_core.settings import from_env
+
+    given = from_env(StoreVariables, environ).metadata()
+
+    assert uri == (given and given.value)
+
+
+def test_a_backend_that_there_is_not() -> None:
+    """Those that there are are named."""
+    with pytest.raises(SettingsError, match="'etcd'; there are memory, redis, kubernetes"):
+        StoreVariables(backend="etcd").metadata()
+
+
+def test_a_password_in_a_url_is_not_shown() -> None:
+    """Neither by the settings nor by what gives the metadata."""
+    variables = StoreVariables(backend="redis", redis_url=f"redis://:{_SECRET}@r")
+
+    assert _SECRET not in repr(variables) + repr(variables.metadata())
