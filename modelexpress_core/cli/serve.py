@@ -16,7 +16,14 @@ from modelexpress_core.cli.output import console, exit_code, package_missing
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
 from modelexpress_core.plugins import CORE, PluginManager
 from modelexpress_core.server.logs import announce, write_log
-from modelexpress_core.server.settings import ConfigPath, LogSettings, ServerSettings, SpanSettings, StoreVariables
+from modelexpress_core.server.settings import (
+    ConfigPath,
+    LogSettings,
+    ServerSettings,
+    SpanSettings,
+    StoreVariables,
+    has_stray_password,
+)
 from modelexpress_core.settings import Given, from_env
 from modelexpress_core.uri import ModelURI
 
@@ -101,12 +108,16 @@ def _settings(path: str | None, given: dict[str, Given]) -> Config:
     if "metadata" in config.defaults(ServerSettings):
         usual = from_env(StoreVariables).metadata()
         config = config.with_fallback(ServerSettings, {"metadata": usual} if usual else {})
+    metadata = config.get(ServerSettings).metadata
+    source = dict(config.describe(CORE))["metadata"].source
+    wrong = f"settings that cannot be used:\n  metadata (from {source})"
+    if has_stray_password(metadata):
+        message = f"{wrong}: an at sign after the host (the value is not shown)"
+        raise SettingsError(message, hint="percent-encode the password: / is %2F, ? is %3F, # is %23, @ is %40")
     try:
-        ModelURI.parse(config.get(ServerSettings).metadata)
+        ModelURI.parse(metadata)
     except InvalidURIError as exc:
-        source = dict(config.describe(CORE))["metadata"].source
-        message = f"settings that cannot be used:\n  metadata (from {source}): {exc.message}"
-        raise SettingsError(message, hint=exc.hint) from exc
+        raise SettingsError(f"{wrong}: {exc.message}", hint=exc.hint) from exc
     return config
 
 

@@ -52,7 +52,7 @@ class Serving:
             self.url, self.metrics_url, self.metadata = said["grpc"], f"http://{said['metrics']}", said["metadata"]
         else:
             self.process.kill()
-            raise AssertionError(line + self.process.stderr.read())
+            raise AssertionError(line + self.process.communicate()[1])
 
     def metrics(self) -> str:
         """What it counted until now."""
