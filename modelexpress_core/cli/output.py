@@ -24,6 +24,7 @@ __all__ = [
     "package_missing",
     "print_json",
     "progress_bars",
+    "silence_grpc",
     "status_console",
 ]
 
@@ -72,6 +73,11 @@ def print_json(value: object) -> None:
 def exit_code(exc: ModelExpressError) -> int:
     """What a command ends with that failed with ``exc``: 2 where it was used wrongly, or else 1."""
     return 2 if isinstance(exc, InvalidURIError) else 1
+
+
+def silence_grpc() -> None:
+    """Keep gRPC's core from writing lines of its own to stderr, unless the user set it up: what fails we say."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def package_missing(what: str, exc: ModuleNotFoundError) -> PluginLoadError:

@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from modelexpress_core.cli.output import console, exit_code, package_missing
+from modelexpress_core.cli.output import console, exit_code, package_missing, silence_grpc
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
 from modelexpress_core.plugins import CORE, PluginManager
 from modelexpress_core.server.logs import announce, write_log
-from modelexpress_core.server.settings import ConfigPath, LogSettings, ServerSettings, SpanSettings, StoreVariables
+from modelexpress_core.server.settings import (
+    ConfigPath,
+    LogSettings,
+    ServerSettings,
+    SpanSettings,
+    StoreVariables,
+    has_stray_password,
+)
 from modelexpress_core.settings import Given, from_env
 from modelexpress_core.uri import ModelURI
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
@@ -83,7 +90,6 @@ def serve(
     if log.format == "text":
         _serve(settings)
         return
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it writes lines of its own, and what it cannot do we say
     try:
         _serve(settings)
     except ModelExpressError as exc:
@@ -102,6 +108,7 @@ def _known_format(text: str) -> str:
 
 
 def _settings(path: str | None, given: dict[str, Given]) -> Config:
+    silence_grpc()
     try:
         from modelexpress_core.server.config import read_config
     except ModuleNotFoundError as exc:
@@ -112,12 +119,16 @@ def _settings(path: str | None, given: dict[str, Given]) -> Config:
         usual = from_env(StoreVariables).metadata()
         config = config.with_fallback(ServerSettings, {"metadata": usual} if usual else {})
     config.get(AuthSettings).check(config.get(TlsSettings))
+    metadata = config.get(ServerSettings).metadata
+    source = dict(config.describe(CORE))["metadata"].source
+    wrong = f"settings that cannot be used:\n  metadata (from {source})"
+    if has_stray_password(metadata):
+        message = f"{wrong}: an at sign after the host (the value is not shown)"
+        raise SettingsError(message, hint="percent-encode the password: / is %2F, ? is %3F, # is %23, @ is %40")
     try:
-        ModelURI.parse(config.get(ServerSettings).metadata)
+        ModelURI.parse(metadata)
     except InvalidURIError as exc:
-        source = dict(config.describe(CORE))["metadata"].source
-        message = f"settings that cannot be used:\n  metadata (from {source}): {exc.message}"
-        raise SettingsError(message, hint=exc.hint) from exc
+        raise SettingsError(f"{wrong}: {exc.message}", hint=exc.hint) from exc
     return config
 
 

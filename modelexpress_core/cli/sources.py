@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from modelexpress_core.cli.output import JsonOption, console, package_missing, print_json
+from modelexpress_core.cli.output import JsonOption, console, package_missing, print_json, silence_grpc
 
 if TYPE_CHECKING:
     from modelexpress_core.sources.client import ServerClient
@@ -108,6 +108,7 @@ def _table(rows: list[dict[str, object]]) -> Table | str:
 
 
 def _client(url: str | None) -> ServerClient:
+    silence_grpc()
     try:
         from modelexpress_core.sources.client import ServerClient
     except ModuleNotFoundError as exc:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.settings import Given, env, names, seconds, tcp_port
 from modelexpress_core.uri import redacted
 
-__all__ = ["ConfigPath", "LogSettings", "ServerSettings", "SpanSettings", "StoreVariables"]
+__all__ = ["ConfigPath", "LogSettings", "ServerSettings", "SpanSettings", "StoreVariables", "has_stray_password"]
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -33,6 +35,18 @@ def _format(text: str) -> str:
         reason = f"expected one of {', '.join(_FORMATS)}"
         raise ValueError(reason)
     return word
+
+
+def has_stray_password(uri: str) -> bool:
+    """Whether an at sign stands behind the authority of ``uri``, as where a password has a slash that is not encoded.
+
+    What comes before it would be taken for host and path, and shown.
+    """
+    return re.search(r"[/?#].*@", uri.partition("://")[2], re.DOTALL) is not None
+
+
+def _redacted(uri: str) -> str:
+    return "***" if has_stray_password(uri) else redacted(uri)
 
 
 @frozen
@@ -74,7 +88,7 @@ class ServerSettings:
     metadata: str = env(
         "MX_METADATA_URI",
         default="memory://",
-        shown=redacted,
+        shown=_redacted,
         help="Where metadata is kept: memory:// (one server, lost with it), redis://, rediss://, or a plugin's.",
     )
     heartbeat_timeout_seconds: float = env(
@@ -135,7 +149,7 @@ class SpanSettings:
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
         "OTEL_EXPORTER_OTLP_ENDPOINT",
         default=None,
-        shown=redacted,
+        shown=_redacted,
         help="The collector that spans of the server go to.",
     )
     protocol: str = env(
@@ -156,7 +170,7 @@ class StoreVariables:
         help="Where the server keeps metadata if no URI says so: memory, redis or kubernetes.",
     )
     redis_url: str | None = env(
-        "REDIS_URL", default=None, shown=redacted, help="The Redis that the backend redis stands for."
+        "REDIS_URL", default=None, shown=_redacted, help="The Redis that the backend redis stands for."
     )
     redis_host: str = env(
         "MX_REDIS_HOST", default="localhost", help="Host of the Redis that the backend redis stands for, without a URL."

@@ -86,6 +86,19 @@ def test_checking(mx: Command, config: Callable[[str], str]) -> None:
     assert (1, True) == (wrong.returncode, "there are memory, redis, kubernetes" in wrong.stderr)
 
 
+@pytest.mark.parametrize("password", [f"{_SECRET}/x", f"x/{_SECRET}", f"x?{_SECRET}", f"{_SECRET}#", f"a@{_SECRET}/b"])
+@pytest.mark.parametrize("arguments", [("serve",), ("serve", "--check"), ("settings",)])
+def test_a_password_that_is_not_encoded_is_not_told(mx: Command, arguments: tuple[str, ...], password: str) -> None:
+    """It would be taken for a host or a path, which are shown."""
+    environ = {"MX_METADATA_BACKEND": "redis", "REDIS_URL": f"redis://:{password}@h"}
+
+    done = mx(*arguments, environ=environ)
+
+    assert _SECRET not in done.stdout + done.stderr
+    assert (arguments == ("settings",)) or "percent-encode" in done.stderr
+    assert (0 if arguments == ("settings",) else 1) == done.returncode
+
+
 def test_the_variables_of_existing_deployments(start: Start) -> None:
     """A backend with a host or with a URL is the Redis that a URI names; a URI wins over them."""
     identity = SourceIdentity("acme/model")

@@ -55,7 +55,7 @@ class Serving:
             self.health_url = said.get("health")
         else:
             self.process.kill()
-            raise AssertionError(line + self.process.stderr.read())
+            raise AssertionError(line + self.process.communicate()[1])
 
     def metrics(self) -> str:
         """What it counted until now."""
