@@ -87,7 +87,7 @@ class DiscoverySettings:
         "MX_METADATA_BACKEND",
         default=None,
         converter=_backend,
-        help="The same in the words of existing deployments: server, redis and kubernetes mean server://. Where neither is "
+        help="The same in the words of existing deployments: server, redis and kubernetes mean server://. With neither "
         "set, server:// is asked if MODEL_EXPRESS_URL is set, and nobody otherwise.",
     )
     selector: str = env(

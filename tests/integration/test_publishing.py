@@ -199,7 +199,7 @@ def test_after_a_restart_all_are_back_within_one_heartbeat(start: Start, run: An
     assert set(names) == listed
     assert [2] * 20 == published
     assert [] == stale
-    assert took < interval + 1, f"{took:.2f} s"
+    assert took < interval + 2.5, f"{took:.2f} s"
 
 
 def test_after_a_long_outage_it_is_found_soon(start: Start) -> None:
@@ -219,7 +219,7 @@ def test_after_a_long_outage_it_is_found_soon(start: Start) -> None:
         eventually(lambda: publisher.state.published == 2)
         took = time.monotonic() - restarted
 
-    assert took < 5 + 1, f"{took:.2f} s"
+    assert took < 5 + 2.5, f"{took:.2f} s"
 
 
 def test_an_outage_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -367,7 +367,7 @@ def test_heartbeats_of_a_fleet_do_not_come_in_step() -> None:
         ("raise", None, 1),
         ("wait", signal.SIGTERM, -signal.SIGTERM),
         ("handler", signal.SIGTERM, 7),
-        ("wait", signal.SIGINT, 1),
+        ("wait", signal.SIGINT, -signal.SIGINT),
     ],
     ids=["it returns", "it raises", "SIGTERM", "SIGTERM with a handler", "Ctrl-C"],
 )
@@ -383,7 +383,7 @@ def test_a_process_that_ends_is_offered_no_more(
 
     with ServerClient(url) as client:
         assert "SOURCE_STATUS_STALE" == status_of(client, "w"), errors
-    assert (code if number != signal.SIGINT else process.returncode) == process.returncode, errors
+    assert code == process.returncode, errors
     assert ("handled\n" if mode == "handler" else "") == printed
 
 
