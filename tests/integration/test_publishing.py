@@ -20,9 +20,10 @@ from typing import Any
 import grpc
 import pytest
 
+from modelexpress_core.sources import publishing
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.identity import SourceIdentity
-from modelexpress_core.sources.publishing import Publisher
+from modelexpress_core.sources.publishing import Publisher, withdraw_on_exit
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.rpc import P2P
 from tests.support.serving import Serving
@@ -137,6 +138,26 @@ def test_withdrawing_ends_all(start: Start) -> None:
         assert beats == publisher.state.heartbeats
         assert ["w"] == workers(client, STALE)
         assert [] == workers(client)
+
+
+def test_outside_the_main_thread_only_exit_can_be_noticed() -> None:
+    """Python lets no other thread set handlers; nobody's handler is touched."""
+    before = signal.getsignal(signal.SIGTERM)
+    with ServerClient("127.0.0.1:1") as client:
+        publisher = Publisher(client, _IDENTITY, _WORKER, "w", interval_seconds=1)
+        thread = threading.Thread(target=withdraw_on_exit, args=[publisher])
+        thread.start()
+        thread.join()
+
+    assert publisher in publishing._publishers
+    assert before is signal.getsignal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_an_interval_is_above_zero(seconds: float) -> None:
+    """Nothing else that is wrong keeps a worker from publishing."""
+    with ServerClient("127.0.0.1:1") as client, pytest.raises(ValueError, match="interval_seconds"):
+        Publisher(client, _IDENTITY, _WORKER, "w", interval_seconds=seconds)
 
 
 def test_a_load_that_cannot_be_told_is_left_out(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -368,8 +389,18 @@ def test_heartbeats_of_a_fleet_do_not_come_in_step() -> None:
         ("wait", signal.SIGTERM, -signal.SIGTERM),
         ("handler", signal.SIGTERM, 7),
         ("wait", signal.SIGINT, -signal.SIGINT),
+        ("busy", signal.SIGTERM, -signal.SIGTERM),
+        ("locked", signal.SIGTERM, -signal.SIGTERM),
     ],
-    ids=["it returns", "it raises", "SIGTERM", "SIGTERM with a handler", "Ctrl-C"],
+    ids=[
+        "it returns",
+        "it raises",
+        "SIGTERM",
+        "SIGTERM with a handler",
+        "Ctrl-C",
+        "SIGTERM in the middle of calls",
+        "SIGTERM while it holds the lock of the log",
+    ],
 )
 def test_a_process_that_ends_is_offered_no_more(
     start: Start, run: Any, mode: str, number: int | None, code: int
