@@ -90,6 +90,10 @@ class Publisher:
         interval_seconds: Time between heartbeats, ``PublishingSettings.interval_seconds`` as a rule.
         load: How busy the worker is, from 0 to 1, or None where it cannot say. Called for each heartbeat by the
             publisher's own thread: it has to be quick.
+
+    Raises:
+        ValueError: By the constructor, for an interval that is not above zero. Nothing else raises: what goes wrong
+            with the server is in ``state`` and in the log.
     """
 
     def __init__(
@@ -102,6 +106,9 @@ class Publisher:
         interval_seconds: float = 30.0,
         load: Callable[[], float | None] | None = None,
     ) -> None:
+        if not interval_seconds > 0:
+            message = f"interval_seconds is {interval_seconds!r}, which is no time between heartbeats"
+            raise ValueError(message)
         self._client = client
         self._identity = identity
         self._worker = p2p_pb2.WorkerMetadata()

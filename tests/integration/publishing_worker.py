@@ -5,6 +5,7 @@ It says "ready" once the server has it as ready, and then does what the mode say
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -53,15 +54,28 @@ def main() -> None:
     while publisher.state.status != "ready":
         time.sleep(0.01)
     say("ready")
+    if MODE.startswith("fork"):
+        fork()
+    go_on(client, publisher)
+
+
+def go_on(client: ServerClient, publisher: Publisher) -> None:
+    """Until it ends, or is ended."""
     if MODE == "return":
         return
     if MODE == "raise":
         message = "the engine failed"
         raise RuntimeError(message)
-    if MODE.startswith("fork"):
-        fork()
+    if MODE == "locked":
+        logging.basicConfig(level=logging.DEBUG)
+        logging.getLogger().handlers[0].acquire()
     while True:
-        time.sleep(0.1)
+        if MODE == "busy":  # in the middle of calls on the same connection, and of the publisher's own methods
+            client.list_sources()
+            publisher.ready()
+            _ = publisher.state
+        else:
+            time.sleep(0.1)
 
 
 def fork() -> None:

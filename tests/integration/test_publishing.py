@@ -20,9 +20,10 @@ from typing import Any
 import grpc
 import pytest
 
+from modelexpress_core.sources import publishing
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.identity import SourceIdentity
-from modelexpress_core.sources.publishing import Publisher
+from modelexpress_core.sources.publishing import Publisher, withdraw_on_exit
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.rpc import P2P
 from tests.support.serving import Serving
@@ -139,6 +140,26 @@ def test_withdrawing_ends_all(start: Start) -> None:
         assert [] == workers(client)
 
 
+def test_outside_the_main_thread_only_exit_can_be_noticed() -> None:
+    """Python lets no other thread set handlers; nobody's handler is touched."""
+    before = signal.getsignal(signal.SIGTERM)
+    with ServerClient("127.0.0.1:1") as client:
+        publisher = Publisher(client, _IDENTITY, _WORKER, "w", interval_seconds=1)
+        thread = threading.Thread(target=withdraw_on_exit, args=[publisher])
+        thread.start()
+        thread.join()
+
+    assert publisher in publishing._publishers
+    assert before is signal.getsignal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_an_interval_is_above_zero(seconds: float) -> None:
+    """Nothing else that is wrong keeps a worker from publishing."""
+    with ServerClient("127.0.0.1:1") as client, pytest.raises(ValueError, match="interval_seconds"):
+        Publisher(client, _IDENTITY, _WORKER, "w", interval_seconds=seconds)
+
+
 def test_a_load_that_cannot_be_told_is_left_out(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     """Heartbeats go on without it, and the log says so once."""
 
@@ -199,7 +220,7 @@ def test_after_a_restart_all_are_back_within_one_heartbeat(start: Start, run: An
     assert set(names) == listed
     assert [2] * 20 == published
     assert [] == stale
-    assert took < interval + 1, f"{took:.2f} s"
+    assert took < interval + 2.5, f"{took:.2f} s"
 
 
 def test_after_a_long_outage_it_is_found_soon(start: Start) -> None:
@@ -219,7 +240,7 @@ def test_after_a_long_outage_it_is_found_soon(start: Start) -> None:
         eventually(lambda: publisher.state.published == 2)
         took = time.monotonic() - restarted
 
-    assert took < 5 + 1, f"{took:.2f} s"
+    assert took < 5 + 2.5, f"{took:.2f} s"
 
 
 def test_an_outage_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -367,9 +388,19 @@ def test_heartbeats_of_a_fleet_do_not_come_in_step() -> None:
         ("raise", None, 1),
         ("wait", signal.SIGTERM, -signal.SIGTERM),
         ("handler", signal.SIGTERM, 7),
-        ("wait", signal.SIGINT, 1),
+        ("wait", signal.SIGINT, -signal.SIGINT),
+        ("busy", signal.SIGTERM, -signal.SIGTERM),
+        ("locked", signal.SIGTERM, -signal.SIGTERM),
     ],
-    ids=["it returns", "it raises", "SIGTERM", "SIGTERM with a handler", "Ctrl-C"],
+    ids=[
+        "it returns",
+        "it raises",
+        "SIGTERM",
+        "SIGTERM with a handler",
+        "Ctrl-C",
+        "SIGTERM in the middle of calls",
+        "SIGTERM while it holds the lock of the log",
+    ],
 )
 def test_a_process_that_ends_is_offered_no_more(
     start: Start, run: Any, mode: str, number: int | None, code: int
@@ -383,7 +414,7 @@ def test_a_process_that_ends_is_offered_no_more(
 
     with ServerClient(url) as client:
         assert "SOURCE_STATUS_STALE" == status_of(client, "w"), errors
-    assert (code if number != signal.SIGINT else process.returncode) == process.returncode, errors
+    assert code == process.returncode, errors
     assert ("handled\n" if mode == "handler" else "") == printed
 
 

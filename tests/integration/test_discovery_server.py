@@ -1,0 +1,170 @@
+"""`server://` against a real server: which workers it names, and how."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from typing import Any
+
+import attrs
+import pytest
+from prometheus_client import REGISTRY
+
+import modelexpress_core as mx
+from modelexpress_core.errors import UnavailableError
+from modelexpress_core.hooks import hookimpl
+from modelexpress_core.providers import LoadRequest, Peer, TransportProvider
+from modelexpress_core.sources.client import ServerClient
+from modelexpress_core.sources.discovery import Discovery, find_candidates
+from modelexpress_core.sources.discovery.server import open_server
+from modelexpress_core.sources.identity import SourceIdentity
+from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+from tests.support.serving import Serving
+
+READY, STALE = p2p_pb2.SOURCE_STATUS_READY, p2p_pb2.SOURCE_STATUS_STALE
+_IDENTITY = SourceIdentity("acme/model", tensor_parallel_size=2)
+_REQUEST = LoadRequest(mx.ModelURI.parse("memory://host/model"), _IDENTITY, worker_rank=1, reader="me")
+
+
+class Transports:
+    """Two ways to read from peers, of which these tests use no more than the names."""
+
+    @hookimpl
+    def mx_register_transports(self) -> list[TransportProvider]:
+        return [TransportProvider("mx-both", ("nixl", "grpc"), lambda uri, settings: None)]
+
+
+@pytest.fixture
+def plugins() -> mx.PluginManager:
+    plugins = mx.PluginManager.discover({})
+    plugins.register(Transports(), name="mx-both")
+    return plugins
+
+
+@pytest.fixture
+def url(start: Callable[..., Serving]) -> str:
+    return start().url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[ServerClient]:
+    with ServerClient(url) as client:
+        yield client
+
+
+def publish(client: ServerClient, worker_id: str, identity: SourceIdentity = _IDENTITY, **fields: Any) -> None:
+    worker = p2p_pb2.WorkerMetadata(**{"worker_rank": 1, "status": READY, **fields})
+    assert client.publish(identity, worker, worker_id).success
+
+
+def opened(uri: str, environ: Mapping[str, str]) -> Any:
+    return closing(open_server(mx.ModelURI.parse(uri), environ))
+
+
+def counted(result: str) -> float:
+    labels = {"policy": "load_aware", "result": result}
+    return REGISTRY.get_sample_value("mx_p2p_list_sources_total", labels) or 0.0
+
+
+def test_a_peer_comes_with_all_that_is_known_of_it(url: str, client: ServerClient) -> None:
+    """Its URI says by which transport, whom to ask, what it holds and who it is."""
+    publish(client, "w", accelerator="cuda:h100", topology={"rack": "7"})
+    beat = p2p_pb2.UpdateStatusRequest(
+        mx_source_id=_IDENTITY.source_id, worker_id="w", worker_rank=1, status=READY, source_load=0.25
+    )
+    assert client.update_status(beat).success
+
+    with opened("server://", {"MODEL_EXPRESS_URL": f"http://{url}"}) as discovery:
+        [candidate] = discovery.candidates(_REQUEST)
+
+    assert candidate.peer is not None
+    expected = Peer(_IDENTITY.source_id, "w", 1, "cuda:h100", 0.25, candidate.peer.updated_at_ms, {"rack": "7"})
+    assert expected == candidate.peer
+    assert candidate.peer.updated_at_ms > 0
+    assert ("server", f"nixl://{url}/{_IDENTITY.source_id}/w") == (candidate.origin, str(candidate.uri))
+
+
+def test_only_those_that_hold_the_same_are_named(url: str, client: ServerClient) -> None:
+    """Of this rank, this identity, ready, and not whoever asks."""
+    publish(client, "good")
+    publish(client, "me")
+    publish(client, "other rank", worker_rank=0)
+    publish(client, "stale", status=STALE)
+    publish(client, "other model", SourceIdentity("acme/other", tensor_parallel_size=2))
+    publish(client, "other layout", attrs.evolve(_IDENTITY, extra_parameters={"layout_signature": "x"}))
+
+    with opened(f"server://{url}", {}) as discovery:
+        named = [candidate.peer.worker_id for candidate in discovery.candidates(_REQUEST)]
+        without = discovery.candidates(attrs.evolve(_REQUEST, identity=None))
+
+    assert ["good"] == named
+    assert [] == [*without]
+
+
+def test_a_worker_is_named_once_for_each_of_its_transports(url: str, client: ServerClient) -> None:
+    """Those that say nothing speak NIXL; what is no scheme is passed over; ids may hold what URIs do not."""
+    publish(client, "a/b ?#%", topology={"mx_transports": "grpc, NIXL,grpc,,no scheme"})
+    publish(client, "silent")
+
+    with opened(f"server://{url}", {}) as discovery:
+        candidates = discovery.candidates(_REQUEST)
+
+    ways = sorted((candidate.uri.scheme, candidate.peer.worker_id) for candidate in candidates)
+    assert [("grpc", "a/b ?#%"), ("nixl", "a/b ?#%"), ("nixl", "silent")] == ways
+    for candidate in candidates:
+        assert [candidate.peer.source_id, candidate.peer.worker_id] == candidate.uri.path.split("/", 1)
+
+
+def test_peers_are_put_in_order(url: str, client: ServerClient, plugins: mx.PluginManager) -> None:
+    """NIXL before gRPC before the place itself; and what is asked of the server is counted."""
+    publish(client, "w", topology={"mx_transports": "grpc,nixl,pigeon"})
+    before = counted("ok"), counted("empty")
+    other = attrs.evolve(_REQUEST, worker_rank=0)
+
+    ranked = find_candidates(plugins, {"MODEL_EXPRESS_URL": url}, _REQUEST)
+    nobody = find_candidates(plugins, {"MODEL_EXPRESS_URL": url}, other)
+
+    assert ["nixl", "grpc", "memory"] == [candidate.uri.scheme for candidate in ranked]
+    assert ["memory"] == [candidate.uri.scheme for candidate in nobody]
+    assert (1, 1) == (counted("ok") - before[0], counted("empty") - before[1])
+
+
+def test_a_server_that_cannot_be_asked(plugins: mx.PluginManager, caplog: pytest.LogCaptureFixture) -> None:
+    """The discovery says so; a load goes on from the place that it was given, with a warning."""
+    before = counted("error")
+    with opened("server://127.0.0.1:1", {}) as discovery, pytest.raises(UnavailableError, match="ListSources"):
+        discovery.candidates(_REQUEST)
+
+    with caplog.at_level(logging.WARNING):
+        ranked = find_candidates(plugins, {"MODEL_EXPRESS_URL": "127.0.0.1:1"}, _REQUEST)
+
+    assert ["memory"] == [candidate.uri.scheme for candidate in ranked]
+    assert "ListSources" in caplog.text
+    assert 2 == counted("error") - before
+
+
+def test_that_the_server_speaks_tls_is_handed_on() -> None:
+    """To whoever asks it for the metadata of a peer."""
+    source = p2p_pb2.SourceInstanceRef(mx_source_id="id", worker_id="w")
+    for uri, environ in (
+        ("server://", {"MODEL_EXPRESS_URL": "https://host"}),
+        ("server://host?tls=1", {}),
+    ):
+        with opened(uri, environ) as discovery:
+            [candidate] = discovery._ways_to(source)
+
+        assert (("nixl", "host:8001"), {"tls": "1"}) == (
+            (candidate.uri.scheme, candidate.uri.authority),
+            dict(candidate.uri.query),
+        )
+
+
+def test_it_is_found_by_its_scheme(plugins: mx.PluginManager) -> None:
+    """As any plugin's discovery is."""
+    registered, discovery = plugins.open_discovery(mx.ModelURI.parse("server://127.0.0.1:1"), {})
+    discovery.close()
+
+    protocol: Discovery = discovery
+    assert ("server", "modelexpress-core") == (registered.provider.name, registered.plugin.name)
+    assert callable(protocol.candidates)

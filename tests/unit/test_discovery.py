@@ -1,0 +1,328 @@
+"""Which discoveries are asked, and what becomes of what they say."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from modelexpress_core import plugin as core
+from modelexpress_core.errors import PluginLoadError, SettingsError, UnavailableError, UnknownSchemeError
+from modelexpress_core.hooks import hookimpl
+from modelexpress_core.loader import Loader
+from modelexpress_core.plugins import PluginManager
+from modelexpress_core.providers import Candidate, DiscoveryProvider, LoadRequest, Peer, TransportProvider
+from modelexpress_core.settings import from_env
+from modelexpress_core.sources.discovery import find_candidates
+from modelexpress_core.sources.identity import SourceIdentity
+from modelexpress_core.sources.metrics import SourceMetrics
+from modelexpress_core.sources.settings import SELECTORS, DiscoverySettings, PublishingSettings
+from modelexpress_core.uri import ModelURI
+
+_URI = ModelURI.parse("memory://host/model")
+_REQUEST = LoadRequest(_URI, SourceIdentity("acme/model"), worker_rank=1, reader="me")
+
+
+def peer(worker_id: str, scheme: str = "nixl") -> Candidate:
+    return Candidate(ModelURI(scheme, "server:8001", f"id/{worker_id}"), "test", Peer("id", worker_id, 1))
+
+
+class Discovering:
+    """A plugin with the discovery `test` and the transport `nixl`."""
+
+    def __init__(self, answer: Callable[[LoadRequest], Any]) -> None:
+        self.answer = answer
+        self.requests: list[LoadRequest] = []
+        self.closed = 0
+
+    def candidates(self, request: LoadRequest) -> Any:
+        self.requests.append(request)
+        return self.answer(request)
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def open(self, uri: ModelURI, settings: Mapping[str, str]) -> Any:
+        return self
+
+    @hookimpl
+    def mx_register_discoveries(self) -> list[DiscoveryProvider]:
+        return [DiscoveryProvider("test", ("test",), self.open)]
+
+    @hookimpl
+    def mx_register_transports(self) -> list[TransportProvider]:
+        return [TransportProvider("mx-nixl", ("nixl",), self.open)]
+
+
+def manager(*discovering: Any) -> PluginManager:
+    made = PluginManager()
+    for number, each in enumerate(discovering):
+        made.register(each, name=f"mx-test-{number}")
+    made.register(core, name="modelexpress-core")
+    return made
+
+
+def found(discovering: Any, request: LoadRequest = _REQUEST, **environ: str) -> list[str]:
+    environ = environ or {"MX_DISCOVERY": "test://"}
+    return [str(candidate.uri) for candidate in find_candidates(manager(discovering), environ, request)]
+
+
+def raising(error: Exception) -> Callable[[LoadRequest], Any]:
+    def answer(_request: LoadRequest) -> Any:
+        raise error
+
+    return answer
+
+
+def test_what_is_found_comes_before_what_was_asked_for() -> None:
+    """The discovery sees the whole request, with the selector that is set, and is closed."""
+    discovering = Discovering(lambda _: [peer("w")])
+
+    uris = found(discovering, MX_DISCOVERY="test://", MX_P2P_SOURCE_SELECTOR="random")
+
+    assert ["nixl://server:8001/id/w", "memory://host/model"] == uris
+    assert [attrs.evolve(_REQUEST, selector="random")] == discovering.requests
+    assert 1 == discovering.closed
+
+
+def test_a_reader_without_a_name_is_given_one() -> None:
+    """Readers that are all called the same would all read from one peer."""
+    discovering = Discovering(lambda _: ())
+
+    found(discovering, attrs.evolve(_REQUEST, reader=""))
+    found(discovering, attrs.evolve(_REQUEST, reader="", worker_rank=2))
+
+    first, second = (request.reader for request in discovering.requests)
+    assert first
+    assert first != second
+
+
+def test_without_an_identity_nobody_is_asked() -> None:
+    """And no variable is read: loads that know no peers are as they were."""
+    discovering = Discovering(lambda _: [peer("w")])
+
+    uris = found(discovering, LoadRequest(_URI), MX_DISCOVERY="test://", MX_P2P_SOURCE_SELECTOR="nonsense")
+
+    assert ["memory://host/model"] == uris
+    assert [] == discovering.requests
+
+
+def test_a_peer_that_nothing_here_can_read_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    """With a word for whoever looks closely; nor is a scheme of storages one of peers."""
+    others = [peer("w", "pigeon"), peer("v"), peer("u", "memory"), Candidate(ModelURI("pigeon", "x"), "test")]
+
+    with caplog.at_level(logging.DEBUG):
+        uris = found(Discovering(lambda _: others))
+
+    assert ["nixl://server:8001/id/v", "memory://host/model"] == uris
+    assert {logging.DEBUG} == {record.levelno for record in caplog.records}
+    assert "no installed plugin handles pigeon" in caplog.text
+
+
+def test_a_place_that_several_name_is_tried_once() -> None:
+    """Two discoveries, or one and the caller."""
+    discovering = Discovering(lambda _: [peer("w"), peer("w"), Candidate(_URI, "test")])
+
+    assert ["nixl://server:8001/id/w", "memory://host/model"] == found(discovering, MX_DISCOVERY="test://,test://")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (raising(UnavailableError("nobody there", hint="start it")), "nobody there"),
+        (raising(ZeroDivisionError("oops")), "ZeroDivisionError: oops"),
+        (lambda _: None, "TypeError"),
+        (lambda _: ["nixl://server/id/w"], "named a str"),
+    ],
+    ids=["an error", "a defect", "nothing", "no candidates"],
+)
+def test_a_discovery_that_fails_is_passed_over(
+    answer: Callable[[LoadRequest], Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a warning that names it and the reason; what others found, and the place itself, are left."""
+    uris = found(Discovering(answer), MX_DISCOVERY="test://,static://", MX_STATIC_SOURCES="memory://mirror/model")
+
+    assert ["memory://mirror/model", "memory://host/model"] == uris
+    assert 1 == len(caplog.records)
+    assert "test://" in caplog.text
+    assert said in caplog.text
+
+
+def test_a_discovery_that_is_not_there_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    """With what there is, and what to do."""
+    assert ["memory://host/model"] == found(Discovering(lambda _: ()), MX_METADATA_BACKEND="k8s-service")
+
+    assert "no usable plugin handles the discovery scheme 'k8s-service'" in caplog.text
+    assert "server, static" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("environ", "asked"),
+    [
+        ({}, []),
+        ({"MODEL_EXPRESS_URL": "127.0.0.1:1"}, ["server://"]),
+        ({"MX_SERVER_ADDRESS": "127.0.0.1:1"}, ["server://"]),
+        ({"MX_METADATA_BACKEND": "Redis"}, ["server://"]),
+        ({"MX_METADATA_BACKEND": "kubernetes"}, ["server://"]),
+        ({"MX_METADATA_BACKEND": "k8s-service", "MODEL_EXPRESS_URL": "x"}, ["k8s-service://"]),
+        ({"MX_METADATA_BACKEND": "redis", "MX_DISCOVERY": "static://, other://x"}, ["static://", "other://x"]),
+    ],
+)
+def test_who_is_asked(environ: dict[str, str], asked: list[str]) -> None:
+    """What is named; else the words of existing deployments; else a server that is set; else nobody."""
+    opened: list[str] = []
+
+    class Recording(PluginManager):
+        def open_discovery(self, uri: ModelURI, environ: Mapping[str, str]) -> Any:
+            opened.append(f"{uri.scheme}://{uri.authority}")
+            raise UnavailableError("not now")
+
+    plugins = Recording()
+    plugins.register(core, name="modelexpress-core")
+
+    find_candidates(plugins, environ, _REQUEST)
+
+    assert asked == opened
+
+
+@pytest.mark.parametrize(
+    ("environ", "fragments"),
+    [
+        ({"MX_P2P_SOURCE_SELECTOR": "best"}, ["MX_P2P_SOURCE_SELECTOR='best'", *SELECTORS]),
+        ({"MX_METADATA_BACKEND": "etcd"}, ["MX_METADATA_BACKEND='etcd'", "redis", "k8s-service"]),
+        ({"MX_DISCOVERY": "server"}, ["MX_DISCOVERY", "'server'", "server://"]),
+        ({"MX_DISCOVERY": "server://a\nb"}, ["MX_DISCOVERY", "control character"]),
+        ({"MX_DISCOVERY": "server://a:1/path"}, ["server://a:1/path", "server://host:port"]),
+        ({"MX_DISCOVERY": "server://?tls=1"}, ["server://host:port?tls=1"]),
+        ({"MX_DISCOVERY": "static://x"}, ["static://x", "MX_STATIC_SOURCES"]),
+        ({"MX_DISCOVERY": "static://", "MX_STATIC_SOURCES": "s3:/b,://x,s3://b/m"}, ["s3:/b", "://x"]),
+    ],
+)
+def test_settings_that_make_no_sense_are_told(environ: dict[str, str], fragments: list[str]) -> None:
+    """They are no failure of a discovery: what the user wants is not known."""
+    with pytest.raises(SettingsError) as raised:
+        find_candidates(manager(), environ, _REQUEST)
+
+    for fragment in fragments:
+        assert fragment in str(raised.value)
+
+
+def test_secrets_in_settings_are_not_told() -> None:
+    """Neither where they are shown nor in messages."""
+    secret = "hush-hush"
+    environ = {"MX_DISCOVERY": "static://", "MX_STATIC_SOURCES": f"s3:/me:{secret}@b/m,https://h/m?sig={secret}"}
+
+    with pytest.raises(SettingsError) as raised:
+        find_candidates(manager(), environ, _REQUEST)
+
+    assert secret not in str(raised.value)
+    shown = from_env(DiscoverySettings, {"MX_DISCOVERY": f"server://me:{secret}@host"})
+    assert secret not in repr(shown)
+
+
+def test_static_sources_are_peers_and_checkpoints() -> None:
+    """In the order of kinds; what is a peer shows in its scheme."""
+    uris = found(
+        Discovering(lambda _: ()),
+        MX_DISCOVERY="static://",
+        MX_STATIC_SOURCES="memory://mirror/model, nixl://10.0.0.5:5555,/models/model",
+    )
+
+    assert ["nixl://10.0.0.5:5555", "memory://mirror/model", "file:///models/model", "memory://host/model"] == uris
+
+
+def test_the_loader_finds_peers_for_those_who_know_what_they_need() -> None:
+    """And for nobody else."""
+    discovering = Discovering(lambda _: [peer("w")])
+    loader = Loader({"MX_DISCOVERY": "test://"}, manager(discovering))
+
+    with_identity = loader.candidates(_URI, identity=_REQUEST.identity, worker_rank=1, reader="me")
+    without = loader.candidates(_URI)
+
+    assert ["nixl", "memory"] == [candidate.uri.scheme for candidate in with_identity]
+    assert ["memory"] == [candidate.uri.scheme for candidate in without]
+    assert [_REQUEST] == discovering.requests
+
+
+# -- plugins -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("opened", "said"),
+    [(object(), "no discovery"), (Discovering, "have you forgotten the ()?"), (None, "it has no candidates, close")],
+)
+def test_a_factory_that_returns_no_discovery_is_named(opened: Any, said: str) -> None:
+    """When it is called, and not in the middle of a load."""
+
+    class Plugin:
+        @hookimpl
+        def mx_register_discoveries(self) -> list[DiscoveryProvider]:
+            return [DiscoveryProvider("mx-bad", ("bad",), lambda uri, settings: opened)]
+
+    with pytest.raises(PluginLoadError) as raised:
+        manager(Plugin()).open_discovery(ModelURI.parse("bad://"), {})
+
+    assert said in str(raised.value)
+    with pytest.raises(UnknownSchemeError):
+        manager().open_discovery(ModelURI.parse("bad://"), {})
+
+
+def test_a_record_may_name_several_settings_classes() -> None:
+    """`mx settings` shows all of them."""
+    classes = [cls for _, cls in manager().settings_classes()]
+
+    assert DiscoverySettings in classes
+    assert PublishingSettings in classes
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def value(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def test_looking_for_peers_is_counted() -> None:
+    """Selections where a peer comes first, how many were usable, and the time that ranking takes."""
+    names = {
+        "mx_p2p_source_selections_total": {"policy": "random"},
+        "mx_p2p_candidates_count": {"policy": "random", "stage": "usable"},
+        "mx_p2p_candidates_sum": {"policy": "random", "stage": "usable"},
+        "mx_p2p_source_selection_seconds_count": {"policy": "random"},
+    }
+    before = {name: value(name, **labels) for name, labels in names.items()}
+    environ = {"MX_DISCOVERY": "test://", "MX_P2P_SOURCE_SELECTOR": "random"}
+
+    found(Discovering(lambda _: [peer("w"), peer("v"), peer("u", "pigeon")]), **environ)
+    found(Discovering(lambda _: ()), **environ)
+
+    after = {name: value(name, **labels) for name, labels in names.items()}
+    assert [1, 2, 2, 2] == [after[name] - before[name] for name in names]
+
+
+def test_without_prometheus_nothing_is_counted() -> None:
+    """And nothing fails; nor where the names are taken."""
+    silent = SourceMetrics(None)
+    registry = CollectorRegistry()
+    SourceMetrics(registry)
+
+    with silent.selecting("random"):
+        silent.listed("random", "ok")
+        silent.counted("random", "listed", 1)
+        silent.selected("random")
+    with pytest.raises(ValueError, match="Duplicated"):  # which source_metrics() takes for the existing client's
+        SourceMetrics(registry)
+
+
+def test_the_sequence_may_be_any() -> None:
+    """A generator, say, that fails in the middle."""
+
+    def answer(_request: LoadRequest) -> Sequence[Candidate]:
+        yield peer("w")
+        raise UnavailableError("the rest is lost")
+
+    assert ["memory://host/model"] == found(Discovering(answer))
