@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from attrs import define
@@ -136,7 +136,7 @@ class _FileDigest:
         arrived: defaultdict[tuple[int, int], list[_Piece]] = defaultdict(list)
         for piece in self._pieces:
             arrived[piece.offset, piece.length].append(piece)
-        chain = _chain(arrived, self._file.header_bytes, self._file.size)
+        chain = self._chain(arrived)
         if chain is None:
             return False
         agree = all(piece.crc == pieces[0].crc for pieces in arrived.values() for piece in pieces)
@@ -145,6 +145,14 @@ class _FileDigest:
         others = arrived.keys() - set(chain)
         self._read_others(others, arrived, reread)
         return True
+
+    def _chain(self, pieces: Iterable[tuple[int, int]]) -> Sequence[tuple[int, int]] | None:
+        """Those of ``pieces`` that make up the file, and whose digest ``_computed`` is; None where there is a gap."""
+        if self._in_order is not None:
+            digested = self._in_order.pieces(self._file.size)
+            if digested is not None:  # there may be others that make up the file, of which nothing is known
+                return digested
+        return _chain(pieces, self._file.header_bytes, self._file.size)
 
     def _computed(self, pieces: Iterable[_Piece]) -> str | None:
         """The digest of the file as it arrived; None where that is not known."""
@@ -253,6 +261,7 @@ class _InOrder:
         self._hasher: Hasher = new_hasher(algorithm)
         self._hasher.update(memoryview(header))
         self._next = len(header)
+        self._digested: list[tuple[int, int]] = []
         self._busy = False
         self._given_up = False
         self._kept: dict[int, tuple[memoryview, Segment | None]] = {}
@@ -270,6 +279,8 @@ class _InOrder:
         while True:
             self._hasher.update(content)
             with self._lock:
+                if len(content):
+                    self._digested.append((self._next, len(content)))
                 self._next += len(content)
                 kept = self._kept.pop(self._next, None)
                 if kept is None:
@@ -280,6 +291,10 @@ class _InOrder:
 
     def hexdigest(self, size: int) -> str | None:
         return self._hasher.hexdigest() if self._next == size else None
+
+    def pieces(self, size: int) -> Sequence[tuple[int, int]] | None:
+        """Offset and length of what was digested; None where that is not the whole file."""
+        return self._digested if self._next == size else None
 
     def _keep(self, segment: Segment, content: memoryview) -> None:
         """Keep the piece until its turn comes; give up, and have the file read again, where that is too much."""
