@@ -40,6 +40,9 @@ _PREFIX = "{mx}:"
 _TIMEOUT_SECONDS = 5.0
 _RETRIES = 2
 
+#: Calls that Redis is asked at once; others wait for their turn as long as for Redis. It answers one at a time anyway.
+_CONNECTIONS = 32
+
 #: Sources that are made stale or removed in one script: Redis does nothing else in that time.
 _REAPED_AT_ONCE = 500
 
@@ -181,14 +184,17 @@ class RedisStore:
     """
 
     def __init__(self, url: str) -> None:
-        self._redis = redis.asyncio.from_url(
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
+            max_connections=_CONNECTIONS,
+            timeout=_TIMEOUT_SECONDS,
             socket_timeout=_TIMEOUT_SECONDS,
             socket_connect_timeout=_TIMEOUT_SECONDS,
             health_check_interval=30,
             retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), _RETRIES),  # every call may be made twice
             retry_on_error=[redis.exceptions.ConnectionError, redis.exceptions.TimeoutError],
         )
+        self._redis = redis.asyncio.Redis.from_pool(pool)
         self._scripts = {
             script: self._redis.register_script(_COMMON + script)
             for script in (_PUBLISH, _GET, _LIST, _UPDATE, _REAP, _COUNTS, _LEAD)
