@@ -408,6 +408,7 @@ _WHOSE = (
     ("redis/", "redis-py"),
     ("asyncio/", "asyncio"),
     ("grpc/", "gRPC, in Python"),
+    ("lib/python", "standard library"),
 )
 
 
