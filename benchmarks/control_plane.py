@@ -35,6 +35,8 @@ _TENSORS = 2000
 _RATES = {"memory": 2000, "redis": 1000}
 #: A worker speaks so often.
 _HEARTBEAT_SECONDS = 30.0
+#: Servers with few and with many workers list so often by turns, in each round.
+_TURNS = 10
 _TICKS = os.sysconf("SC_CLK_TCK")
 _START_SECONDS = 60
 
@@ -226,8 +228,8 @@ class _Rig:
 def run(plan: Plan) -> Report:
     """Measure."""
     sizes = plan.pick(
-        _Sizes((100, 1000, 10_000), seconds=6.0, lists=1000, large=50, connections=500),
-        _Sizes((16, 64), seconds=1.0, lists=50, large=5, connections=10),
+        _Sizes((100, 1000, 10_000), seconds=6.0, lists=200, large=50, connections=500),
+        _Sizes((16, 64), seconds=1.0, lists=10, large=5, connections=10),
     )
     rates = plan.pick(_RATES, {"memory": 200, "redis": 100})
     rig = _Rig(_Cores.of_this_machine(), sizes, _Results())
@@ -240,6 +242,7 @@ def run(plan: Plan) -> Report:
         for store in ("memory", "redis") if number % 2 == 0 else ("redis", "memory"):
             with _on(cores.clients), contextlib.ExitStack() as opened:
                 shared = opened.enter_context(RedisServer()) if store == "redis" else None
+                _lists(rig, store)
                 _round(rig, store, shared.url if shared else "memory://", rates[store])
                 if shared:
                     _memory_of_redis(rig, shared)
@@ -347,14 +350,9 @@ def _round(rig: _Rig, store: str, uri: str, rate: int) -> None:
         clients.do("connect")
         clients.do("publish", first=0, count=rig.sizes.workers[0])
         clients.do("beat", rate=rate / 4, seconds=1.0, workers=rig.sizes.workers[0])
-        registered, memory = rig.sizes.workers[0], server.memory_bytes
-        for workers in rig.sizes.workers:
-            published = clients.do("publish", first=registered, count=workers - registered)
-            registered = workers
-            assert published["wrong"] == 0
-            clients.do("list_in_turn", times=rig.sizes.lists // 10, workers=workers)
-            listed = clients.do("list_in_turn", times=rig.sizes.lists, workers=workers)
-            rig.results.add("ListSources in turn", store, workers, **listed)
+        memory = server.memory_bytes
+        published = clients.do("publish", first=rig.sizes.workers[0], count=most - rig.sizes.workers[0])
+        assert published["wrong"] == 0
         if store == "memory":
             kib = (server.memory_bytes - memory) / (most - rig.sizes.workers[0]) / 1024
             rig.results.add("memory of a worker", store, most, kib=kib)
@@ -372,6 +370,23 @@ def _round(rig: _Rig, store: str, uri: str, rate: int) -> None:
             clients.do("connect", connections=rig.sizes.connections)
             kib = (server.memory_bytes - memory) / rig.sizes.connections / 1024
             rig.results.add("memory of a connection", store, most, kib=kib)
+
+
+def _lists(rig: _Rig, store: str) -> None:
+    """Lists of servers with few and with many workers, which take turns: the machine is the same for all of them."""
+    with _on(rig.cores.clients), contextlib.ExitStack() as opened:
+        asked: list[tuple[int, _Clients]] = []
+        for workers in rig.sizes.workers:
+            uri = opened.enter_context(RedisServer()).url if store == "redis" else "memory://"
+            clients = opened.enter_context(_Clients(rig.cores, opened.enter_context(_serve(rig.cores, uri))))
+            clients.do("connect")
+            assert clients.do("publish", first=0, count=workers)["wrong"] == 0
+            clients.do("list_in_turn", times=rig.sizes.lists, workers=workers)
+            asked.append((workers, clients))
+        for _ in range(_TURNS):
+            for workers, clients in asked:
+                listed = clients.do("list_in_turn", times=rig.sizes.lists, workers=workers)
+                rig.results.add("ListSources in turn", store, workers, **listed)
 
 
 def _memory_of_redis(rig: _Rig, server: RedisServer) -> None:
@@ -408,6 +423,7 @@ _WHOSE = (
     ("redis/", "redis-py"),
     ("asyncio/", "asyncio"),
     ("grpc/", "gRPC, in Python"),
+    ("lib/python", "standard library"),
 )
 
 

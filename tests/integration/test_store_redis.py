@@ -129,6 +129,21 @@ def test_tls(redis_server: RedisServer, tmp_path: Path) -> None:
     assert asyncio.run(live())
 
 
+def test_many_calls_at_once(redis_server: RedisServer) -> None:
+    """Those that find all connections in use wait for one, and none of them fails."""
+
+    async def scenario() -> list[bool]:
+        store = RedisStore(redis_server.url)
+        await store.publish(StoredSource(SourceRecord("many", "w", "m"), b"", b""))
+        known = await asyncio.gather(*(store.update("many", "w", _READY, None, "") for _ in range(500)))
+        await store.close()
+        return known
+
+    known = asyncio.run(scenario())
+
+    assert [True] * 500 == known
+
+
 def test_no_index_is_left_of_what_was_removed() -> None:
     """All keys go with the last source, but the names of the states."""
     with RedisServer() as server:

@@ -41,6 +41,9 @@ _PREFIX = "{mx}:"
 _TIMEOUT_SECONDS = 5.0
 _RETRIES = 2
 
+#: Calls that Redis is asked at once; others wait for their turn as long as for Redis. It answers one at a time anyway.
+_CONNECTIONS = 32
+
 #: Sources that are made stale or removed in one script: Redis does nothing else in that time.
 _REAPED_AT_ONCE = 500
 
@@ -194,8 +197,10 @@ class RedisStore:
     """
 
     def __init__(self, url: str) -> None:
-        self._redis = redis.asyncio.from_url(
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
             url,
+            max_connections=_CONNECTIONS,
+            timeout=_TIMEOUT_SECONDS,
             socket_timeout=_TIMEOUT_SECONDS,
             socket_connect_timeout=_TIMEOUT_SECONDS,
             health_check_interval=30,
@@ -203,7 +208,8 @@ class RedisStore:
             retry_on_error=[redis.exceptions.ConnectionError, redis.exceptions.TimeoutError],
         )
         # Says now which options make no sense, and connects to nothing.
-        self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # it has no annotations
+        pool.make_connection()  # type: ignore[no-untyped-call]  # it has no annotations
+        self._redis = redis.asyncio.Redis.from_pool(pool)
         self._scripts = {
             script: self._redis.register_script(_COMMON + script)
             for script in (_PUBLISH, _GET, _LIST, _UPDATE, _REAP, _COUNTS, _LEAD)
