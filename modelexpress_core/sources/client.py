@@ -43,6 +43,10 @@ class ServerClient(Client):
         security = Security.from_env(environ)
         return cls(url or address.url, deadline_seconds=address.deadline_seconds, security=security)
 
+    def another(self) -> ServerClient:
+        """A connection of its own to the same server: it shares no lock with this one, and is closed by itself."""
+        return ServerClient(str(self._endpoint), deadline_seconds=self._deadline_seconds, security=self._security)
+
     def health(self) -> health_pb2.GetHealthResponse:
         """Version, status and uptime of the server."""
         response: health_pb2.GetHealthResponse = self._call(HEALTH, "GetHealth", health_pb2.GetHealthRequest())

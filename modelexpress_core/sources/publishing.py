@@ -83,7 +83,7 @@ class Publisher:
     """Publishes one worker, and keeps its record alive until the end of the ``with`` block.
 
     Args:
-        client: The server. It must stay open for as long as the publisher.
+        client: The server. The publisher has a connection of its own to it.
         identity: What the worker holds.
         worker: What others need to read it. Its status is left out of account.
         worker_id: Who it is: a name that no other process uses.
@@ -94,6 +94,7 @@ class Publisher:
     Raises:
         ValueError: By the constructor, for an interval that is not above zero. Nothing else raises: what goes wrong
             with the server is in ``state`` and in the log.
+        SettingsError: By the constructor, where certificates cannot be used.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class Publisher:
         if not interval_seconds > 0:
             message = f"interval_seconds is {interval_seconds!r}, which is no time between heartbeats"
             raise ValueError(message)
-        self._client = client
+        # One of its own: a signal may come while the main thread holds a lock of the other, and the last words, which
+        # are waited for then, would wait for that lock.
+        self._client = client.another()
         self._identity = identity
         self._worker = p2p_pb2.WorkerMetadata()
         self._worker.CopyFrom(worker)
@@ -195,6 +198,7 @@ class Publisher:
             self._pause(pause if retry_seconds is None else min(pause, retry_seconds))
         self._mark_stale(self._withdraw_by)
         self._ended = True
+        self._client.close()
 
     def _pause(self, seconds: float) -> None:
         with contextlib.suppress(Empty):
