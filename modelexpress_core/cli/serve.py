@@ -170,6 +170,10 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -
             metadata=str(uri),
             health=health or None,
         )
+        if auth.mode == "token" and tls.certificate is None:
+            _log.warning("tokens come in without TLS: whoever listens on the network reads them")
+        whom = {"off": "everybody", "token": "callers with a token", "mtls": "callers with a certificate"}[auth.mode]
+        _log.info("%s is answered, %s TLS", whom, "without" if tls.certificate is None else "with")
         await _told_to_end()
         announce("ending: calls that are under way may end first")
 

@@ -72,7 +72,7 @@ class Server:
             P2P: P2pService(self._store, settings.heartbeat_timeout_seconds),
         }
         own = [service.name for service in self._services]
-        self._plugin_services = PluginServices(services, {*own, STANDARD_HEALTH.name}, self._metrics)
+        self._plugin_services = PluginServices(services, {*own, STANDARD_HEALTH.name})
         self._environ = environ or {}
         self._health = StandardHealth([*own, *self._plugin_services.names])
         self._closing = contextlib.AsyncExitStack()
@@ -154,10 +154,19 @@ class Server:
         )
 
     async def _count(self) -> None:
-        """Keep the number of sources that the metrics show."""
+        """Keep the number of sources that the metrics show; say when the store goes away, and when it is back."""
+        away = False
         while True:
-            with contextlib.suppress(StoreUnavailableError):  # counted as such
+            try:
                 self._metrics.counted(await self._store.counts())
+            except StoreUnavailableError as exc:
+                if not away:
+                    _log.error("the metadata store cannot be asked, so calls are answered with UNAVAILABLE: %s", exc)
+                away = True
+            else:
+                if away:
+                    _log.info("the metadata store can be asked again")
+                away = False
             await asyncio.sleep(_COUNT_SECONDS)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -12,12 +14,14 @@ import grpc.aio
 
 from modelexpress_core.server.metrics import ServerMetrics
 from modelexpress_core.server.stores import StoreUnavailableError
+from modelexpress_core.wire.around import Context, status_of, within
+from modelexpress_core.wire.rpc import STANDARD_HEALTH
 
 __all__ = ["Observed"]
 
 _log = logging.getLogger(__name__)
 
-_NAMES = {status.value[0]: status.name for status in grpc.StatusCode}
+_WATCH = STANDARD_HEALTH.path("Watch")
 
 
 class Observed(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the annotations alone
@@ -37,28 +41,25 @@ class Observed(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is g
     ) -> grpc.RpcMethodHandler[Any, Any]:
         """The handler of a call, within ours."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:  # unknown, or a watch, which lasts as long as it is wanted
-            return handler
         path = handler_call_details.method
-        answer: Any = handler.unary_unary  # a coroutine here, whatever the annotations say
+        if handler is None or path == _WATCH:  # unknown, or what lasts as long as it is wanted
+            return handler
 
-        async def observed(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: ANN401 - any message
+        @contextlib.asynccontextmanager
+        async def observed(context: Context) -> AsyncIterator[None]:
             begun = time.perf_counter()
+            raised: BaseException | None = None
             try:
-                return await answer(request, context)
+                yield
+            except (grpc.aio.AbortError, asyncio.CancelledError) as exc:
+                raised = exc
+                raise
             except StoreUnavailableError as exc:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, f"the metadata store cannot be asked: {exc}")
-            except grpc.aio.AbortError:
-                raise
             except Exception:  # noqa: BLE001 - logged, and told as a status
                 _log.exception("%s failed", path)
                 await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
             finally:
-                self._metrics.answered(path, _name(context.code()), time.perf_counter() - begun)
+                self._metrics.answered(path, status_of(context, raised).name, time.perf_counter() - begun)
 
-        return grpc.unary_unary_rpc_method_handler(observed, handler.request_deserializer, handler.response_serializer)
-
-
-def _name(code: Any) -> str:  # noqa: ANN401 - a number, or what it stands for
-    """Name of a status: of its number, as gRPC tells it, or of the status itself."""
-    return _NAMES[getattr(code, "value", (code or 0,))[0]]
+        return within(handler, observed)

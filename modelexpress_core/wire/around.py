@@ -59,6 +59,9 @@ def _answer(handler: _Handler) -> Callable[..., Any]:
     return answer  # type: ignore[no-any-return]  # a coroutine or an asynchronous generator
 
 
+_STATUSES = {status.value[0]: status for status in grpc.StatusCode}
+
+
 def status_of(context: Context, exc: BaseException | None) -> grpc.StatusCode:
     """How a call ended that raised ``exc``, or nothing."""
     if isinstance(exc, asyncio.CancelledError):
@@ -67,4 +70,4 @@ def status_of(context: Context, exc: BaseException | None) -> grpc.StatusCode:
         return grpc.StatusCode.UNKNOWN  # what gRPC makes of it
     code: Any = context.code()  # a number, or what it stands for, or None
     number = getattr(code, "value", (code or 0,))[0]
-    return next((status for status in grpc.StatusCode if status.value[0] == number), grpc.StatusCode.UNKNOWN)
+    return _STATUSES.get(number, grpc.StatusCode.UNKNOWN)

@@ -63,6 +63,16 @@ _ERRORS: dict[grpc.StatusCode, tuple[type[BackendError], str, str]] = {
         "what was asked for has ended, or never was",
         "look again who holds the model",
     ),
+    _Code.RESOURCE_EXHAUSTED: (
+        BackendError,
+        "the message is longer than 100 MiB, or the server has run out of something",
+        "publish less metadata: what lies where can be asked of the worker",
+    ),
+    _Code.INVALID_ARGUMENT: (
+        BackendError,
+        "the request lacks something, or the other side speaks another version of the protocol",
+        "compare the versions of both: `mx health`",
+    ),
     _Code.UNIMPLEMENTED: (
         UnsupportedError,
         "what listens there is another program, or a server of another version",

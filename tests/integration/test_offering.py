@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from modelexpress_core.sources.offering import Offer, tensor_descriptors
 from modelexpress_core.sources.worker_client import WorkerClient
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from tests.support.serving import Serving
+from tests.support.waiting import eventually
 
 Start = Callable[..., Serving]
 
@@ -43,15 +43,6 @@ def environ(serving: Serving, **more: str) -> dict[str, str]:
 
 def status(client: ServerClient, worker_id: str) -> int:
     return client.metadata(_IDENTITY.source_id, worker_id).worker.status
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_descriptors_say_where_the_bytes_are() -> None:

@@ -27,6 +27,7 @@ from modelexpress_core.sources.publishing import Publisher, withdraw_on_exit
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.rpc import P2P
 from tests.support.serving import Serving
+from tests.support.waiting import eventually
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PROGRAM = Path(__file__).with_name("publishing_worker.py")
@@ -37,14 +38,6 @@ READY, STALE = p2p_pb2.SOURCE_STATUS_READY, p2p_pb2.SOURCE_STATUS_STALE
 INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
 
 Start = Callable[..., Serving]
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.02)
-    return value
 
 
 def workers(client: ServerClient, status: Any = READY) -> list[str]:
@@ -90,13 +83,15 @@ def test_from_the_start_to_the_end(start: Start) -> None:
         with Publisher(
             client, _IDENTITY, _WORKER, "w", interval_seconds=0.3, load=lambda: next(loads, 0.5)
         ) as publisher:
-            eventually(lambda: workers(client, INITIALIZING))
+            assert eventually(lambda: workers(client, INITIALIZING))
             before = workers(client)
             publisher.ready()
-            eventually(lambda: workers(client))
+            assert eventually(lambda: workers(client))
             [reference] = client.list_sources()
             said = client.metadata(_IDENTITY.source_id, "w").worker
-            eventually(lambda: publisher.state.heartbeats >= 12)  # it has been alive for longer than silence may last
+            assert eventually(
+                lambda: publisher.state.heartbeats >= 12
+            )  # it has been alive for longer than silence may last
             alive = workers(client)
             state = publisher.state
         after = workers(client, STALE)
@@ -113,9 +108,9 @@ def test_being_ready_is_told_at_once(start: Start) -> None:
     """Nobody waits for the next heartbeat, nor for the first."""
     with ServerClient(start().url) as client:
         with Publisher(client, _IDENTITY, _WORKER, "w", interval_seconds=3600) as publisher:
-            eventually(lambda: workers(client, INITIALIZING))
+            assert eventually(lambda: workers(client, INITIALIZING))
             publisher.ready()
-            eventually(lambda: workers(client))
+            assert eventually(lambda: workers(client))
 
         assert ["w"] == workers(client, STALE)
 
@@ -127,7 +122,7 @@ def test_withdrawing_ends_all(start: Start) -> None:
         never_started = Publisher(client, _IDENTITY, _WORKER, "other", interval_seconds=0.05)
         publisher.start()
         publisher.ready()
-        eventually(lambda: workers(client))
+        assert eventually(lambda: workers(client))
         told = publisher.withdraw()
         beats = publisher.state.heartbeats
         publisher.ready()
@@ -173,7 +168,7 @@ def test_a_load_that_cannot_be_told_is_left_out(start: Start, caplog: pytest.Log
         Publisher(client, _IDENTITY, _WORKER, "w", interval_seconds=0.05, load=load) as publisher,
     ):
         publisher.ready()
-        eventually(lambda: publisher.state.heartbeats >= 5)
+        assert eventually(lambda: publisher.state.heartbeats >= 5)
         [reference] = client.list_sources()
 
     assert not reference.HasField("source_load")
@@ -203,9 +198,9 @@ def test_after_a_restart_all_are_back_within_one_heartbeat(start: Start, run: An
         for publisher in publishers:
             publisher.ready()
         names = [f"w-{i:02}" for i in range(20)]
-        eventually(lambda: set(names) <= set(workers(client)))
+        assert eventually(lambda: set(names) <= set(workers(client)))
         serving.end()
-        eventually(lambda: any(publisher.state.failures for publisher in publishers))
+        assert eventually(lambda: any(publisher.state.failures for publisher in publishers))
         start("--port", port)
         restarted = time.monotonic()
         listed: set[str] = set()
@@ -232,12 +227,12 @@ def test_after_a_long_outage_it_is_found_soon(start: Start) -> None:
         Publisher(client, _IDENTITY, _WORKER, "w", interval_seconds=5) as publisher,
     ):
         publisher.ready()
-        eventually(lambda: publisher.state.status == "ready")
+        assert eventually(lambda: publisher.state.status == "ready")
         serving.end()
-        eventually(lambda: publisher.state.failures_in_a_row >= 6)
+        assert eventually(lambda: publisher.state.failures_in_a_row >= 6)
         start("--port", port)
         restarted = time.monotonic()
-        eventually(lambda: publisher.state.published == 2)
+        assert eventually(lambda: publisher.state.published == 2)
         took = time.monotonic() - restarted
 
     assert took < 5 + 2.5, f"{took:.2f} s"
@@ -248,11 +243,11 @@ def test_an_outage_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> N
     with caplog.at_level(logging.WARNING), ServerClient("127.0.0.1:1") as client:
         publisher = Publisher(client, _IDENTITY, _WORKER, "w", interval_seconds=0.2)
         publisher.start()
-        eventually(lambda: publisher.state.failures >= 5)
+        assert eventually(lambda: publisher.state.failures >= 5)
         begun = time.monotonic()
         told = publisher.withdraw(1.0)
         took = time.monotonic() - begun
-        eventually(lambda: publisher._ended)
+        assert eventually(lambda: publisher._ended)
 
     assert not told
     assert took < 1.5
@@ -318,7 +313,7 @@ def test_a_refusal_is_logged_once_and_tried_again(refusal: Any, caplog: pytest.L
         ServerClient(server.url) as client,
         Publisher(client, _IDENTITY, _WORKER, "w", interval_seconds=0.1) as publisher,
     ):
-        eventually(lambda: publisher.state.published)
+        assert eventually(lambda: publisher.state.published)
         state = publisher.state
 
     said = [record.getMessage() for record in caplog.records]
@@ -348,7 +343,7 @@ def test_nothing_is_ready_after_a_withdrawal_in_the_middle_of_a_heartbeat() -> N
         assert beating.wait(60)
         told_in_time = publisher.withdraw(0.1)
         go_on.set()
-        eventually(lambda: publisher._ended)
+        assert eventually(lambda: publisher._ended)
 
     assert not told_in_time
     assert STALE == said[-1]
@@ -371,7 +366,7 @@ def test_heartbeats_of_a_fleet_do_not_come_in_step() -> None:
         client = stack.enter_context(ServerClient(server.url))
         for i in range(count):
             stack.enter_context(Publisher(client, _IDENTITY, _WORKER, str(i), interval_seconds=interval))
-        eventually(lambda: len(times) == count)
+        assert eventually(lambda: len(times) == count)
 
     moments = sorted(times.values())
     assert moments[-1] - moments[0] > interval / 4
@@ -425,7 +420,7 @@ def test_a_process_that_ignores_sigterm_goes_on(start: Start, run: Any) -> None:
     with ServerClient(url) as client:
         process.send_signal(signal.SIGTERM)
         before = client.list_sources()[0].updated_at
-        eventually(lambda: client.list_sources()[0].updated_at > before + 1000)
+        assert eventually(lambda: client.list_sources()[0].updated_at > before + 1000)
 
         assert ["w"] == workers(client)
         assert process.poll() is None
@@ -450,7 +445,7 @@ def test_a_child_that_ends_leaves_its_parent_as_it_is(start: Start, run: Any, mo
     child = process.stdout.readline().split()
     with ServerClient(url) as client:
         after = client.list_sources()[0].updated_at
-        eventually(lambda: client.list_sources()[0].updated_at > after)  # and heartbeats go on
+        assert eventually(lambda: client.list_sources()[0].updated_at > after)  # and heartbeats go on
 
         assert ["child", str(code)] == child
         assert "SOURCE_STATUS_READY" == status_of(client, "w")
@@ -463,11 +458,11 @@ def test_a_worker_whose_clock_is_wrong_is_offered_like_others(start: Start, run:
     process = run(url, "w", f"clock {seconds}")
     with ServerClient(url) as client:
         first = client.list_sources()[0].updated_at
-        eventually(lambda: client.list_sources()[0].updated_at > first + 4000)
+        assert eventually(lambda: client.list_sources()[0].updated_at > first + 4000)
         alive = workers(client)
         process.kill()
         process.wait()
-        eventually(lambda: workers(client, STALE))
+        assert eventually(lambda: workers(client, STALE))
 
         assert ["w"] == alive
         assert [] == workers(client)

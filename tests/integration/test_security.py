@@ -127,7 +127,9 @@ def test_a_token_opens_every_service(start: Start, files: Files) -> None:
     assert ["not one that is known" in text for text in refusals] == [False] * 3 + [True] * 3
     assert all("MX_AUTH_TOKEN_PATH" in text for text in refusals)
     assert 'mx_server_rpcs_total{code="UNAUTHENTICATED",method="ListSources"' in measured
-    everything = said(serving) + measured + "".join(refusals)
+    words = said(serving)
+    everything = words + measured + "".join(refusals)
+    assert "tokens come in without TLS" in words
     assert not [token for token in (_ALICE, _BOB, "wrong" * 8) if token in everything]
 
 

@@ -27,6 +27,7 @@ from modelexpress_core.wire.channel import Endpoint, open_channel
 from modelexpress_core.wire.proto.modelexpress import api_pb2, health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import API, HEALTH, P2P, STANDARD_HEALTH, stub
 from tests.support.serving import Serving
+from tests.support.waiting import eventually
 
 #: Identities of one test alone.
 _IDENTITY = SourceIdentity("acme/model", backend_framework=Engine.VLLM, tensor_parallel_size=2, dtype="bfloat16")
@@ -172,20 +173,11 @@ def test_the_reaper(start: Start) -> None:
     serving = start(MX_HEARTBEAT_TIMEOUT_SECS="0.5", MX_GC_TIMEOUT_SECS="2", MX_REAPER_SCAN_INTERVAL_SECS="0.2")
     with ServerClient(serving.url) as client:
         client.publish(_IDENTITY, worker(), "w")
-        assert _eventually(lambda: listed(client, status_filter=STALE) == ["w"])
-        assert _eventually(lambda: not client.metadata(_IDENTITY.source_id, "w").found)
+        assert eventually(lambda: listed(client, status_filter=STALE) == ["w"])
+        assert eventually(lambda: not client.metadata(_IDENTITY.source_id, "w").found)
 
     assert 'mx_server_reaped_total{action="stale"} 1.0' in serving.metrics()
     assert 'mx_server_reaped_total{action="removed"} 1.0' in serving.metrics()
-
-
-def _eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_the_small_services(start: Start) -> None:
@@ -244,7 +236,7 @@ def test_many_clients_at_once(start: Start) -> None:
 
 
 def test_random_bytes_do_no_harm(start: Start) -> None:
-    """Whatever is sent to whatever method: an error or an answer, and a server that goes on."""
+    """Whatever is sent to whatever method: an error or an answer, and a server that goes on, and holds no more."""
     serving = start()
     random = Random(1)
     codes: Counter[grpc.StatusCode] = Counter()
@@ -267,9 +259,22 @@ def test_random_bytes_do_no_harm(start: Start) -> None:
                         codes[exc.code()] += 1
                     else:
                         codes[grpc.StatusCode.OK] += 1
+                    if sum(codes.values()) == 1000:
+                        before = _held(serving)
     assert {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND} == set(codes)
     with ServerClient(serving.url) as client:
         assert "ok" == client.health().status
+        published = len(client.list_sources())
+    files, memory = _held(serving)
+    assert abs(files - before[0]) <= 2
+    assert memory - before[1] < (16 << 20) + published * (16 << 10)
+
+
+def _held(serving: Serving) -> tuple[int, int]:
+    """Open files of the server, and bytes of its resident memory."""
+    process = Path(f"/proc/{serving.process.pid}")
+    [line] = [line for line in (process / "status").read_text().splitlines() if line.startswith("VmRSS")]
+    return len(list((process / "fd").iterdir())), int(line.split()[1]) << 10
 
 
 def test_metrics_count_calls(start: Start) -> None:
@@ -278,7 +283,7 @@ def test_metrics_count_calls(start: Start) -> None:
     with ServerClient(serving.url) as client:
         client.publish(_IDENTITY, worker(), "w")
         client.list_sources()
-        assert _eventually(lambda: 'mx_server_sources{status="ready"} 1.0' in serving.metrics())
+        assert eventually(lambda: 'mx_server_sources{status="ready"} 1.0' in serving.metrics())
 
     measured = serving.metrics()
     assert (
@@ -363,10 +368,10 @@ def test_watching(start: Start, tmp_path: Path) -> None:
             stdout=shown,
             stderr=subprocess.STDOUT,
         )
-        assert _eventually(lambda: "no sources" in (tmp_path / "shown").read_text())
+        assert eventually(lambda: "no sources" in (tmp_path / "shown").read_text())
         with ServerClient(serving.url) as client:
             client.publish(_IDENTITY, worker(), "w")
-        came = _eventually(lambda: "acme/model" in (tmp_path / "shown").read_text())
+        came = eventually(lambda: "acme/model" in (tmp_path / "shown").read_text())
         process.send_signal(signal.SIGINT)
 
         assert came

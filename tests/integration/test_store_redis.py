@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,7 @@ from modelexpress_core.testing import MetadataStoreContract
 from modelexpress_core.uri import ModelURI
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from tests.support.serving import Serving
+from tests.support.waiting import eventually
 
 _IDENTITY = SourceIdentity("acme/model")
 _READY = p2p_pb2.SOURCE_STATUS_READY
@@ -163,10 +167,11 @@ def test_no_index_is_left_of_what_was_removed() -> None:
         asyncio.run(scenario())
 
 
-def test_a_restart_under_load(start: Callable[..., Serving]) -> None:
+def test_a_redis_that_forgets(start: Callable[..., Serving]) -> None:
     """While Redis is away calls are told UNAVAILABLE; then workers are told to publish again, and all is well."""
     with RedisServer() as redis:
-        url = start("--metadata", redis.url).url
+        serving = start("--metadata", redis.url)
+        url = serving.url
         beat = p2p_pb2.UpdateStatusRequest(mx_source_id=_IDENTITY.source_id, worker_id="w", status=_READY)
         with ServerClient(url, deadline_seconds=30) as client:
             client.publish(_IDENTITY, p2p_pb2.WorkerMetadata(status=_READY), "w")
@@ -180,6 +185,50 @@ def test_a_restart_under_load(start: Callable[..., Serving]) -> None:
             assert client.publish(_IDENTITY, p2p_pb2.WorkerMetadata(status=_READY), "w").success
             assert client.update_status(beat).success
             assert ["w"] == [source.worker_id for source in client.list_sources()]
+
+
+def test_a_restart_under_load(start: Callable[..., Serving]) -> None:
+    """Of a Redis that keeps its data: each call is answered right or with UNAVAILABLE, never with too few sources."""
+    names = {f"w-{number}" for number in range(50)}
+    ended = threading.Event()
+    refused: Counter[str] = Counter()
+
+    def beat(name: str) -> int:
+        request = p2p_pb2.UpdateStatusRequest(mx_source_id=_IDENTITY.source_id, worker_id=name, status=_READY)
+        answered = 0
+        with ServerClient(url, deadline_seconds=30) as client:
+            while not ended.is_set():
+                try:
+                    assert client.update_status(request).success
+                    listed = {source.worker_id for source in client.list_sources()}
+                except UnavailableError as exc:
+                    refused[exc.message.partition(":")[0]] += 1
+                else:
+                    assert names == listed
+                    answered += 1
+        return answered
+
+    with RedisServer("--appendonly", "yes", "--appendfsync", "always") as redis:
+        serving = start("--metadata", redis.url)
+        url = serving.url
+        with ServerClient(url) as client:
+            for name in names:
+                client.publish(_IDENTITY, p2p_pb2.WorkerMetadata(status=_READY), name)
+        with ThreadPoolExecutor(8) as pool:
+            beating = [pool.submit(beat, name) for name in sorted(names)[:8]]
+            for _ in range(3):
+                time.sleep(0.3)
+                redis.kill()
+                before = refused.total()
+                assert eventually(lambda: refused.total() > before)  # noqa: B023 - asked here
+                redis.start()
+            time.sleep(0.5)
+            ended.set()
+            answered = [each.result(60) for each in beating]
+        assert all(answered)
+        assert {"the server answered UNAVAILABLE"} == set(refused)
+        _, said = serving.ended()
+        assert "the metadata store cannot be asked" in said
 
 
 def _answer(call: Callable[[], p2p_pb2.UpdateStatusResponse]) -> p2p_pb2.UpdateStatusResponse:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import re
-import time
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -15,9 +12,6 @@ import grpc.aio
 
 from modelexpress_core.errors import ModelExpressError, PluginConflictError, PluginLoadError
 from modelexpress_core.providers import ServerServiceProvider, ServiceContext
-from modelexpress_core.server.metrics import ServerMetrics
-from modelexpress_core.server.stores import StoreUnavailableError
-from modelexpress_core.wire.around import Context, status_of, within
 
 __all__ = ["PluginServices"]
 
@@ -33,7 +27,6 @@ class PluginServices:
     Args:
         offered: The services, each with its distribution.
         taken: Names of the server's own.
-        metrics: Where calls are counted.
 
     Attributes:
         names: Names of the services.
@@ -43,11 +36,8 @@ class PluginServices:
         PluginConflictError: By the constructor, where a name is the server's own, or two plugins have it.
     """
 
-    def __init__(
-        self, offered: Iterable[tuple[str, ServerServiceProvider]], taken: Collection[str], metrics: ServerMetrics
-    ) -> None:
+    def __init__(self, offered: Iterable[tuple[str, ServerServiceProvider]], taken: Collection[str]) -> None:
         self._offered = tuple(offered)
-        self._metrics = metrics
         owners = dict.fromkeys(taken, "the server itself")
         for plugin, service in self._offered:
             if not _NAME.fullmatch(service.name):
@@ -84,7 +74,7 @@ class PluginServices:
         if isinstance(product, grpc.ServiceRpcHandler) and product.service_name() != service.name:
             message = f"the factory of {what} returned what answers for {product.service_name()}"
             raise PluginLoadError(message, plugin=plugin, hint="give the record the name that the proto file has")
-        return _Guarded(service.name, product, self._metrics)
+        return _Guarded(service.name, product)
 
 
 def _without(plugin: str) -> str:
@@ -92,35 +82,13 @@ def _without(plugin: str) -> str:
 
 
 class _Guarded(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic in the annotations alone
-    """``handler`` for the methods of one service. Calls that stream are counted, and their failures told, here."""
+    """``handler`` for the methods of one service, and of no other."""
 
-    def __init__(self, name: str, handler: grpc.GenericRpcHandler[Any, Any], metrics: ServerMetrics) -> None:
+    def __init__(self, name: str, handler: grpc.GenericRpcHandler[Any, Any]) -> None:
         self._start = f"/{name}/"
         self._handler = handler
-        self._metrics = metrics
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         """What answers a call, or None."""
         path = handler_call_details.method
-        handler = self._handler.service(handler_call_details) if path.startswith(self._start) else None
-        if handler is None or not (handler.request_streaming or handler.response_streaming):
-            return handler  # others are observed as our own are
-
-        @contextlib.asynccontextmanager
-        async def counted(context: Context) -> AsyncIterator[None]:
-            begun = time.perf_counter()
-            raised: BaseException | None = None
-            try:
-                yield
-            except (grpc.aio.AbortError, asyncio.CancelledError) as exc:
-                raised = exc
-                raise
-            except StoreUnavailableError as exc:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, f"the metadata store cannot be asked: {exc}")
-            except Exception:  # noqa: BLE001 - logged, and told as a status
-                _log.exception("%s failed", path)
-                await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
-            finally:
-                self._metrics.answered(path, status_of(context, raised).name, time.perf_counter() - begun)
-
-        return within(handler, counted)
+        return self._handler.service(handler_call_details) if path.startswith(self._start) else None
