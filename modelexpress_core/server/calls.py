@@ -5,38 +5,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
 
-from modelexpress_core.wire.around import Context, status_of, within
+from modelexpress_core.wire.around import Around, Context, Interceptor, status_of
 
 __all__ = ["LoggedCalls"]
 
 _log = logging.getLogger(__name__)
 
 
-class LoggedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the annotations alone
+class LoggedCalls(Interceptor):
     """Logs each call at its end: service, method, status, seconds and who called; at level debug.
 
     Neither messages nor metadata, which hold tokens, are logged.
     """
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:  # noqa: ANN401 - a handler, or None
-        """The handler of a call, within ours."""
-        handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
+    def around(self, details: grpc.HandlerCallDetails) -> Around | None:
+        """The line, where there is to be one."""
         if not _log.isEnabledFor(logging.DEBUG):
-            return handler
-        service, _, method = handler_call_details.method.lstrip("/").partition("/")
-        if handler is None:
-            _ended(service, method, grpc.StatusCode.UNIMPLEMENTED, 0.0, "")
-            return handler
+            return None
+        service, _, method = details.method.lstrip("/").partition("/")
 
         @contextlib.asynccontextmanager
         async def logged(context: Context) -> AsyncIterator[None]:
@@ -50,7 +41,12 @@ class LoggedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it i
             finally:
                 _ended(service, method, status_of(context, raised), time.perf_counter() - begun, context.peer())
 
-        return within(handler, logged)
+        return logged
+
+    def unknown(self, details: grpc.HandlerCallDetails) -> None:
+        """It has a line, too."""
+        service, _, method = details.method.lstrip("/").partition("/")
+        _ended(service, method, grpc.StatusCode.UNIMPLEMENTED, 0.0, "")
 
 
 def _ended(service: str, method: str, code: grpc.StatusCode, seconds: float, peer: str) -> None:

@@ -6,15 +6,14 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
 
 from modelexpress_core.server.metrics import ServerMetrics
 from modelexpress_core.server.stores import StoreUnavailableError
-from modelexpress_core.wire.around import Context, status_of, within
+from modelexpress_core.wire.around import Around, Context, Interceptor, status_of
 from modelexpress_core.wire.rpc import STANDARD_HEALTH
 
 __all__ = ["Observed"]
@@ -24,7 +23,7 @@ _log = logging.getLogger(__name__)
 _WATCH = STANDARD_HEALTH.path("Watch")
 
 
-class Observed(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the annotations alone
+class Observed(Interceptor):
     """Counts calls by their code, and answers what nobody expected with one that says so.
 
     Args:
@@ -34,16 +33,11 @@ class Observed(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is g
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a call, within ours."""
-        handler = await continuation(handler_call_details)
-        path = handler_call_details.method
-        if handler is None or path == _WATCH:  # unknown, or what lasts as long as it is wanted
-            return handler
+    def around(self, details: grpc.HandlerCallDetails) -> Around | None:
+        """Counting, and answering."""
+        path = details.method
+        if path == _WATCH:  # it lasts as long as it is wanted
+            return None
 
         @contextlib.asynccontextmanager
         async def observed(context: Context) -> AsyncIterator[None]:
@@ -62,4 +56,4 @@ class Observed(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is g
             finally:
                 self._metrics.answered(path, status_of(context, raised).name, time.perf_counter() - begun)
 
-        return within(handler, observed)
+        return observed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import grpc
 import grpc.aio
 
 from modelexpress_core.server.settings import SpanSettings
-from modelexpress_core.wire.around import Context, status_of, within
+from modelexpress_core.wire.around import Around, Context, Interceptor, status_of
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -53,7 +53,7 @@ def span_interceptors() -> Sequence[grpc.aio.ServerInterceptor[Any, Any]]:
         return ()
 
 
-class _Spans(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the annotations alone
+class _Spans(Interceptor):
     """Makes a span of each call, below the span that the caller tells as W3C Trace Context has it."""
 
     def __init__(self) -> None:
@@ -64,17 +64,12 @@ class _Spans(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is gen
         self._tracer = trace.get_tracer("modelexpress_core", version("modelexpress-core"))
         self._propagator = TraceContextTextMapPropagator()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:  # noqa: ANN401 - a handler, or None
-        """The handler of a call, within its span."""
-        handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
-        if handler is None or self._in_vain():  # of a method that there is not, callers choose the name
-            return handler
-        name = handler_call_details.method.lstrip("/")
-        metadata: Any = handler_call_details.invocation_metadata or ()
+    def around(self, details: grpc.HandlerCallDetails) -> Around | None:
+        """The span. Calls of methods that there are not have none: callers choose their names."""
+        if self._in_vain():
+            return None
+        name = details.method.lstrip("/")
+        metadata: Any = details.invocation_metadata or ()
         parent = self._propagator.extract({key: value for key, value in metadata if isinstance(value, str)})
         service, _, method = name.partition("/")
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
@@ -101,7 +96,7 @@ class _Spans(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is gen
                     if code in _FAULTS:
                         span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, code.name))
 
-        return within(handler, in_span)
+        return in_span
 
     def _in_vain(self) -> bool:
         """Whether nobody has set up where spans go: calls are then what they are without OpenTelemetry."""

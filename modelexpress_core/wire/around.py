@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
 
-__all__ = ["Around", "Context", "status_of", "within"]
+__all__ = ["Around", "Context", "Interceptor", "status_of", "within"]
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -57,6 +57,30 @@ def _answer(handler: _Handler) -> Callable[..., Any]:
         else (handler.unary_stream if handler.response_streaming else handler.unary_unary)
     )
     return answer  # type: ignore[no-any-return]  # a coroutine or an asynchronous generator
+
+
+class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the annotations alone
+    """Does something around the calls that it picks."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: Any,  # noqa: ANN401 - as gRPC has it
+    ) -> Any:  # noqa: ANN401 - a handler, or None
+        """The handler of a call, within what is done around it."""
+        handler: _Handler | None = await continuation(handler_call_details)
+        if handler is None:
+            self.unknown(handler_call_details)
+            return None
+        around = self.around(handler_call_details)
+        return handler if around is None else within(handler, around)
+
+    def around(self, details: grpc.HandlerCallDetails) -> Around | None:
+        """What is done around a call; None where nothing is."""
+        raise NotImplementedError
+
+    def unknown(self, details: grpc.HandlerCallDetails) -> None:
+        """Somebody calls a method that there is not."""
 
 
 _STATUSES = {status.value[0]: status for status in grpc.StatusCode}

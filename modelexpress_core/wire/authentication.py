@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import hmac
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import grpc.aio
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.wire.around import Context, within
+from modelexpress_core.wire.around import Around, Context, Interceptor
 from modelexpress_core.wire.files import Files, read_bytes
 from modelexpress_core.wire.rpc import HEALTH, STANDARD_HEALTH
 from modelexpress_core.wire.settings import AuthSettings
@@ -174,7 +174,7 @@ def authenticator(settings: AuthSettings) -> Authenticator | None:
     return Certificates() if settings.mode == "mtls" else None
 
 
-class Authenticated(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it is generic in the annotations alone
+class Authenticated(Interceptor):
     """Refuses calls of unknown or forbidden callers, whatever the service, and tells the others' names as ``caller``.
 
     Args:
@@ -184,17 +184,11 @@ class Authenticated(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it
     def __init__(self, authenticator: Authenticator) -> None:
         self._authenticator = authenticator
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        """The handler of a call, behind the door."""
-        handler = await continuation(handler_call_details)
-        service = handler_call_details.method.strip("/").partition("/")[0]
-        if handler is None or service in _OPEN:
-            return handler
-        token = _token(handler_call_details.invocation_metadata)
+    def around(self, details: grpc.HandlerCallDetails) -> Around | None:
+        """The door."""
+        if details.method.strip("/").partition("/")[0] in _OPEN:
+            return None
+        token = _token(details.invocation_metadata)
 
         @contextlib.asynccontextmanager
         async def admitted(context: Context) -> AsyncIterator[None]:
@@ -204,7 +198,7 @@ class Authenticated(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it
                 await context.abort(exc.code, exc.reason)
             yield
 
-        return within(handler, admitted)
+        return admitted
 
 
 def _token(metadata: Any) -> str | None:  # noqa: ANN401 - pairs, in gRPC's own class
