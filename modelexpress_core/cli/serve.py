@@ -138,7 +138,8 @@ def _print(config: Config) -> None:
     out = console()
     for key, value in config.describe(CORE):
         source = "" if value.source == "default" else f" (from {value.source})"
-        out.print(Text.assemble((key, "bold"), f" = {value.value}", (source, "dim")), soft_wrap=True)
+        shown = (value.value, "") if value.value else ("not set", "dim")
+        out.print(Text.assemble((key, "bold"), " = ", shown, (source, "dim")), soft_wrap=True)
 
 
 def _serve(config: Config) -> None:
