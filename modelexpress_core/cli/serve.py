@@ -153,17 +153,18 @@ def _serve(config: Config) -> None:
 
 async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -> None:
     try:
-        from modelexpress_core.server.app import Server
+        from modelexpress_core.server.app import Server, joined
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
+    end = _told_to_end()
     uri = ModelURI.parse(settings.metadata)
     plugins = PluginManager.discover()
     store = plugins.open_metadata_store(uri, os.environ)
     async with Server(
         settings, store, tls=tls, auth=auth, services=plugins.server_services, environ=os.environ
     ) as server:
-        grpc, metrics = f"{settings.host}:{server.port}", f"{settings.host}:{server.metrics_port}/metrics"
-        health = f"{settings.host}:{server.health_port}" if server.health_port else ""
+        grpc, metrics = joined(settings.host, server.port), f"{joined(settings.host, server.metrics_port)}/metrics"
+        health = joined(settings.host, server.health_port) if server.health_port else ""
         announce(
             f"serving on {grpc}, metrics on {metrics}, metadata in {uri}" + (f", health on {health}" if health else ""),
             grpc=grpc,
@@ -175,14 +176,15 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -
             _log.warning("tokens come in without TLS: whoever listens on the network reads them")
         whom = {"off": "everybody", "token": "callers with a token", "mtls": "callers with a certificate"}[auth.mode]
         _log.info("%s is answered, %s TLS", whom, "without" if tls.certificate is None else "with")
-        await _told_to_end()
+        await end.wait()
         announce("ending: calls that are under way may end first")
 
 
-async def _told_to_end() -> None:
+def _told_to_end() -> asyncio.Event:
+    """Set once SIGTERM or SIGINT comes, from now on: also while the server is only being started."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError):
             loop.add_signal_handler(number, ended.set)
-    await ended.wait()
+    return ended

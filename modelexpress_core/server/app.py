@@ -29,7 +29,7 @@ from modelexpress_core.wire.rpc import API, HEALTH, P2P, STANDARD_HEALTH, Servic
 from modelexpress_core.wire.serving import listen, new_server
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
 
-__all__ = ["Server"]
+__all__ = ["Server", "joined"]
 
 _log = logging.getLogger(__name__)
 
@@ -122,18 +122,18 @@ class Server:
         opened.push_async_callback(server.stop, 0)
 
     def _listen(self, server: grpc.aio.Server, port: int, variable: str, tls: TlsSettings, auth: AuthSettings) -> int:
-        address = f"{self._settings.host}:{port}"
+        address = joined(self._settings.host, port)
         try:
             return listen(server, address, tls=tls, auth=auth)
         except RuntimeError as exc:
             raise _taken(address, variable, exc) from exc
 
     async def _serve_metrics(self, opened: contextlib.AsyncExitStack) -> None:
-        host, port = self._settings.host, self._settings.metrics_port
+        host, port = self._settings.host.strip("[]"), self._settings.metrics_port
         try:
             server, thread = start_http_server(port, host, self._metrics.registry)
         except OSError as exc:
-            raise _taken(f"{host}:{port}", "MODEL_EXPRESS_SERVER_METRICS_PORT", exc) from exc
+            raise _taken(joined(host, port), "MODEL_EXPRESS_SERVER_METRICS_PORT", exc) from exc
         self.metrics_port = int(server.server_address[1])
 
         def close() -> None:
@@ -163,6 +163,8 @@ class Server:
                 if not away:
                     _log.error("the metadata store cannot be asked, so calls are answered with UNAVAILABLE: %s", exc)
                 away = True
+            except Exception:  # noqa: BLE001 - of a plugin's store, say
+                _log.exception("counting sources failed")
             else:
                 if away:
                     _log.info("the metadata store can be asked again")
@@ -171,6 +173,11 @@ class Server:
 
 
 _COUNT_SECONDS = 5.0
+
+
+def joined(host: str, port: int) -> str:
+    """``host:port``, with brackets where the host has colons."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def _taken(address: str, variable: str, exc: Exception) -> ModelExpressError:

@@ -49,6 +49,12 @@ class LoggedCalls(Interceptor):
         _ended(service, method, grpc.StatusCode.UNIMPLEMENTED, 0.0, "")
 
 
+def _shown(text: str) -> str:
+    """``text`` without what would begin another line, or move the cursor of a terminal: callers choose it."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
 def _ended(service: str, method: str, code: grpc.StatusCode, seconds: float, peer: str) -> None:
+    service, method = _shown(service), _shown(method)
     fields = {"service": service, "method": method, "code": code.name, "seconds": round(seconds, 6), "peer": peer}
     _log.debug("%s/%s: %s in %.6f s, for %s", service, method, code.name, seconds, peer or "?", extra=fields)

@@ -52,6 +52,8 @@ class Reaper:
                 await self.once()
             except StoreUnavailableError as exc:
                 _log.warning("silent sources cannot be looked for: %s", exc)
+            except Exception:  # noqa: BLE001 - of a plugin's store, say; the next turn may go well
+                _log.exception("looking for silent sources failed")
 
     async def once(self) -> None:
         """Go through the store, where no other server does."""

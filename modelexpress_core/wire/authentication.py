@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import hmac
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -43,7 +43,10 @@ caller: ContextVar[str] = ContextVar("caller", default="")
 #: Services that anybody may ask.
 _OPEN = frozenset({HEALTH.name, STANDARD_HEALTH.name})
 
-_LINE = re.compile(r"(?P<name>[^:\s]+):(?:sha256:(?P<digest>[0-9a-fA-F]{64})|(?P<token>[\x21-\x7e]+))")
+#: What looks like a digest and is none is no token: who can read the file must not be able to use what stands there.
+_LINE = re.compile(
+    r"(?P<name>[^:\s]+):(?:(?i:sha256):(?P<digest>[0-9a-fA-F]{64})|(?!(?i:sha256):)(?P<token>[\x21-\x7e]+))"
+)
 
 #: A shorter one can be guessed.
 _SHORTEST_TOKEN = 16
@@ -82,7 +85,14 @@ class RefusedError(Exception):
 
 
 class Authenticator(Protocol):
-    """Says who a call is from."""
+    """Says who a call is from.
+
+    Attributes:
+        by_certificate: Whether it looks at the names in the certificate, which are there only once a call is taken up.
+            One that does not is asked before anything of a request is read.
+    """
+
+    by_certificate: bool
 
     async def authenticate(self, call: Call) -> str:
         """The name of whoever makes the call: records that they publish belong to that name. Never empty.
@@ -105,6 +115,8 @@ class Tokens:
         SettingsError: It cannot be read, or a line makes no sense.
     """
 
+    by_certificate = False
+
     def __init__(self, path: str) -> None:
         self._files = Files((path,), lambda: _read_tokens(path))
 
@@ -126,7 +138,7 @@ def _read_tokens(path: str) -> Mapping[bytes, str]:
     """Names by the digests of their tokens."""
     names: dict[bytes, str] = {}
     try:
-        text = read_bytes(path, "MX_AUTH_TOKENS_PATH").decode()
+        text = read_bytes(path, "MX_AUTH_TOKENS_PATH").decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         raise _bad_tokens(path, "it is no text") from exc
     for number, line in enumerate(text.splitlines(), 1):
@@ -154,6 +166,8 @@ def _bad_tokens(path: str, problem: str) -> SettingsError:
 
 class Certificates:
     """Callers by their certificates, which TLS has verified."""
+
+    by_certificate = True
 
     async def authenticate(self, call: Call) -> str:
         """The first name in the certificate: of its alternative names, else of its subject."""
@@ -184,9 +198,27 @@ class Authenticated(Interceptor):
     def __init__(self, authenticator: Authenticator) -> None:
         self._authenticator = authenticator
 
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: Any,  # noqa: ANN401 - as gRPC has it
+    ) -> Any:  # noqa: ANN401 - a handler, or None
+        """The handler of a call; where the caller is refused, one that reads nothing: strangers fill no memory."""
+        if self._authenticator.by_certificate or _is_open(handler_call_details):
+            return await super().intercept_service(continuation, handler_call_details)
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        try:
+            # What is set here is seen where the call is answered: gRPC does both in one task.
+            caller.set(await self._authenticator.authenticate(Call(_token(handler_call_details.invocation_metadata))))
+        except RefusedError as exc:
+            return _refusal(exc)
+        return handler
+
     def around(self, details: grpc.HandlerCallDetails) -> Around | None:
-        """The door."""
-        if details.method.strip("/").partition("/")[0] in _OPEN:
+        """The door, for those who show a certificate: TLS let nobody in who has none."""
+        if _is_open(details):
             return None
         token = _token(details.invocation_metadata)
 
@@ -199,6 +231,19 @@ class Authenticated(Interceptor):
             yield
 
         return admitted
+
+
+def _is_open(details: Any) -> bool:  # noqa: ANN401 - as gRPC has it
+    return details.method.strip("/").partition("/")[0] in _OPEN
+
+
+def _refusal(exc: RefusedError) -> grpc.RpcMethodHandler[Any, Any]:
+    """Answers any kind of call without reading a message of it."""
+
+    async def refuse(_: object, context: Context) -> None:
+        await context.abort(exc.code, exc.reason)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _token(metadata: Any) -> str | None:  # noqa: ANN401 - pairs, in gRPC's own class

@@ -115,6 +115,7 @@ class Connection:
         self._token = None if token is None else TokenFile(token.path)
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
+        self._closed = False
         self._stubs: Mapping[str, Mapping[str, Callable[..., Any]]] = {}
 
     def call(self, service: Service, method: str, request: Message, timeout_seconds: float) -> Any:  # noqa: ANN401 - the method's answer
@@ -122,6 +123,7 @@ class Connection:
 
         Raises:
             grpc.RpcError: There is none.
+            ValueError: The connection is closed.
             SettingsError: The token's file is there, and holds none.
         """
         token = None if self._token is None else self._token.token()
@@ -130,6 +132,9 @@ class Connection:
 
     def _stub(self, service: Service) -> Mapping[str, Callable[..., Any]]:
         with self._lock:
+            if self._closed:
+                reason = "the connection is closed"
+                raise ValueError(reason)
             credentials, changed = (None, False) if self._tls is None else self._tls.credentials()
             if self._channel is None or changed:
                 # The channel before is left to the calls that are under way on it.
@@ -140,9 +145,9 @@ class Connection:
     def close(self) -> None:
         """End the connection."""
         with self._lock:
+            self._closed = True
             if self._channel is not None:
                 self._channel.close()
-            self._channel = None
 
 
 class TokenFile:
@@ -162,9 +167,10 @@ class TokenFile:
         Raises:
             SettingsError: The file is there, and cannot be read or holds no token.
         """
+        if not os.path.exists(self._path):
+            self._files = None
+            return None
         if self._files is None:
-            if not os.path.exists(self._path):
-                return None
             self._files = Files((self._path,), self._read)
         return self._files.value()
 

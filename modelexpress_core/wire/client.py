@@ -135,6 +135,14 @@ class Client:
             return self._connection.call(service, method, request, self._deadline_seconds)
         except grpc.RpcError as exc:
             raise self._error(exc, method) from exc
+        except ValueError as exc:  # gRPC's own, where another thread closes it meanwhile
+            raise UnavailableError(
+                "the connection was closed on this side",
+                uri=str(self._endpoint),
+                operation=f"call {method}",
+                retryable=False,
+                hint="keep the client open for as long as it is used",
+            ) from exc
 
     def _error(self, exc: Any, method: str) -> BackendError:  # noqa: ANN401 - annotations give it no code
         code = exc.code()

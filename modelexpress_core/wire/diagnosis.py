@@ -29,34 +29,57 @@ _ALERT = 0x15
 
 def diagnose(endpoint: Endpoint, tls: TlsSettings) -> BackendError | None:
     """Why ``endpoint`` cannot be called; None where a look at it shows nothing wrong. Takes a few seconds at most."""
+    try:
+        _look(endpoint, tls)
+    except BackendError as exc:
+        return exc
+    return None
+
+
+def _look(endpoint: Endpoint, tls: TlsSettings) -> None:
+    """Raise what is wrong."""
     host, _, port = endpoint.target.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT_SECONDS) as sock:
-            sock.settimeout(_TIMEOUT_SECONDS)
-            return _diagnose_tls(sock, host.strip("[]"), tls) if endpoint.tls else _diagnose_plain(sock, endpoint)
-    except socket.gaierror:
-        return UnavailableError(
+        sock = socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT_SECONDS)
+    except (socket.gaierror, UnicodeError) as exc:
+        if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_AGAIN:
+            raise UnavailableError("no name server answers", hint="check the network of this machine") from exc
+        raise UnavailableError(
             "no such name",
             cause="it is misspelt, or known only in another network",
             hint="check the host in MODEL_EXPRESS_URL",
-        )
-    except TimeoutError:
-        return UnavailableError(
-            f"nobody answers within {_TIMEOUT_SECONDS:g} s",
+        ) from exc
+    except TimeoutError as exc:
+        raise UnavailableError(
+            f"no connection within {_TIMEOUT_SECONDS:g} s",
             cause="a firewall drops the packets, or the host is down",
             hint="check host and port in MODEL_EXPRESS_URL",
-        )
-    except ConnectionRefusedError:
-        return UnavailableError(
+        ) from exc
+    except ConnectionRefusedError as exc:
+        raise UnavailableError(
             "no server is there",
             cause="it does not run, or listens on another port",
             hint="check MODEL_EXPRESS_URL, and that the server runs: `mx health`",
-        )
+        ) from exc
     except OSError:
-        return None
+        return
+    with sock:
+        try:
+            if endpoint.tls:
+                _look_at_tls(sock, host.strip("[]"), tls)
+            else:
+                _look_at_plain(sock, endpoint)
+        except TimeoutError as exc:
+            raise UnavailableError(
+                f"it takes connections, and says nothing within {_TIMEOUT_SECONDS:g} s",
+                cause="the server hangs or is overloaded, or something else listens there",
+                hint="look into the log of the server",
+            ) from exc
+        except OSError:
+            return
 
 
-def _diagnose_plain(sock: socket.socket, endpoint: Endpoint) -> BackendError | None:
+def _look_at_plain(sock: socket.socket, endpoint: Endpoint) -> None:
     """A port that hangs up at the first words of HTTP/2, and is glad of TLS, speaks TLS."""
     try:
         sock.sendall(_PREFACE)
@@ -64,20 +87,19 @@ def _diagnose_plain(sock: socket.socket, endpoint: Endpoint) -> BackendError | N
     except ConnectionError:
         answer = b""
     if (not answer or answer[0] == _ALERT) and _speaks_tls(endpoint):
-        return UnavailableError(
+        raise UnavailableError(
             "the server speaks TLS, and was spoken to without",
             retryable=False,
             cause="the address has no https:// before it",
             hint=f"set MODEL_EXPRESS_URL=https://{endpoint.target}",
         )
     if len(answer) >= _FRAME_HEAD_BYTES and answer[3] != _SETTINGS:
-        return UnavailableError(
+        raise UnavailableError(
             "what listens there is no gRPC server",
             retryable=False,
             cause="it is another program, or the server's port of metrics",
             hint="check the port in MODEL_EXPRESS_URL",
         )
-    return None
 
 
 def _speaks_tls(endpoint: Endpoint) -> bool:
@@ -96,28 +118,45 @@ def _speaks_tls(endpoint: Endpoint) -> bool:
     return True
 
 
-def _diagnose_tls(sock: socket.socket, host: str, tls: TlsSettings) -> BackendError | None:
+def _look_at_tls(sock: socket.socket, host: str, tls: TlsSettings) -> None:
     context = client_context(tls)
     context.set_alpn_protocols(["h2"])
     try:
-        with context.wrap_socket(sock, server_hostname=host) as secure:
-            secure.sendall(_PREFACE)
-            # With TLS 1.3 a server that wants another certificate hangs up only now; gRPC's does so without a word.
-            return None if secure.recv(1) else _hung_up(tls)
+        secure = context.wrap_socket(sock, server_hostname=host)
     except ssl.SSLCertVerificationError as exc:
-        return _distrusted(exc)
-    except (ssl.SSLEOFError, ConnectionError):
-        return _hung_up(tls)
+        raise _distrusted(exc) from exc
+    except (ssl.SSLEOFError, ConnectionError) as exc:
+        raise UnavailableError(
+            "the connection is closed before TLS has begun",
+            cause="the server ends or starts, or a proxy in between has none to pass on to",
+            hint="try again; check what MODEL_EXPRESS_URL leads to",
+        ) from exc
     except ssl.SSLError as exc:
-        reason = exc.reason or str(exc)
-        if "ALERT" in reason:
-            return _hung_up(tls)
-        return UnavailableError(
-            f"the server does not speak TLS: {reason.lower().replace('_', ' ')}",
+        reason = (exc.reason or str(exc)).lower().replace("_", " ")
+        if "alert" in reason:
+            raise _hung_up(tls) from exc
+        raise UnavailableError(
+            f"the server does not speak TLS: {reason}",
             retryable=False,
             cause="the port serves connections that are not encrypted",
             hint="write http:// in place of https:// in MODEL_EXPRESS_URL, or have the server speak TLS",
-        )
+        ) from exc
+    with secure:
+        if secure.selected_alpn_protocol() != "h2":
+            raise UnavailableError(
+                "what listens there speaks TLS, and is no gRPC server",
+                retryable=False,
+                cause="it is another program, or a proxy that does not pass HTTP/2 on",
+                hint="check the port in MODEL_EXPRESS_URL",
+            )
+        try:
+            secure.sendall(_PREFACE)
+            # With TLS 1.3 a server that wants another certificate hangs up only now; gRPC's does so without a word.
+            said = secure.recv(1)
+        except (ssl.SSLError, ConnectionError):
+            said = b""
+        if not said:
+            raise _hung_up(tls)
 
 
 def _distrusted(exc: ssl.SSLCertVerificationError) -> BackendError:
@@ -128,38 +167,41 @@ def _distrusted(exc: ssl.SSLCertVerificationError) -> BackendError:
 
 
 def _hung_up(tls: TlsSettings) -> BackendError:
-    """The server is trusted, and does not trust us: why, as far as that can be seen from this side."""
-    message = "the server hangs up once it has looked for our certificate"
+    """TLS was agreed, and the server hung up: most often for our certificate, of which it says nothing."""
+    message = "the server hangs up as soon as TLS is agreed"
     if tls.certificate is None:
         return AccessDeniedError(
             message,
-            cause="the server wants a certificate, and none was shown",
+            retryable=True,
+            cause="it wants a certificate, and none was shown",
             hint="set MX_TLS_CERT_PATH and MX_TLS_KEY_PATH",
         )
-    found = _own_certificate(tls)
-    if found is not None:
-        what, _, _ = objection(found)
+    outdated = _outdated(tls)
+    if outdated is not None:
         return AccessDeniedError(
-            message,
-            cause=f"our certificate {what}: {found.verify_message}",
-            hint=f"renew it, or use another that the server's authorities signed: {tls.certificate}",
+            message, cause=f"our certificate {outdated}", hint=f"renew it, and check the clock: {tls.certificate}"
         )
     return AccessDeniedError(
         message,
-        cause="the server does not know the authority that signed our certificate",
+        retryable=True,
+        cause="it does not know the authority that signed our certificate",
         hint="use a certificate (MX_TLS_CERT_PATH) of an authority that the server's MX_TLS_CA_PATH holds",
     )
 
 
-def _own_certificate(tls: TlsSettings) -> ssl.SSLCertVerificationError | None:
-    """What a server with our own authorities would hold against our certificate: we shake hands with ourselves."""
-    server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=tls.authorities)
-    server_side.verify_mode = ssl.CERT_REQUIRED
-    client_side = client_context(tls)
-    client_side.check_hostname = False
-    client_side.verify_mode = ssl.CERT_NONE  # it is ourselves
+#: OpenSSL's codes of certificates that are not valid yet or no longer.
+_OUTDATED = frozenset({9, 10})
+
+
+def _outdated(tls: TlsSettings) -> str | None:
+    """How our certificate is out of date; None where it is not. We shake hands with ourselves to see it."""
     assert tls.certificate is not None  # noqa: S101 - for the type checker
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_side.load_cert_chain(tls.certificate, tls.key)
+    client_side = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client_side.check_hostname = False
+    client_side.load_verify_locations(tls.certificate)  # it vouches for itself: only its dates are looked at
+    client_side.verify_flags |= ssl.VerifyFlags(ssl.VERIFY_X509_PARTIAL_CHAIN)
     there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
     client = client_side.wrap_bio(back, there)
     server = server_side.wrap_bio(there, back, server_side=True)
@@ -169,7 +211,7 @@ def _own_certificate(tls: TlsSettings) -> ssl.SSLCertVerificationError | None:
                 with contextlib.suppress(ssl.SSLWantReadError):
                     side.do_handshake()
     except ssl.SSLCertVerificationError as exc:
-        return exc
+        return objection(exc)[0] if exc.verify_code in _OUTDATED else None
     except ssl.SSLError:
         return None
     return None

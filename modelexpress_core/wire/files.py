@@ -30,8 +30,8 @@ def read_bytes(path: str, variable: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except OSError as exc:
-        message = f"the file that {variable} names cannot be read: {path}: {exc.strerror or exc}"
+    except (OSError, ValueError) as exc:  # the latter where the path holds a NUL
+        message = f"the file that {variable} names cannot be read: {path!r}: {getattr(exc, 'strerror', None) or exc}"
         raise SettingsError(message, hint=f"correct {variable}, or the permissions of the file") from exc
 
 
@@ -94,6 +94,6 @@ class Files(Generic[_T]):
 def _signature(path: str) -> tuple[int, int, int] | None:
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino

@@ -17,6 +17,7 @@ __all__ = ["listen", "new_server"]
 _OPTIONS = (
     *MESSAGE_OPTIONS,
     ("grpc.so_reuseport", 0),  # a port that somebody has is an error, and is not shared
+    ("grpc.max_concurrent_streams", 256),  # of one connection; other calls wait on the client's side
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,22 @@ def _system_authorities() -> bytes | None:
         return None
 
 
+def _try_out(pair: tuple[bytes, bytes], settings: TlsSettings) -> None:
+    """GRPC's TLS does not take every key that others take, and tells only whoever listens with it."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    try:
+        server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+    except RuntimeError as exc:
+        message = f"gRPC cannot use the certificate and the key: {settings.certificate}, {settings.key}"
+        raise SettingsError(
+            message,
+            cause="it takes RSA keys, and ECDSA keys on the curves P-256, P-384 and P-521, in plain PEM",
+            hint="have a certificate made for such a key",
+        ) from exc
+    finally:
+        server.stop(None)
+
+
 def server_credentials(settings: TlsSettings, *, clients_prove: bool) -> grpc.ServerCredentials:
     """Credentials of a server, which looks at its files with each handshake.
 
@@ -120,7 +137,9 @@ def server_credentials(settings: TlsSettings, *, clients_prove: bool) -> grpc.Se
         assert material.key is not None  # noqa: S101 - for the type checker: there is a certificate
         assert material.certificate is not None  # noqa: S101 - likewise
         authorities = material.authorities if clients_prove else None
-        return grpc.ssl_server_certificate_configuration([(material.key, material.certificate)], authorities)
+        pair = (material.key, material.certificate)
+        _try_out(pair, settings)
+        return grpc.ssl_server_certificate_configuration([pair], authorities)
 
     files = Files(settings.files, read)
 

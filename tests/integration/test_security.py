@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import socket
+import ssl
 import subprocess
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import grpc
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed448
 
 from modelexpress_core.errors import AccessDeniedError, SettingsError, UnavailableError
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.wire.channel import Endpoint, open_channel
 from modelexpress_core.wire.client import Security
+from modelexpress_core.wire.diagnosis import diagnose
 from modelexpress_core.wire.proto.modelexpress import api_pb2, health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import API, P2P, STANDARD_HEALTH, stub
 from modelexpress_core.wire.settings import TlsSettings, TokenSettings
@@ -173,6 +183,43 @@ def test_a_token_file_without_a_token(start: Start, files: Files) -> None:
         confused.health()
 
 
+def test_strangers_fill_no_memory(start: Start, files: Files) -> None:
+    """What they send is not read: they are refused on what stands before it."""
+    serving = start(**files.tokens(f"alice:{_ALICE}"))
+    process = Path(f"/proc/{serving.process.pid}/status")
+
+    def peak() -> int:
+        [line] = [line for line in process.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) << 10
+
+    worker = p2p_pb2.WorkerMetadata(nixl_metadata=bytes(40 << 20))
+    with client(serving.url, files, "wrong" * 8) as stranger:
+        with pytest.raises(AccessDeniedError):
+            stranger.list_sources()
+        before = peak()
+
+        def send(_: int) -> bool:
+            with pytest.raises(AccessDeniedError, match="not one that is known"):
+                stranger.publish(_IDENTITY, worker, "w")
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(send, range(8)))
+
+    assert peak() - before < 64 << 20
+
+
+def test_a_token_file_that_goes_away(start: Start, files: Files) -> None:
+    """Then none is sent; and a new one is, when it comes."""
+    with client(start(**files.tokens(f"alice:{_ALICE}")).url, files, _ALICE) as alice:
+        alice.list_sources()
+        (files.directory / f"token-{len(_ALICE)}").unlink()
+        with pytest.raises(AccessDeniedError, match="none was sent"):
+            alice.list_sources()
+        files.write(f"token-{len(_ALICE)}", _ALICE)
+        alice.list_sources()
+
+
 # -- TLS ---------------------------------------------------------------------------------------------------------------
 
 
@@ -242,8 +289,8 @@ def test_mutual_tls(start: Start, files: Files) -> None:
         publish(bob)
 
     for certificate, reason in (
-        (None, "the server wants a certificate, and none was shown"),
-        (files.certificate("stranger", "x.acme", authority=trustme.CA()), "our certificate is not trusted"),
+        (None, "it wants a certificate, and none was shown"),
+        (files.certificate("stranger", "x.acme", authority=trustme.CA()), "does not know the authority"),
         (files.certificate("old", "x.acme", expired=True), "our certificate has expired"),
     ):
         with client(url, files, certificate=certificate) as stranger, pytest.raises(AccessDeniedError, match=reason):
@@ -280,7 +327,69 @@ def test_connections_that_do_not_come_about_name_the_cause(start: Start, files: 
         assert [word for word in (*words, "could not call GetHealth of http") if word not in text] == [], text
 
 
+def test_what_hangs_up_or_says_nothing_is_told_apart(files: Files) -> None:
+    """A proxy without a server behind it, a server that hangs, TLS without HTTP/2: none is a matter of certificates."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    files.authority.issue_cert("127.0.0.1").configure_cert(context)
+    context.set_alpn_protocols(["http/1.1"])
+
+    def other_program(sock: socket.socket) -> None:
+        with context.wrap_socket(sock, server_side=True) as secure:
+            secure.recv(1)
+
+    for scheme, answer, words in (
+        ("https", lambda sock: sock.close(), "closed before TLS has begun"),
+        ("https", lambda sock: time.sleep(3), "says nothing"),
+        ("http", lambda sock: time.sleep(3), "says nothing"),
+        ("https", other_program, "no gRPC server"),
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+
+            def serve() -> None:
+                while True:
+                    try:
+                        sock, _ = listening.accept()
+                    except OSError:
+                        return
+                    threading.Thread(target=answer_to, args=(sock, answer), daemon=True).start()  # noqa: B023 - as above
+
+            threading.Thread(target=serve, daemon=True).start()
+            tls = TlsSettings(files.ca)
+            port = listening.getsockname()[1]
+            error = diagnose(Endpoint.parse(f"{scheme}://127.0.0.1:{port}"), tls)
+            listening.shutdown(socket.SHUT_RDWR)
+
+        assert isinstance(error, UnavailableError), words
+        assert words in str(error)
+
+
+def answer_to(sock: socket.socket, answer: Callable[[socket.socket], object]) -> None:
+    with sock, contextlib.suppress(OSError):
+        answer(sock)
+
+
 # -- what cannot be used -----------------------------------------------------------------------------------------------
+
+
+def test_keys_that_grpc_does_not_take_are_told(files: Files, mx: Command) -> None:
+    """And not called a taken port."""
+    key = ed448.Ed448PrivateKey.generate()
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.now(timezone.utc)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(1), now + timedelta(1))
+        .sign(key, None)
+        .public_bytes(serialization.Encoding.PEM)
+    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    environ = {
+        "MX_TLS_CERT_PATH": files.write("odd.pem", certificate),
+        "MX_TLS_KEY_PATH": files.write("odd-key.pem", pem),
+    }
+
+    done = mx("serve", "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", environ=environ)
+
+    assert (1, True) == (done.returncode, "gRPC cannot use" in done.stderr), done.stderr
 
 
 def test_settings_that_make_no_sense_stop_the_server(files: Files, mx: Command) -> None:
@@ -306,6 +415,7 @@ def test_settings_that_make_no_sense_stop_the_server(files: Files, mx: Command) 
             {**token, "MX_AUTH_TOKENS_PATH": files.write("t2", f"\nalice:{_ALICE}\nbob:{_ALICE}")},
             ("line 3 has the token of another name",),
         ),
+        ({**token, "MX_AUTH_TOKENS_PATH": files.write("t4", f"alice:sha256:{'a' * 63}")}, ("line 1 is neither",)),
         ({**token, "MX_AUTH_TOKENS_PATH": files.write("t3", _ALICE)}, ("line 1 is neither",)),
     ):
         done = mx("serve", "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", environ=environ)

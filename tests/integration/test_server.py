@@ -180,6 +180,45 @@ def test_the_reaper(start: Start) -> None:
     assert 'mx_server_reaped_total{action="removed"} 1.0' in serving.metrics()
 
 
+def test_numbers_that_mean_nothing(start: Start) -> None:
+    """A state that there is not is unknown; a load that is no number, and a step with 5,000 digits, are not there."""
+    strange = SourceIdentity("acme/model", extra_parameters={"training_step": "9" * 5000})
+    serving = start()
+    with ServerClient(serving.url) as client:
+        client.publish(strange, worker(status=77), "w")
+        for status in (-1, 99, 2**31 - 1):
+            assert client.update_status(
+                p2p_pb2.UpdateStatusRequest(
+                    mx_source_id=strange.source_id, worker_id="w", status=status, source_load=float("nan")
+                )
+            ).success
+        [reference] = client.list_sources(p2p_pb2.ListSourcesRequest(status_filter=0))
+
+    assert not reference.HasField("source_load")
+    assert not reference.HasField("training_step")
+
+
+def test_a_host_with_colons(start: Start) -> None:
+    """Is written with brackets, in what is said and in what is asked."""
+    serving = start("--host", "::1")
+
+    assert serving.url.startswith("[::1]:")
+    assert "mx_build_info" in serving.metrics()
+    with ServerClient(serving.url) as client:
+        assert "ok" == client.health().status
+
+
+def test_what_callers_name_is_one_line_of_the_log(start: Start) -> None:
+    """Also where it holds what would begin another, or move the cursor."""
+    serving = start(MODEL_EXPRESS_LOG_LEVEL="debug")
+    with open_channel(Endpoint.parse(serving.url)) as channel, pytest.raises(grpc.RpcError):
+        channel.unary_unary("/x/y\x7f\u2028z")(b"", timeout=10)
+    _, said = serving.ended()
+
+    assert "x/y" in said
+    assert not [line for line in said.splitlines() if "\x7f" in line or line.startswith("z")]
+
+
 def test_the_small_services(start: Start) -> None:
     """Health, the standard health service, and pings."""
     with open_channel(Endpoint.parse(start().url)) as channel:
@@ -292,6 +331,15 @@ def test_metrics_count_calls(start: Start) -> None:
     )
     assert 'mx_server_store_seconds_count{operation="publish"} 1.0' in measured
     assert re.search(r'mx_build_info\{version="[\d.]+"\} 1\.0', measured)
+
+
+def test_it_ends_well_as_soon_as_it_says_that_it_serves(start: Start) -> None:
+    """Whoever waits for that may end it at once."""
+    for _ in range(3):
+        serving = start()
+        serving.process.send_signal(signal.SIGTERM)
+
+        assert 0 == serving.process.wait(60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import redis
 import trustme
 
 from devtools.redis_server import RedisServer
@@ -148,8 +149,35 @@ def test_many_calls_at_once(redis_server: RedisServer) -> None:
     assert [True] * 500 == known
 
 
+def test_what_redis_drops_heals() -> None:
+    """A source that it evicted is unknown to the next heartbeat, and nothing is left of it."""
+    with RedisServer() as server:
+        direct = redis.Redis(port=server.port)
+
+        async def live() -> tuple[bool, object]:
+            store = RedisStore(server.url)
+            try:
+                await store.publish(StoredSource(SourceRecord("id", "w", "m", 0, 2), b"", b""))
+                [key] = direct.keys("*source:*id:w")
+                direct.delete(key)
+                await store.reap(0, 3600)
+                known = await store.update("id", "w", 2, None, "")
+                await store.publish(StoredSource(SourceRecord("id", "w", "m", 0, 2), b"", b""))
+                for status in range(100, 200):
+                    await store.update("id", "w", status, None, "")
+                return known, await store.counts()
+            finally:
+                await store.close()
+
+        known, counts = asyncio.run(live())
+        states = direct.smembers("{mx}:states")
+        direct.close()
+
+    assert (False, {199: 1}, {b"199"}) == (known, counts, states)
+
+
 def test_no_index_is_left_of_what_was_removed() -> None:
-    """All keys go with the last source, but the names of the states."""
+    """All keys go with the last source."""
     with RedisServer() as server:
 
         async def scenario() -> None:
@@ -160,7 +188,7 @@ def test_no_index_is_left_of_what_was_removed() -> None:
             await store.reap(0, 3600)
             await store.reap(3600, 0)
             keys = [key async for key in store._redis.scan_iter()]
-            assert [b"{mx}:states"] == keys
+            assert [] == keys
             assert [] == list((await store.list(SourceQuery())).records)
             await store.close()
 
@@ -169,17 +197,17 @@ def test_no_index_is_left_of_what_was_removed() -> None:
 
 def test_a_redis_that_forgets(start: Callable[..., Serving]) -> None:
     """While Redis is away calls are told UNAVAILABLE; then workers are told to publish again, and all is well."""
-    with RedisServer() as redis:
-        serving = start("--metadata", redis.url)
+    with RedisServer() as server:
+        serving = start("--metadata", server.url)
         url = serving.url
         beat = p2p_pb2.UpdateStatusRequest(mx_source_id=_IDENTITY.source_id, worker_id="w", status=_READY)
         with ServerClient(url, deadline_seconds=30) as client:
             client.publish(_IDENTITY, p2p_pb2.WorkerMetadata(status=_READY), "w")
-            redis.kill()
+            server.kill()
             for call in (client.list_sources, lambda: client.update_status(beat)):
                 with pytest.raises(UnavailableError, match="metadata store"):
                     call()
-            redis.start()
+            server.start()
 
             assert not _answer(lambda: client.update_status(beat)).success
             assert client.publish(_IDENTITY, p2p_pb2.WorkerMetadata(status=_READY), "w").success
@@ -208,8 +236,8 @@ def test_a_restart_under_load(start: Callable[..., Serving]) -> None:
                     answered += 1
         return answered
 
-    with RedisServer("--appendonly", "yes", "--appendfsync", "always") as redis:
-        serving = start("--metadata", redis.url)
+    with RedisServer("--appendonly", "yes", "--appendfsync", "always") as server:
+        serving = start("--metadata", server.url)
         url = serving.url
         with ServerClient(url) as client:
             for name in names:
@@ -218,10 +246,10 @@ def test_a_restart_under_load(start: Callable[..., Serving]) -> None:
             beating = [pool.submit(beat, name) for name in sorted(names)[:8]]
             for _ in range(3):
                 time.sleep(0.3)
-                redis.kill()
+                server.kill()
                 before = refused.total()
                 assert eventually(lambda: refused.total() > before)  # noqa: B023 - asked here
-                redis.start()
+                server.start()
             time.sleep(0.5)
             ended.set()
             answered = [each.result(60) for each in beating]
@@ -245,8 +273,8 @@ def _answer(call: Callable[[], p2p_pb2.UpdateStatusResponse]) -> p2p_pb2.UpdateS
 def test_two_servers_on_one(redis_server: RedisServer, start: Callable[..., Serving]) -> None:
     """What is published at one is found at the other; one of them reaps; a server that is killed leaves all there."""
     brisk = {"MX_HEARTBEAT_TIMEOUT_SECS": "0.5", "MX_GC_TIMEOUT_SECS": "2", "MX_REAPER_SCAN_INTERVAL_SECS": "0.2"}
-    with RedisServer() as redis:
-        one, other = (start("--metadata", redis.url, **brisk) for _ in range(2))
+    with RedisServer() as server:
+        one, other = (start("--metadata", server.url, **brisk) for _ in range(2))
         with ServerClient(one.url) as first, ServerClient(other.url) as second:
             first.publish(_IDENTITY, p2p_pb2.WorkerMetadata(status=_READY), "w")
             assert second.metadata(_IDENTITY.source_id, "w").found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -25,6 +26,7 @@ __all__ = ["P2pService"]
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _MAX_U64 = (1 << 64) - 1
+_DIGITS = 20
 
 
 class P2pService:
@@ -53,7 +55,7 @@ class P2pService:
             worker_id=request.worker_id,
             model_name=identity.model_name,
             worker_rank=worker.worker_rank,
-            status=worker.status,
+            status=_known(worker.status),
             accelerator=worker.accelerator,
             topology=worker.topology,
             training_step=_training_step(identity),
@@ -104,10 +106,10 @@ class P2pService:
         self, request: p2p_pb2.UpdateStatusRequest, context: _Context
     ) -> p2p_pb2.UpdateStatusResponse:
         """A heartbeat, or a change of state. Whoever is told that nobody knows the worker has to publish again."""
-        load = request.source_load if request.HasField("source_load") else None
+        load = request.source_load if math.isfinite(request.source_load) and request.HasField("source_load") else None
         try:
             known = await self._store.update(
-                request.mx_source_id, request.worker_id, request.status, load, caller.get()
+                request.mx_source_id, request.worker_id, _known(request.status), load, caller.get()
             )
         except NotPublisherError as exc:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(exc))
@@ -128,10 +130,18 @@ def _problem(request: p2p_pb2.PublishMetadataRequest) -> str:
     return "" if request.HasField("worker") else "worker is required"
 
 
+def _known(status: int) -> int:
+    """``status``, or UNKNOWN in place of a number that means nothing: stores keep an index of each."""
+    return status if status in _STATUSES else SourceStatus.UNKNOWN
+
+
+_STATUSES = frozenset(SourceStatus)
+
+
 def _training_step(identity: SourceIdentity) -> int | None:
     for key in ("training_step", "version"):
         text = identity.extra_parameters.get(key, "")
-        if text.isascii() and text.isdigit() and int(text) <= _MAX_U64:
+        if text.isascii() and text.isdigit() and len(text) <= _DIGITS and int(text) <= _MAX_U64:
             return int(text)
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import attrs
 from attrs import define
@@ -22,6 +23,7 @@ from modelexpress_core.server.stores.protocol import (
 __all__ = ["MemoryStore"]
 
 _Key = tuple[str, str]
+_N = TypeVar("_N", int, str)
 
 
 @define(eq=False)
@@ -112,7 +114,7 @@ class MemoryStore:
         """Make sources stale whose worker has been silent so long, and remove stale ones after so long a silence."""
         now = self._now_ms()
         stale = removed = 0
-        for key in [*self._by_status[SourceStatus.STALE]]:
+        for key in [*self._by_status.get(SourceStatus.STALE, ())]:
             if now - self._sources[key].updated_at_ms >= removed_after_seconds * 1000:
                 self._remove(key)
                 removed += 1
@@ -157,7 +159,7 @@ class MemoryStore:
 
     def _set_status(self, key: _Key, kept: _Kept, status: int) -> None:
         if status != kept.status:
-            self._by_status[kept.status].discard(key)
+            self._drop(self._by_status, kept.status, key)
             self._by_status[status].add(key)
             kept.status = status
 
@@ -166,10 +168,10 @@ class MemoryStore:
         record = kept.published.record
         self._drop(self._by_source, record.source_id, key)
         self._drop(self._by_model, record.model_name, key)
-        self._by_status[kept.status].discard(key)
+        self._drop(self._by_status, kept.status, key)
 
     @staticmethod
-    def _drop(index: defaultdict[str, set[_Key]], name: str, key: _Key) -> None:
+    def _drop(index: defaultdict[_N, set[_Key]], name: _N, key: _Key) -> None:
         index[name].discard(key)
         if not index[name]:
             del index[name]

@@ -2,7 +2,8 @@
 
 Each call is one script, so that it is atomic, and takes the time from Redis, so that there is one clock. A source is a
 hash; its ids stand in a set for its source and one for its model, and, by the time when its worker last spoke, in a
-sorted set for its state. All keys have one hash tag, so that a cluster keeps them in one place.
+sorted set for its state. All keys have one hash tag. A cluster is not spoken to: one Redis, or one with
+replicas behind one address.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ __all__ = ["RedisStore", "open_redis"]
 
 _PREFIX = "{mx}:"
 
-#: How long one call may take, and how often it is tried where the connection breaks.
-_TIMEOUT_SECONDS = 5.0
+#: How long one call may take, and how often it is tried where the connection breaks: in all less than clients wait.
+_TIMEOUT_SECONDS = 2.5
 _RETRIES = 2
 
 #: Calls that Redis is asked at once; others wait for their turn as long as for Redis. It answers one at a time anyway.
@@ -56,12 +57,21 @@ local function of_source(id) return prefix .. 'of-source:' .. id end
 local function of_model(model) return prefix .. 'of-model:' .. model end
 local function in_state(status) return prefix .. 'in-state:' .. status end
 local states = prefix .. 'states'
+local function enter(status, at, id)
+    redis.call('ZADD', in_state(status), at, id)
+    redis.call('SADD', states, status)
+end
+local function leave(status, id)
+    redis.call('ZREM', in_state(status), id)
+    if redis.call('EXISTS', in_state(status)) == 0 then redis.call('SREM', states, status) end
+end
 local function forget(id)
     local was = redis.call('HMGET', source(id), 'source_id', 'model_name', 'status')
-    if not was[1] then return end
-    redis.call('SREM', of_source(was[1]), id)
-    redis.call('SREM', of_model(was[2]), id)
-    redis.call('ZREM', in_state(was[3]), id)
+    if was[1] then
+        redis.call('SREM', of_source(was[1]), id)
+        redis.call('SREM', of_model(was[2]), id)
+        leave(was[3], id)
+    end
     redis.call('DEL', source(id))
 end
 local function another_published(id, publisher)
@@ -78,8 +88,7 @@ redis.call('HSET', source(id), 'source_id', source_id, 'model_name', model, 'sta
     'load', ARGV[6], 'updated', now, 'record', ARGV[7], 'identity', ARGV[8], 'worker', ARGV[9])
 redis.call('SADD', of_source(source_id), id)
 redis.call('SADD', of_model(model), id)
-redis.call('ZADD', in_state(status), now, id)
-redis.call('SADD', states, status)
+enter(status, now, id)
 return 1
 """
 
@@ -116,14 +125,13 @@ return rows
 
 _UPDATE = """
 local id, status, load, publisher = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local was = redis.call('HGET', source(id), 'status')
-if not was then return 0 end
+local was = redis.call('HMGET', source(id), 'status', 'record')
+if not was[2] then return 0 end  -- also where Redis has dropped what was there
 if another_published(id, publisher) then return -1 end
-redis.call('ZREM', in_state(was), id)
+leave(was[1], id)
 redis.call('HSET', source(id), 'status', status, 'updated', now)
 if load ~= '' then redis.call('HSET', source(id), 'load', load) end
-redis.call('ZADD', in_state(status), now, id)
-redis.call('SADD', states, status)
+enter(status, now, id)
 return 1
 """
 
@@ -132,7 +140,7 @@ local stale, stale_after, removed_after, most = ARGV[1], tonumber(ARGV[2]), tonu
 local removed, made_stale = 0, 0
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', in_state(stale), '-inf', now - removed_after, 'LIMIT', 0, most)) do
     forget(id)
-    redis.call('ZREM', in_state(stale), id)
+    leave(stale, id)
     removed = removed + 1
 end
 for _, state in ipairs(redis.call('SMEMBERS', states)) do
@@ -141,10 +149,11 @@ for _, state in ipairs(redis.call('SMEMBERS', states)) do
             'ZRANGEBYSCORE', in_state(state), '-inf', now - stale_after, 'WITHSCORES', 'LIMIT', 0, most - made_stale)
         for index = 1, #silent, 2 do
             local id, spoke = silent[index], silent[index + 1]
-            redis.call('ZREM', in_state(state), id)
-            redis.call('HSET', source(id), 'status', stale)
-            redis.call('ZADD', in_state(stale), spoke, id)
-            redis.call('SADD', states, stale)
+            leave(state, id)
+            if redis.call('EXISTS', source(id)) == 1 then
+                redis.call('HSET', source(id), 'status', stale)
+                enter(stale, spoke, id)
+            end
             made_stale = made_stale + 1
         end
     end
