@@ -124,7 +124,7 @@ class _Load:
         async def publishing() -> None:
             nonlocal wrong
             for worker in waiting:
-                done = await self._publish(_publication(worker, tensors), worker)
+                done = await _tried(self._publish(_publication(worker, tensors), worker))
                 wrong += not done  # read after the wait, in which others add theirs
 
         await asyncio.gather(*(publishing() for _ in range(8)))
@@ -133,7 +133,7 @@ class _Load:
     async def publish_in_turn(self, times: int, tensors: int) -> Mapping[str, Any]:
         """Publish one worker over and over; a time begins before the message is serialised."""
         request = _publication(0, tensors)
-        return {**await _in_turn(times, lambda _: self._publish(request, 0)), "bytes": request.ByteSize()}
+        return {**await _in_turn(times, lambda _: _tried(self._publish(request, 0))), "bytes": request.ByteSize()}
 
     async def list_in_turn(self, times: int, workers: int) -> Mapping[str, Any]:
         """List the sources of one identity after the other."""
@@ -162,11 +162,7 @@ class _Load:
         random.Random(workers).shuffle(order)
 
         async def one(number: int) -> bool:
-            try:
-                return await call(order[number % workers])
-            except grpc.aio.AioRpcError as exc:
-                _failures[f"{exc.code().name}: {exc.details()}"] += 1
-                return False
+            return await _tried(call(order[number % workers]))
 
         return one
 
@@ -210,6 +206,15 @@ def _figures(latencies: Sequence[float], wrong: int, seconds: float) -> Mapping[
         "rate": len(ordered) / seconds,
         "wrong": wrong,
     }
+
+
+async def _tried(call: Awaitable[bool]) -> bool:
+    """Whether the answer was right; a call that fails was not, and its reason is counted."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as exc:
+        _failures[f"{exc.code().name}: {exc.details()}"] += 1
+        return False
 
 
 async def _in_turn(times: int, call: _Call) -> Mapping[str, Any]:

@@ -258,11 +258,11 @@ class Peer:
         topology: Where it is, and what else it says of itself.
     """
 
-    source_id: str
-    worker_id: str
+    source_id: str = field(validator=attrs.validators.instance_of(str))
+    worker_id: str = field(validator=attrs.validators.instance_of(str))
     worker_rank: int = 0
     accelerator: str = ""
-    load: float | None = None
+    load: float | None = field(default=None, converter=attrs.converters.optional(float))
     updated_at_ms: int = 0
     topology: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
 
@@ -277,6 +277,6 @@ class Candidate:
         peer: The worker whose memory it is; None for all other places.
     """
 
-    uri: ModelURI
-    origin: str = "caller"
-    peer: Peer | None = None
+    uri: ModelURI = field(validator=attrs.validators.instance_of(ModelURI))
+    origin: str = field(default="caller", validator=attrs.validators.instance_of(str))
+    peer: Peer | None = field(default=None, validator=attrs.validators.optional(attrs.validators.instance_of(Peer)))

@@ -21,6 +21,7 @@ class ServerClient(Client):
         url: Where it is: ``host:port``, or a URL; ``https://`` is TLS.
         deadline_seconds: How long each call may take, retries included.
         security: Certificates and token; by default those of this system, and the token at the usual place.
+        retries: Whether calls that find no server are made again, within their deadline.
 
     Raises:
         InvalidURIError: By the constructor, where ``url`` is no address.
@@ -28,8 +29,12 @@ class ServerClient(Client):
         BackendError: By each call: unavailable, access denied, deadline, unsupported.
     """
 
-    def __init__(self, url: str, *, deadline_seconds: float = 10.0, security: Security | None = None) -> None:
-        super().__init__(url, (HEALTH, P2P), deadline_seconds=deadline_seconds, security=security or Security())
+    def __init__(
+        self, url: str, *, deadline_seconds: float = 10.0, security: Security | None = None, retries: bool = True
+    ) -> None:
+        super().__init__(
+            url, (HEALTH, P2P), deadline_seconds=deadline_seconds, security=security or Security(), retries=retries
+        )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, *, url: str | None = None) -> ServerClient:
@@ -44,8 +49,13 @@ class ServerClient(Client):
         return cls(url or address.url, deadline_seconds=address.deadline_seconds, security=security)
 
     def another(self) -> ServerClient:
-        """A connection of its own to the same server: it shares no lock with this one, and is closed by itself."""
-        return ServerClient(str(self._endpoint), deadline_seconds=self._deadline_seconds, security=self._security)
+        """A connection of its own to the same server, for who tries again by themselves.
+
+        It shares no lock with this one, and is closed by itself.
+        """
+        return ServerClient(
+            str(self._endpoint), deadline_seconds=self._deadline_seconds, security=self._security, retries=False
+        )
 
     def health(self) -> health_pb2.GetHealthResponse:
         """Version, status and uptime of the server."""

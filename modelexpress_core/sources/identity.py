@@ -169,7 +169,12 @@ def own_identity(
     import torch
 
     device = next((tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"), torch.device("cpu"))
-    extra = {**details.pop("extra_parameters", {}), "layout_signature": layout_digest(tensor_layouts(tensors))}
+    given = details.pop("extra_parameters", {})
+    taken = sorted(key for key in given if key.lower() == "layout_signature")
+    if taken:
+        message = f"extra_parameters has {', '.join(taken)}, which is made of the tensors"
+        raise ValueError(message)
+    extra = {**given, "layout_signature": layout_digest(tensor_layouts(tensors))}
     return SourceIdentity(
         model_name,
         backend_framework=engine,

@@ -5,6 +5,7 @@ The names are those that dashboards for existing clients know.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ _SECONDS_BUCKETS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 @cache
 def source_metrics() -> SourceMetrics:
     """Those of this process, in the default registry; they count nothing where prometheus-client is not installed."""
+    if importlib.util.find_spec("modelexpress") is not None:
+        return SourceMetrics(
+            None
+        )  # the existing client counts under these names, and counts nothing where it is second
     try:
         import prometheus_client
     except ImportError:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from modelexpress_core.errors import PlacementError
+from modelexpress_core.errors import ModelExpressError, PlacementError, SettingsError
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.discovery.server import TRANSPORTS_KEY
@@ -34,8 +34,15 @@ def tensor_descriptors(tensors: Mapping[str, torch.Tensor]) -> Sequence[p2p_pb2.
     Raises:
         PlacementError: One has no memory (it is on the meta device, say).
     """
+    import torch
+
     described = []
     for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
+            message = f"{name} does not lie in memory as it is read: {tensor.layout}, or a conjugate or negative view"
+            raise PlacementError(
+                message, tensor=name, hint="offer dense tensors; resolve_conj and resolve_neg make them"
+            )
         elements = 0 if tensor.numel() == 0 else 1
         if elements:
             elements += sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -87,7 +94,7 @@ class Offer:
         *,
         worker_rank: int = 0,
         device: int = 0,
-        transports: Sequence[str] = (),
+        transports: Sequence[str],
         nixl_metadata: bytes = b"",
         load: Callable[[], float | None] | None = None,
         worker_id: str | None = None,
@@ -105,9 +112,10 @@ class Offer:
             worker_rank=worker_rank,
             accelerator=identity.gpu_arch,
         )
+        self._pid = os.getpid()
         with contextlib.ExitStack() as opened:
             client = opened.enter_context(ServerClient.from_env(environ))
-            port = settings.port + device if settings.port else 0
+            port = _port(settings, device)
             self._server = opened.enter_context(
                 WorkerServer(manifest, f"{_ANY}:{port}", tls=tls, auth=auth, lease_seconds=settings.lease_seconds)
             )
@@ -121,7 +129,7 @@ class Offer:
                     worker_rank=worker_rank,
                     worker_grpc_endpoint=self.endpoint,
                     accelerator=identity.gpu_arch,
-                    topology={TRANSPORTS_KEY: ",".join(transports)} if transports else {},
+                    topology={TRANSPORTS_KEY: ",".join(transports)},
                     nixl_metadata=nixl_metadata,
                 ),
                 self.worker_id,
@@ -138,12 +146,22 @@ class Offer:
         self.close()
 
     def start(self) -> None:
-        """Publish; also see to it that the record is withdrawn when the process ends otherwise."""
-        self._publisher.start()
+        """Publish; also see to it that the record is withdrawn when the process ends otherwise.
+
+        Does nothing a second time.
+        """
         withdraw_on_exit(self._publisher)
+        self._publisher.start()
 
     def ready(self) -> None:
-        """Others may read from now on."""
+        """Others may read from now on.
+
+        Raises:
+            ModelExpressError: The offer was drained.
+        """
+        if self.leases.draining:
+            message = f"the offer of worker {self.worker_id} was drained, and cannot be read again"
+            raise ModelExpressError(message, hint="make a new Offer once the weights are as they stay")
         self._publisher.ready()
 
     @property
@@ -157,17 +175,36 @@ class Offer:
         return self._server.leases
 
     def drain(self) -> bool:
-        """Take the record back, and wait for readers; whether all have ended within ``MX_WORKER_DRAIN_SECONDS``."""
+        """Take the record back, and wait for readers; whether all have ended within ``MX_WORKER_DRAIN_SECONDS``.
+
+        Those that have not are told that what they read cannot be trusted. In a forked child nothing is done: the
+        parent goes on.
+        """
+        if os.getpid() != self._pid:
+            return True
         self._publisher.withdraw()
         return self._server.drain(self._drain_seconds)
 
     def close(self) -> None:
         """Drain, and end."""
+        if os.getpid() != self._pid:
+            return
         try:
             self.drain()
         finally:
             self._closing.close()
 
+
+def _port(settings: WorkerSettings, device: int) -> int:
+    """Where the service of ``device`` listens; 0 for any free port."""
+    port = settings.port + device if settings.port else 0
+    if device < 0 or port > _LAST_PORT:
+        message = f"there is no port for device {device}: MX_WORKER_GRPC_PORT is {settings.port}"
+        raise SettingsError(message, hint="set MX_WORKER_GRPC_PORT so that those of all devices come before 65536")
+    return port
+
+
+_LAST_PORT = 65535
 
 _ANY = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - workers of other hosts call it
 

@@ -10,6 +10,8 @@ import atexit
 import contextlib
 import logging
 import math
+import multiprocessing
+import multiprocessing.util
 import os
 import random
 import signal
@@ -40,10 +42,14 @@ _STALE = p2p_pb2.SOURCE_STATUS_STALE
 _WORDS = {_INITIALIZING: "initializing", _READY: "ready", _STALE: "stale"}
 
 #: First bound of the time until a failed turn is taken again.
-_BASE_SECONDS = 0.1
+_BASE_SECONDS = 0.2
 
 #: Highest bound, as a part of the interval: where a server comes back, so do all its workers, well within one interval.
-_CAP_OF_INTERVAL = 0.1
+#: High enough that a fleet that cannot be served asks a few times an interval, and does not keep its server down.
+_CAP_OF_INTERVAL = 1 / 3
+
+#: The random numbers of the operating system: engines seed Python's own, all with the same number.
+_RANDOM = random.SystemRandom()
 
 #: How long a worker that ends waits for its record to be taken back.
 _WITHDRAWAL_SECONDS = 2.0
@@ -89,7 +95,8 @@ class Publisher:
         worker_id: Who it is: a name that no other process uses.
         interval_seconds: Time between heartbeats, ``PublishingSettings.interval_seconds`` as a rule.
         load: How busy the worker is, from 0 to 1, or None where it cannot say. Called for each heartbeat by the
-            publisher's own thread: it has to be quick.
+            publisher's own thread: it has to be quick, and takes no lock, which a thread that SIGTERM interrupts may
+            hold.
 
     Raises:
         ValueError: By the constructor, for an interval that is not above zero. Nothing else raises: what goes wrong
@@ -107,7 +114,7 @@ class Publisher:
         interval_seconds: float = 30.0,
         load: Callable[[], float | None] | None = None,
     ) -> None:
-        if not interval_seconds > 0:
+        if not 0 < interval_seconds < math.inf:
             message = f"interval_seconds is {interval_seconds!r}, which is no time between heartbeats"
             raise ValueError(message)
         # One of its own: a signal may come while the main thread holds a lock of the other, and the last words, which
@@ -141,14 +148,16 @@ class Publisher:
         self.withdraw()
 
     def start(self) -> None:
-        """Publish the worker as initializing, and go on from there; returns at once."""
-        self._pid = os.getpid()
-        self._thread.start()
+        """Publish the worker as initializing, and go on from there; returns at once. Does nothing a second time."""
+        if self._thread.ident is None:
+            self._pid = os.getpid()
+            self._thread.start()
 
     def ready(self) -> None:
         """Others may read the worker from now on: told at once. Changes nothing after ``withdraw``."""
-        self._ready = True
-        self._wake.put(None)
+        if not self._ready:
+            self._ready = True
+            self._wake.put(None)
 
     @property
     def state(self) -> PublishingState:
@@ -187,18 +196,23 @@ class Publisher:
     # The thread.
 
     def _run(self) -> None:
+        try:
+            self._talk()
+        finally:
+            self._ended = True
+            self._client.close()
+
+    def _talk(self) -> None:
         beat_at: float | None = None
         while self._withdraw_by is None:
             retry_seconds = self._turn()
             if beat_at is None:  # the fleet was started together, and is not to speak in step
-                beat_at = time.monotonic() + random.uniform(0, self._interval_seconds)  # noqa: S311 - no secret
+                beat_at = time.monotonic() + _RANDOM.uniform(0, self._interval_seconds)
             while beat_at <= time.monotonic():
                 beat_at += self._interval_seconds
             pause = beat_at - time.monotonic()
             self._pause(pause if retry_seconds is None else min(pause, retry_seconds))
         self._mark_stale(self._withdraw_by)
-        self._ended = True
-        self._client.close()
 
     def _pause(self, seconds: float) -> None:
         with contextlib.suppress(Empty):
@@ -257,7 +271,7 @@ class Publisher:
         try:
             load = self._load()
             load = None if load is None else float(load)
-        except Exception as exc:  # noqa: BLE001 - what is not known is not told
+        except BaseException as exc:  # noqa: BLE001 - also SystemExit: no load ends the heartbeats
             if not self._load_failed:
                 _log.warning("heartbeats of worker %s go without its load: %r", self._worker_id, exc, exc_info=exc)
             self._load_failed = True
@@ -284,7 +298,7 @@ class Publisher:
         if not retryable:
             return None
         cap = self._interval_seconds * _CAP_OF_INTERVAL
-        return random.uniform(0, min(cap, _BASE_SECONDS * 2 ** min(in_a_row - 1, 30)))  # noqa: S311 - as above
+        return _RANDOM.uniform(0, min(cap, _BASE_SECONDS * 2 ** min(in_a_row - 1, 30)))
 
     def _mark_stale(self, until: float) -> None:
         """The last words, which are tried once at least."""
@@ -301,8 +315,11 @@ class Publisher:
                 return
 
 
-#: Publishers to withdraw when the process ends.
-_publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
+#: Publishers to withdraw when the process ends: replaced as a whole, since a signal handler may read it at any time.
+_publishers: tuple[weakref.ref[Publisher], ...] = ()
+
+#: The process in which exits are watched.
+_watched_pid: int | None = None
 
 
 def withdraw_on_exit(publisher: Publisher) -> None:
@@ -316,9 +333,9 @@ def withdraw_on_exit(publisher: Publisher) -> None:
     Args:
         publisher: One that is started. It is withdrawn in the process that called this, not in forked children.
     """
-    if not _publishers:
-        atexit.register(_withdraw_all)
-    _publishers.add(publisher)
+    global _publishers  # noqa: PLW0603 - there is one end of a process
+    _publishers = (*(each for each in _publishers if each() is not None), weakref.ref(publisher))
+    _watch_exit()
     if threading.current_thread() is not threading.main_thread():
         _log.debug("not in the main thread: worker records are not withdrawn on SIGTERM")
         return
@@ -327,6 +344,17 @@ def withdraw_on_exit(publisher: Publisher) -> None:
     if previous in {signal.SIG_IGN, None} or isinstance(previous, _OnTermination):
         return
     signal.signal(signal.SIGTERM, _OnTermination(previous))
+
+
+def _watch_exit() -> None:
+    """Once for each process. Children that multiprocessing forks end without ``atexit``, and by a way of their own."""
+    global _watched_pid  # noqa: PLW0603 - as above
+    if _watched_pid == os.getpid():
+        return
+    _watched_pid = os.getpid()
+    atexit.register(_withdraw_all)
+    if multiprocessing.parent_process() is not None:
+        multiprocessing.util.Finalize(None, _withdraw_all, exitpriority=0)
 
 
 class _OnTermination:
@@ -348,7 +376,7 @@ class _OnTermination:
 
 
 def _withdraw_all() -> None:
-    publishers = list(_publishers)
+    publishers = [publisher for publisher in (each() for each in _publishers) if publisher is not None]
     until = time.monotonic() + _WITHDRAWAL_SECONDS
     for publisher in publishers:
         publisher._begin_withdrawal(_WITHDRAWAL_SECONDS)  # noqa: SLF001 - the other half of the publisher

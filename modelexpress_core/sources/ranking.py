@@ -31,6 +31,9 @@ _TRANSPORTS = ("nixl", "grpc")
 #: Schemes of the server's cache, which comes after peers.
 _CACHES = ("mx", "mxs")
 
+#: The random numbers of the operating system: engines seed Python's own, all with the same number.
+_RANDOM = random.SystemRandom()
+
 #: A float holds this many bits exactly, and one more for the half that keeps it from 0 and 1.
 _BITS = 52
 
@@ -69,7 +72,7 @@ def _kind(candidate: Candidate) -> int:
 
 
 def _shuffled(_reader: str, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-    return random.sample(candidates, len(candidates))
+    return _RANDOM.sample(candidates, len(candidates))
 
 
 def _by_hash(reader: str, candidates: Sequence[Candidate]) -> Sequence[Candidate]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
+
 from attrs import frozen
 
 from modelexpress_core.settings import env, names, seconds, tcp_port
@@ -45,6 +48,21 @@ def _shown(uris: tuple[str, ...]) -> str:
     return ",".join(map(redacted, uris))
 
 
+def _host(text: str) -> str:
+    """A name or an address, IPv6 with brackets, as it stands before a port."""
+    host = text.strip()
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if ":" in bare:
+        try:
+            return f"[{ipaddress.IPv6Address(bare)}]"
+        except ValueError:
+            bare = ""
+    if not re.fullmatch(r"[^\s/:@\[\]]+", bare):
+        reason = "expected a host name or an address, without scheme and port"
+        raise ValueError(reason)
+    return bare
+
+
 @frozen
 class ServerAddress:
     """The server that knows who holds what."""
@@ -79,6 +97,7 @@ class WorkerSettings:
     host: str | None = env(
         "MX_WORKER_HOST",
         default=None,
+        converter=_host,
         help="Name or address by which other workers reach this one; unset: the address of the way to the server.",
     )
     port: int = env(

@@ -46,7 +46,10 @@ class WorkerClient(Client):
     """
 
     def __init__(self, url: str, *, deadline_seconds: float = 10.0, security: Security | None = None) -> None:
-        super().__init__(url, (WORKER,), deadline_seconds=deadline_seconds, security=security or Security())
+        # A worker that does not answer, or drains, will not serve this reader: the next peer will.
+        super().__init__(
+            url, (WORKER,), deadline_seconds=deadline_seconds, security=security or Security(), retries=False
+        )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, *, url: str) -> WorkerClient:

@@ -45,6 +45,7 @@ class Leases:
         self._seconds = seconds
         self._clock = clock
         self._until: dict[str, float] = {}
+        #: Those that were given back, until they would have ended: whoever gives one back twice is answered alike.
         self._returned: dict[str, float] = {}
         self._draining = False
         self._changed = threading.Condition()
@@ -82,13 +83,17 @@ class Leases:
             return self._count()
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Grant no more, and wait for those that are out; whether all came back in time."""
+        """Grant no more, and wait for those that are out; whether all came back in time.
+
+        Those that did not have ended: their readers are told so when they give them back.
+        """
         deadline = self._clock() + timeout_seconds
         with self._changed:
             self._draining = True
             while self._count():
                 now = self._clock()
                 if now >= deadline:
+                    self._until.clear()
                     return False
                 self._changed.wait(min(deadline, *self._until.values()) - now)
             return True

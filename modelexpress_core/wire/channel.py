@@ -52,9 +52,6 @@ _OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
 )
 
-#: Channels with the same credentials would share a connection, also one that stands since before they changed.
-_SECURE_OPTIONS = (*_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
-
 
 @frozen
 class Endpoint:
@@ -89,13 +86,14 @@ class Endpoint:
 class Connection:
     """Calls of one server over a channel that is opened anew when certificates have changed. Thread-safe.
 
-    Nothing is sent before the first call. Calls that find no server are made again, within their deadline.
+    Nothing is sent before the first call.
 
     Args:
         endpoint: The server.
         services: What is called.
         tls: Files of TLS, where the endpoint speaks it.
         token: Where the token is that is sent, if any.
+        retries: Whether calls that find no server are made again, within their deadline.
 
     Raises:
         SettingsError: Files of TLS make no sense.
@@ -108,9 +106,11 @@ class Connection:
         *,
         tls: TlsSettings | None = None,
         token: TokenSettings | None = None,
+        retries: bool = True,
     ) -> None:
         self.endpoint = endpoint
         self._services = tuple(services)
+        self._retries = retries
         self._tls = ClientTls(tls or TlsSettings()) if endpoint.tls else None
         self._token = None if token is None else TokenFile(token.path)
         self._lock = threading.Lock()
@@ -138,7 +138,7 @@ class Connection:
             credentials, changed = (None, False) if self._tls is None else self._tls.credentials()
             if self._channel is None or changed:
                 # The channel before is left to the calls that are under way on it.
-                self._channel = open_channel(self.endpoint, credentials)
+                self._channel = open_channel(self.endpoint, credentials, retries=self._retries)
                 self._stubs = {each.name: stub(each, self._channel) for each in self._services}
             return self._stubs[service.name]
 
@@ -182,9 +182,20 @@ class TokenFile:
         return token.decode("ascii")
 
 
-def open_channel(endpoint: Endpoint, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
-    """A channel to ``endpoint``; nothing is sent before the first call. Calls that find no server are made again."""
+def open_channel(
+    endpoint: Endpoint, credentials: grpc.ChannelCredentials | None = None, *, retries: bool = True
+) -> grpc.Channel:
+    """A channel to ``endpoint``; nothing is sent before the first call.
+
+    Args:
+        endpoint: The server.
+        credentials: Of TLS, where the endpoint speaks it; by default what gRPC knows.
+        retries: Whether calls that find no server are made again, within their deadline.
+    """
+    options = [*_OPTIONS, ("grpc.enable_retries", int(retries))]
     if endpoint.tls:
+        # Channels with the same credentials would share a connection, also one that stands since before they changed.
+        options.append(("grpc.use_local_subchannel_pool", 1))
         known = credentials or grpc.ssl_channel_credentials()
-        return traced(grpc.secure_channel(endpoint.target, known, options=_SECURE_OPTIONS))
-    return traced(grpc.insecure_channel(endpoint.target, options=_OPTIONS))
+        return traced(grpc.secure_channel(endpoint.target, known, options=options))
+    return traced(grpc.insecure_channel(endpoint.target, options=options))

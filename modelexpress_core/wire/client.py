@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["Client", "Security"]
 
 _Code = grpc.StatusCode
+
+#: A server that cannot be called is looked at this often at most.
+_LOOK_SECONDS = 1.0
 
 #: Error and likely cause for each status that has one of its own.
 _ERRORS: dict[grpc.StatusCode, tuple[type[BackendError], str, str]] = {
@@ -107,6 +112,7 @@ class Client:
         services: What is called.
         deadline_seconds: How long each call may take, retries included.
         security: Certificates and token.
+        retries: Whether calls that find no server are made again, within their deadline.
 
     Raises:
         InvalidURIError: By the constructor, where ``url`` is no address.
@@ -114,11 +120,20 @@ class Client:
         BackendError: By each call: unavailable, access denied, deadline, unsupported.
     """
 
-    def __init__(self, url: str, services: Iterable[Service], *, deadline_seconds: float, security: Security) -> None:
+    def __init__(
+        self,
+        url: str,
+        services: Iterable[Service],
+        *,
+        deadline_seconds: float,
+        security: Security,
+        retries: bool = True,
+    ) -> None:
         self._endpoint = Endpoint.parse(url)
         self._deadline_seconds = deadline_seconds
         self._security = security
-        self._connection = Connection(self._endpoint, services, tls=security.tls, token=security.token)
+        self._connection = Connection(self._endpoint, services, tls=security.tls, token=security.token, retries=retries)
+        self._looked_at = -math.inf  # monotonic
 
     def __enter__(self) -> Self:
         return self
@@ -147,7 +162,10 @@ class Client:
     def _error(self, exc: Any, method: str) -> BackendError:  # noqa: ANN401 - annotations give it no code
         code = exc.code()
         error: BackendError | None = None
-        if code is _Code.UNAVAILABLE or code is _Code.DEADLINE_EXCEEDED:
+        now = time.monotonic()
+        # Not each time: where a fleet cannot be served, nobody is helped by more connections.
+        if code in {_Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED} and now - self._looked_at >= _LOOK_SECONDS:
+            self._looked_at = now
             error = diagnose(self._endpoint, self._security.tls)
         if error is None:
             kind, cause, hint = _ERRORS.get(code, (BackendError, "", "look into the log of the server"))

@@ -64,7 +64,7 @@ def test_an_offer_from_a_gpu(start: Callable[..., Serving]) -> None:
     weights = _weights()
     identity = own_identity("acme/model", weights, engine=Engine.VLLM, engine_version="0.32")
     environ = {"MODEL_EXPRESS_URL": start().url, "MX_WORKER_GRPC_PORT": "0"}
-    with Offer(identity, weights, environ=environ, device=torch.cuda.current_device()) as offer:
+    with Offer(identity, weights, transports=["grpc"], environ=environ, device=torch.cuda.current_device()) as offer:
         offer.ready()
         with WorkerClient(offer.endpoint) as reader, reader.lease(identity.source_id, offer.worker_id) as lease:
             assert tensor_descriptors(weights) == list(lease.manifest.tensors)

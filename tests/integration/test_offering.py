@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from modelexpress_core.errors import PlacementError, UnavailableError
+from modelexpress_core.errors import (
+    ModelExpressError,
+    NotFoundError,
+    PlacementError,
+    SettingsError,
+    UnavailableError,
+)
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.sources.identity import Engine, own_identity
+from modelexpress_core.sources.identity import Engine, SourceIdentity, own_identity
 from modelexpress_core.sources.offering import Offer, tensor_descriptors
 from modelexpress_core.sources.worker_client import WorkerClient
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
@@ -63,7 +71,7 @@ def test_from_the_offer_to_the_lease(start: Start) -> None:
     serving = start()
     with (
         ServerClient(serving.url) as client,
-        Offer(_IDENTITY, _WEIGHTS, environ=environ(serving), load=lambda: 0.5) as offer,
+        Offer(_IDENTITY, _WEIGHTS, transports=["grpc"], environ=environ(serving), load=lambda: 0.5) as offer,
     ):
         assert eventually(lambda: status(client, offer.worker_id) == p2p_pb2.SOURCE_STATUS_INITIALIZING)
         offer.ready()
@@ -83,7 +91,7 @@ def test_from_the_offer_to_the_lease(start: Start) -> None:
 def test_the_end_waits_for_readers(start: Start) -> None:
     """The record is stale at once, while the memory stays until the last lease is back."""
     serving = start()
-    offer = Offer(_IDENTITY, _WEIGHTS, environ=environ(serving))
+    offer = Offer(_IDENTITY, _WEIGHTS, transports=["grpc"], environ=environ(serving))
     offer.start()
     offer.ready()
     with ServerClient(serving.url) as client, WorkerClient(offer.endpoint) as reader, ThreadPoolExecutor() as pool:
@@ -108,17 +116,112 @@ def test_tls_is_in_the_endpoint(start: Start, tmp_path: Path) -> None:
     files = {"MX_TLS_CA_PATH": str(tmp_path / "ca.pem"), "MX_TLS_CERT_PATH": pair, "MX_TLS_KEY_PATH": pair}
     serving = start(**files)
     variables = environ(serving, MODEL_EXPRESS_URL=f"https://{serving.url}", **files)
-    with Offer(_IDENTITY, _WEIGHTS, environ=variables) as offer:
+    with Offer(_IDENTITY, _WEIGHTS, transports=["grpc"], environ=variables) as offer:
         assert offer.endpoint.startswith("https://127.0.0.1:")
         with WorkerClient.from_env(variables, url=offer.endpoint) as reader:
             assert _IDENTITY.source_id == reader.manifest(_IDENTITY.source_id).mx_source_id
+
+
+def test_what_is_published_is_what_was_said(start: Start) -> None:
+    """Host, port of the device, transports, NIXL's metadata; and how long leases last."""
+    serving = start()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    variables = environ(
+        serving, MX_WORKER_HOST="::1", MX_WORKER_GRPC_PORT=str(port - 3), MX_WORKER_LEASE_SECONDS="0.05"
+    )
+    with (
+        ServerClient(serving.url) as client,
+        Offer(
+            _IDENTITY,
+            _WEIGHTS,
+            transports=["nixl", "grpc"],
+            device=3,
+            worker_rank=5,
+            nixl_metadata=b"agent",
+            environ=variables,
+        ) as offer,
+    ):
+        assert eventually(lambda: client.metadata(_IDENTITY.source_id, offer.worker_id).found)
+        said = client.metadata(_IDENTITY.source_id, offer.worker_id).worker
+        with (
+            WorkerClient(f"127.0.0.1:{port}") as reader,
+            pytest.raises(NotFoundError, match="may have changed"),
+            reader.lease(_IDENTITY.source_id),
+        ):
+            time.sleep(0.1)
+
+    assert f"[::1]:{port}" == said.worker_grpc_endpoint
+    assert (5, "nixl,grpc", b"agent") == (said.worker_rank, said.topology["mx_transports"], said.nixl_metadata)
+
+
+@pytest.mark.parametrize(
+    ("variables", "device", "said"),
+    [
+        ({"MX_WORKER_HOST": "http://worker"}, 0, "without scheme and port"),
+        ({"MX_WORKER_HOST": "10.0.0.1:6555"}, 0, "without scheme and port"),
+        ({"MX_WORKER_GRPC_PORT": "65535"}, 1, "no port for device 1"),
+        ({}, -1, "no port for device -1"),
+    ],
+)
+def test_where_no_worker_can_be_reached(variables: dict[str, str], device: int, said: str) -> None:
+    """Is told before anything is published."""
+    with pytest.raises(SettingsError, match=said):
+        Offer(_IDENTITY, _WEIGHTS, transports=["grpc"], device=device, environ=variables)
+
+
+def test_an_offer_is_made_once(start: Start) -> None:
+    """Starting it twice is starting it once; ending it twice, too; and one that was drained is not ready again."""
+    serving = start()
+    offer = Offer(_IDENTITY, _WEIGHTS, transports=["grpc"], environ=environ(serving))
+    offer.start()
+    with offer:
+        assert offer.drain()
+        with pytest.raises(ModelExpressError, match="make a new Offer"):
+            offer.ready()
+    offer.close()
+
+
+@pytest.mark.parametrize("way", ["return", "raise"])
+def test_children_of_multiprocessing_take_their_record_back(start: Start, way: str) -> None:
+    """Which end without what other processes run at their end."""
+    serving = start()
+    program = f"""
+import multiprocessing, os, time, torch
+from modelexpress_core.sources.identity import SourceIdentity
+from modelexpress_core.sources.offering import Offer
+def child():
+    offer = Offer(SourceIdentity("acme/other"), {{"w": torch.ones(4)}}, transports=["grpc"], worker_id="w-{way}")
+    offer.start()
+    offer.ready()
+    while offer.state.status != "ready":
+        time.sleep(0.01)
+    if {way == "raise"}:
+        raise ZeroDivisionError
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start()
+process.join()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, **environ(serving)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    with ServerClient(serving.url) as client:
+        found = client.metadata(SourceIdentity("acme/other").source_id, f"w-{way}")
+
+    assert found.found, done.stderr
+    assert STALE == found.worker.status
 
 
 _PROGRAM = """
 import sys, torch
 from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.sources.offering import Offer
-with Offer(SourceIdentity("acme/other"), {"w": torch.ones(4)}, worker_id="w-1") as offer:
+with Offer(SourceIdentity("acme/other"), {"w": torch.ones(4)}, transports=["grpc"], worker_id="w-1") as offer:
     offer.ready()
     print("offering", flush=True)
     sys.stdin.read()
@@ -127,8 +230,6 @@ with Offer(SourceIdentity("acme/other"), {"w": torch.ones(4)}, worker_id="w-1") 
 
 def test_sigterm_takes_the_record_back(start: Start) -> None:
     """At once, and the process ends as the signal says."""
-    from modelexpress_core.sources.identity import SourceIdentity
-
     serving = start()
     process = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM],

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -144,7 +145,7 @@ def test_outside_the_main_thread_only_exit_can_be_noticed() -> None:
         thread.start()
         thread.join()
 
-    assert publisher in publishing._publishers
+    assert publisher in [each() for each in publishing._publishers]
     assert before is signal.getsignal(signal.SIGTERM)
 
 
@@ -229,13 +230,42 @@ def test_after_a_long_outage_it_is_found_soon(start: Start) -> None:
         publisher.ready()
         assert eventually(lambda: publisher.state.status == "ready")
         serving.end()
-        assert eventually(lambda: publisher.state.failures_in_a_row >= 6)
+        assert eventually(lambda: publisher.state.failures_in_a_row >= 3)
         start("--port", port)
         restarted = time.monotonic()
         assert eventually(lambda: publisher.state.published == 2)
         took = time.monotonic() - restarted
 
     assert took < 5 + 2.5, f"{took:.2f} s"
+
+
+def test_an_outage_is_no_storm() -> None:
+    """A fleet that cannot be served asks a few times in each interval, and does not keep its server down."""
+    asked = Counter[str]()
+
+    def answer(_: bytes, context: grpc.ServicerContext) -> bytes:
+        asked["calls"] += 1
+        context.abort(grpc.StatusCode.UNAVAILABLE, "the store is away")
+        raise AssertionError
+
+    server = grpc.server(ThreadPoolExecutor(4))
+    handlers = {name: grpc.unary_unary_rpc_method_handler(answer) for name in P2P.methods}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(P2P.name, handlers)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with (
+            ServerClient(f"127.0.0.1:{port}") as client,
+            Publisher(client, _IDENTITY, _WORKER, "w", interval_seconds=3) as publisher,
+        ):
+            for _ in range(600):
+                publisher.ready()
+                time.sleep(0.01)
+            before_the_end = asked["calls"]
+    finally:
+        server.stop(None).wait()
+
+    assert 2 <= before_the_end < 40
 
 
 def test_an_outage_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

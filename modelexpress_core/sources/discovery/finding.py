@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 
 import attrs
 
@@ -88,11 +87,14 @@ def _ask(plugins: PluginManager, environ: Mapping[str, str], request: LoadReques
         raise SettingsError(message, hint=exc.hint) from exc
     try:
         _, discovery = plugins.open_discovery(uri, environ)
-        with closing(discovery):
-            candidates = tuple(discovery.candidates(request))
-        yield from (candidate for candidate in candidates if _is_candidate(candidate, uri))
     except SettingsError:
         raise
+    except ModelExpressError as exc:
+        _log.warning("going on without what %s knows, because it cannot be asked: %s", uri, exc)
+        return
+    try:
+        candidates = tuple(discovery.candidates(request))
+        yield from (candidate for candidate in candidates if _is_candidate(candidate, uri))
     except ModelExpressError as exc:
         _log.warning("going on without what %s knows, because it cannot be asked: %s", uri, exc)
     except Exception as exc:  # noqa: BLE001 - of a plugin, which must not keep a load from the place it was given
@@ -103,6 +105,11 @@ def _ask(plugins: PluginManager, environ: Mapping[str, str], request: LoadReques
             exc,
             exc_info=exc,
         )
+    finally:
+        try:
+            discovery.close()
+        except Exception as exc:  # noqa: BLE001 - likewise
+            _log.warning("%s does not close: %s: %s", uri, type(exc).__name__, exc)
 
 
 def _is_candidate(candidate: object, uri: ModelURI) -> bool:

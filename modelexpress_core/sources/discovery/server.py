@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from modelexpress_core.errors import ModelExpressError, SettingsError
 from modelexpress_core.providers import Candidate, LoadRequest, Peer
-from modelexpress_core.settings import from_env
+from modelexpress_core.settings import boolean, from_env
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.metrics import source_metrics
 from modelexpress_core.sources.settings import ServerAddress
@@ -100,6 +100,10 @@ def open_server(uri: ModelURI, settings: Mapping[str, str]) -> ServerDiscovery:
     if uri.path or uri.userinfo or uri.query.keys() - {"tls"} or (uri.query and not uri.authority):
         message = f"no address of a server: {uri}"
         raise SettingsError(message, hint="write server://, server://host:port, or server://host:port?tls=1")
-    scheme = "https" if uri.query.get("tls", "0") not in {"", "0"} else "http"
+    try:
+        scheme = "https" if boolean(uri.query.get("tls", "0")) else "http"
+    except ValueError as exc:
+        message = f"{uri} does not say whether the server speaks TLS: {exc}"
+        raise SettingsError(message, hint="write server://host:port?tls=1") from exc
     url = f"{scheme}://{uri.authority}" if uri.authority else address.url
     return ServerDiscovery(ServerClient.from_env(settings, url=url), Endpoint.parse(url))
