@@ -152,6 +152,39 @@ def test_a_discovery_that_fails_is_passed_over(
     assert said in caplog.text
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Candidate("nixl://s/id/w"),  # type: ignore[arg-type]
+        lambda: Candidate(_URI, "test", "w"),  # type: ignore[arg-type]
+        lambda: Peer("id", 7),  # type: ignore[arg-type]
+        lambda: Peer("id", "w", load="much"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_candidate_is_found_out_where_it_is_made(make: Callable[[], object]) -> None:
+    """In the plugin, which is passed over, and not while peers are put in order."""
+    with pytest.raises((TypeError, ValueError)):
+        make()
+    assert [str(_URI)] == found(Discovering(lambda _: [make()]))
+
+
+def test_a_load_that_is_a_text_is_a_number() -> None:
+    """As tables and JSON have it."""
+    assert 0.5 == Peer("id", "w", load="0.5").load  # type: ignore[arg-type]
+
+
+def test_a_discovery_that_does_not_close_has_said_what_it_knows(caplog: pytest.LogCaptureFixture) -> None:
+    """What it named is not lost."""
+
+    class Clinging(Discovering):
+        def close(self) -> None:
+            reason = "no"
+            raise RuntimeError(reason)
+
+    assert ["nixl://server:8001/id/w", str(_URI)] == found(Clinging(lambda _: [peer("w")]))
+    assert "does not close" in caplog.text
+
+
 def test_a_discovery_that_is_not_there_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
     """With what there is, and what to do."""
     assert ["memory://host/model"] == found(Discovering(lambda _: ()), MX_METADATA_BACKEND="k8s-service")
