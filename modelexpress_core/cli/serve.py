@@ -130,14 +130,8 @@ def _complete(config: Config) -> tuple[Config, list[str]]:
         else:
             config = config.with_fallback(ServerSettings, {"metadata": usual} if usual else {})
     metadata, source = config.usable(ServerSettings).get("metadata", ("memory://", ""))
-    if has_stray_password(metadata):
-        hint = "percent-encode the password: / is %2F, ? is %3F, # is %23, @ is %40"
-        problems.append(f"metadata (from {source}): an at sign after the host (the value is not shown); {hint}")
-    else:
-        try:
-            ModelURI.parse(metadata)
-        except InvalidURIError as exc:
-            problems.append(f"metadata (from {source}): {_told(exc)}")
+    wrong = _wrong_with_uri(metadata)
+    problems += [f"metadata (from {source}): {wrong}"] if wrong else []
     try:
         auth, tls = config.get(AuthSettings), config.get(TlsSettings)
     except SettingsError:  # which is told as it is
@@ -147,6 +141,18 @@ def _complete(config: Config) -> tuple[Config, list[str]]:
     except SettingsError as exc:
         problems.append(_told(exc))
     return config, problems
+
+
+def _wrong_with_uri(metadata: str) -> str:
+    """Why ``metadata`` names no metadata store, without secrets; empty where it may name one."""
+    if has_stray_password(metadata):
+        hint = "percent-encode the password: / is %2F, ? is %3F, # is %23, @ is %40"
+        return f"an at sign after the host (the value is not shown); {hint}"
+    try:
+        ModelURI.parse(metadata)
+    except InvalidURIError as exc:
+        return _told(exc)
+    return "" if "://" in metadata else "no URI (the value is not shown); write it as redis://host:6379/0 is written"
 
 
 def _told(exc: ModelExpressError) -> str:

@@ -45,6 +45,7 @@ def test_a_file_configures_the_server(start: Start, config: Callable[[str], str]
             assert "ok" == client.health().status
         _, said = serving.ended()
         assert said.startswith("{")
+        assert '"answered: everybody; TLS: no"' in said
 
 
 def test_a_wrong_file_stops_the_server(mx: Command, config: Callable[[str], str]) -> None:
@@ -99,6 +100,7 @@ def test_all_that_is_wrong_is_one_message(mx: Command, config: Callable[[str], s
         environ={"MX_METADATA_URI": f"redis:{_SECRET}@host:6379/0", "MX_DRAIN_SECONDS": "1e306"},
     )
     backend = mx("serve", environ={"MX_METADATA_BACKEND": "etcd", "MX_GC_TIMEOUT_SECS": "-1"})
+    path_of_none = mx("serve", "--metadata", f"redis:{_SECRET}@host:6379")
 
     for part in (
         "line 1: port: 'many': expected a whole number",
@@ -110,7 +112,9 @@ def test_all_that_is_wrong_is_one_message(mx: Command, config: Callable[[str], s
     assert _SECRET not in done.stderr
     for part in ("there are memory, redis, kubernetes", "MX_GC_TIMEOUT_SECS='-1'"):
         assert part in backend.stderr
-    assert (1, 1) == (done.returncode, backend.returncode)
+    assert "metadata (from --metadata): no URI (the value is not shown)" in path_of_none.stderr
+    assert _SECRET not in path_of_none.stderr
+    assert (1, 1, 1) == (done.returncode, backend.returncode, path_of_none.returncode)
 
 
 def test_checking_looks_at_files(mx: Command, config: Callable[[str], str], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.server.config import Config, read_config
 from modelexpress_core.server.settings import LogSettings, ServerSettings, StoreVariables
-from modelexpress_core.settings import Given
+from modelexpress_core.settings import Given, describe
 from modelexpress_core.wire.settings import AuthSettings
 
 _SECTIONS = {"": ServerSettings, "log": LogSettings}
@@ -217,6 +217,17 @@ def test_a_backend_that_there_is_not() -> None:
     """Those that there are are named."""
     with pytest.raises(SettingsError, match="'etcd'; there are memory, redis, kubernetes"):
         StoreVariables(backend="etcd").metadata()
+
+
+def test_a_url_in_the_wrong_variable_is_not_shown() -> None:
+    """With the password in it, where a word or a host belongs."""
+    url = f"redis://:{_SECRET}@r"
+    rows = describe(StoreVariables, {"MX_METADATA_BACKEND": url, "MX_REDIS_HOST": url}, owner="x")
+    with pytest.raises(SettingsError) as raised:
+        StoreVariables(backend=url).metadata()
+
+    assert ["***@r", "***@r"] == [row.value for row in rows if row.source != "default"]
+    assert _SECRET not in str(raised.value) + repr(StoreVariables(backend=url, redis_host=url))
 
 
 def test_a_password_in_a_url_is_not_shown() -> None:
