@@ -173,7 +173,7 @@ class ServiceContext:
     """
 
     store: MetadataStore
-    settings: Mapping[str, str]
+    settings: Mapping[str, str] = field(repr=False)  # the environment, where secrets are
     closing: AsyncExitStack
 
     def handler(self, add_to_server: Callable[[Any, Any], None], servicer: object) -> Any:  # noqa: ANN401 - of gRPC

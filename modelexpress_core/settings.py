@@ -50,6 +50,7 @@ __all__ = [
     "seconds",
     "tcp_port",
     "unusable",
+    "usable",
     "variables",
     "warn_unknown_variables",
 ]
@@ -57,6 +58,9 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _METADATA = "modelexpress.env"
+
+#: Ten years. Clocks and timers of the system take no number of seconds that is much longer.
+_MOST_SECONDS = 10 * 365 * 86400
 
 #: Variables with our prefix that other parts of ModelExpress read, so that they are not called unknown.
 RESERVED_VARIABLES = frozenset(
@@ -128,11 +132,13 @@ class Written:
         value: As a reader of YAML, JSON or TOML returns it: text, number, switch, list or mapping.
         key: Where it stands in the file, for messages: ``"log.level"``.
         place: Where the file is and where it stands in it, for messages: ``"mx.yaml, line 3"``.
+        word: How a switch is written there (``"off"``), where that may also be meant as text; None for all else.
     """
 
     value: object = attrs.field(repr=False)
     key: str
     place: str
+    word: str | None = attrs.field(default=None, repr=False)
 
 
 @frozen
@@ -146,7 +152,7 @@ class Sources:
         fallback: What takes the place of defaults, by field.
     """
 
-    environ: Mapping[str, str]
+    environ: Mapping[str, str] = attrs.field(repr=False)  # where secrets are
     given: Mapping[str, Given] = attrs.field(factory=dict, kw_only=True)
     written: Mapping[str, Written] = attrs.field(factory=dict, kw_only=True)
     fallback: Mapping[str, Given] = attrs.field(factory=dict, kw_only=True)
@@ -199,13 +205,16 @@ def positive_integer(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A number of seconds greater than zero, with or without a trailing ``s``."""
+    """A number of seconds greater than zero, up to ten years, with or without a trailing ``s``."""
     try:
         value = float(text.strip().removesuffix("s"))
     except ValueError:
         value = 0.0
     if not 0 < value < float("inf"):
         reason = "expected a number of seconds greater than 0"
+        raise ValueError(reason)
+    if value > _MOST_SECONDS:
+        reason = f"expected a number of seconds of at most ten years ({_MOST_SECONDS})"
         raise ValueError(reason)
     return value
 
@@ -301,8 +310,16 @@ def unusable(cls: type, sources: Sources) -> tuple[str, ...]:
         try:
             cls(**reading.values)
         except SettingsError as exc:  # what only the class itself knows
-            return (exc.message,)
+            return (f"{exc.message}; {exc.hint}" if exc.hint else exc.message,)
     return tuple(reading.problems.values())
+
+
+def usable(cls: type, sources: Sources) -> Mapping[str, tuple[Any, str]]:
+    """The fields of ``cls`` that ``sources`` set to what can be used, each with its value and where that is from."""
+    reading = _read(cls, sources)
+    return {
+        name: (value, reading.origins[name]) for name, value in reading.values.items() if not reading.unusable(name)
+    }
 
 
 @frozen
@@ -331,10 +348,13 @@ def _read(cls: type, sources: Sources) -> _Reading:
             known(field, sources.fallback[field].value, sources.fallback[field].source)
         if field in sources.written:
             written = sources.written[field]
+            kind = _kind(hints[field])
+            # One word of several may be a switch in YAML: ``off``. Without a choice of words, no text is a switch.
+            value = written.word if kind is str and converter and written.word is not None else written.value
             try:
-                known(field, _from_data(written.value, hints[field], converter), written.place)
+                known(field, _from_data(value, kind, converter), written.place)
             except ValueError as exc:
-                problem = f"{written.place}: {written.key}: {_why(exc, written.value, variable)}"
+                problem = f"{written.place}: {written.key}: {_why(exc, value, variable)}"
                 reading.problems[field, written.place] = problem
         found = _text(variable, sources.environ)
         if found is not None:
@@ -384,15 +404,18 @@ _KINDS: Mapping[type, str] = {
 }
 
 
-def _from_data(value: object, hint: Any, converter: Callable[[str], Any] | None) -> Any:  # noqa: ANN401 - of any type
-    """``value``, as a file has it, for a field of the type ``hint``.
+def _kind(hint: Any) -> Any:  # noqa: ANN401 - of any type
+    """The type that values of a field with the type ``hint`` have, where they are not None."""
+    is_optional = type(None) in typing.get_args(hint)
+    return next(each for each in typing.get_args(hint) if each is not type(None)) if is_optional else hint
+
+
+def _from_data(value: object, kind: Any, converter: Callable[[str], Any] | None) -> Any:  # noqa: ANN401 - of any type
+    """``value``, as a file has it, for a field whose values are of the type ``kind``.
 
     Text does not pass for a number, unless it has a unit, and a number not for text. What the converter refuses in a
     variable it refuses here.
     """
-    kind = (
-        next((each for each in typing.get_args(hint) if each is not type(None)), hint) if _is_optional(hint) else hint
-    )
     origin = typing.get_origin(kind) or kind
     if value is None or value in ("", [], {}):
         message = "nothing stands there; leave the key out, or give it a value"
@@ -411,10 +434,6 @@ def _from_data(value: object, hint: Any, converter: Callable[[str], Any] | None)
     else:
         text = _checked(value, str)
     return converter(text) if converter else text
-
-
-def _is_optional(hint: object) -> bool:
-    return type(None) in typing.get_args(hint)
 
 
 def _checked(value: object, kind: type) -> Any:  # noqa: ANN401 - of the type ``kind``
@@ -447,12 +466,10 @@ def variables(cls: type) -> tuple[str, ...]:
 def describe(cls: type, environ: Mapping[str, str] | Sources, *, owner: str) -> tuple[SettingValue, ...]:
     """Every setting of ``cls`` with its value in ``environ``, where that came from, and what is wrong with it."""
     reading = _read(cls, environ if isinstance(environ, Sources) else Sources(environ))
-    values, wrong = reading.values, {name: reading.unusable(name) for name in keys(cls)}
-    try:
-        settings = cls(**values)
-    except SettingsError as exc:  # what only the class itself knows, which may concern any of its fields
-        wrong |= {name: exc.message for name in values if any(v in exc.message for v in _names_of(cls, name))}
-        settings = cls(**{name: value for name, value in values.items() if not wrong[name]})
+    wrong = {name: reading.unusable(name) for name in keys(cls)}
+    settings: Any
+    settings, concerned = _without_unusable(cls, reading.values)
+    wrong |= {name: wrong[name] or problem for name, problem in concerned.items()}
     rows = []
     for attribute, variable, _ in _fields(cls):
         problem = wrong[attribute.name]
@@ -467,8 +484,21 @@ def describe(cls: type, environ: Mapping[str, str] | Sources, *, owner: str) -> 
     return tuple(rows)
 
 
-def _names_of(cls: type, field: str) -> tuple[str, ...]:
-    return next(variable.names for attribute, variable, _ in _fields(cls) if attribute.name == field)
+def _without_unusable(cls: type[_T], values: Mapping[str, Any]) -> tuple[_T, Mapping[str, str]]:
+    """An instance of ``cls`` of those ``values`` that fit together, and what is wrong by field: of the others too."""
+    wrong: dict[str, str] = {}
+    while True:
+        try:
+            return cls(**values), wrong
+        except SettingsError as exc:  # what only the class itself knows, and tells with the variables' names
+            if not values:
+                raise
+            words = set(re.findall(r"\w+", exc.message))
+            named = {attribute.name for attribute, variable, _ in _fields(cls) if words.intersection(variable.names)}
+            if named.isdisjoint(values):
+                named = set(values)
+            wrong |= dict.fromkeys(named - set(wrong), exc.message)
+            values = {name: value for name, value in values.items() if name not in named}
 
 
 def _shown(value: object) -> str:

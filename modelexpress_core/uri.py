@@ -24,6 +24,9 @@ _URI = re.compile(
 )
 _ONE_SLASH = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?:/(?!/)|(?=[^/]+/))(?P<rest>.*)")
 
+#: What may be shown of a text before an at sign.
+_SCHEME_AND_SLASHES = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+")
+
 #: Shown as they are in a path: all but the percent sign, what ends a path, and control characters.
 _PLAIN_IN_PATH = "/ :@!$&'()*+,;=~[]{}|^<>\"`\\"
 
@@ -36,8 +39,14 @@ _PUBLIC_QUERY = frozenset({"region", "revision", "version", "versionId"})
 
 def _without_secrets(text: str) -> str:
     """``text``, which is no valid URI, without whatever in it may be user information or a query."""
+    before, at, rest = text.rpartition("@")
+    if at:
+        scheme = _SCHEME_AND_SLASHES.match(before)
+        text = f"{scheme[0] if scheme else ''}***"
+        # What stands behind an at sign in a query is of a query.
+        text += "" if "?" in before or "#" in before else f"@{rest}"
     start, mark, _ = text.partition("?")
-    return re.sub(r"^([^/]*:/+).*@", r"\1***@", start.partition("#")[0]) + (f"{mark}***" if mark else "")
+    return start.partition("#")[0] + (f"{mark}***" if mark else "")
 
 
 def _is_unsafe(text: str) -> bool:
@@ -168,11 +177,16 @@ class ModelURI:
 
 
 def redacted(text: str) -> str:
-    """``text`` as a URI with every possible credential hidden; ``"***"`` where it is none."""
+    """``text`` as a URI with every possible credential hidden.
+
+    ``"***"`` where it is none, and where an at sign stands in something without an authority: such as a URI that lacks
+    its slashes, which would be taken for a path.
+    """
     try:
-        return str(ModelURI.parse(text))
+        uri = ModelURI.parse(text)
     except InvalidURIError:
         return "***"
+    return "***" if "@" in text and not uri.authority else str(uri)
 
 
 def _refuse_slips(text: str) -> None:
@@ -182,7 +196,7 @@ def _refuse_slips(text: str) -> None:
         scheme, rest = slip["scheme"], slip["rest"]
         start = f"{scheme}:///" if scheme.lower() == "file" else f"{scheme}://"
         message = f"fewer than two slashes after the scheme: {_without_secrets(text)!r}"
-        raise InvalidURIError(message, hint=f"write {start}{_without_secrets(f':/{rest}')[2:]}")
+        raise InvalidURIError(message, hint=f"write {start}{_without_secrets(rest)}")
     if "://" in text:
         message = f"neither a URI nor a file: {_without_secrets(text)!r}"
         cause = "a URI starts with its scheme: a letter, then letters, digits, + . -"

@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -23,6 +24,7 @@ __all__ = [
     "exit_code",
     "package_missing",
     "print_json",
+    "printable",
     "progress_bars",
     "silence_grpc",
     "status_console",
@@ -32,6 +34,9 @@ _F = TypeVar("_F", bound=Callable[..., None])
 
 #: Columns where nobody's terminal says how many: enough that no name is cut.
 _WIDE = 200
+
+#: C0, DEL and C1.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
 
@@ -62,6 +67,11 @@ def progress_bars() -> Progress | None:
         console=status,
         transient=True,
     )
+
+
+def printable(text: str) -> str:
+    """``text`` with its control characters as escapes: those of others must not steer the terminal, nor forge lines."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def print_json(value: object) -> None:
@@ -116,7 +126,7 @@ def errors_reported(command: _F) -> _F:
 def _report(exc: ModelExpressError, *, as_json: bool) -> None:
     if as_json:
         print_json({"error": {"type": type(exc).__name__, "message": str(exc), "hint": exc.hint}})
-    first, *rest = str(exc).split("\n")
+    first, *rest = map(printable, str(exc).split("\n"))
     out = status_console()
     out.print("Error:", style="bold red", end=" ")
     out.print(first, markup=False, soft_wrap=True)

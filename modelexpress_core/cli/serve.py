@@ -24,7 +24,7 @@ from modelexpress_core.server.settings import (
     StoreVariables,
     has_stray_password,
 )
-from modelexpress_core.settings import Given, from_env
+from modelexpress_core.settings import Given, Sources, from_env, unusable
 from modelexpress_core.uri import ModelURI
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
 
@@ -114,27 +114,84 @@ def _settings(path: str | None, given: dict[str, Given]) -> Config:
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
     path = from_env(ConfigPath).path if path is None else path
-    config = read_config(_SECTIONS, os.environ, path=path, given=given, also=(StoreVariables, SpanSettings))
-    if "metadata" in config.defaults(ServerSettings):
-        usual = from_env(StoreVariables).metadata()
-        config = config.with_fallback(ServerSettings, {"metadata": usual} if usual else {})
-    config.get(AuthSettings).check(config.get(TlsSettings))
-    metadata = config.get(ServerSettings).metadata
-    source = dict(config.describe(CORE))["metadata"].source
-    wrong = f"settings that cannot be used:\n  metadata (from {source})"
+    return read_config(
+        _SECTIONS, os.environ, path=path, given=given, also=(StoreVariables, SpanSettings), complete=_complete
+    )
+
+
+def _complete(config: Config) -> tuple[Config, list[str]]:
+    """``config`` with the metadata that variables of existing deployments give, and what is wrong with all together."""
+    problems: list[str] = []
+    if "metadata" in config.defaults(ServerSettings) and not unusable(StoreVariables, Sources(os.environ)):
+        try:
+            usual = from_env(StoreVariables).metadata()
+        except SettingsError as exc:
+            problems.append(_told(exc))
+        else:
+            config = config.with_fallback(ServerSettings, {"metadata": usual} if usual else {})
+    metadata, source = config.usable(ServerSettings).get("metadata", ("memory://", ""))
+    wrong = _wrong_with_uri(metadata)
+    problems += [f"metadata (from {source}): {wrong}"] if wrong else []
+    try:
+        auth, tls = config.get(AuthSettings), config.get(TlsSettings)
+    except SettingsError:  # which is told as it is
+        return config, problems
+    try:
+        auth.check(tls)
+    except SettingsError as exc:
+        problems.append(_told(exc))
+    return config, problems
+
+
+def _wrong_with_uri(metadata: str) -> str:
+    """Why ``metadata`` names no metadata store, without secrets; empty where it may name one."""
     if has_stray_password(metadata):
-        message = f"{wrong}: an at sign after the host (the value is not shown)"
-        raise SettingsError(message, hint="percent-encode the password: / is %2F, ? is %3F, # is %23, @ is %40")
+        hint = "percent-encode the password: / is %2F, ? is %3F, # is %23, @ is %40"
+        return f"an at sign after the host (the value is not shown); {hint}"
     try:
         ModelURI.parse(metadata)
     except InvalidURIError as exc:
-        raise SettingsError(f"{wrong}: {exc.message}", hint=exc.hint) from exc
-    return config
+        return _told(exc)
+    return "" if "://" in metadata else "no URI (the value is not shown); write it as redis://host:6379/0 is written"
+
+
+def _told(exc: ModelExpressError) -> str:
+    """``exc`` as one line of a message."""
+    return f"{exc.message}; {exc.hint}" if exc.hint else exc.message
+
+
+def _look_at_files(tls: TlsSettings, auth: AuthSettings) -> None:
+    """Return where the server could use the files that settings name.
+
+    Raises:
+        SettingsError: One cannot be read, or makes no sense; all such are named.
+    """
+    try:
+        from modelexpress_core.wire.authentication import authenticator
+        from modelexpress_core.wire.tls import ClientTls, server_credentials
+    except ModuleNotFoundError as exc:
+        raise package_missing("the server", exc) from exc
+    problems = []
+    try:
+        if tls.certificate is not None:
+            server_credentials(tls, clients_prove=auth.mode == "mtls")
+        elif tls.files:
+            ClientTls(tls)
+    except SettingsError as exc:
+        problems.append(_told(exc))
+    try:
+        authenticator(auth)
+    except SettingsError as exc:
+        problems.append(_told(exc))
+    if problems:
+        message = "files that cannot be used:\n  " + "\n  ".join(problems)
+        raise SettingsError(message, hint="correct the files, or the settings that name them")
 
 
 def _print(config: Config) -> None:
     """Every setting, its value and where that came from, where the server could use them all."""
     PluginManager.discover().metadata_stores.lookup(ModelURI.parse(config.get(ServerSettings).metadata).scheme)
+    _look_at_files(config.get(TlsSettings), config.get(AuthSettings))
     out = console()
     for key, value in config.describe(CORE):
         source = "" if value.source == "default" else f" (from {value.source})"
@@ -175,7 +232,7 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -
         if auth.mode == "token" and tls.certificate is None:
             _log.warning("tokens come in without TLS: whoever listens on the network reads them")
         whom = {"off": "everybody", "token": "callers with a token", "mtls": "callers with a certificate"}[auth.mode]
-        _log.info("%s is answered, %s TLS", whom, "without" if tls.certificate is None else "with")
+        _log.info("answered: %s; TLS: %s", whom, "no" if tls.certificate is None else "yes")
         await end.wait()
         announce("ending: calls that are under way may end first")
 

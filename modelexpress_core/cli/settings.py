@@ -28,7 +28,8 @@ def settings(json_output: JsonOption = False) -> None:
     if unusable and not json_output:
         _print(values)
     if unusable:
-        problems = "\n  ".join(value.problem for value in values if value.problem)
+        # Settings that do not fit together have one problem.
+        problems = "\n  ".join(dict.fromkeys(value.problem for value in values if value.problem))
         raise SettingsError(f"settings that cannot be used:\n  {problems}", hint="correct or unset them")
     if json_output:
         print_json([attrs.asdict(value) for value in values])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from datetime import timedelta
@@ -12,14 +13,19 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from modelexpress_core.cli.output import JsonOption, console, package_missing, print_json, silence_grpc
+from modelexpress_core.cli.output import JsonOption, console, package_missing, print_json, printable, silence_grpc
 
 if TYPE_CHECKING:
     from modelexpress_core.sources.client import ServerClient
+    from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
 __all__ = ["health", "sources"]
 
 _WATCH_SECONDS = 2.0
+
+#: In no list of one status: the worker was ready and has been silent for too long, so that the server offers it no
+#: more, or it has a status that this version does not know.
+_NO_STATUS = "silent or unknown"
 
 UrlOption = Annotated[
     str | None,
@@ -37,9 +43,8 @@ def health(url: UrlOption = None, json_output: JsonOption = False) -> None:
         print_json({"status": response.status, "version": response.version, "uptime_seconds": response.uptime})
         return
     uptime = timedelta(seconds=response.uptime)
-    console().print(
-        f"{response.status}, version {response.version}, up {uptime}, answered in {milliseconds:.0f} ms", markup=False
-    )
+    said = f"{response.status}, version {response.version}, up {uptime}, answered in {milliseconds:.0f} ms"
+    console().print(printable(said), markup=False)
 
 
 def sources(
@@ -71,24 +76,32 @@ def _watch(client: ServerClient, model: str | None) -> None:
 def _as_data(client: ServerClient, model: str | None) -> list[dict[str, object]]:
     from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
-    rows: list[dict[str, object]] = []
+    everything = client.list_sources(p2p_pb2.ListSourcesRequest(model_name_filter=model))
+    # A list does not say the status of what is in it.
+    statuses: dict[tuple[str, str], str] = {}
     for constant in p2p_pb2.SourceStatus.keys():  # noqa: SIM118 - no dictionary
         request = p2p_pb2.ListSourcesRequest(status_filter=constant, model_name_filter=model)
         name = constant.removeprefix("SOURCE_STATUS_").lower()
-        rows += [
-            {
-                "model": source.model_name,
-                "status": name,
-                "rank": source.worker_rank,
-                "worker_id": source.worker_id,
-                "source_id": source.mx_source_id,
-                "accelerator": source.accelerator,
-                "load": round(source.source_load, 4) if source.HasField("source_load") else None,
-                "updated_at_ms": source.updated_at,
-            }
-            for source in client.list_sources(request)
-        ]
-    return rows
+        statuses |= {(source.mx_source_id, source.worker_id): name for source in client.list_sources(request)}
+    return [
+        {
+            "model": source.model_name,
+            "status": statuses.get((source.mx_source_id, source.worker_id), _NO_STATUS),
+            "rank": source.worker_rank,
+            "worker_id": source.worker_id,
+            "source_id": source.mx_source_id,
+            "accelerator": source.accelerator,
+            "load": _load(source),
+            "updated_at_ms": source.updated_at,
+        }
+        for source in everything
+    ]
+
+
+def _load(source: p2p_pb2.SourceInstanceRef) -> float | None:
+    """How busy the worker says it is; None where it does not say, or says what is no number."""
+    known = source.HasField("source_load") and math.isfinite(source.source_load)
+    return round(source.source_load, 4) if known else None
 
 
 def _table(rows: list[dict[str, object]]) -> Table | str:
@@ -102,7 +115,7 @@ def _table(rows: list[dict[str, object]]) -> Table | str:
     now = time.time()
     for row in rows:
         silent = max(0.0, now - float(str(row["updated_at_ms"])) / 1000)
-        cells = ["" if row[column] is None else escape(str(row[column])) for column in columns]
+        cells = ["" if row[column] is None else escape(printable(str(row[column]))) for column in columns]
         table.add_row(*cells, f"{silent:.0f} s")
     return table
 

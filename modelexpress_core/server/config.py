@@ -11,7 +11,8 @@ At the top stand the fields of ``ServerSettings``, and below the name of a secti
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import yaml
@@ -27,6 +28,7 @@ from modelexpress_core.settings import (
     from_sources,
     keys,
     unusable,
+    usable,
 )
 
 __all__ = ["Config", "read_config"]
@@ -35,6 +37,11 @@ _T = TypeVar("_T")
 
 #: A configuration is short. What is longer is another file.
 _MAX_BYTES = 1 << 20
+
+#: What PyYAML raises where a tag, written out, does not fit the text behind it.
+_NO_VALUE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, yaml.YAMLError)
+
+_SWITCH = "tag:yaml.org,2002:bool"
 
 
 @frozen
@@ -52,6 +59,10 @@ class Config:
     def get(self, cls: type[_T]) -> _T:
         """The settings of the class ``cls``, which one of the sections is."""
         return from_sources(cls, self.sources[self._name(cls)])
+
+    def usable(self, cls: type) -> Mapping[str, tuple[Any, str]]:
+        """The fields of ``cls`` that something sets, if it can be used: the value, and where that is from."""
+        return usable(cls, self.sources[self._name(cls)])
 
     def defaults(self, cls: type) -> tuple[str, ...]:
         """The fields of ``cls`` that nothing sets."""
@@ -84,6 +95,7 @@ def read_config(
     path: str | None = None,
     given: Mapping[str, Given] | None = None,
     also: Iterable[type] = (),
+    complete: Callable[[Config], tuple[Config, Iterable[str]]] | None = None,
 ) -> Config:
     """Settings from flags, variables and a file, where the first that has a value wins, in this order.
 
@@ -93,6 +105,8 @@ def read_config(
         path: The file; none by default.
         given: Flags, by key in the file: ``"log.level"``.
         also: Settings classes that only variables set, to be checked with the others.
+        complete: Called with what was read, whether it can be used or not. Returns what is used instead, and what is
+            wrong with it besides: how settings of several classes fit together, say.
 
     Raises:
         SettingsError: The file cannot be read, or values cannot be used; all are named, without secrets.
@@ -112,10 +126,14 @@ def read_config(
     problems = [*reader.problems]
     problems += [problem for name, cls in sections.items() for problem in unusable(cls, sources[name])]
     problems += [problem for cls in also for problem in unusable(cls, Sources(environ))]
+    config = Config(sections, sources)
+    if complete is not None:
+        config, more = complete(config)
+        problems += more
     if problems:
         message = "settings that cannot be used:\n  " + "\n  ".join(problems)
         raise SettingsError(message, hint="correct them; `mx serve --check` tells whether all can be used")
-    return Config(sections, sources)
+    return config
 
 
 def _joined(section: str, key: str) -> str:
@@ -145,11 +163,7 @@ def _document(path: str) -> yaml.MappingNode:
         raise _unreadable(path, "it is no text in UTF-8") from None  # which holds all of it
     except yaml.MarkedYAMLError as exc:
         line = "" if exc.problem_mark is None else f"line {exc.problem_mark.line + 1}: "
-        # What others say may hold what stands there.
-        plain = isinstance(exc, (yaml.scanner.ScannerError, yaml.parser.ParserError))
-        raise _unreadable(
-            path, f"{line}{exc.problem if plain else 'one document without aliases is expected'}"
-        ) from None
+        raise _unreadable(path, f"{line}{_without_content(exc)}") from None
     except yaml.YAMLError:
         raise _unreadable(path, "it is no YAML") from None
     except RecursionError:
@@ -158,6 +172,16 @@ def _document(path: str) -> yaml.MappingNode:
         is_now = "is empty" if node is None else "holds no mapping"
         raise _unreadable(path, f"it {is_now}; expected lines such as `port: 8001`, or {{}} where nothing is set")
     return node
+
+
+def _without_content(exc: yaml.MarkedYAMLError) -> str:
+    """What is wrong with the YAML, without more of it than a character."""
+    if not isinstance(exc, (yaml.scanner.ScannerError, yaml.parser.ParserError)):
+        return "one document without aliases is expected"
+    problem = exc.problem or ""
+    # In pointed brackets are kinds of tokens, and behind a backslash is one character.
+    words = (text for text in re.findall(r"'([^']*)'", problem) if len(text) > 1)
+    return problem if all(text.startswith(("<", "\\")) for text in words) else "it is no YAML from there on"
 
 
 def _unreadable(path: str, reason: str) -> SettingsError:
@@ -212,10 +236,11 @@ class _Reader:
             return
         try:
             value = _value(node, set())
-        except (ValueError, OverflowError, RecursionError, yaml.YAMLError):
+        except _NO_VALUE:
             self._wrong(line, f"{full}: the value (not shown) cannot be read")
         else:
-            self.written[section][key] = Written(value, full, f"{self._path}, line {line}")
+            word = node.value if node.tag == _SWITCH and isinstance(node, yaml.ScalarNode) else None
+            self.written[section][key] = Written(value, full, f"{self._path}, line {line}", word)
 
     def _guess(self, section: str, key: str) -> str:
         """What ``key`` may stand for: one like it in its section, the same in another, or else all that there are."""

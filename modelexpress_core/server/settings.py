@@ -49,6 +49,12 @@ def _redacted(uri: str) -> str:
     return "***" if has_stray_password(uri) else redacted(uri)
 
 
+def _without_user(text: str) -> str:
+    """A word that is no URI, without what stands before an at sign: a URI where a host or a name belongs."""
+    before, at, rest = text.rpartition("@")
+    return f"{'***' if before else ''}{at}{rest}"
+
+
 @frozen
 class ConfigPath:
     """Where the configuration of the server is."""
@@ -167,13 +173,17 @@ class StoreVariables:
     backend: str | None = env(
         "MX_METADATA_BACKEND",
         default=None,
+        shown=_without_user,
         help="Where the server keeps metadata if no URI says so: memory, redis or kubernetes.",
     )
     redis_url: str | None = env(
         "REDIS_URL", default=None, shown=_redacted, help="The Redis that the backend redis stands for."
     )
     redis_host: str = env(
-        "MX_REDIS_HOST", default="localhost", help="Host of the Redis that the backend redis stands for, without a URL."
+        "MX_REDIS_HOST",
+        default="localhost",
+        shown=_without_user,
+        help="Host of the Redis that the backend redis stands for, without a URL.",
     )
     redis_port: int = env(
         "MX_REDIS_PORT",
@@ -198,7 +208,8 @@ class StoreVariables:
             "kubernetes": "kubernetes://",
         }
         if backend not in uris:
-            message = f"no metadata backend of a server is called {self.backend!r}; there are {', '.join(uris)}"
+            asked = _without_user(self.backend)
+            message = f"no metadata backend of a server is called {asked!r}; there are {', '.join(uris)}"
             raise SettingsError(message, hint="correct MX_METADATA_BACKEND, or set MX_METADATA_URI, which wins over it")
         from_url = backend == "redis" and self.redis_url
         return Given(uris[backend], f"MX_METADATA_BACKEND{', REDIS_URL' if from_url else ''}")

@@ -16,6 +16,7 @@ from modelexpress_core.server.settings import SpanSettings
 from modelexpress_core.wire.around import Around, Context, Interceptor, status_of
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
 
 __all__ = ["exported_spans", "span_interceptors"]
@@ -109,26 +110,44 @@ def exported_spans(settings: SpanSettings) -> Iterator[None]:
 
     A provider that the program has already stays. What keeps spans from being exported is logged; it stops no server.
     """
-    wanted = [name.lower() for name in settings.exporters] or (["otlp"] if settings.endpoint else [])
-    if not wanted or wanted == ["none"]:
-        yield
-        return
+    provider = _provider(settings)
     try:
-        from opentelemetry import trace
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        yield
+    finally:
+        if provider is not None:
+            provider.shutdown()
+
+
+def _provider(settings: SpanSettings) -> TracerProvider | None:
+    """What takes all spans of this process from here on; None where ``settings`` ask for none, or it cannot be made."""
+    wanted = [name.lower() for name in settings.exporters] or (["otlp"] if settings.endpoint else [])
+    wanted = [name for name in wanted if name != "none"]
+    if not wanted:
+        return None
+    try:
+        return _made(wanted, settings.protocol)
     except ModuleNotFoundError as exc:
         _log.warning(
             "no spans are exported: the package %s is missing; pip install 'modelexpress-core[otel]'",
             exc.name,
         )
-        yield
-        return
-    exporters = [exporter for name in wanted if (exporter := _exporter(name, settings.protocol)) is not None]
+    except Exception as exc:  # noqa: BLE001 - of another package, made of variables, which it may quote
+        _log.warning(
+            "no spans are exported: OpenTelemetry takes a variable that begins with OTEL_ amiss (%s)",
+            type(exc).__name__,
+        )
+    return None
+
+
+def _made(wanted: Sequence[str], protocol: str) -> TracerProvider | None:
+    from opentelemetry import trace
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    exporters = [exporter for name in wanted if (exporter := _exporter(name, protocol)) is not None]
     if not exporters or not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        yield
-        return
+        return None
     found = Resource.create()  # of OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES
     named = not str(found.attributes.get("service.name", "unknown_service")).startswith("unknown_service")
     ours = Resource({"service.version": version("modelexpress-core"), "service.name": _SERVICE_NAME})
@@ -137,10 +156,7 @@ def exported_spans(settings: SpanSettings) -> Iterator[None]:
     for exporter in exporters:
         provider.add_span_processor(BatchSpanProcessor(exporter))
     trace.set_tracer_provider(provider)
-    try:
-        yield
-    finally:
-        provider.shutdown()
+    return provider
 
 
 def _exporter(name: str, protocol: str) -> SpanExporter | None:

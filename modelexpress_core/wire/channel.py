@@ -74,7 +74,9 @@ class Endpoint:
         """
         match = _ADDRESS.fullmatch(text.strip())
         if match is None or int(match["port"] or _DEFAULT_PORT) > 65535:
-            message = f"no address of a server: {text!r}"
+            before, at, address = text.rpartition("@")
+            shown = f"{'***' if before else ''}{at}{address}"  # what stands before it is a name and a password
+            message = f"no address of a server: {shown!r}"
             raise InvalidURIError(message, hint="write host:port, http://host:port, or https://host:port for TLS")
         return cls(f"{match['host']}:{match['port'] or _DEFAULT_PORT}", match["scheme"] == "https")
 

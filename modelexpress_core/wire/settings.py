@@ -38,8 +38,9 @@ class TlsSettings:
 
     def __attrs_post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):
-            missing = "MX_TLS_KEY_PATH" if self.key is None else "MX_TLS_CERT_PATH"
-            message = f"a certificate and its key belong together, and {missing} is not set"
+            one, other = "MX_TLS_CERT_PATH", "MX_TLS_KEY_PATH"
+            one, other = (one, other) if self.key is None else (other, one)
+            message = f"a certificate and its key belong together: {one} is set, and {other} is not set"
             raise SettingsError(message, hint="set both MX_TLS_CERT_PATH and MX_TLS_KEY_PATH, or none")
 
     @property
@@ -80,6 +81,9 @@ class AuthSettings:
         if self.mode == "token" and self.tokens is None:
             message = "MX_AUTH_MODE is token, and MX_AUTH_TOKENS_PATH does not say where the tokens are"
             raise SettingsError(message, hint="write a line name:token for each caller into a file, and name it there")
+        if self.mode == "off" and self.tokens is not None:
+            message = "MX_AUTH_TOKENS_PATH is set, and MX_AUTH_MODE is off: everybody would be answered"
+            raise SettingsError(message, hint="set MX_AUTH_MODE=token, or unset MX_AUTH_TOKENS_PATH")
 
     def check(self, tls: TlsSettings) -> None:
         """Return where ``tls`` has what these ask for.

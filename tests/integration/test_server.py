@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -404,6 +404,104 @@ def test_the_commands(start: Start, mx: Command) -> None:
     assert "no sources" in other.stdout
     assert (1, True) == (nobody.returncode, "check MODEL_EXPRESS_URL" in nobody.stderr)
     assert (2, True) == (wrong.returncode, "host:port" in wrong.stderr)
+
+
+@pytest.mark.parametrize("url", ["http://admin:hunter2@h:8001", "admin:hunter2@h", "https://a:b@hunter2@h/"])
+def test_a_password_in_the_address_of_a_server_is_not_told(mx: Command, url: str) -> None:
+    """It is no place for one, and the message says so without it."""
+    for done in (mx("health", "--url", url), mx("sources", "--json", environ={"MODEL_EXPRESS_URL": url})):
+        assert 2 == done.returncode
+        assert "no address of a server" in done.stderr
+        assert "hunter2" not in done.stderr + done.stdout
+        assert "admin" not in done.stderr
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[..., str]]:
+    """Starts a server of another make, with these sources by status and its own version; its address."""
+    servers = []
+
+    def answering(version: str, **by_status: list[p2p_pb2.SourceInstanceRef]) -> str:
+        def sources(request: bytes, context: object) -> bytes:
+            asked = p2p_pb2.ListSourcesRequest.FromString(request)
+            name = p2p_pb2.SourceStatus.Name(asked.status_filter) if asked.HasField("status_filter") else ""
+            found = [each for status, listed in by_status.items() if name in ("", status) for each in listed]
+            return p2p_pb2.ListSourcesResponse(instances=found).SerializeToString()
+
+        def health(request: bytes, context: object) -> bytes:
+            return health_pb2.GetHealthResponse(status="ok", version=version).SerializeToString()
+
+        server = grpc.server(ThreadPoolExecutor(1))
+        for service, method, answer in ((P2P, "ListSources", sources), (HEALTH, "GetHealth", health)):
+            handlers = {method: grpc.unary_unary_rpc_method_handler(answer)}
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.name, handlers),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield answering
+    for server in servers:
+        server.stop(None).wait()
+
+
+def test_what_others_publish_does_not_steer_the_terminal(answering: Callable[..., str], mx: Command) -> None:
+    """Control characters of every sort are shown as escapes, also those that the server itself sends."""
+    bad = "\x1b]0;owned\x07\x9b31m\x7f\r\n[red]"
+    source = p2p_pb2.SourceInstanceRef(
+        mx_source_id="0" * 16 + "\x1b", worker_id=f"w{bad}", model_name=f"m{bad}", accelerator=f"a{bad}"
+    )
+    url = answering(f"v{bad}", SOURCE_STATUS_READY=[source])
+
+    shown = [mx(*arguments, "--url", url) for arguments in (("sources",), ("health",), ("sources", "--json"))]
+
+    for done in shown:
+        assert 0 == done.returncode, done.stderr
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", done.stdout)
+    for word in (r"w\x1b]0;owned\x07\x9b31m\x7f\x0d\x0a[red]", r"m\x1b]0", r"a\x1b]0", r"0\x1b"):
+        assert word in shown[0].stdout
+    assert r"v\x1b]0;owned" in shown[1].stdout
+    assert f"m{bad}" == json.loads(shown[2].stdout)[0]["model"]
+
+
+def test_a_message_does_not_steer_the_terminal(mx: Command) -> None:
+    """Whatever is quoted in it."""
+    done = mx("serve", "--check", "--config", "/no/such\x9b31m\x85")
+
+    assert r"\x9b31m\x85" in done.stderr
+    assert not re.search(r"[\x80-\x9f]", done.stderr)
+
+
+def test_sources_of_every_status(answering: Callable[..., str], mx: Command) -> None:
+    """Those that no list of one status has are there, too; a load that is no number is none, so that JSON is JSON."""
+    loads = {"nan": float("nan"), "inf": float("inf"), "half": 0.5}
+    sources = [p2p_pb2.SourceInstanceRef(worker_id=name, source_load=load) for name, load in loads.items()]
+    other = p2p_pb2.SourceInstanceRef(worker_id="other")
+    url = answering("1", SOURCE_STATUS_READY=sources[:2], SOURCE_STATUS_STALE=sources[2:], OF_ANOTHER_VERSION=[other])
+
+    done = mx("sources", "--json", "--url", url)
+    table = mx("sources", "--url", url).stdout
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    found = {each["worker_id"]: each for each in json.loads(done.stdout, parse_constant=refuse)}
+    assert ["nan", "inf", "half", "other"] == list(found)
+    assert [None, None, 0.5, None] == [each["load"] for each in found.values()]
+    assert ["ready", "ready", "stale", "silent or unknown"] == [each["status"] for each in found.values()]
+    assert "silent or unknown" in table
+
+
+def test_silent_sources_are_shown(start: Start, mx: Command) -> None:
+    """Though the server offers them to nobody, and the reaper has not come by yet."""
+    serving = start(MX_HEARTBEAT_TIMEOUT_SECS="0.2", MX_REAPER_SCAN_INTERVAL_SECS="3600")
+    with ServerClient(serving.url) as client:
+        client.publish(_IDENTITY, worker(), "w")
+        assert eventually(lambda: not listed(client, status_filter=READY))
+
+    [source] = json.loads(mx("sources", "--json", "--url", serving.url).stdout)
+
+    assert ("w", "silent or unknown") == (source["worker_id"], source["status"])
 
 
 def test_watching(start: Start, tmp_path: Path) -> None:

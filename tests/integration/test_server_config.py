@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trustme
 
 from devtools.redis_server import RedisServer
 from modelexpress_core.sources.client import ServerClient
@@ -44,6 +45,7 @@ def test_a_file_configures_the_server(start: Start, config: Callable[[str], str]
             assert "ok" == client.health().status
         _, said = serving.ended()
         assert said.startswith("{")
+        assert '"answered: everybody; TLS: no"' in said
 
 
 def test_a_wrong_file_stops_the_server(mx: Command, config: Callable[[str], str]) -> None:
@@ -84,6 +86,105 @@ def test_checking(mx: Command, config: Callable[[str], str]) -> None:
     assert (1, True) == (no_uri.returncode, "metadata (from MX_METADATA_URI): fewer than" in no_uri.stderr)
     assert _SECRET not in no_uri.stderr
     assert (1, True) == (wrong.returncode, "there are memory, redis, kubernetes" in wrong.stderr)
+
+
+def test_all_that_is_wrong_is_one_message(mx: Command, config: Callable[[str], str]) -> None:
+    """What stands in the file, in variables, and what does not fit together."""
+    path = config("port: many\nauth: {mode: mtls}\n")
+
+    done = mx(
+        "serve",
+        "--check",
+        "--config",
+        path,
+        environ={"MX_METADATA_URI": f"redis:{_SECRET}@host:6379/0", "MX_DRAIN_SECONDS": "1e306"},
+    )
+    backend = mx("serve", environ={"MX_METADATA_BACKEND": "etcd", "MX_GC_TIMEOUT_SECS": "-1"})
+    path_of_none = mx("serve", "--metadata", f"redis:{_SECRET}@host:6379")
+
+    for part in (
+        "line 1: port: 'many': expected a whole number",
+        "MX_AUTH_MODE is mtls, and MX_TLS_CA_PATH and MX_TLS_CERT_PATH are not set",
+        "metadata (from MX_METADATA_URI): fewer than two slashes after the scheme: '***@host:6379/0'",
+        "MX_DRAIN_SECONDS='1e306': expected a number of seconds of at most ten years",
+    ):
+        assert part in done.stderr
+    assert _SECRET not in done.stderr
+    for part in ("there are memory, redis, kubernetes", "MX_GC_TIMEOUT_SECS='-1'"):
+        assert part in backend.stderr
+    assert "metadata (from --metadata): no URI (the value is not shown)" in path_of_none.stderr
+    assert _SECRET not in path_of_none.stderr
+    assert (1, 1, 1) == (done.returncode, backend.returncode, path_of_none.returncode)
+
+
+def test_checking_looks_at_files(mx: Command, config: Callable[[str], str], tmp_path: Path) -> None:
+    """All that cannot be used are named, with the reason; those that can be are no matter."""
+    files = {name: str(tmp_path / name) for name in ("cert", "key", "tokens", "ca")}
+    issued = trustme.CA().issue_cert("127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(files["cert"])
+    issued.private_key_pem.write_to_path(files["key"])
+    (tmp_path / "tokens").write_text(f"alice:{'a' * 32}\n")
+    (tmp_path / "ca").write_text("nothing")
+    pair = {"MX_TLS_CERT_PATH": files["cert"], "MX_TLS_KEY_PATH": files["key"]}
+    token = {"MX_AUTH_MODE": "token", "MX_AUTH_TOKENS_PATH": files["tokens"]}
+
+    good = mx("serve", "--check", environ={**pair, **token})
+    bad = mx(
+        "serve", "--check", environ={**pair, "MX_TLS_KEY_PATH": files["cert"], **token, "MX_AUTH_TOKENS_PATH": "/n"}
+    )
+    authority = mx("serve", "--check", environ={"MX_TLS_CA_PATH": files["ca"]})
+
+    assert 0 == good.returncode, good.stderr
+    assert (1, "") == (bad.returncode, bad.stdout)
+    for part in ("MX_TLS_CERT_PATH and MX_TLS_KEY_PATH name", "MX_AUTH_TOKENS_PATH names cannot be read: /n"):
+        assert part in bad.stderr
+    assert (1, True) == (authority.returncode, "MX_TLS_CA_PATH names has no certificates" in authority.stderr)
+    assert "Traceback" not in bad.stderr + authority.stderr
+
+
+def test_tokens_without_a_mode_are_no_setting(mx: Command, config: Callable[[str], str]) -> None:
+    """Who names a file of tokens means that others are refused: `off`, said or not, would answer everybody."""
+    for path, environ in (
+        (config("{}\n"), {"MX_AUTH_TOKENS_PATH": "/tokens"}),
+        (config("auth: {mode: off, tokens: /tokens}\n"), {}),
+    ):
+        done = mx("serve", "--check", "--config", path, environ=environ)
+
+        assert 1 == done.returncode
+        assert "MX_AUTH_TOKENS_PATH is set, and MX_AUTH_MODE is off: everybody would be answered" in done.stderr
+        assert "set MX_AUTH_MODE=token, or unset MX_AUTH_TOKENS_PATH" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"MX_METADATA_URI": f"redis:{_SECRET}@host:6379"},
+        {"MX_METADATA_BACKEND": "redis", "REDIS_URL": f"redis:{_SECRET}@host:6379/0"},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": f"collector:{_SECRET}@host:4317"},
+    ],
+)
+@pytest.mark.parametrize("arguments", [("serve", "--check"), ("settings",), ("settings", "--json")])
+def test_what_lacks_its_slashes_is_not_told(mx: Command, arguments: tuple[str, ...], environ: dict[str, str]) -> None:
+    """It would be taken for a path, which is shown."""
+    done = mx(*arguments, environ=environ)
+
+    assert _SECRET not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "OTEL" in str(environ) or arguments[0] == "settings" or 1 == done.returncode
+
+
+@pytest.mark.parametrize("alone", ["MX_TLS_CERT_PATH", "MX_TLS_KEY_PATH"])
+def test_settings_are_listed_where_some_do_not_fit_together(mx: Command, alone: str) -> None:
+    """With a mark at those that are concerned."""
+    done = mx("settings", environ={alone: "/x.pem", "MX_CONCURRENCY": "4"})
+
+    assert 1 == done.returncode
+    for line in ("MX_CONCURRENCY = 4 (from MX_CONCURRENCY)", f"{alone} = *** (from {alone}) cannot be used"):
+        assert line in done.stdout.splitlines()
+    assert ["MX_TLS_CERT_PATH", "MX_TLS_KEY_PATH"] == [
+        line.split()[0] for line in done.stdout.splitlines() if line.endswith("cannot be used")
+    ]
+    assert 1 == done.stderr.count("a certificate and its key belong together")
 
 
 @pytest.mark.parametrize("password", [f"{_SECRET}/x", f"x/{_SECRET}", f"x?{_SECRET}", f"{_SECRET}#", f"a@{_SECRET}/b"])

@@ -270,6 +270,13 @@ with exported_spans(from_env(SpanSettings)):
             {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"},
             "'http/json'; there are",
         ),
+        (
+            "none",
+            {"OTEL_TRACES_EXPORTER": "console", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "99999"},
+            "no spans are exported",
+        ),
+        ("none", {"OTEL_TRACES_EXPORTER": "console", "OTEL_ATTRIBUTE_COUNT_LIMIT": "hunter2"}, "no spans are exported"),
+        ("none", {"OTEL_TRACES_EXPORTER": "none,None"}, ""),
         ("opentelemetry", {}, ""),
     ],
 )
@@ -282,6 +289,16 @@ def test_what_keeps_spans_from_being_exported(hidden: str, environ: dict[str, st
     assert said in logged
     assert bool(said) == bool(logged)
     assert "hunter2" not in logged
+
+
+def test_none_among_others_counts_for_nothing(start: Start) -> None:
+    """The others are exported to, without a word."""
+    serving = start(OTEL_TRACES_EXPORTER="none,console")
+    called(serving)
+
+    printed_, said = serving.ended()
+    assert 1 == len(printed(printed_))
+    assert "OTEL" not in said
 
 
 def test_a_provider_that_is_there_stays() -> None:

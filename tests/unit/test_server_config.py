@@ -10,7 +10,8 @@ import pytest
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.server.config import Config, read_config
 from modelexpress_core.server.settings import LogSettings, ServerSettings, StoreVariables
-from modelexpress_core.settings import Given
+from modelexpress_core.settings import Given, describe
+from modelexpress_core.wire.settings import AuthSettings
 
 _SECTIONS = {"": ServerSettings, "log": LogSettings}
 _SECRET = "hunter2"
@@ -93,6 +94,19 @@ def test_all_mistakes_are_told_at_once(read: Read) -> None:
         (f"port: 1\n\t{_SECRET}: 2", "line 2: found character"),
         (f"metadata: *{_SECRET}", "line 1: one document without aliases"),
         (f"port: 1\n---\n{_SECRET}: 2", "line 2: one document"),
+        ("metadata: !hunter2!redis://x", "line 1: it is no YAML from there on"),
+        ("metadata: '\\hunter2", "line 1: found unexpected end of stream"),
+        ('metadata: "\\hunter2"', "line 1: found unknown escape character 'h'"),
+        ("%hunter2 1\n%YAML x\n---\nport: 1", "line 2: expected a digit, but found 'x'"),
+        ("port: !!bool foo", "port: the value (not shown) cannot be read"),
+        ("host: !!timestamp foo", "host: the value (not shown) cannot be read"),
+        ('port: !!int ""', "port: the value (not shown) cannot be read"),
+        ('drain_seconds: !!float ""', "drain_seconds: the value (not shown) cannot be read"),
+        ("port: !!int foo", "port: the value (not shown) cannot be read"),
+        ("port: !!null foo", "port: nothing stands there"),
+        ("metadata: !!binary hunter2", "metadata: the value (not shown) cannot be read"),
+        ("drain_seconds: 1e306", "drain_seconds: '1e306': expected a number, and this is text"),
+        ("drain_seconds: 1.0e+306", "drain_seconds: 1e+306: expected a number of seconds of at most ten years"),
         (f"metadata: !{_SECRET} 1", "metadata: the value (not shown) cannot be read"),
         (f"metadata: &a [*a, {_SECRET}]", "metadata: the value (not shown) cannot be read"),
         (f"metadata: {{a: {_SECRET}, a: 2}}", "metadata: the value (not shown) cannot be read"),
@@ -118,6 +132,54 @@ def test_what_is_no_configuration(read: Read, text: str | bytes, reason: str) ->
 
     assert "mx.yaml" in said
     assert reason in said
+
+
+@pytest.mark.parametrize("word", ["off", "Off", "OFF"])
+def test_a_word_that_may_be_a_switch_is_text_where_text_is_chosen(tmp_path: Path, word: str) -> None:
+    """As YAML 1.1 reads it, ``off`` is false: here it is the word that stands there."""
+    path = tmp_path / "mx.yaml"
+    path.write_text(f"auth: {{mode: {word}}}\n")
+
+    assert "off" == read_config({"": ServerSettings, "auth": AuthSettings}, {}, path=str(path)).get(AuthSettings).mode
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("log: {level: no}", "log.level: 'no': expected one of debug"),
+        ("log: {format: TRUE}", "log.format: 'TRUE': expected one of text, json"),
+        ("log: {level: 5}", "log.level: 5: expected text, and this is a whole number"),
+        ("log: {level: 2020-01-01}", "expected text, and this is a date"),
+        ("host: off", "host: False: expected text, and this is true or false"),
+        ("port: on", "port: True: expected a whole number, and this is true or false"),
+    ],
+)
+def test_a_switch_elsewhere_is_a_switch(read: Read, text: str, reason: str) -> None:
+    """Where there is no choice of words, or it is none of them; and numbers are never words."""
+    assert reason in refused(read, text)
+
+
+def test_what_is_wrong_with_the_whole_is_told_with_the_rest(read: Read, tmp_path: Path) -> None:
+    """In one message; and what completes the configuration sees what can be used, and where that is from."""
+    seen: dict[str, object] = {}
+
+    def complete(config: Config) -> tuple[Config, list[str]]:
+        seen.update(config.usable(ServerSettings))
+        return config.with_fallback(ServerSettings, {"host": Given("f", "fallback")}), seen["wrong"]  # type: ignore[return-value]
+
+    path = tmp_path / "mx.yaml"
+    path.write_text("port: many\nmetrics_port: 7\n")
+    seen["wrong"] = ["they do not fit"]
+    with pytest.raises(SettingsError) as raised:
+        read_config(_SECTIONS, {}, path=str(path), complete=complete)
+    seen["wrong"] = []
+    config = read_config(_SECTIONS, {"MX_DRAIN_SECONDS": "3"}, complete=complete)
+
+    assert "line 1: port: 'many': expected a whole number" in str(raised.value)
+    assert str(raised.value).count("they do not fit") == 1
+    assert (7, f"{path}, line 2") == seen["metrics_port"]
+    assert "port" not in seen
+    assert "f" == config.get(ServerSettings).host
 
 
 @pytest.mark.parametrize("path", ["nothing.yaml", ".", "a\0b", ""])
@@ -155,6 +217,17 @@ def test_a_backend_that_there_is_not() -> None:
     """Those that there are are named."""
     with pytest.raises(SettingsError, match="'etcd'; there are memory, redis, kubernetes"):
         StoreVariables(backend="etcd").metadata()
+
+
+def test_a_url_in_the_wrong_variable_is_not_shown() -> None:
+    """With the password in it, where a word or a host belongs."""
+    url = f"redis://:{_SECRET}@r"
+    rows = describe(StoreVariables, {"MX_METADATA_BACKEND": url, "MX_REDIS_HOST": url}, owner="x")
+    with pytest.raises(SettingsError) as raised:
+        StoreVariables(backend=url).metadata()
+
+    assert ["***@r", "***@r"] == [row.value for row in rows if row.source != "default"]
+    assert _SECRET not in str(raised.value) + repr(StoreVariables(backend=url, redis_host=url))
 
 
 def test_a_password_in_a_url_is_not_shown() -> None:

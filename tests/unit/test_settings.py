@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import AsyncExitStack
+from typing import Any, cast
 
 import attrs
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelexpress_core.errors import SettingsError
+from modelexpress_core.providers import ServiceContext
 from modelexpress_core.settings import (
     Given,
     LoadSettings,
@@ -70,6 +72,7 @@ class Example:
         (seconds, "0.5", 0.5),
         (seconds, "2.5s", 2.5),
         (seconds, "1e3", 1000.0),
+        (seconds, "315360000", 315360000.0),
         (byte_count, "268435456", 268435456),
         (byte_count, "256MiB", 256 << 20),
         (byte_count, "256M", 256 << 20),
@@ -97,7 +100,7 @@ def test_a_converter_understands(converter: Callable[[str], Any], text: str, exp
     [
         *((boolean, text) for text in ("2", "y", "maybe", "truee", "-1")),
         *((positive_integer, text) for text in ("0", "-1", "1.5", "one", "1e3", "0x10", "9" * 30, "1 000")),
-        *((seconds, text) for text in ("0", "-1", "nan", "inf", "1m", "10ms", "s", "1e999")),
+        *((seconds, text) for text in ("0", "-1", "nan", "inf", "1m", "10ms", "s", "1e999", "1e306", "315360001")),
         *((byte_count, text) for text in ("0", "0MiB", "-1", "1.5GiB", "1XB", "MiB", "256i", "256ib", "9" * 5000)),
         *((pairs, text) for text in ("s3", "=a", "s3=", "s3=a,gs", "s3=a,s3=b")),
     ],
@@ -193,6 +196,15 @@ def test_a_secret_is_in_no_repr() -> None:
     assert _SECRET not in str(read)
 
 
+def test_the_environment_is_in_no_repr() -> None:
+    """Not in that of what settings are read from, nor in that of what services are given."""
+    environ = {"MX_TOKEN": _SECRET}
+    context = ServiceContext(cast("Any", None), environ, AsyncExitStack())
+
+    assert _SECRET not in repr(Sources(environ))
+    assert _SECRET not in repr(context)
+
+
 def test_a_secret_is_in_no_message() -> None:
     """Not even where it cannot be converted and the converter's own reason quotes it, as that of ``int`` does."""
     with pytest.raises(SettingsError) as caught:
@@ -254,6 +266,43 @@ def test_describe_marks_what_cannot_be_read() -> None:
 
     assert "MX_FLAG='perhaps': expected 1 or 0" in rows["MX_FLAG"].problem
     assert ("4", "") == (rows["MX_BOUND"].value, rows["MX_BOUND"].problem)
+
+
+@pytest.mark.parametrize(
+    ("environ", "concerned"),
+    [
+        ({"MX_ONE": "1"}, ["MX_ONE", "MX_OTHER"]),
+        ({"MX_OTHER": "1"}, ["MX_ONE", "MX_OTHER"]),
+        ({"MX_THIRD": "1"}, ["MX_THIRD"]),
+        ({"MX_ONE": "1", "MX_THIRD": "1"}, ["MX_ONE", "MX_OTHER", "MX_THIRD"]),
+        ({"MX_ONE": "1", "MX_OTHER": "1"}, []),
+    ],
+)
+def test_describe_marks_what_does_not_fit_together(environ: dict[str, str], concerned: list[str]) -> None:
+    """At all that the message names, or else at all that is set; the others are there."""
+
+    @frozen
+    class Pair:
+        one: str | None = env("MX_ONE", default=None, help="A.")
+        other: str | None = env("MX_OTHER", default=None, help="B.")
+        third: str | None = env("MX_THIRD", default=None, help="C.")
+        fourth: str = env("MX_FOURTH", default="4", help="D.")
+
+        def __attrs_post_init__(self) -> None:
+            if (self.one is None) != (self.other is None):
+                message = "MX_ONE and MX_OTHER belong together"
+                raise SettingsError(message)
+            if self.third:
+                message = "this cannot be"
+                raise SettingsError(message)
+
+    rows = describe(Pair, {**environ, "MX_FOURTH": "5"}, owner="mx-x")
+
+    marked = [row.name for row in rows if row.problem]
+    if "MX_THIRD" in concerned:  # whose message names nothing
+        concerned = [*concerned, "MX_FOURTH"]
+    assert concerned == marked
+    assert ["MX_ONE", "MX_OTHER", "MX_THIRD", "MX_FOURTH"] == [row.name for row in rows]
 
 
 @pytest.mark.parametrize("cls", [PluginSettings, LoadSettings])

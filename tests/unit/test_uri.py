@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from modelexpress_core.errors import InvalidURIError
-from modelexpress_core.uri import ModelURI
+from modelexpress_core.uri import ModelURI, redacted
 
 _SECRET = "hunter2"
 
@@ -210,6 +210,26 @@ def test_credentials_are_shown_nowhere(start: str, key: str, end: str) -> None:
     assert f"{key}=***" in str(uri)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"redis://:{_SECRET}@host:6379/0", "redis://***@host:6379/0"),
+        ("redis://host:6379/0", "redis://host:6379/0"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("/models/a", "file:///models/a"),
+        (f"redis:{_SECRET}@host:6379", "***"),
+        (f"collector:{_SECRET}@host:4317", "***"),
+        (f"{_SECRET}@host", "***"),
+        (f"//user:{_SECRET}@host/", "***"),
+        (f"file:///redis:{_SECRET}@host", "***"),
+        (f"redis:/:{_SECRET}@host", "***"),
+    ],
+)
+def test_what_is_shown_of_a_text_that_may_be_a_uri(text: str, shown: str) -> None:
+    """Nothing, where an at sign stands and nobody knows what comes before it."""
+    assert shown == redacted(text)
+
+
 @pytest.mark.parametrize("key", ["region", "revision", "version", "versionId"])
 def test_public_query_values_are_shown(key: str) -> None:
     """They say which model is meant, and messages are of little use without them."""
@@ -280,6 +300,12 @@ def test_a_file_that_looks_like_a_slip_is_a_file(tmp_path: Path, monkeypatch: py
         f"s3://key:se/{_SECRET}@bucket/m\n",
         f"s3://key:{_SECRET}\ud800@bucket/m",
         f"s3://key:{_SECRET}@bucket/%FF?sig={_SECRET}",
+        f"redis:{_SECRET}@host:6379/0",
+        f"redis:user:{_SECRET}@host:6379/0",
+        f"redis:user:se?{_SECRET}@host/0",
+        f"redis:/user:{_SECRET}#@host/0",
+        f"redis:user@host/0?sig=a@{_SECRET}",
+        f"user:{_SECRET}@redis://host",
     ],
 )
 def test_a_message_about_a_bad_uri_holds_no_credentials(text: str) -> None:
