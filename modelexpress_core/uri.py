@@ -186,7 +186,8 @@ def redacted(text: str) -> str:
         uri = ModelURI.parse(text)
     except InvalidURIError:
         return "***"
-    return "***" if "@" in text and not uri.authority else str(uri)
+    is_path = text.startswith(("/", "./", "../", "~/")) and not text.startswith("//") and ":" not in text
+    return "***" if "@" in text and not uri.authority and not is_path else str(uri)
 
 
 def _refuse_slips(text: str) -> None:

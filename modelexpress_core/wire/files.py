@@ -31,7 +31,7 @@ def read_bytes(path: str, variable: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except (OSError, ValueError) as exc:  # the latter where the path holds a NUL
-        message = f"the file that {variable} names cannot be read: {path!r}: {getattr(exc, 'strerror', None) or exc}"
+        message = f"the file that {variable} names cannot be read: {path}: {getattr(exc, 'strerror', None) or exc}"
         raise SettingsError(message, hint=f"correct {variable}, or the permissions of the file") from exc
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 __all__ = ["Serving"]
 
@@ -64,10 +65,15 @@ class Serving:
 
     def ended(self) -> tuple[str, str]:
         """Told to end, what it printed and what it said from then on."""
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
         self.process.terminate()
-        printed, said = self.process.communicate(timeout=_START_SECONDS)
-        assert 0 == self.process.returncode, said
-        return printed, said
+        # Not with communicate, which would pass over what was read along with the first line.
+        with ThreadPoolExecutor(1) as pool:
+            printed = pool.submit(self.process.stdout.read)
+            said = self.process.stderr.read()
+        assert 0 == self.process.wait(_START_SECONDS), said
+        return printed.result(), said
 
     def end(self) -> None:
         """At once, without a word."""

@@ -217,6 +217,7 @@ def test_credentials_are_shown_nowhere(start: str, key: str, end: str) -> None:
         ("redis://host:6379/0", "redis://host:6379/0"),
         ("s3://bucket/a@b", "s3://bucket/a@b"),
         ("/models/a", "file:///models/a"),
+        ("/models/a@main", "file:///models/a@main"),
         (f"redis:{_SECRET}@host:6379", "***"),
         (f"collector:{_SECRET}@host:4317", "***"),
         (f"{_SECRET}@host", "***"),
