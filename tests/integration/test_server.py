@@ -283,7 +283,7 @@ def test_random_bytes_do_no_harm(start: Start) -> None:
         identity=_IDENTITY.to_message(), worker=worker(1, accelerator="x", topology={"a": "b"}), worker_id="w"
     ).SerializeToString()
     with open_channel(Endpoint.parse(serving.url)) as channel:
-        for service in (P2P, API, STANDARD_HEALTH):
+        for service in (P2P, API, HEALTH, STANDARD_HEALTH):
             for name, method in service.methods.items():
                 if method.streams:
                     continue
