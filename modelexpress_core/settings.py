@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import attrs
@@ -45,6 +45,7 @@ __all__ = [
     "from_sources",
     "keys",
     "names",
+    "one_of",
     "pairs",
     "positive_integer",
     "seconds",
@@ -194,6 +195,19 @@ def boolean(text: str) -> bool:
         return False
     reason = "expected 1 or 0 (also true/false, yes/no, on/off)"
     raise ValueError(reason)
+
+
+def one_of(words: Sequence[str]) -> Callable[[str], str]:
+    """A converter to one of ``words``, which are lower-case; the text may be in any case."""
+
+    def convert(text: str) -> str:
+        word = text.strip().lower()
+        if word not in words:
+            reason = f"expected one of {', '.join(words)}"
+            raise ValueError(reason)
+        return word
+
+    return convert
 
 
 def positive_integer(text: str) -> int:

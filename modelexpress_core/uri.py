@@ -13,7 +13,7 @@ from attrs import field, frozen
 from modelexpress_core.errors import InvalidURIError
 from modelexpress_core.immutable import unmodifiable
 
-__all__ = ["SCHEME_PATTERN", "ModelURI", "redacted"]
+__all__ = ["SCHEME_PATTERN", "ModelURI", "host_and_port", "redacted"]
 
 #: RFC 3986 section 3.1, lower case.
 SCHEME_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*")
@@ -188,6 +188,11 @@ def redacted(text: str) -> str:
         return "***"
     is_path = text.startswith(("/", "./", "../", "~/")) and not text.startswith("//") and ":" not in text
     return "***" if "@" in text and not uri.authority and not is_path else str(uri)
+
+
+def host_and_port(host: str, port: int) -> str:
+    """``host:port``, with brackets where the host has colons and no brackets yet."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def _refuse_slips(text: str) -> None:

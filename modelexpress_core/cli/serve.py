@@ -25,7 +25,7 @@ from modelexpress_core.server.settings import (
     has_stray_password,
 )
 from modelexpress_core.settings import Given, Sources, from_env, unusable
-from modelexpress_core.uri import ModelURI
+from modelexpress_core.uri import ModelURI, host_and_port
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _serve(config: Config) -> None:
 
 async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -> None:
     try:
-        from modelexpress_core.server.app import Server, joined
+        from modelexpress_core.server.app import Server
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
     end = _told_to_end()
@@ -220,8 +220,9 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -
     async with Server(
         settings, store, tls=tls, auth=auth, services=plugins.server_services, environ=os.environ
     ) as server:
-        grpc, metrics = joined(settings.host, server.port), f"{joined(settings.host, server.metrics_port)}/metrics"
-        health = joined(settings.host, server.health_port) if server.health_port else ""
+        grpc = host_and_port(settings.host, server.port)
+        metrics = f"{host_and_port(settings.host, server.metrics_port)}/metrics"
+        health = host_and_port(settings.host, server.health_port) if server.health_port else ""
         announce(
             f"serving on {grpc}, metrics on {metrics}, metadata in {uri}" + (f", health on {health}" if health else ""),
             grpc=grpc,

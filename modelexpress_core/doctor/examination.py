@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.checkpoint.index import INDEX_SUFFIX, SUFFIX
-from modelexpress_core.doctor.network import NetworkRoute, shown_address, within
+from modelexpress_core.doctor.network import NetworkRoute, within
 from modelexpress_core.doctor.step import Step
 from modelexpress_core.errors import (
     AccessDeniedError,
@@ -30,7 +30,7 @@ from modelexpress_core.registry import Registered
 from modelexpress_core.report import format_bytes, format_files
 from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
 from modelexpress_core.storage import DiagnosableStorage, Endpoint, ObjectInfo, PatientStorage, Storage
-from modelexpress_core.uri import ModelURI
+from modelexpress_core.uri import ModelURI, host_and_port
 
 __all__ = ["diagnose"]
 
@@ -238,7 +238,7 @@ class _Examination:
 
     @staticmethod
     def _proxy(route: NetworkRoute) -> str | None:
-        return None if route.endpoint.proxy is None else shown_address(route.host, route.port)
+        return None if route.endpoint.proxy is None else host_and_port(route.host, route.port)
 
     def _connect(self, facts: dict[str, Any]) -> tuple[str, str]:
         route = self._routed()
@@ -256,7 +256,7 @@ class _Examination:
                 raise route.refusal(outcomes)
         self._connected = min(facts["milliseconds"], key=facts["milliseconds"].__getitem__)
         stood = ", ".join(
-            f"{shown_address(address, route.port)} in {duration:.1f} ms"
+            f"{host_and_port(address, route.port)} in {duration:.1f} ms"
             for address, duration in facts["milliseconds"].items()
         )
         seen = f"connected to {'the proxy ' if route.endpoint.proxy else ''}{stood}"

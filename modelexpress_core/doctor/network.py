@@ -24,8 +24,9 @@ from attrs import field, frozen
 from modelexpress_core.errors import BackendError, DeadlineError, NotFoundError, UnavailableError, UnsupportedError
 from modelexpress_core.storage import Endpoint
 from modelexpress_core.tls_errors import objection
+from modelexpress_core.uri import host_and_port
 
-__all__ = ["Certificate", "Handshake", "NetworkRoute", "shown_address", "within"]
+__all__ = ["Certificate", "Handshake", "NetworkRoute", "within"]
 
 _R = TypeVar("_R")
 
@@ -220,7 +221,7 @@ class NetworkRoute:
         errors = [exc for exc in outcomes.values() if isinstance(exc, OSError)]
         # A machine without IPv6 has no route to such an address; what the others say is the reason.
         first = min(errors, key=lambda exc: exc.errno in {errno.ENETUNREACH, errno.EADDRNOTAVAIL})
-        operation = f"connect to {', '.join(shown_address(address, self.port) for address in outcomes)}"
+        operation = f"connect to {', '.join(host_and_port(address, self.port) for address in outcomes)}"
         if isinstance(first, TimeoutError):
             return DeadlineError(
                 f"no answer within {self.timeout_seconds:g} s",
@@ -290,7 +291,7 @@ class NetworkRoute:
         )
 
     def _no_tls(self, exc: OSError) -> BackendError:
-        operation = f"begin TLS with {shown_address(self.endpoint.host, self.endpoint.port)}"
+        operation = f"begin TLS with {host_and_port(self.endpoint.host, self.endpoint.port)}"
         if isinstance(exc, TimeoutError):
             return DeadlineError(
                 f"no answer within {self.timeout_seconds:g} s",
@@ -331,7 +332,7 @@ class NetworkRoute:
         return sock
 
     def _tunnel(self, sock: socket.socket) -> None:
-        target = shown_address(self.endpoint.host, self.endpoint.port)
+        target = host_and_port(self.endpoint.host, self.endpoint.port)
         sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode("latin-1"))
         head = _answer_head(sock)
         match = re.match(rb"HTTP/1\.[01] (\d{3})([^\r\n]*)", head)
@@ -389,11 +390,6 @@ def _answer_head(sock: socket.socket) -> bytes:
             break
         head += part
     return head
-
-
-def shown_address(host: str, port: int) -> str:
-    """``host:port``, with brackets where the host has colons."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _reason(exc: OSError) -> str:

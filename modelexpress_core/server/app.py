@@ -25,11 +25,12 @@ from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.server.stores import MetadataStore, StoreUnavailableError
 from modelexpress_core.server.stores.measured import MeasuredStore
 from modelexpress_core.server.tracing import span_interceptors
+from modelexpress_core.uri import host_and_port
 from modelexpress_core.wire.rpc import API, HEALTH, P2P, STANDARD_HEALTH, Service
 from modelexpress_core.wire.serving import listen, new_server
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
 
-__all__ = ["Server", "joined"]
+__all__ = ["Server"]
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Server:
         opened.push_async_callback(server.stop, 0)
 
     def _listen(self, server: grpc.aio.Server, port: int, variable: str, tls: TlsSettings, auth: AuthSettings) -> int:
-        address = joined(self._settings.host, port)
+        address = host_and_port(self._settings.host, port)
         try:
             return listen(server, address, tls=tls, auth=auth)
         except RuntimeError as exc:
@@ -133,7 +134,7 @@ class Server:
         try:
             server, thread = start_http_server(port, host, self._metrics.registry)
         except OSError as exc:
-            raise _taken(joined(host, port), "MODEL_EXPRESS_SERVER_METRICS_PORT", exc) from exc
+            raise _taken(host_and_port(host, port), "MODEL_EXPRESS_SERVER_METRICS_PORT", exc) from exc
         self.metrics_port = int(server.server_address[1])
 
         def close() -> None:
@@ -173,11 +174,6 @@ class Server:
 
 
 _COUNT_SECONDS = 5.0
-
-
-def joined(host: str, port: int) -> str:
-    """``host:port``, with brackets where the host has colons."""
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def _taken(address: str, variable: str, exc: Exception) -> ModelExpressError:

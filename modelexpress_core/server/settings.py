@@ -7,8 +7,8 @@ import re
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.settings import Given, env, names, seconds, tcp_port
-from modelexpress_core.uri import redacted
+from modelexpress_core.settings import Given, env, names, one_of, seconds, tcp_port
+from modelexpress_core.uri import host_and_port, redacted
 
 __all__ = ["ConfigPath", "LogSettings", "ServerSettings", "SpanSettings", "StoreVariables", "has_stray_password"]
 
@@ -20,21 +20,12 @@ _OTHER_LEVELS = {"trace": "debug", "warn": "warning"}
 _FORMATS = ("text", "json")
 
 
+_known_level = one_of(_LEVELS)
+
+
 def _level(text: str) -> str:
     word = text.strip().lower()
-    word = _OTHER_LEVELS.get(word, word)
-    if word not in _LEVELS:
-        reason = f"expected one of {', '.join(_LEVELS)}"
-        raise ValueError(reason)
-    return word
-
-
-def _format(text: str) -> str:
-    word = text.strip().lower()
-    if word not in _FORMATS:
-        reason = f"expected one of {', '.join(_FORMATS)}"
-        raise ValueError(reason)
-    return word
+    return _known_level(_OTHER_LEVELS.get(word, word))
 
 
 def has_stray_password(uri: str) -> bool:
@@ -133,7 +124,7 @@ class LogSettings:
     format: str = env(
         "MX_LOG_FORMAT",
         default="text",
-        converter=_format,
+        converter=one_of(_FORMATS),
         help="How the server logs: text for people, or json, an object on each line.",
     )
 
@@ -201,10 +192,9 @@ class StoreVariables:
         if self.backend is None:
             return None
         backend = self.backend.strip().lower()
-        host = f"[{self.redis_host}]" if ":" in self.redis_host else self.redis_host
         uris = {
             "memory": "memory://",
-            "redis": self.redis_url or f"redis://{host}:{self.redis_port}",
+            "redis": self.redis_url or f"redis://{host_and_port(self.redis_host, self.redis_port)}",
             "kubernetes": "kubernetes://",
         }
         if backend not in uris:

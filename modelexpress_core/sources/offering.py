@@ -211,9 +211,8 @@ _ANY = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - work
 
 def _own_address(server: Endpoint) -> str:
     """The address of this machine that the server, and so other workers, can reach: that of the way to it."""
-    host, _, port = server.target.rpartition(":")
     with contextlib.suppress(OSError):
-        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as sock:
             sock.connect(address)  # nothing is sent
             found = str(sock.getsockname()[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeAlias
@@ -75,9 +76,9 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # it i
         around = self.around(handler_call_details)
         return handler if around is None else within(handler, around)
 
+    @abstractmethod
     def around(self, details: grpc.HandlerCallDetails) -> Around | None:
         """What is done around a call; None where nothing is."""
-        raise NotImplementedError
 
     def unknown(self, details: grpc.HandlerCallDetails) -> None:
         """Somebody calls a method that there is not."""

@@ -80,6 +80,16 @@ class Endpoint:
             raise InvalidURIError(message, hint="write host:port, http://host:port, or https://host:port for TLS")
         return cls(f"{match['host']}:{match['port'] or _DEFAULT_PORT}", match["scheme"] == "https")
 
+    @property
+    def host(self) -> str:
+        """Without the brackets of an IPv6 address."""
+        return self.target.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The TCP port."""
+        return int(self.target.rpartition(":")[2])
+
     def __str__(self) -> str:
         """As a URL."""
         return f"{'https' if self.tls else 'http'}://{self.target}"

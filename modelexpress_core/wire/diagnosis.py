@@ -38,9 +38,8 @@ def diagnose(endpoint: Endpoint, tls: TlsSettings) -> BackendError | None:
 
 def _look(endpoint: Endpoint, tls: TlsSettings) -> None:
     """Raise what is wrong."""
-    host, _, port = endpoint.target.rpartition(":")
     try:
-        sock = socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT_SECONDS)
+        sock = socket.create_connection((endpoint.host, endpoint.port), _TIMEOUT_SECONDS)
     except (socket.gaierror, UnicodeError) as exc:
         if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_AGAIN:
             raise UnavailableError("no name server answers", hint="check the network of this machine") from exc
@@ -66,7 +65,7 @@ def _look(endpoint: Endpoint, tls: TlsSettings) -> None:
     with sock:
         try:
             if endpoint.tls:
-                _look_at_tls(sock, host.strip("[]"), tls)
+                _look_at_tls(sock, endpoint.host, tls)
             else:
                 _look_at_plain(sock, endpoint)
         except TimeoutError as exc:
@@ -103,13 +102,12 @@ def _look_at_plain(sock: socket.socket, endpoint: Endpoint) -> None:
 
 
 def _speaks_tls(endpoint: Endpoint) -> bool:
-    host, _, port = endpoint.target.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # nothing is said to it
     context.set_alpn_protocols(["h2"])
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT_SECONDS) as sock:
+        with socket.create_connection((endpoint.host, endpoint.port), _TIMEOUT_SECONDS) as sock:
             context.wrap_socket(sock).close()
     except ssl.SSLError as exc:
         return "ALERT" in (exc.reason or "")  # it wants a certificate, say

@@ -5,18 +5,11 @@ from __future__ import annotations
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.settings import env
+from modelexpress_core.settings import env, one_of
 
 __all__ = ["AUTH_MODES", "AuthSettings", "TlsSettings", "TokenSettings"]
 
 AUTH_MODES = ("off", "token", "mtls")
-
-
-def _auth_mode(text: str) -> str:
-    if text.strip().lower() not in AUTH_MODES:
-        reason = f"expected one of {', '.join(AUTH_MODES)}"
-        raise ValueError(reason)
-    return text.strip().lower()
 
 
 @frozen
@@ -67,7 +60,7 @@ class AuthSettings:
     mode: str = env(
         "MX_AUTH_MODE",
         default="off",
-        converter=_auth_mode,
+        converter=one_of(AUTH_MODES),
         help="off: everybody's; token: of those whose token stands in MX_AUTH_TOKENS_PATH; "
         "mtls: of those whose certificate an authority in MX_TLS_CA_PATH signed.",
     )
