@@ -94,7 +94,7 @@ def load_state_dict(
                     raise PlacementError(message, tensor=name, hint="`mx inspect` lists those it has")
                 info = tensors[name]
                 state[name] = torch.empty(torch_shape(info), dtype=torch_dtype(info), device=device)
-                recorder.place(info, state[name])
+                recorder.copy_whole(info, state[name])
             load.succeed(load.finish(recorder))
             return state
 
@@ -146,7 +146,7 @@ def load_into(
             recorder = Recorder(load.checkpoint, load.engine)
             for name, info in load.checkpoint.tensors.items():
                 if name in destinations.tensors:
-                    recorder.place(info, destinations.tensors[name])
+                    recorder.copy_whole(info, destinations.tensors[name])
             report = load.finish(recorder)
             destinations.adopt()
             return load.succeed(report)

@@ -307,7 +307,7 @@ class FetchEngine:
             begun = time.monotonic()
             for segment in range_.segments:
                 start = segment.offset - range_.offset
-                segment.place(buffer[start : start + segment.length])
+                segment.deliver(buffer[start : start + segment.length])
             placed = time.monotonic() - begun
             self._integrity.arrived(range_, buffer)
         return waited + placed

@@ -230,7 +230,7 @@ class _FileDigest:
             if piece.segment is None or not piece.segment.ticket.stable:
                 lost.append(piece)
             else:
-                piece.segment.place(content)
+                piece.segment.deliver(content)
                 piece.crc = crc
         return lost
 

@@ -37,14 +37,14 @@ class Segment:
     Attributes:
         offset: First byte in the file.
         length: Bytes.
-        memory: Where they go, of exactly ``length`` bytes; None where ``deliver`` is set.
-        deliver: Called with the bytes, in a buffer that is reused afterwards; None where ``memory`` is set.
+        memory: Where they go, of exactly ``length`` bytes; None where ``consume`` is set.
+        consume: Called with the bytes, in a buffer that is reused afterwards; None where ``memory`` is set.
         runs: Where the bytes are no contiguous range but runs with gaps between them: the length of a run, and how far
             after the start of one the next starts. They are alone in their range. None otherwise.
         ticket: What this is a part of. It keeps the destination alive.
     """
 
-    __slots__ = ("deliver", "length", "memory", "offset", "runs", "ticket")
+    __slots__ = ("consume", "length", "memory", "offset", "runs", "ticket")
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Segment:
         ticket: Ticket,
         *,
         memory: memoryview | None = None,
-        deliver: Callable[[memoryview], None] | None = None,
+        consume: Callable[[memoryview], None] | None = None,
         runs: tuple[int, int] | None = None,
     ) -> None:
         self.runs = runs
@@ -61,12 +61,12 @@ class Segment:
         self.length = length
         self.ticket = ticket
         self.memory = memory
-        self.deliver = deliver
+        self.consume = consume
 
-    def place(self, content: memoryview) -> None:
+    def deliver(self, content: memoryview) -> None:
         """Bring ``content``, the bytes of this segment, to where they belong."""
-        if self.deliver is not None:
-            self.deliver(content)
+        if self.consume is not None:
+            self.consume(content)
         elif self.memory is not None:
             self.memory[:] = content
 

@@ -146,8 +146,8 @@ class _Copy:
         self.ticket = Ticket()
         ranges = []
         for offset, length in self.partial.missing(most):
-            deliver = partial(self.partial.write, offset=offset)
-            segment = Segment(offset, length, self.ticket, deliver=deliver)
+            write = partial(self.partial.write, offset=offset)
+            segment = Segment(offset, length, self.ticket, consume=write)
             ranges.append(Range(file, offset, length, [segment]))
         return ranges
 
