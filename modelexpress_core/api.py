@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.errors import IncompleteLoadError, PlacementError
 from modelexpress_core.loader import Loader
+from modelexpress_core.messages import listed
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.providers import Candidate
 from modelexpress_core.report import LoadReport
@@ -253,9 +254,8 @@ class DeferredWeights:
 
     def _check(self, report: LoadReport, missing: Sequence[str]) -> None:
         if missing:
-            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             raise IncompleteLoadError(
-                f"{len(missing)} tensors of the model were not wholly written: {shown}",
+                f"{len(missing)} tensors of the model were not wholly written: {listed(missing)}",
                 missing=missing,
                 cause="the checkpoint is of another model, the code that loads skips what it does not know, or the "
                 "model is on the meta device, which has no memory",

@@ -24,7 +24,7 @@ from attrs import frozen
 
 from modelexpress_core.checkpoint import CheckpointFile
 from modelexpress_core.errors import IntegrityError, ModelExpressError
-from modelexpress_core.fetch import FetchEngine, Range, RetryingStorage, RetryPolicy, Segment, Ticket
+from modelexpress_core.fetch import FetchEngine, ProgressReporter, Range, RetryingStorage, RetryPolicy, Segment, Ticket
 from modelexpress_core.fetch.digests import best_digest
 from modelexpress_core.loader import Loader, redacted_uris
 from modelexpress_core.plugins import PluginManager
@@ -39,9 +39,6 @@ from modelexpress_core.storage import ObjectInfo
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["FileProgress", "PullProgress", "pull"]
-
-#: Whoever watches hears of progress this often at most.
-_PROGRESS_SECONDS = 0.1
 
 #: Files that are verified and put in place at once; digests are computed without the interpreter's lock.
 _FINISHERS = min(4, os.cpu_count() or 1)
@@ -175,8 +172,7 @@ class _Pull:
         self._engine: FetchEngine | None = None
         self._ending = threading.Event()
         self._lock = threading.Lock()
-        self._reporting = threading.Lock()
-        self._reported = self._begun
+        self._progress = ProgressReporter(self._report_progress)
         self._unfinished: dict[str, _Copy] = {}
         self._in_place: dict[str, PulledFile] = {}
         self._resumed_bytes = 0
@@ -195,7 +191,12 @@ class _Pull:
             with self._place:
                 copies = self._look(retrying, registered)
                 engine = FetchEngine(
-                    storage, settings, provider.capabilities, on_arrival=self._arrived, budget=budget, uri_of=uri_of
+                    storage,
+                    settings,
+                    provider.capabilities,
+                    on_arrival=self._progress.arrived,
+                    budget=budget,
+                    uri_of=uri_of,
                 )
                 self._engine = engine
                 self._fetch(copies, engine)
@@ -342,7 +343,7 @@ class _Pull:
             if not stopped:
                 self._place.keep_held()  # somebody may still write to the unfinished files
             raise
-        self._tell()
+        self._progress.report_now()
 
     def _round(self, copies: Sequence[_Copy], engine: FetchEngine, pool: ThreadPoolExecutor) -> list[_Copy]:
         """Fetch what is missing of ``copies`` and put them in place; those with wrong bytes come back."""
@@ -368,7 +369,7 @@ class _Pull:
         unfinished = copy.partial
         if not unfinished.complete or regular_size(unfinished.path) != copy.info.size:
             message = f"{copy.name!r} is not complete although all of it arrived"
-            raise ModelExpressError(message, hint="this is a fault in ModelExpress; please report it")
+            raise ModelExpressError(message, hint="this is a bug in ModelExpress; please report it")
         published = best_digest(copy.info.digests) if self._verify else None
         if published is not None:
             with local_errors(unfinished.path, "read"):
@@ -389,7 +390,7 @@ class _Pull:
             self._in_place[copy.name] = file
             self._resumed_bytes += copy.resumed_bytes
             del self._unfinished[copy.name]
-        self._arrived()
+        self._progress.arrived()
         return True
 
     def _refuse(self, wrong: Sequence[_Copy]) -> None:
@@ -422,18 +423,7 @@ class _Pull:
 
     # -- what others see ----------------------------------------------------------------------------------------------
 
-    def _arrived(self) -> None:
-        """Called by threads that fetch and verify: tell of progress, but seldom, and never two at a time."""
-        if self._on_progress is None or time.monotonic() - self._reported < _PROGRESS_SECONDS:
-            return
-        if self._reporting.acquire(blocking=False):
-            try:
-                self._tell()
-            finally:
-                self._reporting.release()
-
-    def _tell(self) -> None:
-        self._reported = time.monotonic()
+    def _report_progress(self) -> None:
         if self._on_progress is None or self._engine is None:
             return
         with self._lock:

@@ -14,6 +14,7 @@ import attrs
 from attrs import field, frozen
 
 from modelexpress_core.errors import BackendError, DeadlineError, SourceChangedError, ThrottledError, UnavailableError
+from modelexpress_core.messages import byte_range
 from modelexpress_core.storage import ObjectInfo, RunStorage, Storage
 
 __all__ = ["Fault", "FaultPolicy", "FaultyStorage"]
@@ -212,7 +213,7 @@ class FaultyStorage:
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """As the inner storage's, or with a fault."""
-        operation = f"read bytes {offset}-{offset + len(buffer) - 1}"
+        operation = f"read {byte_range(offset, len(buffer))}"
 
         def read(wanted: int, inner_version: str | None) -> int:
             return self._inner.read_into(path, offset, buffer[:wanted], version=inner_version)
