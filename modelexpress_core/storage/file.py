@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -20,7 +21,6 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.messages import byte_range
-from modelexpress_core.storage.protocol import ObjectInfo
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["FileStorage", "open_file"]
