@@ -102,7 +102,7 @@ class _Opening:
             self._uri,
             self._provider,
             tuple(file for file, _ in opened),
-            MappingProxyType(tensors),
+            MappingProxyType(tensors),  # not copied: it may have 100,000 entries
             self._bytes_read,
         )
 
