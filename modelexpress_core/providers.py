@@ -74,7 +74,6 @@ class StorageCapabilities:
     Attributes:
         read_batch: It has an engine of its own, behind ``read_batch``.
         read_runs: It reads many short runs in one call, with ``read_runs`` (see ``RunStorage``).
-        write: It has ``write``.
         patience: Its reads give up on a silent connection after ``patience_seconds`` (see ``PatientStorage``).
         diagnosis: It says where it connects and as whom (see ``DiagnosableStorage``).
         stat_digests: ``stat`` may tell digests that ``list`` leaves out: asking is worth a request for each file.
@@ -86,7 +85,6 @@ class StorageCapabilities:
 
     read_batch: bool = False
     read_runs: bool = False
-    write: bool = False
     patience: bool = False
     diagnosis: bool = False
     stat_digests: bool = False

@@ -69,7 +69,6 @@ print("\\n" + json.dumps({"modules": sorted(set(sys.modules) - before), "deeds":
 _BEHIND: Mapping[str, Sequence[str]] = {
     "read_batch": ("read_batch",),
     "read_runs": ("read_runs",),
-    "write": ("write",),
     "patience": ("patience_seconds",),
     "diagnosis": ("endpoint", "credentials"),
 }
