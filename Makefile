@@ -15,7 +15,9 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_BENCH_STAMP := $(VLLM_VENV)/.installed-bench
-PACKAGES := . plugins/mx-s3 integrations/vllm
+# Every folder with a pyproject.toml in plugins/ and integrations/ is a package.
+MEMBERS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml))
+PACKAGES := . $(MEMBERS)
 
 .PHONY: demo test test-vllm lint bench bench-vllm format clean help
 .DEFAULT_GOAL := help
@@ -23,7 +25,7 @@ PACKAGES := . plugins/mx-s3 integrations/vllm
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml) constraints-dev.txt requirements-checkpoint.txt
+$(STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) constraints-dev.txt requirements-checkpoint.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -41,7 +43,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 # vLLM's CPU build asks for media libraries whose builds do not go with the CPU build of torch; text models need none.
-$(VLLM_STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml) integrations/vllm/tests/requirements.txt
+$(VLLM_STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) integrations/vllm/tests/requirements.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement integrations/vllm/tests/requirements.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
@@ -56,6 +58,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m devtools.package_imports
 
 $(BENCH_STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) constraints-dev.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(BENCH_VENV)
