@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from modelexpress_core.checkpoint.index import missing_shards, parse_index
 from modelexpress_core.errors import CheckpointError
 from tests.support.checkpoints import INDEX, index_text, shard_name
+from tests.support.properties import examples
 
 URI = "s3://bucket/model"
 
@@ -120,7 +121,7 @@ def test_names_that_no_file_has(name: str) -> None:
     assert "which is no name of a file" in str(refused(index_text({"weight": name})))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=examples(500))
 @given(
     st.binary(max_size=40)
     | st.recursive(
