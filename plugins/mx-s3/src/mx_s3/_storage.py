@@ -17,6 +17,7 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.utils import get_environ_proxies
 
+from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
 from modelexpress_core.errors import (
     BackendError,
     InvalidURIError,
@@ -27,7 +28,6 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.settings import from_env
-from modelexpress_core.storage import Endpoint, ObjectInfo
 from modelexpress_core.uri import ModelURI
 from mx_s3._credentials import Identity, new_session
 from mx_s3._errors import FAILURES, PROVIDER, translated
