@@ -1,7 +1,9 @@
 # Everything a contributor needs; each target sets itself up.
 #   make demo   a real S3 server, two checkpoints, every tensor compared
-#   make test   all tests (ARGS="-k name" goes to pytest)
-#   make test-vllm   real vLLM, in an environment of its own
+#   make test   all tests, several side by side (ARGS="-k name" goes to pytest)
+#   make test-fast   tests without servers and slow steps, for the loop of a contributor (TESTS=plugins/mx-s3/tests)
+#   make test-nightly   all tests, and property tests with all their examples, drawn at random
+#   make test-vllm   tests with real vLLM, in a separate environment
 #   make lint   formatting, lint, types, layers
 #   make bench  figures as ratios to limits and to other libraries (ARGS="local s3 --quick")
 #   make bench-vllm   the same of real vLLM, with each of its loaders (ARGS="--rounds 3")
@@ -19,7 +21,7 @@ VLLM_BENCH_STAMP := $(VLLM_VENV)/.installed-bench
 MEMBERS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml))
 PACKAGES := . $(MEMBERS)
 
-.PHONY: demo test test-vllm lint bench bench-vllm format clean help
+.PHONY: demo test test-fast test-nightly test-vllm lint bench bench-vllm format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -39,8 +41,18 @@ $(STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) constraints-dev.txt requi
 demo: $(STAMP)
 	@$(BIN)/python -m devtools.demo
 
+# conftest.py chooses how many workers there are; tests of one xdist_group share a worker, and with it what they set up.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+TESTS ?= tests/unit tests/docs $(wildcard plugins/*/tests)
+
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: $(STAMP)
+	HYPOTHESIS_PROFILE=fast $(PYTEST) -m "not server and not slow" $(TESTS) $(ARGS)
+
+test-nightly: $(STAMP)
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) $(ARGS)
 
 # vLLM's CPU build asks for media libraries whose builds do not go with the CPU build of torch; text models need none.
 $(VLLM_STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) integrations/vllm/tests/requirements.txt

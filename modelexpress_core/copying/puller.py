@@ -25,7 +25,7 @@ from attrs import frozen
 from modelexpress_core.checkpoint import CheckpointFile
 from modelexpress_core.contracts.candidates import Candidate
 from modelexpress_core.contracts.storage import ObjectInfo
-from modelexpress_core.copying.local import check_space, digest_of, fsync_directory, local_errors
+from modelexpress_core.copying.local import Disk, digest_of, fsync_directory, local_errors
 from modelexpress_core.copying.partial import Identity, Partial
 from modelexpress_core.copying.selection import select, with_stat
 from modelexpress_core.copying.workplace import Workplace, regular_size
@@ -92,6 +92,7 @@ def pull(
     on_progress: Callable[[PullProgress], None] | None = None,
     environ: Mapping[str, str] | None = None,
     plugins: PluginManager | None = None,
+    disk: Disk | None = None,
 ) -> PullReport:
     """Copy the files at ``uri`` into ``directory``; what is there already in the same version is not copied again.
 
@@ -107,6 +108,7 @@ def pull(
         on_progress: Called a few times a second, from threads that fetch: be quick. What it raises ends the pull.
         environ: Variables to read settings from; by default the process's.
         plugins: Plugins to use; by default all that are installed and allowed.
+        disk: Operations of the disk, for tests that replace some of them.
 
     Raises:
         ResolveError: The URI leads nowhere.
@@ -124,7 +126,7 @@ def pull(
     target = os.path.abspath(os.path.expanduser(text))
 
     def attempt(candidate: Candidate) -> PullReport:
-        return _Pull(loader, candidate.uri, target, weights=weights, on_progress=on_progress).run()
+        return _Pull(loader, candidate.uri, target, weights=weights, on_progress=on_progress, disk=disk).run()
 
     return loader.first(uri, attempt)
 
@@ -164,7 +166,9 @@ class _Pull:
         *,
         weights: bool,
         on_progress: Callable[[PullProgress], None] | None,
+        disk: Disk | None,
     ) -> None:
+        self._disk = disk or Disk()
         self._loader = loader
         self._uri = uri
         self._directory = directory
@@ -172,7 +176,7 @@ class _Pull:
         self._on_progress = on_progress
         self._begun = time.monotonic()
         self._verify = loader.settings.verify_digests
-        self._place = Workplace(directory)
+        self._place = Workplace(directory, disk=self._disk)
         self._engine: FetchEngine | None = None
         self._ending = threading.Event()
         self._lock = threading.Lock()
@@ -273,7 +277,7 @@ class _Pull:
         self._place.discard_superseded(wanted, missing, root=root, everything=everything)
         copies = [_Copy(changed[identity.name], self._place.partial(identity)) for identity in missing]
         needed = sum(max(0, copy.info.size - copy.partial.allocated_bytes) for copy in copies)
-        check_space(self._directory, needed)
+        self._disk.check_space(self._directory, needed)
         try:
             for copy in copies:
                 copy.partial.reserve()

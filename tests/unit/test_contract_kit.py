@@ -34,6 +34,8 @@ from modelexpress_core.storage.memory import MemoryStorage
 from modelexpress_core.testing import StorageContract
 from modelexpress_core.testing.checks import DIGESTS
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("contract kit")]
+
 SECRET = "hunter2-the-secret"
 
 #: Wrong storage -> tests of the contract that have to fail for it.

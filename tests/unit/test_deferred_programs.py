@@ -591,6 +591,7 @@ def _small_batches(copies: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @settings(
     deadline=None, max_examples=examples(300), suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )

@@ -627,6 +627,7 @@ LARGE: Mapping[str, tuple[Callable[[], bytes], str, float]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("header", "words", "times"), LARGE.values(), ids=list(LARGE))
 def test_large_hostile_header(header: Callable[[], bytes], words: str, times: float) -> None:
@@ -646,6 +647,7 @@ def test_large_hostile_header(header: Callable[[], bytes], words: str, times: fl
     assert peak < times * len(text), f"{peak / len(text):.1f} times the header"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_many_tensors() -> None:
     """A real checkpoint of many experts is read with memory in proportion to its header."""

@@ -154,6 +154,7 @@ LARGE: Mapping[str, tuple[Callable[[], bytes], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("text", "times"), LARGE.values(), ids=list(LARGE))
 def test_large_hostile_index(text: Callable[[], bytes], times: int) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import attrs
 import pytest
 
-from modelexpress_core import plugins as plugins_module
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.errors import (
     AccessDeniedError,
@@ -24,6 +23,7 @@ from modelexpress_core.errors import (
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins.manager import _Found
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.report import LoadReport
 from modelexpress_core.uri import ModelURI
@@ -47,11 +47,11 @@ def plugin(source: str) -> types.ModuleType:
     return made
 
 
-def manager(**sources: str | object) -> PluginManager:
+def manager(made: PluginManager | None = None, /, **sources: str | object) -> PluginManager:
     """Core and the given plugins, whose names are given with underscores."""
     from modelexpress_core import plugin as core
 
-    made = PluginManager()
+    made = PluginManager() if made is None else made
     for name, source in sources.items():
         made.register(plugin(source) if isinstance(source, str) else source, name=name.replace("_", "-"))
     made.register(core, name="modelexpress-core")
@@ -91,7 +91,7 @@ def test_cores_default_comes_after_every_plugin_that_is_discovered(name: str, mo
     monkeypatch.setitem(sys.modules, name, plugin(source))
     distribution = name.replace("_", "-")
     found = [
-        plugins_module._Found(importlib.metadata.EntryPoint(label, value, "modelexpress.plugins"), label, "1")
+        _Found(importlib.metadata.EntryPoint(label, value, "modelexpress.plugins"), label, "1")
         for label, value in ((distribution, name), ("modelexpress-core", "modelexpress_core.plugin"))
     ]
 
@@ -314,13 +314,10 @@ def test_an_observer_that_raises_harms_nobody(method: str, caplog: pytest.LogCap
         assert part in caplog.records[0].getMessage()
 
 
-def test_an_observer_that_keeps_raising_is_logged_once_a_minute(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_observer_that_keeps_raising_is_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     """Progress comes several times a second: the log must not fill. Each plugin has its own minute."""
     now = [1000.0]
-    monkeypatch.setattr(plugins_module.time, "monotonic", lambda: now[0])
-    made = manager(mx_a=Failing(), mx_b=Failing())
+    made = manager(PluginManager(clock=lambda: now[0]), mx_a=Failing(), mx_b=Failing())
     event = _EVENTS["load_progress"]
 
     with caplog.at_level(logging.WARNING):
