@@ -1064,7 +1064,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[tuple[str, 
     directory = tmp_path_factory.mktemp("wrong")
     (directory / "test_wrong.py").write_text(_RUN.format(path=__file__))
     (directory / "conftest.py").write_text(_SELECT)
-    return run_pytest(directory, "--tb=line")
+    return run_pytest(directory, "--tb=line", "--numprocesses=4")  # most of these storages wait for something
 
 
 def test_there_are_wrong_storages() -> None:

@@ -164,7 +164,7 @@ def test_metrics(watching: Watching, registry: CollectorRegistry) -> None:
     assert 12e3 == value("mx_load_bytes_total", scheme="s3", kind="materialised")
 
 
-def test_every_metric_is_documented(registry: CollectorRegistry) -> None:
+def test_every_metric_is_documented(watching: Watching, registry: CollectorRegistry) -> None:
     """With its labels, in the README."""
     readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(mx_load_\w+)` \| (.*?) \|", readme, re.MULTILINE))
