@@ -32,7 +32,8 @@ from modelexpress_core.copying.selection import select, with_stat
 from modelexpress_core.errors import IntegrityError, ModelExpressError
 from modelexpress_core.fetch import FetchEngine, ProgressReporter, Range, RetryingStorage, RetryPolicy, Segment, Ticket
 from modelexpress_core.fetch.digests import best_digest
-from modelexpress_core.loader import Loader, redacted_uris
+from modelexpress_core.loader import Loader
+from modelexpress_core.loads.context import redacted_uris
 from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
@@ -124,7 +125,7 @@ def pull(
     def attempt(candidate: Candidate) -> PullReport:
         return _Pull(loader, candidate.uri, target, weights=weights, on_progress=on_progress, disk=disk).run()
 
-    return loader.first(uri, attempt)
+    return loader.first(loader.request(uri), attempt)
 
 
 class _Copy:

@@ -1228,7 +1228,7 @@ def test_what_was_read_is_not_kept() -> None:
             alive.append(weakref.ref(w))
             assert w.sum() > 0
             del w
-        kept = len(weights._recorder._pending), sum(ref() is not None for ref in alive)
+        kept = len(weights._load.recorder._pending), sum(ref() is not None for ref in alive)
 
     assert (0, 0) == kept
 
@@ -1242,8 +1242,8 @@ def test_destinations_are_let_go_when_their_bytes_are_in_place(monkeypatch: pyte
     with c.load() as weights:
         for _, w in weights:
             assert torch.empty(1000).copy_(w).sum() > 0
-            most = max(most, len(weights._recorder._pending))
-    left = len(weights._recorder._pending)
+            most = max(most, len(weights._load.recorder._pending))
+    left = len(weights._load.recorder._pending)
 
     assert most <= 8
     assert 0 == left
