@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from devtools.seaweedfs import SeaweedFS
-from tests.support.tools import MISSING_TOOL
+from devtools.seaweedfs import SeaweedFS, SeaweedFSError, binary
+from tests.support.tools import MISSING_TOOL, skip_without
 
 BUCKET = "models"
 
@@ -69,6 +69,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[SeaweedFS]:
     """SeaweedFS with the bucket ``models``; each worker starts one at first use, and stops it at the end."""
+    try:
+        binary()
+    except SeaweedFSError as exc:
+        skip_without(str(exc))
     with SeaweedFS(BUCKET) as server:
         yield server
 
