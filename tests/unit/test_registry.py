@@ -214,6 +214,7 @@ def test_the_settings_that_an_error_suggests_work() -> None:
 # -- any order ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_order_of_registration_changes_anything() -> None:
     """All 720 orders of six plugins give the same schemes and the same outcome for each.
 
