@@ -172,7 +172,7 @@ class Answer:
         reason: The server's reason phrase.
         headers: By lower-case name.
         ended: The content was read to its end, or given up.
-        truncated: The connection ended before the content did.
+        truncated: The connection ended, or broke, before the content did.
 
     Raises:
         OSError: The head did not come, or is none.
@@ -200,6 +200,7 @@ class Answer:
         self.reason = head.reason
         self.headers = head.headers
         self.ended = self.truncated = False
+        self._broken_by: OSError | None = None
         self._keeps_connection = head.keeps_connection
         has_content = method != "HEAD" and head.status not in {204, 304}
         self._chunked = has_content and head.is_chunked
@@ -257,7 +258,8 @@ class Answer:
                     self._left -= count
                     if not self._left and not self._chunked:
                         self._end()
-        except OSError:
+        except OSError as exc:
+            self.truncated, self._broken_by = True, exc
             self.close()
             if not done:
                 raise
@@ -280,7 +282,7 @@ class Answer:
             if not self.ended and time.monotonic() - begun > self._wait_seconds() + size / _MIN_BYTES_PER_SECOND:
                 raise TimeoutError("the answer is not complete")
         if self.truncated:
-            raise BadAnswerError("the connection was closed amid the answer")
+            raise BadAnswerError("the connection was closed amid the answer") from self._broken_by
         return b"".join(pieces)
 
     # -- the content, piece by piece ----------------------------------------------------------------------------------

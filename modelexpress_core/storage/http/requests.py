@@ -48,11 +48,13 @@ class Origin:
         """The origin of an ``http`` or ``https`` URL.
 
         Raises:
-            ValueError: The URL has another scheme, no host, or user information.
+            ValueError: The URL has another scheme, no host, user information, or characters that no URL has.
         """
         parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
-            message = "expected an http or https URL with a host and without user information"
+        # urlsplit drops line breaks and tabs, wherever they are.
+        odd = any(character <= " " or character == "\x7f" for character in url)
+        if odd or parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc:
+            message = "expected an http or https URL, percent-encoded, with a host and without user information"
             raise ValueError(message)
         tls = parts.scheme == "https"
         return cls(parts.hostname, parts.port or (443 if tls else 80), tls)
