@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 
 import grpc.aio
 
-from modelexpress_core.sources.identity import Engine, SourceIdentity
+from modelexpress_core.contracts.identity import Engine, SourceIdentity
+from modelexpress_core.wire.identities import identity_to_message
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import HEALTH, MESSAGE_OPTIONS, P2P, stub
 
@@ -86,7 +87,7 @@ def _publication(worker: int, tensors: int) -> p2p_pb2.PublishMetadataRequest:
         tensor_source=p2p_pb2.TensorSource(tensors=listed) if listed else None,
     )
     return p2p_pb2.PublishMetadataRequest(
-        identity=_identity(worker).to_message(),
+        identity=identity_to_message(_identity(worker)),
         worker=metadata,
         worker_id=_worker_id(worker),
         pod_name=f"model-{worker}",
@@ -188,7 +189,7 @@ class _Load:
         request = self._lists.get(source) or self._lists.setdefault(
             source,
             p2p_pb2.ListSourcesRequest(
-                identity=_identity(worker).to_message(), status_filter=p2p_pb2.SOURCE_STATUS_READY
+                identity=identity_to_message(_identity(worker)), status_filter=p2p_pb2.SOURCE_STATUS_READY
             ),
         )
         response = await self._calls[worker % _CHANNELS]["ListSources"](request)

@@ -20,8 +20,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import BackendError, UnavailableError
-from modelexpress_core.storage import ObjectInfo
 
 __all__ = ["PATTERN_BYTES", "Bandwidth", "RangeServer", "RangeStorage", "pattern"]
 

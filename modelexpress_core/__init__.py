@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from modelexpress_core.api import DeferredWeights, deferred_weights, load_into, load_state_dict, open_checkpoint
     from modelexpress_core.checkpoint import Checkpoint, CheckpointFile, TensorInfo
+    from modelexpress_core.copying import pull
     from modelexpress_core.errors import (
         AccessDeniedError,
         BackendError,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     )
     from modelexpress_core.hooks import hookimpl
     from modelexpress_core.plugins import PluginManager
-    from modelexpress_core.pulling import pull
     from modelexpress_core.report import LoadReport, PullReport
     from modelexpress_core.uri import ModelURI
 
@@ -54,7 +54,7 @@ _MODULES = {
     "load_into": "api",
     "load_state_dict": "api",
     "open_checkpoint": "api",
-    "pull": "pulling",
+    "pull": "copying",
 }
 
 __all__ = [

@@ -9,10 +9,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from modelexpress_core.checkpoint import Checkpoint
+from modelexpress_core.contracts.candidates import Candidate
 from modelexpress_core.errors import IncompleteLoadError, PlacementError
 from modelexpress_core.loader import Loader
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.providers import Candidate
 from modelexpress_core.report import LoadReport
 from modelexpress_core.uri import ModelURI
 

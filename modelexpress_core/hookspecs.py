@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING
 from modelexpress_core.hooks import hookspec
 
 if TYPE_CHECKING:
+    from modelexpress_core.contracts.candidates import Candidate, LoadRequest
     from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
     from modelexpress_core.providers import (
-        Candidate,
         CommandProvider,
         DiscoveryProvider,
-        LoadRequest,
         MetadataStoreProvider,
         ServerServiceProvider,
         StorageProvider,
@@ -181,7 +180,7 @@ def mx_rank_candidates(request: LoadRequest, candidates: Sequence[Candidate]) ->
 
     Example:
         >>> from modelexpress_core.hooks import hookimpl
-        >>> from modelexpress_core.providers import Candidate, LoadRequest
+        >>> from modelexpress_core.contracts.candidates import Candidate, LoadRequest
         >>> from modelexpress_core.uri import ModelURI
         >>> @hookimpl
         ... def mx_rank_candidates(request, candidates):

@@ -25,21 +25,22 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from modelexpress_core.checkpoint import Checkpoint, open_files
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest
+from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, ResolveError
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.fetch import FetchEngine, RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.providers import Candidate, LoadRequest, StorageProvider
+from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import LoadReport
 from modelexpress_core.settings import LoadSettings, from_env
 from modelexpress_core.sources.discovery import find_candidates
-from modelexpress_core.storage import Storage
 from modelexpress_core.uri import ModelURI
 
 if TYPE_CHECKING:
+    from modelexpress_core.contracts.identity import SourceIdentity
     from modelexpress_core.placement import Recorder
-    from modelexpress_core.sources.identity import SourceIdentity
 
 __all__ = ["Load", "Loader", "redacted_uris"]
 

@@ -6,12 +6,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.providers import (
-    Candidate,
     CommandProvider,
     DiscoveryProvider,
-    LoadRequest,
     MetadataStoreProvider,
     StorageCapabilities,
     StorageProvider,
@@ -28,9 +27,9 @@ from modelexpress_core.sources.settings import (
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings, TokenSettings
 
 if TYPE_CHECKING:
-    from modelexpress_core.server.stores import MetadataStore
-    from modelexpress_core.sources.discovery import Discovery
-    from modelexpress_core.storage import Storage
+    from modelexpress_core.contracts.discovery import Discovery
+    from modelexpress_core.contracts.metadata_store import MetadataStore
+    from modelexpress_core.contracts.storage import Storage
     from modelexpress_core.uri import ModelURI
 
 

@@ -5,33 +5,24 @@ A record is data. Building one does no I/O and imports no SDK; the factory in it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import attrs
 from attrs import field, frozen
 
-from modelexpress_core.immutable import unmodifiable
+from modelexpress_core.contracts.discovery import Discovery
+from modelexpress_core.contracts.service import ServiceContext
+from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.uri import SCHEME_PATTERN, ModelURI
-
-if TYPE_CHECKING:
-    from modelexpress_core.server.stores import MetadataStore
-    from modelexpress_core.sources.discovery import Discovery
-    from modelexpress_core.sources.identity import SourceIdentity
-    from modelexpress_core.storage import Storage
 
 __all__ = [
     "API_VERSION",
-    "Candidate",
     "CommandProvider",
     "DiscoveryProvider",
-    "LoadRequest",
     "MetadataStoreProvider",
-    "Peer",
     "SchemeProvider",
     "ServerServiceProvider",
-    "ServiceContext",
     "StorageCapabilities",
     "StorageProvider",
     "TransportProvider",
@@ -148,42 +139,6 @@ class MetadataStoreProvider(SchemeProvider):
     """Keeps the server's metadata."""
 
 
-class _Collecting:
-    """Stands for a server where generated code adds a service to one."""
-
-    def __init__(self) -> None:
-        self.handlers: list[Any] = []
-
-    def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
-        """What serves the methods."""
-        self.handlers += handlers
-
-    def add_registered_method_handlers(self, name: str, handlers: Mapping[str, Any]) -> None:
-        """The same once more, for servers that want them by name."""
-
-
-@frozen
-class ServiceContext:
-    """What the factory of a service is given.
-
-    Attributes:
-        store: The server's metadata, whose methods are coroutines. The server closes it.
-        settings: Variables.
-        closing: What is pushed here is called at the end, after the last call, in reverse order.
-    """
-
-    store: MetadataStore
-    settings: Mapping[str, str] = field(repr=False)  # the environment, where secrets are
-    closing: AsyncExitStack
-
-    def handler(self, add_to_server: Callable[[Any, Any], None], servicer: object) -> Any:  # noqa: ANN401 - of gRPC
-        """What ``add_to_server``, an ``add_..._to_server`` that protoc generated, adds to a server for ``servicer``."""
-        collecting = _Collecting()
-        add_to_server(servicer, collecting)
-        [handler] = collecting.handlers
-        return handler
-
-
 @frozen
 class ServerServiceProvider:
     """A gRPC service that ``mx serve`` also offers.
@@ -223,60 +178,3 @@ class CommandProvider:
     help: str = field(default="", kw_only=True)
     api_version: int = field(default=API_VERSION, kw_only=True)
     settings: type | tuple[type, ...] | None = field(default=None, kw_only=True)
-
-
-@frozen
-class LoadRequest:
-    """What a load is asked for, as discoveries and ranking see it.
-
-    Attributes:
-        uri: The checkpoint, after ``mx_rewrite_uri``.
-        identity: The model as it will be in this worker's memory; None where peers are of no use.
-        worker_rank: Which part of it this worker holds: only peers of the same rank have the same bytes.
-        reader: Who asks: the worker's id, or anything that tells it from others. Readers are spread by it.
-        selector: How one of several peers is chosen: ``"random"``, ``"rendezvous_hash"`` or ``"load_aware"``.
-    """
-
-    uri: ModelURI
-    identity: SourceIdentity | None = None
-    worker_rank: int = 0
-    reader: str = ""
-    selector: str = "load_aware"
-
-
-@frozen
-class Peer:
-    """A worker that holds what the load needs, as a discovery knows it.
-
-    Attributes:
-        source_id: What it holds: the ``mx_source_id`` of its identity.
-        worker_id: Who it is.
-        worker_rank: Which part it holds.
-        accelerator: What holds it.
-        load: How busy it says it is, from 0 to 1; None where it does not say.
-        updated_at_ms: When it last said something, in milliseconds since 1970, by the clock of whoever was told.
-        topology: Where it is, and what else it says of itself.
-    """
-
-    source_id: str = field(validator=attrs.validators.instance_of(str))
-    worker_id: str = field(validator=attrs.validators.instance_of(str))
-    worker_rank: int = 0
-    accelerator: str = ""
-    load: float | None = field(default=None, converter=attrs.converters.optional(float))
-    updated_at_ms: int = 0
-    topology: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
-
-
-@frozen
-class Candidate:
-    """A place that may hold what the load needs.
-
-    Attributes:
-        uri: Where; its scheme picks the plugin.
-        origin: Who named it: ``"caller"``, or the name of a discovery.
-        peer: The worker whose memory it is; None for all other places.
-    """
-
-    uri: ModelURI = field(validator=attrs.validators.instance_of(ModelURI))
-    origin: str = field(default="caller", validator=attrs.validators.instance_of(str))
-    peer: Peer | None = field(default=None, validator=attrs.validators.optional(attrs.validators.instance_of(Peer)))

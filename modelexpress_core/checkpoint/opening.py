@@ -15,6 +15,7 @@ from modelexpress_core.checkpoint.checkpoint import Checkpoint, CheckpointFile, 
 from modelexpress_core.checkpoint.header import LENGTH_BYTES, Header, header_length, parse_header
 from modelexpress_core.checkpoint.index import INDEX_SUFFIX, MAX_INDEX_BYTES, SUFFIX, missing_shards, parse_index
 from modelexpress_core.checkpoint.strict_json import shown
+from modelexpress_core.contracts.storage import ObjectInfo, Storage
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -23,7 +24,6 @@ from modelexpress_core.errors import (
     SourceChangedError,
     UnsupportedError,
 )
-from modelexpress_core.storage import ObjectInfo, Storage
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["open_files"]

@@ -12,9 +12,9 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from modelexpress_core.cli.output import JsonOption, console, print_json, progress_bars, status_console
+from modelexpress_core.copying import PullProgress
+from modelexpress_core.copying import pull as pull_files
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.pulling import PullProgress
-from modelexpress_core.pulling import pull as pull_files
 from modelexpress_core.report import PullReport, format_bytes, format_files
 
 __all__ = ["pull"]

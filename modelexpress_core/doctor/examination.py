@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.checkpoint.index import INDEX_SUFFIX, SUFFIX
+from modelexpress_core.contracts.storage import DiagnosableStorage, Endpoint, ObjectInfo, PatientStorage, Storage
 from modelexpress_core.doctor.network import NetworkRoute, within
 from modelexpress_core.doctor.step import Step
 from modelexpress_core.errors import (
@@ -29,7 +30,6 @@ from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import format_bytes, format_files
 from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
-from modelexpress_core.storage import DiagnosableStorage, Endpoint, ObjectInfo, PatientStorage, Storage
 from modelexpress_core.uri import ModelURI, host_and_port
 
 __all__ = ["diagnose"]

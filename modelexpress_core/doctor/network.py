@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 
 from attrs import field, frozen
 
+from modelexpress_core.contracts.storage import Endpoint
 from modelexpress_core.errors import BackendError, DeadlineError, NotFoundError, UnavailableError, UnsupportedError
-from modelexpress_core.storage import Endpoint
 from modelexpress_core.tls_errors import objection
 from modelexpress_core.uri import host_and_port
 

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
+from modelexpress_core.contracts.storage import PatientStorage, Storage
 from modelexpress_core.errors import BackendError, DeadlineError, ThrottledError
 from modelexpress_core.fetch.concurrency import ConcurrencyLimit, concurrency_for
 from modelexpress_core.fetch.integrity import Integrity
@@ -28,7 +29,6 @@ from modelexpress_core.fetch.staging import StagingPool
 from modelexpress_core.fetch.stalls import Patience
 from modelexpress_core.providers import StorageCapabilities
 from modelexpress_core.settings import LoadSettings
-from modelexpress_core.storage import PatientStorage, Storage
 
 if TYPE_CHECKING:
     from modelexpress_core.checkpoint import CheckpointFile

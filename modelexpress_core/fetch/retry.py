@@ -17,9 +17,9 @@ from typing import cast
 
 from attrs import frozen
 
+from modelexpress_core.contracts.storage import ObjectInfo, RunStorage, Storage
 from modelexpress_core.errors import BackendError, ModelExpressError, SourceChangedError, UnavailableError
 from modelexpress_core.settings import LoadSettings
-from modelexpress_core.storage import ObjectInfo, RunStorage, Storage
 
 __all__ = ["LoadCancelledError", "RetryBudget", "RetryPolicy", "RetryingStorage"]
 

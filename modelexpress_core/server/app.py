@@ -11,8 +11,10 @@ from types import TracebackType
 import grpc.aio
 from prometheus_client import start_http_server
 
+from modelexpress_core.contracts.metadata_store import MetadataStore, StoreUnavailableError
+from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.errors import ModelExpressError
-from modelexpress_core.providers import ServerServiceProvider, ServiceContext
+from modelexpress_core.providers import ServerServiceProvider
 from modelexpress_core.server.calls import LoggedCalls
 from modelexpress_core.server.interceptors import Observed
 from modelexpress_core.server.metrics import ServerMetrics
@@ -22,7 +24,6 @@ from modelexpress_core.server.services.health import StandardHealth
 from modelexpress_core.server.services.p2p import P2pService
 from modelexpress_core.server.services.plugins import PluginServices
 from modelexpress_core.server.settings import ServerSettings
-from modelexpress_core.server.stores import MetadataStore, StoreUnavailableError
 from modelexpress_core.server.stores.measured import MeasuredStore
 from modelexpress_core.server.tracing import span_interceptors
 from modelexpress_core.uri import host_and_port

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 
+from modelexpress_core.contracts.metadata_store import StoreUnavailableError
 from modelexpress_core.server.metrics import ServerMetrics
-from modelexpress_core.server.stores import StoreUnavailableError
 from modelexpress_core.wire.around import Around, Context, Interceptor, status_of
 from modelexpress_core.wire.rpc import STANDARD_HEALTH
 

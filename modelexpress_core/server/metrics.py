@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from modelexpress_core.server.stores import Reaped, SourceStatus
+from modelexpress_core.contracts.metadata_store import Reaped, SourceStatus
 
 __all__ = ["ServerMetrics"]
 

@@ -7,8 +7,8 @@ import logging
 import time
 import uuid
 
+from modelexpress_core.contracts.metadata_store import MetadataStore, StoreUnavailableError
 from modelexpress_core.server.metrics import ServerMetrics
-from modelexpress_core.server.stores import MetadataStore, StoreUnavailableError
 
 __all__ = ["Reaper"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.settings import from_env
-from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.sources.settings import ServerAddress
 from modelexpress_core.wire.client import Client, Security
+from modelexpress_core.wire.identities import identity_to_message
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import HEALTH, P2P
 
@@ -66,7 +67,9 @@ class ServerClient(Client):
         self, identity: SourceIdentity, worker: p2p_pb2.WorkerMetadata, worker_id: str
     ) -> p2p_pb2.PublishMetadataResponse:
         """Tell what a worker holds. Whether the server took it is in the response."""
-        request = p2p_pb2.PublishMetadataRequest(identity=identity.to_message(), worker=worker, worker_id=worker_id)
+        request = p2p_pb2.PublishMetadataRequest(
+            identity=identity_to_message(identity), worker=worker, worker_id=worker_id
+        )
         response: p2p_pb2.PublishMetadataResponse = self._call(P2P, "PublishMetadata", request)
         return response
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import ModelExpressError, PlacementError, SettingsError
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.discovery.server import TRANSPORTS_KEY
-from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.sources.publishing import Publisher, PublishingState, withdraw_on_exit
 from modelexpress_core.sources.settings import PublishingSettings, ServerAddress, WorkerSettings
 from modelexpress_core.sources.worker_service import Leases, WorkerServer

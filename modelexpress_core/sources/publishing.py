@@ -26,9 +26,9 @@ from typing import Any
 import attrs
 from attrs import frozen
 
+from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import BackendError, ModelExpressError
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
 __all__ = ["Publisher", "PublishingState", "withdraw_on_exit"]

@@ -13,8 +13,8 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.providers import Candidate, LoadRequest
 from modelexpress_core.sources.settings import SELECTORS
 
 __all__ = ["rank"]

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -19,7 +20,6 @@ from modelexpress_core.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from modelexpress_core.storage.protocol import ObjectInfo
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["FileStorage", "open_file"]

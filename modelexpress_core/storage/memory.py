@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 
+from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import NotFoundError, SourceChangedError
-from modelexpress_core.storage.protocol import ObjectInfo
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["MemoryStorage", "open_memory", "store"]

@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 from attrs import frozen
 
+from modelexpress_core.contracts.storage import DiagnosableStorage, Endpoint, PatientStorage, RunStorage, Storage
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -23,7 +24,6 @@ from modelexpress_core.errors import (
     SourceChangedError,
 )
 from modelexpress_core.fetch.digests import new_hasher
-from modelexpress_core.storage import DiagnosableStorage, Endpoint, PatientStorage, RunStorage, Storage
 from modelexpress_core.testing.contract import violated
 
 __all__ = [

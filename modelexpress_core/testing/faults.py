@@ -13,8 +13,8 @@ from typing import Literal, cast, get_args
 import attrs
 from attrs import field, frozen
 
+from modelexpress_core.contracts.storage import ObjectInfo, RunStorage, Storage
 from modelexpress_core.errors import BackendError, DeadlineError, SourceChangedError, ThrottledError, UnavailableError
-from modelexpress_core.storage import ObjectInfo, RunStorage, Storage
 
 __all__ = ["Fault", "FaultPolicy", "FaultyStorage"]
 

@@ -9,7 +9,7 @@ from uuid import uuid4
 import attrs
 import pytest
 
-from modelexpress_core.server.stores import (
+from modelexpress_core.contracts.metadata_store import (
     Listing,
     MetadataStore,
     NotPublisherError,

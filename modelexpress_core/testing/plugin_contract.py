@@ -19,10 +19,10 @@ import attrs
 import pytest
 
 from modelexpress_core import hookspecs
+from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.hooks import PROJECT_NAME
 from modelexpress_core.plugins import ENTRY_POINT_GROUP, PluginManager
 from modelexpress_core.settings import describe
-from modelexpress_core.storage import Storage
 from modelexpress_core.testing.contract import Contract, violated
 from modelexpress_core.uri import ModelURI
 

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from modelexpress_core.contracts.storage import ObjectInfo, RunStorage, Storage
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -29,7 +30,6 @@ from modelexpress_core.errors import (
     SourceChangedError,
     UnavailableError,
 )
-from modelexpress_core.storage import ObjectInfo, RunStorage, Storage
 from modelexpress_core.testing.checks import (
     Runs,
     calls_of,

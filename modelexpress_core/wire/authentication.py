@@ -12,12 +12,12 @@ import hmac
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 import grpc.aio
-from attrs import frozen
 
+from modelexpress_core.contracts.authenticator import Authenticator, Call, Refusal, RefusedError
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.wire.around import Around, Context, Interceptor
 from modelexpress_core.wire.files import Files, read_bytes
@@ -26,16 +26,11 @@ from modelexpress_core.wire.settings import AuthSettings
 
 __all__ = [
     "Authenticated",
-    "Authenticator",
-    "Call",
     "Certificates",
-    "RefusedError",
     "Tokens",
     "authenticator",
     "caller",
 ]
-
-_Code = grpc.StatusCode
 
 #: Who makes the call that is being answered; empty where nobody has to prove who they are.
 caller: ContextVar[str] = ContextVar("caller", default="")
@@ -50,56 +45,6 @@ _LINE = re.compile(
 
 #: A shorter one can be guessed.
 _SHORTEST_TOKEN = 16
-
-
-@frozen
-class Call:
-    """What a call says of who makes it.
-
-    Attributes:
-        token: What came after ``Bearer``; None where there is no such header.
-        names: Names in the certificate that the client proved to have, the subject's last.
-    """
-
-    token: str | None = None
-    names: Sequence[str] = ()
-
-    def __repr__(self) -> str:
-        """Without the token."""
-        return f"Call(token={'***' if self.token else None}, names={self.names!r})"
-
-
-class RefusedError(Exception):
-    """The call is not answered.
-
-    Args:
-        code: UNAUTHENTICATED: who it is from is not proven. PERMISSION_DENIED: they may not. UNAVAILABLE: the authority
-            that would know cannot be asked.
-        reason: What the caller is told. Holds no token.
-    """
-
-    def __init__(self, code: grpc.StatusCode, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
-
-
-class Authenticator(Protocol):
-    """Says who a call is from.
-
-    Attributes:
-        by_certificate: Whether it looks at the names in the certificate, which are there only once a call is taken up.
-            One that does not is asked before anything of a request is read.
-    """
-
-    by_certificate: bool
-
-    async def authenticate(self, call: Call) -> str:
-        """The name of whoever makes the call: records that they publish belong to that name. Never empty.
-
-        Raises:
-            RefusedError: It is not known, or they may not.
-        """
 
 
 class Tokens:
@@ -123,14 +68,14 @@ class Tokens:
     async def authenticate(self, call: Call) -> str:
         """Who has the token."""
         if call.token is None:
-            raise RefusedError(_Code.UNAUTHENTICATED, "a token is wanted, and none was sent")
+            raise RefusedError(Refusal.UNAUTHENTICATED, "a token is wanted, and none was sent")
         given = hashlib.sha256(call.token.encode("utf-8", "surrogateescape")).digest()
         found = ""
         for digest, name in self._files.value().items():
             if hmac.compare_digest(digest, given):  # and on, so that all take the same time
                 found = name
         if not found:
-            raise RefusedError(_Code.UNAUTHENTICATED, "the token is not one that is known here")
+            raise RefusedError(Refusal.UNAUTHENTICATED, "the token is not one that is known here")
         return found
 
 
@@ -172,7 +117,7 @@ class Certificates:
     async def authenticate(self, call: Call) -> str:
         """The first name in the certificate: of its alternative names, else of its subject."""
         if not call.names:
-            raise RefusedError(_Code.UNAUTHENTICATED, "a certificate with a name in it is wanted, and none was shown")
+            raise RefusedError(Refusal.UNAUTHENTICATED, "a certificate with a name in it is wanted, and none was shown")
         return call.names[0]
 
 
@@ -227,7 +172,7 @@ class Authenticated(Interceptor):
             try:
                 caller.set(await self._authenticator.authenticate(Call(token, _names(context.auth_context()))))
             except RefusedError as exc:
-                await context.abort(exc.code, exc.reason)
+                await context.abort(grpc.StatusCode[exc.refusal.name], exc.reason)
             yield
 
         return admitted
@@ -241,7 +186,7 @@ def _refusal(exc: RefusedError) -> grpc.RpcMethodHandler[Any, Any]:
     """Answers any kind of call without reading a message of it."""
 
     async def refuse(_: object, context: Context) -> None:
-        await context.abort(exc.code, exc.reason)
+        await context.abort(grpc.StatusCode[exc.refusal.name], exc.reason)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 

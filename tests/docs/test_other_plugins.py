@@ -15,12 +15,13 @@ import pytest
 
 import modelexpress_core as mx
 from modelexpress_core import plugin as core
+from modelexpress_core.contracts.candidates import LoadRequest
+from modelexpress_core.contracts.identity import SourceIdentity
+from modelexpress_core.contracts.metadata_store import SourceQuery, StoreUnavailableError
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.providers import LoadRequest, TransportProvider
-from modelexpress_core.server.stores import SourceQuery, StoreUnavailableError
+from modelexpress_core.providers import TransportProvider
 from modelexpress_core.sources.discovery import find_candidates
-from modelexpress_core.sources.identity import SourceIdentity
 
 _PAGE = Path(__file__).parents[2] / "docs" / "write-a-plugin.md"
 _SECTION = _PAGE.read_text().partition("## 7. Write another kind of plugin")[2]

@@ -19,14 +19,15 @@ import modelexpress_core as mx
 from devtools import settings_reference
 from modelexpress_core import errors, events, hookspecs, providers
 from modelexpress_core.cli.app import build_app
+from modelexpress_core.contracts import candidates as candidate_contract
+from modelexpress_core.contracts import metadata_store, service
+from modelexpress_core.contracts import storage as protocol
 from modelexpress_core.fetch import limiter
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import LoadReport
-from modelexpress_core.server import stores
 from modelexpress_core.server.metrics import ServerMetrics
 from modelexpress_core.sources.metrics import SourceMetrics
 from modelexpress_core.sources.settings import SELECTORS
-from modelexpress_core.storage import protocol
 from modelexpress_core.storage.memory import store
 from tests.support.checkpoints import safetensors_file, tensor
 
@@ -109,7 +110,7 @@ def test_errors_that_a_page_names_exist(path: Path) -> None:
     """Ours, those of metadata stores, or Python's."""
     named = set(re.findall(r"\b[A-Z]\w+Error\b", path.read_text()))
 
-    assert set() == {name for name in named - set(ERRORS) - set(stores.__all__) if not hasattr(builtins, name)}
+    assert set() == {name for name in named - set(ERRORS) - set(metadata_store.__all__) if not hasattr(builtins, name)}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -289,9 +290,11 @@ def test_the_examples_of_policies_decide() -> None:
     manager = PluginManager()
     for hook in ("mx_rewrite_uri", "mx_rank_candidates"):
         manager.register(example(hook), name=hook.replace("_", "-"))
-    candidates = [providers.Candidate(mx.ModelURI.parse(uri)) for uri in ("s3://bucket/model", "/models/model")]
+    candidates = [
+        candidate_contract.Candidate(mx.ModelURI.parse(uri)) for uri in ("s3://bucket/model", "/models/model")
+    ]
 
-    ranked = manager.rank_candidates(providers.LoadRequest(candidates[0].uri), candidates)
+    ranked = manager.rank_candidates(candidate_contract.LoadRequest(candidates[0].uri), candidates)
 
     assert "s3://company-models/llama/v3" == str(manager.rewrite_uri(mx.ModelURI.parse("models://llama/v3")))
     assert ["file", "s3"] == [candidate.uri.scheme for candidate in ranked]
@@ -320,7 +323,7 @@ def test_the_examples_of_observers_observe(
 
 
 def records() -> Iterator[type]:
-    for module in (providers, events, protocol):
+    for module in (providers, events, protocol, candidate_contract, service):
         for name in module.__all__:
             cls = getattr(module, name)
             if isinstance(cls, type) and attrs.has(cls):

@@ -20,8 +20,9 @@ from modelexpress import p2p_pb2 as theirs  # type: ignore[import-not-found]  # 
 from modelexpress.client import MxClient  # type: ignore[import-not-found]  # noqa: E402
 from modelexpress.metadata import worker_server  # type: ignore[import-not-found]  # noqa: E402
 
+from modelexpress_core.contracts.identity import Engine, SourceIdentity  # noqa: E402 - both in one process
 from modelexpress_core.sources.client import ServerClient  # noqa: E402 - both in one process
-from modelexpress_core.sources.identity import Engine, SourceIdentity  # noqa: E402
+from modelexpress_core.wire.identities import identity_to_message  # noqa: E402
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2 as ours  # noqa: E402
 
 url, endpoint = sys.argv[1:]
@@ -68,7 +69,7 @@ with ServerClient.from_env(url=url) as mine:
         dtype="bfloat16",
     )
     answers["seen by us"] = [
-        source.worker_id for source in mine.list_sources(ours.ListSourcesRequest(identity=same.to_message()))
+        source.worker_id for source in mine.list_sources(ours.ListSourcesRequest(identity=identity_to_message(same)))
     ]
     mine.publish(same, ours.WorkerMetadata(status=ours.SOURCE_STATUS_READY), "w-2")
 answers["seen by them"] = sorted(each.worker_id for each in client.list_sources(identity).instances)

@@ -23,8 +23,8 @@ if MODE.startswith("clock "):  # before anything has read it
     OFFSET, real_time = float(MODE.partition(" ")[2]), time.time
     time.time = lambda: real_time() + OFFSET
 
+from modelexpress_core.contracts.identity import SourceIdentity  # noqa: E402 - the clock is set first
 from modelexpress_core.sources.client import ServerClient  # noqa: E402 - the clock is set first
-from modelexpress_core.sources.identity import SourceIdentity  # noqa: E402 - as above
 from modelexpress_core.sources.publishing import Publisher, withdraw_on_exit  # noqa: E402 - as above
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2  # noqa: E402 - as above
 

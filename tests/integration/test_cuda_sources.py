@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from modelexpress_core.sources.identity import Engine, own_identity
+from modelexpress_core.contracts.identity import Engine
+from modelexpress_core.sources.identity import own_identity
 from modelexpress_core.sources.offering import Offer, tensor_descriptors
 from modelexpress_core.sources.worker_client import WorkerClient
 from tests.support.serving import Serving

@@ -12,13 +12,15 @@ import pytest
 from prometheus_client import REGISTRY
 
 import modelexpress_core as mx
+from modelexpress_core.contracts.candidates import LoadRequest, Peer
+from modelexpress_core.contracts.discovery import Discovery
+from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import UnavailableError
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.providers import LoadRequest, Peer, TransportProvider
+from modelexpress_core.providers import TransportProvider
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.sources.discovery import Discovery, find_candidates
+from modelexpress_core.sources.discovery import find_candidates
 from modelexpress_core.sources.discovery.server import open_server
-from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from tests.support.serving import Serving
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from modelexpress_core.contracts.identity import Engine, SourceIdentity
 from modelexpress_core.errors import (
     ModelExpressError,
     NotFoundError,
@@ -24,9 +25,10 @@ from modelexpress_core.errors import (
     UnavailableError,
 )
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.sources.identity import Engine, SourceIdentity, own_identity
+from modelexpress_core.sources.identity import own_identity
 from modelexpress_core.sources.offering import Offer, tensor_descriptors
 from modelexpress_core.sources.worker_client import WorkerClient
+from modelexpress_core.wire.identities import identity_to_message
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from tests.support.serving import Serving
 from tests.support.waiting import eventually
@@ -76,7 +78,9 @@ def test_from_the_offer_to_the_lease(start: Start) -> None:
         assert eventually(lambda: status(client, offer.worker_id) == p2p_pb2.SOURCE_STATUS_INITIALIZING)
         offer.ready()
         assert eventually(lambda: status(client, offer.worker_id) == READY)
-        [source] = client.list_sources(p2p_pb2.ListSourcesRequest(identity=_IDENTITY.to_message(), status_filter=READY))
+        [source] = client.list_sources(
+            p2p_pb2.ListSourcesRequest(identity=identity_to_message(_IDENTITY), status_filter=READY)
+        )
         endpoint = client.metadata(source.mx_source_id, source.worker_id).worker.worker_grpc_endpoint
         with WorkerClient(endpoint) as reader, reader.lease(source.mx_source_id, source.worker_id) as lease:
             assert tensor_descriptors(_WEIGHTS) == list(lease.manifest.tensors)

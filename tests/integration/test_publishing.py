@@ -21,10 +21,11 @@ from typing import Any
 import grpc
 import pytest
 
+from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.sources import publishing
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.sources.publishing import Publisher, withdraw_on_exit
+from modelexpress_core.wire.identities import identity_to_message
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.rpc import P2P
 from tests.support.serving import Serving
@@ -42,7 +43,7 @@ Start = Callable[..., Serving]
 
 
 def workers(client: ServerClient, status: Any = READY) -> list[str]:
-    request = p2p_pb2.ListSourcesRequest(identity=_IDENTITY.to_message(), status_filter=status)
+    request = p2p_pb2.ListSourcesRequest(identity=identity_to_message(_IDENTITY), status_filter=status)
     return sorted(source.worker_id for source in client.list_sources(request))
 
 

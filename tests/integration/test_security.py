@@ -22,9 +22,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed448
 
+from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import AccessDeniedError, SettingsError, UnavailableError
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.wire.channel import Endpoint, open_channel
 from modelexpress_core.wire.client import Security
 from modelexpress_core.wire.diagnosis import diagnose

@@ -20,10 +20,11 @@ from typing import Any
 import grpc
 import pytest
 
+from modelexpress_core.contracts.identity import Engine, SourceIdentity
 from modelexpress_core.errors import UnavailableError, UnsupportedError
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.sources.identity import Engine, SourceIdentity
 from modelexpress_core.wire.channel import Endpoint, open_channel
+from modelexpress_core.wire.identities import identity_from_message, identity_to_message
 from modelexpress_core.wire.proto.modelexpress import api_pb2, health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import API, HEALTH, P2P, STANDARD_HEALTH, stub
 from tests.support.serving import Serving
@@ -44,7 +45,7 @@ def worker(rank: int = 0, status: Any = READY, **fields: Any) -> p2p_pb2.WorkerM
 
 
 def listed(client: ServerClient, identity: SourceIdentity = _IDENTITY, **filters: Any) -> list[str]:
-    request = p2p_pb2.ListSourcesRequest(identity=identity.to_message(), **filters)
+    request = p2p_pb2.ListSourcesRequest(identity=identity_to_message(identity), **filters)
     return [source.worker_id for source in client.list_sources(request)]
 
 
@@ -78,7 +79,7 @@ def test_from_publishing_to_reading(start: Start) -> None:
     assert before - 1 <= answer.worker.updated_at / 1000 <= time.time() + 1
     said.updated_at = answer.worker.updated_at
     assert said == answer.worker
-    assert identity == SourceIdentity.from_message(answer.identity)
+    assert identity == identity_from_message(answer.identity)
     expected = p2p_pb2.SourceInstanceRef(
         mx_source_id=identity.source_id,
         worker_id="w-1",
@@ -280,7 +281,7 @@ def test_random_bytes_do_no_harm(start: Start) -> None:
     random = Random(1)
     codes: Counter[grpc.StatusCode] = Counter()
     message = p2p_pb2.PublishMetadataRequest(
-        identity=_IDENTITY.to_message(), worker=worker(1, accelerator="x", topology={"a": "b"}), worker_id="w"
+        identity=identity_to_message(_IDENTITY), worker=worker(1, accelerator="x", topology={"a": "b"}), worker_id="w"
     ).SerializeToString()
     with open_channel(Endpoint.parse(serving.url)) as channel:
         for service in (P2P, API, HEALTH, STANDARD_HEALTH):

@@ -10,8 +10,8 @@ import pytest
 import trustme
 
 from devtools.redis_server import RedisServer
+from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from tests.support.serving import Serving
 

@@ -14,12 +14,13 @@ import grpc
 import pytest
 
 from modelexpress_core import hookimpl
+from modelexpress_core.contracts.metadata_store import StoreUnavailableError
+from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.errors import PluginConflictError, PluginError, PluginLoadError, SettingsError
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.providers import ServerServiceProvider, ServiceContext
+from modelexpress_core.providers import ServerServiceProvider
 from modelexpress_core.server.app import Server
 from modelexpress_core.server.settings import ServerSettings
-from modelexpress_core.server.stores import StoreUnavailableError
 from modelexpress_core.server.stores.memory import MemoryStore
 from modelexpress_core.wire.channel import Endpoint, open_channel
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2

@@ -17,17 +17,17 @@ import redis
 import trustme
 
 from devtools.redis_server import RedisServer
-from modelexpress_core.errors import InvalidURIError, UnavailableError
-from modelexpress_core.server.stores import (
+from modelexpress_core.contracts.identity import SourceIdentity
+from modelexpress_core.contracts.metadata_store import (
     MetadataStore,
     SourceQuery,
     SourceRecord,
     StoredSource,
     StoreUnavailableError,
 )
+from modelexpress_core.errors import InvalidURIError, UnavailableError
 from modelexpress_core.server.stores.redis import RedisStore, open_redis
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.testing import MetadataStoreContract
 from modelexpress_core.uri import ModelURI
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2

@@ -49,7 +49,7 @@ def mx_register_storages():
 
 _STORAGE = '''
 from modelexpress_core.errors import NotFoundError, SourceChangedError
-from modelexpress_core.storage import ObjectInfo
+from modelexpress_core.contracts.storage import ObjectInfo
 
 
 class ShoutStorage:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 
 from attrs import frozen
 
+from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
 from modelexpress_core.errors import AccessDeniedError, BackendError
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
 from modelexpress_core.settings import boolean, env, from_env, names, positive_integer
-from modelexpress_core.storage import Endpoint, ObjectInfo
 from modelexpress_core.storage.file import FileStorage
 from modelexpress_core.uri import ModelURI
 

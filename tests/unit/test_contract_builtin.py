@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from modelexpress_core.storage import Storage
+from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.storage.file import FileStorage
 from modelexpress_core.storage.memory import MemoryStorage
 from modelexpress_core.testing import FaultPolicy, FaultyStorage, PluginContract, StorageContract

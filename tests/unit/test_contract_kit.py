@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import attrs
 import pytest
 
+from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -29,7 +30,6 @@ from modelexpress_core.errors import (
     UnavailableError,
 )
 from modelexpress_core.fetch.digests import best_digest, new_hasher
-from modelexpress_core.storage import Endpoint, ObjectInfo
 from modelexpress_core.storage.memory import MemoryStorage
 from modelexpress_core.testing import StorageContract
 from modelexpress_core.testing.checks import DIGESTS

@@ -16,6 +16,7 @@ import attrs
 import pytest
 
 import modelexpress_core as mx
+from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import (
     BackendError,
     DeadlineError,
@@ -26,7 +27,6 @@ from modelexpress_core.errors import (
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
-from modelexpress_core.storage import ObjectInfo
 from modelexpress_core.storage.file import FileStorage
 from modelexpress_core.storage.memory import MemoryStorage
 from modelexpress_core.testing import FaultPolicy, FaultyStorage

@@ -11,14 +11,15 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from modelexpress_core import plugin as core
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer
+from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import PluginLoadError, SettingsError, UnavailableError, UnknownSchemeError
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.loader import Loader
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.providers import Candidate, DiscoveryProvider, LoadRequest, Peer, TransportProvider
+from modelexpress_core.providers import DiscoveryProvider, TransportProvider
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.discovery import find_candidates
-from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.sources.metrics import SourceMetrics
 from modelexpress_core.sources.settings import SELECTORS, DiscoverySettings, PublishingSettings
 from modelexpress_core.uri import ModelURI

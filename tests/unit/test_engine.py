@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from modelexpress_core.checkpoint import CheckpointFile
+from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import AccessDeniedError, BackendError, IncompleteLoadError, UnavailableError
 from modelexpress_core.fetch import FetchEngine, Ledger, Range, Segment, Ticket
 from modelexpress_core.fetch.concurrency import FixedConcurrency
 from modelexpress_core.fetch.staging import StagingPool
 from modelexpress_core.providers import StorageCapabilities
 from modelexpress_core.settings import LoadSettings
-from modelexpress_core.storage import ObjectInfo
 
 CONTENT = bytes(index * 7 % 251 for index in range(1 << 16))
 FILE = CheckpointFile("dir/a.safetensors", "a.safetensors", len(CONTENT), "v1", 0)

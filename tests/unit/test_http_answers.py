@@ -285,7 +285,7 @@ def test_bytes_before_a_break_count(headers: bytes, breaks: bool) -> None:
         else:
             assert 0 == got.read_into(memoryview(bytearray(10)))
             assert got.truncated
-    with answer(Stream(head + start + b"0123", breaks=breaks)) as got, pytest.raises(OSError, match="reset|amid"):
+    with answer(Stream(head + start + b"0123", breaks=breaks)) as got, pytest.raises(OSError, match=r"reset|amid"):
         got.read(100)
 
 

@@ -31,7 +31,7 @@ def test_the_origin_of_a_url(url: str, expected: Origin, authority: str, host_an
 )
 def test_urls_that_are_refused(url: str) -> None:
     """Only a host over http or https, and never credentials."""
-    with pytest.raises(ValueError, match="expected an http|not a host") as caught:
+    with pytest.raises(ValueError, match=r"expected an http|not a host") as caught:
         Origin.of_url(url)
 
     assert "secret" not in str(caught.value)
@@ -78,7 +78,7 @@ def test_a_request_through_a_proxy() -> None:
 )
 def test_a_request_cannot_be_split(url: str, headers: list[tuple[str, str]]) -> None:
     """Spaces, line breaks and other control characters are refused, wherever they come in; values are not shown."""
-    with pytest.raises(ValueError, match="header|percent-encoded") as caught:
+    with pytest.raises(ValueError, match=r"header|percent-encoded") as caught:
         Request.to_url("GET", url, headers)
 
     assert not [value for _, value in headers if value in str(caught.value) and len(value) > 1]

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelexpress_core.sources.identity import WIRE_VERSION, Engine, SourceIdentity, SourceType
+from modelexpress_core.contracts.identity import WIRE_VERSION, Engine, SourceIdentity, SourceType
+from modelexpress_core.wire.identities import identity_from_message, identity_to_message
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
 _DEEPSEEK = SourceIdentity(
@@ -107,10 +108,10 @@ def test_every_field_makes_a_difference(identity: SourceIdentity, name: str) -> 
 @given(_IDENTITIES)
 def test_a_message_holds_all_of_it(identity: SourceIdentity) -> None:
     """There and back, over the wire."""
-    message = p2p_pb2.SourceIdentity.FromString(identity.to_message().SerializeToString())
+    message = p2p_pb2.SourceIdentity.FromString(identity_to_message(identity).SerializeToString())
 
-    assert identity == SourceIdentity.from_message(message)
-    assert identity.extra_parameters == SourceIdentity.from_message(message).extra_parameters
+    assert identity == identity_from_message(message)
+    assert identity.extra_parameters == identity_from_message(message).extra_parameters
 
 
 def test_ours_carry_the_version_of_the_protocol() -> None:

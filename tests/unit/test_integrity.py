@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 import modelexpress_core as mx
+from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import IntegrityError
 from modelexpress_core.fetch.digests import CRCS, best_digest, new_hasher
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
-from modelexpress_core.storage import ObjectInfo
 from modelexpress_core.storage.memory import MemoryStorage
 
 PATH = "model/model.safetensors"

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelexpress_core.sources.identity import WIRE_VERSION, Engine, SourceIdentity, own_identity
+from modelexpress_core.contracts.identity import WIRE_VERSION, Engine, SourceIdentity
+from modelexpress_core.sources.identity import own_identity
 from modelexpress_core.sources.layouts import TensorLayout, layout_digest, tensor_layouts
 
 #: Few characters, so that texts are often alike but for where they end, and those that JSON writes in a special way.

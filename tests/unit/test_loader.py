@@ -15,8 +15,9 @@ from safetensors.torch import save, save_file
 from torch import nn
 
 import modelexpress_core as mx
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadStarted
-from modelexpress_core.providers import Candidate, LoadRequest, StorageProvider
+from modelexpress_core.providers import StorageProvider
 from modelexpress_core.storage.memory import MemoryStorage, store
 
 STATE = {

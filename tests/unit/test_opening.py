@@ -14,6 +14,7 @@ import pytest
 from modelexpress_core import open_checkpoint
 from modelexpress_core.checkpoint import Checkpoint, CheckpointFile, open_files
 from modelexpress_core.checkpoint.index import MAX_INDEX_BYTES
+from modelexpress_core.contracts.storage import ObjectInfo, Storage
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -24,7 +25,6 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
-from modelexpress_core.storage import ObjectInfo, Storage
 from modelexpress_core.storage.file import FileStorage
 from modelexpress_core.storage.memory import MemoryStorage, store
 from modelexpress_core.uri import ModelURI

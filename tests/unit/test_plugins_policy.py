@@ -13,6 +13,7 @@ import attrs
 import pytest
 
 from modelexpress_core import plugins as plugins_module
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.errors import (
     AccessDeniedError,
     PluginError,
@@ -23,7 +24,7 @@ from modelexpress_core.errors import (
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.providers import Candidate, LoadRequest, StorageProvider
+from modelexpress_core.providers import StorageProvider
 from modelexpress_core.report import LoadReport
 from modelexpress_core.uri import ModelURI
 

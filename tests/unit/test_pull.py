@@ -23,12 +23,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import modelexpress_core as mx
-from modelexpress_core.providers import Candidate, LoadRequest, StorageCapabilities, StorageProvider
-from modelexpress_core.pulling import PullProgress, partial
-from modelexpress_core.pulling.partial import Spans
-from modelexpress_core.pulling.selection import check_names
-from modelexpress_core.pulling.workplace import Workplace
-from modelexpress_core.storage import ObjectInfo, Storage
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest
+from modelexpress_core.contracts.storage import ObjectInfo, Storage
+from modelexpress_core.copying import PullProgress, partial
+from modelexpress_core.copying.partial import Spans
+from modelexpress_core.copying.selection import check_names
+from modelexpress_core.copying.workplace import Workplace
+from modelexpress_core.providers import StorageCapabilities, StorageProvider
 from modelexpress_core.storage.memory import MemoryStorage
 from modelexpress_core.testing import FaultPolicy, FaultyStorage
 from tests.support.checkpoints import pattern, write_files
@@ -928,7 +929,7 @@ def test_a_disk_that_lies_about_its_space_fails_before_anything_is_read(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Space is taken, not only asked for; what was taken is given back."""
-    monkeypatch.setattr("modelexpress_core.pulling.puller.check_space", lambda directory, needed: None)
+    monkeypatch.setattr("modelexpress_core.copying.puller.check_space", lambda directory, needed: None)
     storage = Watched(memory())
 
     with pytest.raises(mx.ModelExpressError, match="ENOSPC"):
@@ -942,7 +943,7 @@ def test_a_disk_that_fills_up_meanwhile_fails_the_pull_and_the_next_goes_on(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where space cannot be taken beforehand, the error comes with the write, and what is there is kept."""
-    monkeypatch.setattr("modelexpress_core.pulling.puller.check_space", lambda directory, needed: None)
+    monkeypatch.setattr("modelexpress_core.copying.puller.check_space", lambda directory, needed: None)
     monkeypatch.setattr(partial, "allocate", os.ftruncate)
 
     with pytest.raises(mx.ModelExpressError, match=r"could not write .*ENOSPC"):

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.providers import Candidate, LoadRequest, Peer
 from modelexpress_core.sources.ranking import _uniform, rank
 from modelexpress_core.sources.settings import SELECTORS
 from modelexpress_core.uri import ModelURI

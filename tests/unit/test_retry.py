@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import AccessDeniedError, BackendError, SourceChangedError, UnavailableError
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.fetch.retry import LoadCancelledError
-from modelexpress_core.storage import ObjectInfo
 
 CONTENT = bytes(range(256)) * 8
 

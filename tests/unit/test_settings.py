@@ -13,8 +13,8 @@ from attrs import frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.providers import ServiceContext
 from modelexpress_core.settings import (
     Given,
     LoadSettings,

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from modelexpress_core.checkpoint import CheckpointFile
+from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import BackendError, DeadlineError
 from modelexpress_core.fetch import FetchEngine, Range, Segment, Ticket
 from modelexpress_core.fetch.concurrency import FixedConcurrency
 from modelexpress_core.fetch.stalls import Patience
 from modelexpress_core.providers import StorageCapabilities
 from modelexpress_core.settings import LoadSettings
-from modelexpress_core.storage import ObjectInfo
 
 FILE = CheckpointFile("a.safetensors", "a.safetensors", 1 << 20, "v1", 0)
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modelexpress_core.contracts.storage import ObjectInfo, Storage
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -24,7 +25,6 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.storage import ObjectInfo, Storage
 from modelexpress_core.storage.file import FileStorage
 from modelexpress_core.uri import ModelURI
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.errors import NotFoundError, SourceChangedError
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.storage import Storage
 from modelexpress_core.storage.memory import MemoryStorage, store
 from modelexpress_core.uri import ModelURI
 

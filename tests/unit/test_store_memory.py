@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from modelexpress_core.server.stores import MetadataStore
+from modelexpress_core.contracts.metadata_store import MetadataStore
 from modelexpress_core.server.stores.memory import MemoryStore
 from modelexpress_core.testing import MetadataStoreContract
 

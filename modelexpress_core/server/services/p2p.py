@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from modelexpress_core.server.stores import (
+from modelexpress_core.contracts.identity import SourceIdentity
+from modelexpress_core.contracts.metadata_store import (
     MetadataStore,
     NotPublisherError,
     SourceQuery,
@@ -17,8 +18,8 @@ from modelexpress_core.server.stores import (
     SourceStatus,
     StoredSource,
 )
-from modelexpress_core.sources.identity import SourceIdentity
 from modelexpress_core.wire.authentication import caller
+from modelexpress_core.wire.identities import identity_from_message
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
 __all__ = ["P2pService"]
@@ -48,7 +49,7 @@ class P2pService:
         problem = _problem(request)
         if problem:
             return p2p_pb2.PublishMetadataResponse(success=False, message=problem)
-        identity = SourceIdentity.from_message(request.identity)
+        identity = identity_from_message(request.identity)
         worker = request.worker
         record = SourceRecord(
             source_id=identity.source_id,
@@ -75,7 +76,7 @@ class P2pService:
 
     async def list_sources(self, request: p2p_pb2.ListSourcesRequest, _: _Context) -> p2p_pb2.ListSourcesResponse:
         """Sources that fit all filters, those that spoke last first."""
-        source_id = SourceIdentity.from_message(request.identity).source_id if request.identity.model_name else None
+        source_id = identity_from_message(request.identity).source_id if request.identity.model_name else None
         query = SourceQuery(
             source_id=source_id,
             model_name=request.model_name_filter or None,

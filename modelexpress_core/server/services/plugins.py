@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.errors import ModelExpressError, PluginConflictError, PluginLoadError
-from modelexpress_core.providers import ServerServiceProvider, ServiceContext
+from modelexpress_core.providers import ServerServiceProvider
 
 __all__ = ["PluginServices"]
 

@@ -6,8 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 
-from modelexpress_core.server.metrics import ServerMetrics
-from modelexpress_core.server.stores.protocol import (
+from modelexpress_core.contracts.metadata_store import (
     Listing,
     MetadataStore,
     Reaped,
@@ -15,6 +14,7 @@ from modelexpress_core.server.stores.protocol import (
     StoredSource,
     StoreUnavailableError,
 )
+from modelexpress_core.server.metrics import ServerMetrics
 
 __all__ = ["MeasuredStore"]
 

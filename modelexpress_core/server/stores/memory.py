@@ -10,7 +10,7 @@ from typing import TypeVar
 import attrs
 from attrs import define
 
-from modelexpress_core.server.stores.protocol import (
+from modelexpress_core.contracts.metadata_store import (
     Listing,
     NotPublisherError,
     Reaped,

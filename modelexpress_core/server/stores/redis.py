@@ -19,8 +19,7 @@ import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
-from modelexpress_core.errors import InvalidURIError
-from modelexpress_core.server.stores.protocol import (
+from modelexpress_core.contracts.metadata_store import (
     Listing,
     NotPublisherError,
     Reaped,
@@ -30,6 +29,7 @@ from modelexpress_core.server.stores.protocol import (
     StoredSource,
     StoreUnavailableError,
 )
+from modelexpress_core.errors import InvalidURIError
 
 if TYPE_CHECKING:
     from modelexpress_core.uri import ModelURI

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.providers import Candidate, LoadRequest
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.metrics import source_metrics
 from modelexpress_core.sources.settings import DiscoverySettings

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer
 from modelexpress_core.errors import ModelExpressError, SettingsError
-from modelexpress_core.providers import Candidate, LoadRequest, Peer
 from modelexpress_core.settings import boolean, from_env
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.metrics import source_metrics
 from modelexpress_core.sources.settings import ServerAddress
 from modelexpress_core.uri import SCHEME_PATTERN, ModelURI
 from modelexpress_core.wire.channel import Endpoint
+from modelexpress_core.wire.identities import identity_to_message
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
 __all__ = ["TRANSPORTS_KEY", "ServerDiscovery", "open_server"]
@@ -48,7 +49,7 @@ class ServerDiscovery:
             return ()
         metrics = source_metrics()
         query = p2p_pb2.ListSourcesRequest(
-            identity=request.identity.to_message(),
+            identity=identity_to_message(request.identity),
             status_filter=p2p_pb2.SOURCE_STATUS_READY,
             worker_rank_filter=request.worker_rank,
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.errors import InvalidURIError, SettingsError
-from modelexpress_core.providers import Candidate, LoadRequest
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.settings import StaticSources
 from modelexpress_core.uri import ModelURI

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from modelexpress_core.contracts.storage import Endpoint
 from modelexpress_core.errors import InvalidURIError, SettingsError, UnavailableError
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.settings import describe, from_env, variables
-from modelexpress_core.storage import Endpoint
 from modelexpress_core.uri import ModelURI
 from mx_s3._storage import open_s3
 from mx_s3.settings import S3Settings

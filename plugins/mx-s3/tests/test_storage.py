@@ -13,9 +13,9 @@ import pytest
 from awscrt import checksums
 
 from devtools.seaweedfs import SeaweedFS
+from modelexpress_core.contracts.storage import ObjectInfo, Storage
 from modelexpress_core.errors import AccessDeniedError, NotFoundError, SourceChangedError
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.storage import ObjectInfo, Storage
 from modelexpress_core.uri import ModelURI
 from mx_s3._storage import S3Storage, open_s3
 

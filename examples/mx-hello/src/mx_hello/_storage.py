@@ -10,6 +10,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import quote
 
+from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import (
     BackendError,
     DeadlineError,
@@ -19,7 +20,6 @@ from modelexpress_core.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from modelexpress_core.storage import ObjectInfo
 from modelexpress_core.storage.http import OpenSockets, http_error
 from modelexpress_core.uri import ModelURI
 

@@ -9,7 +9,7 @@ from modelexpress_core.hooks import hookimpl
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
 
 if TYPE_CHECKING:
-    from modelexpress_core.storage import Storage
+    from modelexpress_core.contracts.storage import Storage
     from modelexpress_core.uri import ModelURI
 
 

@@ -15,9 +15,9 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.httpsession import get_cert_path
 
+from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
 from modelexpress_core.errors import BackendError, InvalidURIError, NotFoundError, SettingsError
 from modelexpress_core.settings import from_env
-from modelexpress_core.storage import Endpoint, ObjectInfo
 from modelexpress_core.storage.http import (
     ConnectionPool,
     Meaning,

@@ -10,7 +10,7 @@ from modelexpress_core.providers import StorageCapabilities, StorageProvider
 from mx_s3.settings import S3Settings
 
 if TYPE_CHECKING:
-    from modelexpress_core.storage import Storage
+    from modelexpress_core.contracts.storage import Storage
     from modelexpress_core.uri import ModelURI
 
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from modelexpress_core.pulling.puller import FileProgress, PullProgress, pull
+from modelexpress_core.copying.puller import FileProgress, PullProgress, pull
 
 __all__ = ["FileProgress", "PullProgress", "pull"]

@@ -28,7 +28,7 @@ from functools import cache
 import attrs
 from attrs import frozen
 
-from modelexpress_core.pulling.local import allocate, local_errors, open_file, write_all
+from modelexpress_core.copying.local import allocate, local_errors, open_file, write_all
 
 __all__ = ["Identity", "Partial", "Spans", "read_identity"]
 

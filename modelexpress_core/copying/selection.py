@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from attrs import frozen
 
 from modelexpress_core.checkpoint.strict_json import shown
+from modelexpress_core.contracts.storage import ObjectInfo, Storage
 from modelexpress_core.errors import AccessDeniedError, BackendError, CheckpointError, NotFoundError, UnsupportedError
-from modelexpress_core.storage import ObjectInfo, Storage
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["WEIGHT_SUFFIXES", "Selection", "check_names", "select", "with_stat"]

@@ -21,14 +21,13 @@ import pluggy
 from attrs import frozen
 
 from modelexpress_core import events, hookspecs
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.errors import ModelExpressError, PluginApiError, PluginError, PluginLoadError
 from modelexpress_core.hooks import PROJECT_NAME
 from modelexpress_core.providers import (
     API_VERSION,
-    Candidate,
     CommandProvider,
     DiscoveryProvider,
-    LoadRequest,
     MetadataStoreProvider,
     ServerServiceProvider,
     StorageProvider,
@@ -39,9 +38,9 @@ from modelexpress_core.settings import CORE_SETTINGS, PluginSettings, from_env, 
 from modelexpress_core.uri import ModelURI
 
 if TYPE_CHECKING:
-    from modelexpress_core.server.stores import MetadataStore
-    from modelexpress_core.sources.discovery import Discovery
-    from modelexpress_core.storage import Storage
+    from modelexpress_core.contracts.discovery import Discovery
+    from modelexpress_core.contracts.metadata_store import MetadataStore
+    from modelexpress_core.contracts.storage import Storage
 
 __all__ = ["CORE", "ENTRY_POINT_GROUP", "PluginManager"]
 

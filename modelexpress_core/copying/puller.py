@@ -23,19 +23,20 @@ from functools import partial
 from attrs import frozen
 
 from modelexpress_core.checkpoint import CheckpointFile
+from modelexpress_core.contracts.candidates import Candidate
+from modelexpress_core.contracts.storage import ObjectInfo
+from modelexpress_core.copying.local import check_space, digest_of, fsync_directory, local_errors
+from modelexpress_core.copying.partial import Identity, Partial
+from modelexpress_core.copying.selection import select, with_stat
+from modelexpress_core.copying.workplace import Workplace, regular_size
 from modelexpress_core.errors import IntegrityError, ModelExpressError
 from modelexpress_core.fetch import FetchEngine, Range, RetryingStorage, RetryPolicy, Segment, Ticket
 from modelexpress_core.fetch.digests import best_digest
 from modelexpress_core.loader import Loader, redacted_uris
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.providers import Candidate, StorageProvider
-from modelexpress_core.pulling.local import check_space, digest_of, fsync_directory, local_errors
-from modelexpress_core.pulling.partial import Identity, Partial
-from modelexpress_core.pulling.selection import select, with_stat
-from modelexpress_core.pulling.workplace import Workplace, regular_size
+from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import PulledFile, PullReport
-from modelexpress_core.storage import ObjectInfo
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["FileProgress", "PullProgress", "pull"]

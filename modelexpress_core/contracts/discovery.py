@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from modelexpress_core.providers import Candidate, LoadRequest
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 
 __all__ = ["Discovery"]
 

@@ -20,9 +20,9 @@ from types import TracebackType
 import attrs
 from attrs import frozen
 
+from modelexpress_core.copying.local import local_errors, open_file, write_all
+from modelexpress_core.copying.partial import Identity, Partial, read_identity
 from modelexpress_core.errors import ModelExpressError
-from modelexpress_core.pulling.local import local_errors, open_file, write_all
-from modelexpress_core.pulling.partial import Identity, Partial, read_identity
 
 __all__ = ["HIDDEN_DIRECTORY", "Entry", "Workplace", "regular_size"]
 

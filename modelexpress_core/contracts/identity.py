@@ -1,0 +1,125 @@
+"""What makes two sources interchangeable, and the id that all programs that speak the protocol derive from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from enum import IntEnum
+
+import attrs
+from attrs import field, frozen
+
+from modelexpress_core.immutable import unmodifiable
+
+__all__ = ["WIRE_VERSION", "Engine", "SourceIdentity", "SourceType"]
+
+#: What our identities carry as ``mx_version``. It changes with the protocol, not with the package, so that workers of
+#: two releases find one another while a fleet is upgraded.
+WIRE_VERSION = "0.7"
+
+_ID_DIGITS = 16
+
+#: Where one of these is empty, it is left out of what is hashed.
+_OPTIONAL = (
+    "backend_framework_version",
+    "compile_config_digest",
+    "cuda_version",
+    "gpu_arch",
+    "torch_version",
+    "triton_version",
+)
+
+
+class Engine(IntEnum):
+    """Inference engines by their number in the protocol."""
+
+    UNKNOWN = 0
+    VLLM = 1
+    SGLANG = 2
+    TRT_LLM = 3
+
+
+class SourceType(IntEnum):
+    """What a source holds, by its number in the protocol."""
+
+    WEIGHTS = 0
+    LORA = 1
+    CUDA_GRAPH = 2
+    TORCH_COMPILE_CACHE = 3
+    TRITON_CACHE = 4
+    DEEP_GEMM_CACHE = 5
+    TILELANG_CACHE = 6
+    CUTE_DSL_CACHE = 7
+    FLASHINFER_CACHE = 8
+    TVM_FFI_CACHE = 9
+
+
+@frozen
+class SourceIdentity:
+    """A model as an engine holds it in memory: workers with equal identities can read from one another.
+
+    Attributes:
+        model_name: Name of the model.
+        mx_version: Version of the protocol.
+        mx_source_type: What is held (a number that this version does not know is kept).
+        backend_framework: The engine (likewise).
+        tensor_parallel_size: Ranks that tensors are split over.
+        pipeline_parallel_size: Ranks that layers are split over.
+        expert_parallel_size: Ranks that experts are split over; 0 where they are not.
+        dtype: Of the weights: ``"bfloat16"``.
+        quantization: How the weights are quantised; empty where they are not.
+        extra_parameters: Anything else that tells sources apart.
+        revision: Of the model; empty for whatever is newest.
+        backend_framework_version: Version of the engine.
+        torch_version: Version of torch.
+        cuda_version: Version of CUDA.
+        triton_version: Version of Triton.
+        gpu_arch: Architecture of the accelerator: ``"sm_90"``.
+        compile_config_digest: Digest of how the model was compiled.
+    """
+
+    model_name: str
+    mx_version: str = WIRE_VERSION
+    mx_source_type: int = SourceType.WEIGHTS
+    backend_framework: int = Engine.UNKNOWN
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    expert_parallel_size: int = 0
+    dtype: str = ""
+    quantization: str = ""
+    extra_parameters: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
+    revision: str = ""
+    backend_framework_version: str = ""
+    torch_version: str = ""
+    cuda_version: str = ""
+    triton_version: str = ""
+    gpu_arch: str = ""
+    compile_config_digest: str = ""
+
+    @property
+    def source_id(self) -> str:
+        """The ``mx_source_id``: 16 lower-case hex digits; sources with equal ids are interchangeable.
+
+        They begin the SHA-256 of compact JSON with sorted keys, in which every text is lower-case.
+        """
+        values: dict[str, object] = {}
+        for name in attrs.fields_dict(type(self)):
+            value = getattr(self, name)
+            if name == "extra_parameters":
+                values[name] = _lowered(value)
+            elif isinstance(value, str):
+                if value or name not in _OPTIONAL:
+                    values[name] = value.lower()
+            else:
+                values[name] = int(value)
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_ID_DIGITS]
+
+
+def _lowered(parameters: Mapping[str, str]) -> dict[str, str]:
+    """Keys and values in lower case; of keys that become one, the first in the order of the original keys counts."""
+    lowered: dict[str, str] = {}
+    for key in sorted(parameters):
+        lowered.setdefault(key.lower(), parameters[key].lower())
+    return lowered
