@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ class HttpProxy:
 
     Args:
         authorization: The Proxy-Authorization header that is asked for; empty for none.
+        context: TLS with the clients; None for none.
         answer: An answer to CONNECT instead of a tunnel.
         route: Where a host and port really are; by default where they say.
 
@@ -30,6 +32,7 @@ class HttpProxy:
         self,
         *,
         authorization: str = "",
+        context: ssl.SSLContext | None = None,
         answer: bytes = b"",
         route: Callable[[str, int], tuple[str, int]] = lambda host, port: (host, port),
     ) -> None:
@@ -37,6 +40,7 @@ class HttpProxy:
         self.requests: list[str] = []
         self.headers: list[dict[str, str]] = []
         self._authorization = authorization
+        self._context = context
         self._answer = answer
         self._route = route
         self._closing = threading.Event()
@@ -56,7 +60,7 @@ class HttpProxy:
     @property
     def url(self) -> str:
         """Its URL, without credentials."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'' if self._context is None else 's'}://127.0.0.1:{self.port}"
 
     def _accept(self) -> None:
         while not self._closing.is_set():
@@ -65,7 +69,10 @@ class HttpProxy:
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as closing:
+            if self._context is not None:
+                client = self._context.wrap_socket(client, server_side=True)
+            closing.enter_context(client)
             server: socket.socket | None = None
             with contextlib.ExitStack() as stack:
                 while (received := _head(client)) is not None:
@@ -98,7 +105,7 @@ class HttpProxy:
         host, _, port = target.rpartition(":")
         with socket.create_connection(self._route(host.strip("[]"), int(port))) as server:
             client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            self._relay({client: server, server: client})
+            self._relay(client, server)
 
     def _relay_answer(self, server: socket.socket, client: socket.socket) -> bool:
         """Pass bytes on until the client sends its next request; whether it did."""
@@ -110,16 +117,22 @@ class HttpProxy:
                     return False
                 client.sendall(piece)
             elif client in ready:
-                return bool(client.recv(1, socket.MSG_PEEK))
+                return True
         return False
 
-    def _relay(self, other_end: dict[socket.socket, socket.socket]) -> None:
-        while not self._closing.is_set():
-            for ready in select.select(list(other_end), [], [], 0.02)[0]:
-                piece = ready.recv(1 << 16)
-                if not piece:
-                    return
-                other_end[ready].sendall(piece)
+    def _relay(self, client: socket.socket, server: socket.socket) -> None:
+        def pump(source: socket.socket, target: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while piece := source.recv(1 << 16):
+                    target.sendall(piece)
+            for sock in (source, target):
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+        back = threading.Thread(target=pump, args=(server, client), daemon=True)
+        back.start()
+        pump(client, server)
+        back.join()
 
 
 def _head(client: socket.socket) -> tuple[str, dict[str, str], bytes] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import ssl
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from devtools.http_proxy import HttpProxy
 from modelexpress_core.storage.http import ConnectionPool, Proxies, Request
@@ -112,6 +114,22 @@ def test_an_answer_that_nothing_asked_for_is_not_taken(pool: Callable[..., Conne
         assert b"hello" == fetched(connections, url)
 
 
+def test_bytes_after_an_answer_are_not_taken_for_the_next(pool: Callable[..., ConnectionPool], tmp_path: Path) -> None:
+    """Over TLS they may wait where the system does not see them, in the record that ended the answer."""
+    context, authority = server_context(tmp_path, "127.0.0.1")
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n" + b"a" * 10_000
+    connections = pool(authority)
+    with answering(answer + OK.replace(b"hello", b"wrong"), context=context) as server:
+        url = f"https://127.0.0.1:{server.port}/"
+        for _ in range(2):
+            memory = bytearray(10_000)
+            with connections.send(Request.to_url("GET", url), lambda: 5) as got:
+                assert 10_000 == got.read_into(memoryview(memory))
+            assert b"a" * 10_000 == memory
+
+        assert 2 == server.connections
+
+
 def test_a_connection_that_was_idle_for_long_is_not_used(
     pool: Callable[..., ConnectionPool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +226,37 @@ def test_https_through_a_proxy(pool: Callable[..., ConnectionPool], tmp_path: Pa
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_over_tls(pool: Callable[..., ConnectionPool], tmp_path: Path, scheme: str) -> None:
+    """The proxy's certificate is verified, and in its tunnel the server's: one TLS connection inside the other."""
+    authority = trustme.CA()
+    file = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(file))
+    contexts = [ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) for _ in range(2)]
+    for context, name in zip(contexts, ("127.0.0.1", "weights.invalid"), strict=True):
+        authority.issue_cert(name).configure_cert(context)
+    content = os.urandom(3_000_000)
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
+    with (
+        answering(answer, context=contexts[1] if scheme == "https" else None) as server,
+        HttpProxy(context=contexts[0], route=lambda _host, _port: ("127.0.0.1", server.port)) as proxy,
+    ):
+        connections = pool(str(file), ALL_PROXY=proxy.url)
+        for _ in range(3):
+            memory = bytearray(len(content))
+            with connections.send(Request.to_url("GET", f"{scheme}://weights.invalid/"), lambda: 5) as got:
+                assert len(content) == got.read_into(memoryview(memory))
+            assert content == memory
+        assert 1 == server.connections
+
+        if scheme == "https":
+            with pytest.raises(ssl.SSLCertVerificationError):
+                fetched(connections, "https://other.invalid/")
+        with pytest.raises(ProxyError, match="cannot be reached") as caught:
+            fetched(pool(ALL_PROXY=proxy.url), f"{scheme}://weights.invalid/")
+        assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
 def test_the_proxys_password(pool: Callable[..., ConnectionPool], tmp_path: Path, scheme: str) -> None:
     """The proxy gets it, the server does not."""
     context, authority = server_context(tmp_path, "127.0.0.1")
@@ -277,7 +326,7 @@ def test_a_proxy_that_speaks_for_the_server(pool: Callable[..., ConnectionPool])
     [
         ("http://127.0.0.1:1", "cannot be reached"),
         ("http://user:s3cret@proxy.invalid:3128", "proxy.invalid:3128 cannot be reached"),
-        ("socks5://user:s3cret@127.0.0.1:1080", "not of the one kind"),
+        ("socks5://user:s3cret@127.0.0.1:1080", "neither an http"),
         ("http://user:s3cret@:3128", "no host"),
     ],
 )

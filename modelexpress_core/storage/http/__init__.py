@@ -2,7 +2,7 @@
 
 - ``requests``: what a request says, and the contract of the code that signs it.
 - ``proxies``: which HTTP proxy leads to a server.
-- ``connections``: opening, keeping and ending connections.
+- ``connections``: opening, keeping and ending connections; ``nested_tls`` for those through a TLS proxy.
 - ``answers``: reading an answer, within bounds.
 - ``ranges``: byte ranges into memory, each answer checked.
 - ``failures``: what goes wrong, and what it means for a load.

@@ -13,14 +13,17 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from modelexpress_core.storage.http.answers import Answer, read_head
 from modelexpress_core.storage.http.failures import AuthoritiesError, BadAnswerError, ConnectTimeoutError, ProxyError
+from modelexpress_core.storage.http.nested_tls import NestedTls
 from modelexpress_core.storage.http.proxies import Proxies, Proxy
 from modelexpress_core.storage.http.requests import Origin, Request
 
 __all__ = ["Connection", "ConnectionPool", "OpenSockets"]
+
+_S = TypeVar("_S", ssl.SSLSocket, NestedTls)
 
 #: A connection that was idle for longer is not used again: servers and gateways drop such ones, some silently.
 _MAX_IDLE_SECONDS = 60.0
@@ -83,7 +86,9 @@ class Connection:
         proxy_lines: Headers for that proxy.
     """
 
-    def __init__(self, sock: socket.socket, *, through_proxy: bool = False, proxy_lines: bytes = b"") -> None:
+    def __init__(
+        self, sock: socket.socket | NestedTls, *, through_proxy: bool = False, proxy_lines: bytes = b""
+    ) -> None:
         self._sock = sock
         self._through_proxy = through_proxy
         self._proxy_lines = proxy_lines
@@ -99,7 +104,7 @@ class Connection:
         if seconds == self._wait_seconds:
             return
         self._wait_seconds = seconds
-        if self._kernel_waits:
+        if self._kernel_waits and isinstance(self._sock, socket.socket):
             self._sock.setblocking(True)
             whole, rest = divmod(seconds, 1)
             timeout = struct.pack("@ll", int(whole), max(int(rest * 1e6), 0 if whole else 1))  # zero is no limit
@@ -145,17 +150,22 @@ class Connection:
         """Whether an idle connection still serves a request: the other side neither closed it nor sent anything."""
         if time.monotonic() - self._idle_since > _MAX_IDLE_SECONDS:
             return False
+        sock = self._sock
+        if isinstance(sock, (ssl.SSLSocket, NestedTls)) and sock.pending():
+            return False
         poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
+        poll.register(sock, select.POLLIN)
         if not poll.poll(0):
             return True
-        if not isinstance(self._sock, ssl.SSLSocket):
-            return False
+        return isinstance(sock, ssl.SSLSocket) and self._has_only_tls_messages(sock)
+
+    def _has_only_tls_messages(self, sock: ssl.SSLSocket) -> bool:
+        """Whether what arrived is of TLS itself, such as a session ticket."""
+        self._wait_seconds = None
+        sock.setblocking(False)
         try:
-            self._wait_seconds = None
-            self._sock.setblocking(False)
-            self._sock.recv(1)
-        except ssl.SSLWantReadError:  # a message of TLS itself, such as a session ticket
+            sock.recv(1)
+        except ssl.SSLWantReadError:
             return True
         except OSError:
             return False
@@ -271,11 +281,13 @@ class ConnectionPool:
         return Connection(self._encrypted(sock, origin.host) if origin.tls else sock)
 
     def _through(self, proxy: Proxy, origin: Origin) -> Connection:
-        if proxy.scheme != "http":
-            message = f"{proxy} is not of the one kind that can be used, http://"
+        if proxy.scheme not in {"http", "https"}:
+            message = f"{proxy} is neither an http:// nor an https:// proxy"
             raise ProxyError(message, status=400)
         try:
             sock = self._connected(proxy.host, proxy.port)
+            if proxy.scheme == "https":
+                sock = self._encrypted(sock, proxy.host)
         except OSError as exc:
             raise ProxyError(f"{proxy} cannot be reached ({_words(exc)})") from exc
         lines = f"Proxy-Authorization: {proxy.authorization}\r\n".encode("latin-1") if proxy.authorization else b""
@@ -286,7 +298,7 @@ class ConnectionPool:
         except BaseException:
             sock.close()
             raise
-        return Connection(self._encrypted(sock, origin.host))
+        return Connection(self._encrypted_in_tunnel(sock, origin.host))
 
     def _connected(self, host: str, port: int) -> socket.socket:
         """A TCP connection, to the first address of ``host`` that accepts one."""
@@ -320,6 +332,14 @@ class ConnectionPool:
         except BaseException:
             sock.close()
             raise
+        return self._with_handshake(secure)
+
+    def _encrypted_in_tunnel(self, sock: socket.socket, host: str) -> ssl.SSLSocket | NestedTls:
+        if isinstance(sock, ssl.SSLSocket):
+            return self._with_handshake(NestedTls(sock, self._tls_context(), host))
+        return self._encrypted(sock, host)
+
+    def _with_handshake(self, secure: _S) -> _S:
         try:
             self._sockets.add(secure)
             secure.do_handshake()

@@ -21,7 +21,7 @@ class Proxy:
     """An HTTP proxy.
 
     Attributes:
-        scheme: How the proxy itself is spoken to: ``"http"`` is the one kind that connections can use.
+        scheme: How the proxy itself is spoken to: ``"http"`` or ``"https"``; connections can use no other.
         host: Name or address.
         port: TCP port.
         authorization: Value of the Proxy-Authorization header; empty for none. Never shown.
