@@ -378,7 +378,7 @@ class Failures:
         self._provider = provider
         self._uri = uri
         self._endpoint = endpoint
-        self._names = names
+        self.names = names
         self._closed = closed
 
     def of_answer(self, refusal: Refusal, path: str, operation: str) -> BackendError:
@@ -411,7 +411,7 @@ class Failures:
             operation=operation,
             provider=self._provider,
             endpoint=self._endpoint(),
-            names=self._names,
+            names=self.names,
             silence_seconds=silence_seconds,
         )
         return error or self.described(_UNKNOWN, f"{type(exc).__name__} was raised", path, operation)

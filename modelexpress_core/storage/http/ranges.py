@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from attrs import frozen
 
 from modelexpress_core.errors import SourceChangedError, UnavailableError, UnsupportedError
+from modelexpress_core.messages import byte_range
 from modelexpress_core.storage.http.answers import Answer
 from modelexpress_core.storage.http.connections import ConnectionPool
 from modelexpress_core.storage.http.failures import Failures, Meaning
@@ -48,7 +49,6 @@ class RangeReader:
         signer: Prepares the requests.
         failures: Explains what goes wrong.
         read_timeout_seconds: What ``patience_seconds`` begins with, and its bound.
-        endpoint_setting: What to check where answers are not those of the server, for people.
         versions: The headers that carry an object's version.
         encoding_is_metadata: Whether the service hands Content-Encoding on as the uploader wrote it, and never encodes
             by itself. Elsewhere, an answer with an encoding holds other bytes than the object.
@@ -61,7 +61,6 @@ class RangeReader:
         failures: Failures,
         *,
         read_timeout_seconds: float,
-        endpoint_setting: str = "the endpoint",
         versions: VersionHeaders | None = None,
         encoding_is_metadata: bool = False,
     ) -> None:
@@ -72,7 +71,7 @@ class RangeReader:
         self._patience_seconds = read_timeout_seconds
         self._versions = versions or VersionHeaders()
         self._encoding_is_metadata = encoding_is_metadata
-        check = f"check {endpoint_setting} and what is in front of it"
+        check = f"check {failures.names.endpoint} and what is in front of it"
         self._ignores_range = Meaning(UnsupportedError, _OTHER_BYTES, check)
         self._encodes = Meaning(UnsupportedError, "the server, or a proxy before it, encodes by itself", check)
 
@@ -94,11 +93,10 @@ class RangeReader:
         Raises:
             BackendError: As there; UnsupportedError where the answer holds other bytes than were asked for.
         """
-        last = offset + len(buffer) - 1
-        operation = f"read bytes {offset}-{last}"
+        operation = f"read {byte_range(offset, len(buffer))}"
         failures = self._failures
         failures.check_open(path, operation)
-        headers = {"Range": f"bytes={offset}-{last}"}
+        headers = {"Range": f"bytes={offset}-{offset + len(buffer) - 1}"}
         if version is not None:
             headers[self._versions.condition] = version
         try:
@@ -132,7 +130,7 @@ class RangeReader:
 
         Not every server (or cache before one) honours ``Range`` and the condition; wrong bytes must never pass.
         """
-        operation = f"read bytes {offset}-{offset + length - 1}"
+        operation = f"read {byte_range(offset, length)}"
         headers = answer.headers
         answered = headers.get(self._versions.answered)
         if version is not None and answered is not None and answered != version:

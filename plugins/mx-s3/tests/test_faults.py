@@ -287,6 +287,7 @@ def test_a_scripted_server_that_ignores_ranges_is_refused(scripted: Callable[...
         _read(storage)
 
     assert not caught.value.retryable
+    assert "AWS_ENDPOINT_URL" in str(caught.value)
 
 
 def test_a_scripted_server_that_ignores_ranges_is_read_from_the_start(scripted: Callable[..., S3Storage]) -> None:
