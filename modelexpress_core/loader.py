@@ -29,7 +29,7 @@ from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, ResolveError
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.fetch import FetchEngine, ProgressReporter, RetryBudget, RetryingStorage, RetryPolicy
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import LoadReport
@@ -117,7 +117,7 @@ class Loader:
 
     def open_headers(self, candidate: Candidate) -> Checkpoint:
         """The checkpoint of ``candidate``, for whoever wants no more than that."""
-        registered, storage = self.plugins.open_storage(candidate.uri, self.environ)
+        registered, storage = self.plugins.open(STORAGE, candidate.uri, self.environ)
         with contextlib.closing(storage):
             return self.read_headers(candidate.uri, registered, storage, self.new_budget())
 
@@ -174,7 +174,7 @@ class Load:
         self._closing.close()
 
     def _open(self) -> None:
-        registered, storage = self._plugins.open_storage(self._uri, self._loader.environ)
+        registered, storage = self._plugins.open(STORAGE, self._uri, self._loader.environ)
         self._closing.callback(storage.close)
         self._registered = registered
         budget = self._loader.new_budget()

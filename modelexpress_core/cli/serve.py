@@ -15,7 +15,7 @@ from rich.text import Text
 from modelexpress_core.cli.output import console, exit_code, package_missing, silence_grpc
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
 from modelexpress_core.messages import with_hint
-from modelexpress_core.plugins import CORE, PluginManager
+from modelexpress_core.plugins import CORE, METADATA_STORE, SERVER_SERVICE, PluginManager
 from modelexpress_core.server.logs import announce, write_log
 from modelexpress_core.server.settings import (
     ConfigPath,
@@ -186,7 +186,7 @@ def _look_at_files(tls: TlsSettings, auth: AuthSettings) -> None:
 
 def _print(config: Config) -> None:
     """Every setting, its value and where that came from, where the server could use them all."""
-    PluginManager.discover().metadata_stores.lookup(ModelURI.parse(config.get(ServerSettings).metadata).scheme)
+    PluginManager.discover().table(METADATA_STORE).lookup(ModelURI.parse(config.get(ServerSettings).metadata).scheme)
     _look_at_files(config.get(TlsSettings), config.get(AuthSettings))
     out = console()
     for key, value in config.describe(CORE):
@@ -212,9 +212,14 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -
     end = _told_to_end()
     uri = ModelURI.parse(settings.metadata)
     plugins = PluginManager.discover()
-    store = plugins.open_metadata_store(uri, os.environ)
+    _, store = plugins.open(METADATA_STORE, uri, os.environ)
     async with Server(
-        settings, store, tls=tls, auth=auth, services=plugins.server_services, environ=os.environ
+        settings,
+        store,
+        tls=tls,
+        auth=auth,
+        services=[(each.plugin.name, each.provider) for each in plugins.records(SERVER_SERVICE)],
+        environ=os.environ,
     ) as server:
         grpc = host_and_port(settings.host, server.port)
         metrics = f"{host_and_port(settings.host, server.metrics_port)}/metrics"

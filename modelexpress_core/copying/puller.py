@@ -33,7 +33,7 @@ from modelexpress_core.errors import IntegrityError, ModelExpressError
 from modelexpress_core.fetch import FetchEngine, ProgressReporter, Range, RetryingStorage, RetryPolicy, Segment, Ticket
 from modelexpress_core.fetch.digests import best_digest
 from modelexpress_core.loader import Loader, redacted_uris
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import PulledFile, PullReport
@@ -179,7 +179,7 @@ class _Pull:
         self._verified: Counter[str] = Counter()
 
     def run(self) -> PullReport:
-        registered, storage = self._loader.plugins.open_storage(self._uri, self._loader.environ)
+        registered, storage = self._loader.plugins.open(STORAGE, self._uri, self._loader.environ)
         with contextlib.closing(storage):
             settings = self._loader.settings
             budget = self._loader.new_budget()

@@ -26,7 +26,7 @@ from modelexpress_core.errors import (
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.loader import Loader, redacted_uris
 from modelexpress_core.messages import byte_range, listed
-from modelexpress_core.plugins import CORE, PluginManager
+from modelexpress_core.plugins import CORE, STORAGE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import format_bytes, format_files
@@ -184,11 +184,11 @@ class _Examination:
         candidates = loader.candidates(self._parsed)
         self._uri = uri = candidates[0].uri
         facts.update(uri=str(uri), candidates=[str(candidate.uri) for candidate in candidates])
-        registered = loader.plugins.storages.lookup(uri.scheme)
+        registered = loader.plugins.table(STORAGE).lookup(uri.scheme)
         plugin = registered.plugin
         chosen = _set(self._plugin_settings(registered))
         facts.update(plugin=plugin.name, version=plugin.version, variables=chosen)
-        registered, storage = loader.plugins.open_storage(uri, self._environ)
+        registered, storage = loader.plugins.open(STORAGE, uri, self._environ)
         self._registered, self._storage = registered, storage
         if registered.provider.capabilities.patience:
             cast("PatientStorage", storage).patience_seconds = self._timeout
