@@ -672,7 +672,7 @@ def test_a_failed_read_fails_the_load_though_the_code_that_loads_goes_on() -> No
 
 
 def test_an_error_while_reads_are_planned_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies that were recorded and cannot be planned fail the load even if the error is swallowed, and nothing hangs."""
+    """Copies that were recorded and cannot be planned fail the load even if code swallows the error; nothing hangs."""
     c = case(w=numbered(4), v=numbered(4))
     destination = torch.zeros(4)
     planned = ReadPlanner.batches

@@ -184,7 +184,7 @@ def test_a_byte_that_was_damaged_in_transfer_is_fetched_again(algorithm: str, pl
 
 @pytest.mark.parametrize("algorithm", ["crc64nvme", "sha256"])
 @pytest.mark.parametrize("other", [HEADER_BYTES + 10, len(CONTENT) - 9])
-def test_damage_while_reading_again_is_mended_too(algorithm: str, other: int) -> None:
+def test_damage_while_reading_again_is_repaired_too(algorithm: str, other: int) -> None:
     """Whether it strikes what was right before or what was wrong before: nothing wrong stays where it was delivered."""
     storage = Publishing(algorithm)
     storage.damage[len(CONTENT) - 9] = 1
@@ -303,7 +303,7 @@ def test_damage_in_the_store_is_distinguished_from_damage_in_transfer() -> None:
     assert "upload it again" in str(error.value)
 
 
-def test_tensors_that_share_memory_are_not_mended_in_the_wrong_order() -> None:
+def test_tensors_that_share_memory_are_not_repaired_in_the_wrong_order() -> None:
     """The first of two tied tensors arrives damaged and is then overwritten: its bytes must not come back."""
     content = save({"a": torch.arange(100), "b": torch.arange(100) + 1})
     storage = Publishing(content=content)
