@@ -1,9 +1,9 @@
 """Check which modules of core the plugins and integrations import: ``python -m devtools.package_imports``.
 
-``[tool.modelexpress.imports]`` in ``pyproject.toml`` lists the modules that core offers to every package, and what
-single packages may import besides. All other modules of core are forbidden, new ones included, and core imports no
-package. The rules are written as a configuration of import-linter, which checks and reports them. Type-only imports
-count.
+``[tool.modelexpress.imports]`` in ``pyproject.toml`` lists the modules that core offers to every package, those that
+packages with a transport may use besides, and those of single packages. All other modules of core are forbidden, new
+ones included, and core imports no package. The rules are written as a configuration of import-linter, which checks and
+reports them. Type-only imports count.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def configuration(root: Path = ROOT) -> str:
     core = list(modules(root, CORE))
     imports = pyproject(root)["tool"]["modelexpress"]["imports"]
     more: dict[str, list[str]] = imports.get("more", {})
-    _check(core, [*imports["all"], *(name for names in more.values() for name in names)])
+    transports: list[str] = imports.get("transports", [])
+    _check(core, [*imports["all"], *transports, *(name for names in more.values() for name in names)])
     unknown = sorted(set(more) - {package.distribution for package in packages})
     if unknown:
         message = (
@@ -46,10 +47,16 @@ def configuration(root: Path = ROOT) -> str:
         raise ValueError(message)
     lines = ["[importlinter]", *_list("root_packages", [CORE, *(package.module for package in packages)])]
     for package in packages:
-        lines += _contract(package, core, [*imports["all"], *more.get(package.distribution, [])])
+        offered = [*imports["all"], *more.get(package.distribution, [])]
+        lines += _contract(package, core, [*offered, *(transports if _registers_transports(package) else ())])
     lines += ["[importlinter:contract:core]", "name = core imports no plugin", "type = forbidden"]
     lines += [*_list("source_modules", [CORE]), *_list("forbidden_modules", [package.module for package in packages])]
     return "\n".join([*lines, ""])
+
+
+def _registers_transports(package: Package) -> bool:
+    plugin = package.source / package.module / "plugin.py"
+    return plugin.is_file() and "mx_register_transports" in plugin.read_text(encoding="utf-8")
 
 
 def _check(core: list[str], offered: list[str]) -> None:

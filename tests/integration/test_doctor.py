@@ -554,7 +554,7 @@ def test_a_model_on_disk(mx: Run, sharded: Path) -> None:
     ("uri", "code", "failed", "words"),
     [
         ("/no/such/model", 1, ["listing"], "check the URI"),
-        ("gs://bucket/model", 1, ["plugin"], "pip install 'modelexpress-core[gcs]'"),
+        ("gs://bucket/model", 1, ["plugin"], "mx-gcs, which is not published yet"),
         ("s3:/bucket/model", 2, ["uri"], "write s3://bucket/model"),
         ("s3://", 2, ["plugin"], "write s3://bucket/path"),
     ],

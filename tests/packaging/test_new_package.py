@@ -147,6 +147,22 @@ def test_import_linter_refuses_all_else(run: Run, mistake: Callable[[str], None]
     assert f"mx_foo._mistake is not allowed to import {_FORBIDDEN[code]}:" in done.stdout
 
 
+def test_only_a_transport_may_use_what_is_offered_to_transports(
+    run: Run, tree: Path, mistake: Callable[[str], None]
+) -> None:
+    """Leases and calls to workers are not for storages; one that registers a transport may use them."""
+    mistake("from modelexpress_core.sources.worker_client import WorkerClient\n\n__all__ = ['WorkerClient']")
+    plugin = tree / "plugins" / "mx-foo" / "src" / "mx_foo" / "plugin.py"
+
+    storage = run(sys.executable, "-m", "devtools.package_imports")
+    plugin.write_text(_PLUGIN.replace("mx_register_storages", "mx_register_transports"))
+    transport = run(sys.executable, "-m", "devtools.package_imports")
+
+    plugin.write_text(_PLUGIN)
+    assert (1, 0) == (storage.returncode, transport.returncode), storage.stdout + transport.stdout
+    assert "mx_foo._mistake is not allowed to import modelexpress_core.sources.worker_client:" in storage.stdout
+
+
 def test_import_linter_refuses_an_import_by_core(run: Run, tree: Path) -> None:
     """Core imports no package, the new one included."""
     path = tree / "modelexpress_core" / "_mistake.py"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from devtools.packages import ROOT, discover, pyproject
+from modelexpress_core.known_schemes import KNOWN_SCHEMES
 from modelexpress_core.plugins import ENTRY_POINT_GROUP
-from modelexpress_core.registry import INSTALL_HINTS
 
 _CORE = pyproject(ROOT)
 _EXTRAS: dict[str, list[str]] = _CORE["project"]["optional-dependencies"]
@@ -48,7 +49,7 @@ def test_there_are_members() -> None:
 
 def test_the_extras_are_the_ones_that_are_documented() -> None:
     """Each backend, the server and its spans, the integration, the contract kit, and the two that collect."""
-    expected = {"s3", "gcs", "azure", "hf", "nixl", "grpc", "server", "otel", "vllm", "testing", "dev", "all"}
+    expected = {"s3", "server", "otel", "vllm", "testing", "dev", "all"}
 
     assert expected == set(_EXTRAS)
 
@@ -66,12 +67,53 @@ def test_extras_refer_to_extras_that_exist() -> None:
     assert set() == referred - set(_EXTRAS)
 
 
-@pytest.mark.parametrize("hint", sorted(set(INSTALL_HINTS.values())))
-def test_the_pip_command_of_an_unknown_scheme_installs_something(hint: str) -> None:
-    """The message for a missing plugin names an extra; it must be one that brings a plugin."""
-    extra = hint.partition("[")[2].rstrip("]")
+def test_a_known_scheme_can_be_installed_if_its_package_exists() -> None:
+    """And not before: a message never advises what cannot be installed."""
+    packages = {pyproject(each)["project"]["name"] for each in _FIRST_PARTY}
 
-    assert [] != [requirement for requirement in _EXTRAS[extra] if requirement.startswith("mx-")]
+    for scheme, known in KNOWN_SCHEMES.items():
+        assert (known.extra is not None) == (known.distribution in packages), scheme
+        if known.extra:
+            assert known.distribution in [re.split(r"[=<>~]", each)[0] for each in _EXTRAS[known.extra]], scheme
+
+
+def test_every_extra_can_be_installed() -> None:
+    """What it requires of ours is a package of this repository."""
+    packages = {pyproject(each)["project"]["name"] for each in _FIRST_PARTY}
+    required = {re.split(r"[\[=<>~ ]", each)[0] for each in requirements(ROOT)}
+
+    assert {"mx-s3", "mx-vllm"} <= packages
+    assert set() == {name for name in required if name.startswith("mx-")} - packages
+
+
+def hints() -> Iterator[tuple[str, str]]:
+    """Every command in code and pages that installs something of ours, with the file that it is in."""
+    roots = [ROOT / "modelexpress_core", ROOT / "docs", ROOT / "examples", *_MEMBERS]
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    files += [path for root in roots for pattern in ("**/*.py", "**/*.md") for path in sorted(root.glob(pattern))]
+    for path in files:
+        for requirement in re.findall(
+            r"(?:modelexpress-core|mx-vllm)\[[a-z0-9,_-]+\]", path.read_text(encoding="utf-8")
+        ):
+            yield requirement, str(path.relative_to(ROOT))
+        for arguments in re.findall(r"pip install (?:-U )?([^`\n{}]+)", path.read_text(encoding="utf-8")):
+            for word in re.findall(r"\b(?:modelexpress-core|mx-[a-z0-9-]+)(?:\[[a-z0-9,_-]+\])?", arguments):
+                yield word, str(path.relative_to(ROOT))
+
+
+def test_every_hint_names_what_can_be_installed() -> None:
+    """Package and extras of every `pip install` and install hint exist in this repository."""
+    extras = {
+        pyproject(each)["project"]["name"]: pyproject(each)["project"].get("optional-dependencies", {})
+        for each in [*_FIRST_PARTY, ROOT / "examples" / "mx-hello"]
+    }
+    found = list(hints())
+
+    assert len(found) > 10
+    for requirement, path in found:
+        name, _, listed = requirement.rstrip("]").partition("[")
+        assert name in extras, (requirement, path)
+        assert set() == {extra for extra in listed.split(",") if extra} - set(extras[name]), (requirement, path)
 
 
 @pytest.mark.parametrize("directory", _FIRST_PARTY, ids=named)
