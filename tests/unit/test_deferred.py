@@ -168,6 +168,7 @@ def test_a_view_out_of_bounds_is_refused_as_torch_does() -> None:
     assert torch.equal(c.tensors["w"].t(), destination)
 
 
+@pytest.mark.slow
 def test_views_of_what_torch_reads_otherwise_than_it_is_stored_are_right() -> None:
     """Conjugated and negated views have the values that torch gives them, and writes through them reach the base."""
     c = case(w=torch.tensor([1 + 2j, 3 - 4j]))
@@ -1103,6 +1104,7 @@ class Watching(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", [False, True])
 def test_other_modes_of_dispatch_see_what_is_done(outer: bool) -> None:
     """A mode of the user's, around the load or within it, is not passed over."""
@@ -1226,7 +1228,7 @@ def test_what_was_read_is_not_kept() -> None:
             alive.append(weakref.ref(w))
             assert w.sum() > 0
             del w
-        kept = len(weights._recorder._pending), sum(ref() is not None for ref in alive)
+        kept = len(weights._load.recorder._pending), sum(ref() is not None for ref in alive)
 
     assert (0, 0) == kept
 
@@ -1240,8 +1242,8 @@ def test_destinations_are_let_go_when_their_bytes_are_in_place(monkeypatch: pyte
     with c.load() as weights:
         for _, w in weights:
             assert torch.empty(1000).copy_(w).sum() > 0
-            most = max(most, len(weights._recorder._pending))
-    left = len(weights._recorder._pending)
+            most = max(most, len(weights._load.recorder._pending))
+    left = len(weights._load.recorder._pending)
 
     assert most <= 8
     assert 0 == left
