@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from modelexpress_core.placement.coverage import Coverage
 from tests.support.memory import addresses
+from tests.support.properties import examples
 
 _DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _BUFFER = torch.zeros(512, dtype=torch.uint8)
@@ -31,7 +32,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     return whole[draw(st.integers(0, 3)) :: draw(st.integers(1, 4))]
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=examples(1000))
 @given(st.lists(tensors(), min_size=1, max_size=5), st.lists(tensors(), max_size=8))
 def test_a_tensor_is_missing_unless_every_byte_was_written(
     model: list[torch.Tensor], writes: list[torch.Tensor]

@@ -168,6 +168,7 @@ def test_a_view_out_of_bounds_is_refused_as_torch_does() -> None:
     assert torch.equal(c.tensors["w"].t(), destination)
 
 
+@pytest.mark.slow
 def test_views_of_what_torch_reads_otherwise_than_it_is_stored_are_right() -> None:
     """Conjugated and negated views have the values that torch gives them, and writes through them reach the base."""
     c = case(w=torch.tensor([1 + 2j, 3 - 4j]))
@@ -1103,6 +1104,7 @@ class Watching(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outer", [False, True])
 def test_other_modes_of_dispatch_see_what_is_done(outer: bool) -> None:
     """A mode of the user's, around the load or within it, is not passed over."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from modelexpress_core.checkpoint.index import missing_shards, parse_index
 from modelexpress_core.errors import CheckpointError
 from tests.support.checkpoints import INDEX, index_text, shard_name
+from tests.support.properties import examples
 
 URI = "s3://bucket/model"
 
@@ -120,7 +121,7 @@ def test_names_that_no_file_has(name: str) -> None:
     assert "which is no valid file name" in str(refused(index_text({"weight": name})))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=examples(500))
 @given(
     st.binary(max_size=40)
     | st.recursive(
@@ -153,6 +154,7 @@ LARGE: Mapping[str, tuple[Callable[[], bytes], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("text", "times"), LARGE.values(), ids=list(LARGE))
 def test_large_hostile_index(text: Callable[[], bytes], times: int) -> None:

@@ -22,6 +22,7 @@ from modelexpress_core.errors import IntegrityError
 from modelexpress_core.fetch.digests import CRCS, best_digest, new_hasher
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
 from modelexpress_core.storage.memory import MemoryStorage
+from tests.support.properties import examples
 
 PATH = "model/model.safetensors"
 URI = "digests://host/model"
@@ -326,7 +327,7 @@ def test_tied_tensors_are_verified() -> None:
     assert torch.equal(torch.arange(100) + 1, shared)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     algorithm=st.sampled_from(sorted(DIGESTS)),
     chunk=st.sampled_from([256, 1000, 4096, 1 << 20]),

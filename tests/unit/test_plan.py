@@ -16,6 +16,7 @@ from modelexpress_core.errors import CheckpointError
 from modelexpress_core.fetch import Range
 from modelexpress_core.placement.memory import bytes_at
 from modelexpress_core.placement.plan import Copy, ReadPlanner
+from tests.support.properties import examples
 
 _WORDS = {torch.uint8: "U8", torch.int16: "I16", torch.float32: "F32", torch.int64: "I64", torch.float64: "F64"}
 _HEADER_BYTES = 24
@@ -143,7 +144,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-@settings(deadline=None, max_examples=800)
+@settings(deadline=None, max_examples=examples(800))
 @given(plans())
 def test_every_element_arrives_and_nothing_else_is_touched(
     plan: tuple[Stored, list[tuple[Copy, torch.Tensor]], int, int],
@@ -163,7 +164,7 @@ def test_every_element_arrives_and_nothing_else_is_touched(
     assert all(same(reference, buffer) for reference, (_, buffer) in zip(expected, copies, strict=True))
 
 
-@settings(deadline=None, max_examples=800)
+@settings(deadline=None, max_examples=examples(800))
 @given(plans())
 def test_reads_are_bounded(plan: tuple[Stored, list[tuple[Copy, torch.Tensor]], int, int]) -> None:
     """No read is longer than the chunk, leaves its file, begins or ends with waste, or reads through a wide gap."""

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 import modelexpress_core as mx
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.contracts.storage import ObjectInfo, Storage
-from modelexpress_core.copying import PullProgress, partial
+from modelexpress_core.copying import PullProgress
 from modelexpress_core.copying.hidden_directory import HiddenDirectory
+from modelexpress_core.copying.local import Disk
 from modelexpress_core.copying.partial import Spans
 from modelexpress_core.copying.selection import check_names
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
@@ -267,6 +268,7 @@ def test_files_get_the_mode_that_the_umask_allows(tmp_path: Path) -> None:
     assert 0o640 == stat.S_IMODE((tmp_path / "config.json").stat().st_mode)
 
 
+@pytest.mark.slow
 def test_progress_grows_to_all_of_it(tmp_path: Path) -> None:
     """Bytes never shrink, files under way are named, and the last event says that all is there."""
     events: list[PullProgress] = []
@@ -489,22 +491,17 @@ def test_what_is_no_longer_there_leaves_no_unfinished_file(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("synced", [False, True])
-def test_after_a_loss_of_power_only_what_was_synced_counts(
-    synced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_loss_of_power_only_what_was_synced_counts(synced: bool, tmp_path: Path) -> None:
     """The journal may have outlived bytes that it speaks of; a new start of the machine tells."""
-    if synced:
-        monkeypatch.setattr(partial, "_SYNC_SECONDS", 0.0)
     storage = Watched(memory(), before_read=stop_after(8))
     with pytest.raises(mx.AccessDeniedError):
-        pull(storage, tmp_path)
+        pull(storage, tmp_path, disk=Disk(sync_seconds=0.0) if synced else Disk())
     assert journaled(tmp_path) > 0
-    monkeypatch.setattr(partial, "_boot_id", lambda: "another")
     if not synced:  # what the loss of power may do
         for path in (tmp_path / ".mx-pull").glob("*.part"):
             path.write_bytes(bytes(path.stat().st_size))
 
-    report = pull(storage.inner, tmp_path)
+    report = pull(storage.inner, tmp_path, disk=Disk(boot_id=lambda: "another"))
 
     assert FILES == files_in(tmp_path)
     assert synced == (report.bytes_resumed > 0)
@@ -551,6 +548,7 @@ KILLED = """
 import os, signal, sys
 import modelexpress_core as mx
 from modelexpress_core.copying import partial, hidden_directory
+from modelexpress_core.copying.local import Disk
 from modelexpress_core.storage.file import FileStorage
 
 where, count = sys.argv[3], int(sys.argv[4])
@@ -581,7 +579,7 @@ elif where == "unlink":
     os.unlink = dying(os.unlink)
 elif where == "fsync":
     os.fsync = dying(os.fsync)
-mx.pull(sys.argv[1], sys.argv[2])
+mx.pull(sys.argv[1], sys.argv[2], disk=Disk(fsync=os.fsync))
 """
 
 
@@ -594,6 +592,7 @@ def pull_killed(source: Path, directory: Path, where: str, count: int) -> int:
     return done.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["read", "written", "manifest", "rename", "renamed", "unlink", "fsync"])
 def test_kill_9_at_any_point_leaves_a_directory_that_the_next_pull_completes(where: str, tmp_path: Path) -> None:
     """No file is ever there in part; what was journaled is not read again; a pull that ends well leaves nothing."""
@@ -925,29 +924,23 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_read(small_disk: Pa
     assert [] == left_behind(small_disk)
 
 
-def test_a_disk_that_lies_about_its_space_fails_before_anything_is_read(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_lies_about_its_space_fails_before_anything_is_read(small_disk: Path) -> None:
     """Space is taken, not only asked for; what was taken is given back."""
-    monkeypatch.setattr("modelexpress_core.copying.puller.check_space", lambda directory, needed: None)
     storage = Watched(memory())
 
     with pytest.raises(mx.ModelExpressError, match="ENOSPC"):
-        pull(storage, small_disk)
+        pull(storage, small_disk, disk=Disk(check_space=lambda directory, needed: None))
 
     assert [] == storage.reads
     assert [] == left_behind(small_disk)
 
 
-def test_a_disk_that_fills_up_meanwhile_fails_the_pull_and_the_next_goes_on(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_meanwhile_fails_the_pull_and_the_next_goes_on(small_disk: Path) -> None:
     """Where space cannot be taken beforehand, the error comes with the write, and what is there is kept."""
-    monkeypatch.setattr("modelexpress_core.copying.puller.check_space", lambda directory, needed: None)
-    monkeypatch.setattr(partial, "allocate", os.ftruncate)
+    disk = Disk(check_space=lambda directory, needed: None, allocate=os.ftruncate)
 
     with pytest.raises(mx.ModelExpressError, match=r"could not write .*ENOSPC"):
-        pull(memory(), small_disk, environ={"MX_CONCURRENCY": "1"})
+        pull(memory(), small_disk, environ={"MX_CONCURRENCY": "1"}, disk=disk)
     kept = journaled(small_disk) + sum(map(len, files_in(small_disk).values()))
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
 
@@ -957,6 +950,7 @@ def test_a_disk_that_fills_up_meanwhile_fails_the_pull_and_the_next_goes_on(
     assert FILES == files_in(small_disk)
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_an_error_that_says_so(tmp_path: Path) -> None:
     """As from ulimit -f."""
     source = write_files(tmp_path / "source", FILES)
@@ -1017,17 +1011,14 @@ def test_directories_on_several_disks_are_refused(small_disk: Path, tmp_path: Pa
     assert [] == storage.reads
 
 
-def test_a_failed_sync_leaves_nothing_that_would_be_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_sync_leaves_nothing_that_would_be_trusted(tmp_path: Path) -> None:
     """Which bytes are on the disk, nobody can say then: the file is fetched anew. (fsync is made to fail.)"""
-    real = os.fsync
 
     def failing(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(mx.ModelExpressError, match="EIO"):
-        pull(memory({FIRST: FILES[FIRST]}), tmp_path)
-    monkeypatch.setattr(os, "fsync", real)
+        pull(memory({FIRST: FILES[FIRST]}), tmp_path, disk=Disk(fsync=failing))
 
     report = pull(memory({FIRST: FILES[FIRST]}), tmp_path)
 
@@ -1046,6 +1037,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     assert before == sorted(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 def test_many_files_need_few_descriptors(tmp_path: Path) -> None:
     """More files than a process may open."""
     import resource
@@ -1061,6 +1053,7 @@ def test_many_files_need_few_descriptors(tmp_path: Path) -> None:
     assert files == files_in(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_pull_needs_no_torch(tmp_path: Path) -> None:
     """A machine that only copies has none."""
     source = write_files(tmp_path / "source", FILES)

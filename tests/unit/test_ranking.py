@@ -114,6 +114,7 @@ def test_where_a_peer_goes_the_others_stay_as_they_are(
         assert [each for each in before if each is not gone] == list(after)
 
 
+@pytest.mark.slow
 def test_readers_are_spread_evenly() -> None:
     """10,000 readers over 100 sources: as even as throwing them by chance, and no more uneven."""
     readers, sources = 10_000, 100
@@ -130,6 +131,7 @@ def test_readers_are_spread_evenly() -> None:
     assert min(counts.values()) > mean - 5 * deviation
 
 
+@pytest.mark.slow
 def test_busy_peers_are_chosen_in_proportion_to_what_they_spare() -> None:
     """And those that say nothing as if they were half busy; the busiest still are, now and then."""
     loads = {"idle": 0.0, "half": 0.5, "silent": None, "busy": 0.9, "full": 1.0, "beyond": 7.0}
@@ -161,6 +163,7 @@ def test_random_is_random() -> None:
     assert {"0", "1", "2", "3"} == {first(peers, "reader", "random") for _ in range(400)}
 
 
+@pytest.mark.slow
 def test_other_processes_come_to_the_same_order() -> None:
     """Whatever their seed of Python's own hash; and later versions do: this order was computed once."""
     code = (

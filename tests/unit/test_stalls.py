@@ -95,6 +95,7 @@ def ranges(count: int, length: int = 1000) -> list[list[Range]]:
     return made
 
 
+@pytest.mark.slow
 def test_a_stalled_read_costs_seconds_once_it_is_known_how_long_reads_take() -> None:
     """The storage is told, by the engine, and the read is sent again."""
     storage = Silent(50)
@@ -129,6 +130,7 @@ class Hung(Silent):
         raise BackendError("closed")
 
 
+@pytest.mark.slow
 def test_a_read_that_never_ends_ends_the_load() -> None:
     """With an error that names it; nobody waits for ever."""
     engine = FetchEngine(

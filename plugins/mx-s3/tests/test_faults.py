@@ -21,6 +21,7 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from mx_s3._storage import S3Storage
+from tests.support.network import CLOSED_PORT
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 
@@ -216,8 +217,7 @@ def test_close_ends_reads_in_other_threads(
 
 def test_nothing_listens(opened: Callable[..., S3Storage]) -> None:
     """A refused connection may be tried again: servers restart."""
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    endpoint = f"http://127.0.0.1:{CLOSED_PORT}"
     storage = opened(AWS_ENDPOINT_URL=endpoint)
 
     with pytest.raises(UnavailableError, match=f"{endpoint} refused the connection") as caught:

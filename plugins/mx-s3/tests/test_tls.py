@@ -18,6 +18,8 @@ from modelexpress_core.errors import BackendError, UnavailableError
 from modelexpress_core.uri import ModelURI
 from mx_s3._storage import open_s3
 
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3 over tls")]
+
 URI = ModelURI.parse("s3://models")
 CONTENT = bytes(range(256)) * 8192
 
