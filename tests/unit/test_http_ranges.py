@@ -392,7 +392,7 @@ def test_renewals_have_a_bound(reader: Reading) -> None:
 
 
 def test_a_token_does_not_go_along_a_redirect(reader: Reading) -> None:
-    """The signer alone decides what the other place is told."""
+    """The signer alone decides which headers go to the other server."""
     with server(ranges) as (elsewhere, other), server(_refused("302 Found", f"Location: {elsewhere}/")) as (url, _):
         signer = Tokens(url, [elsewhere])
 
