@@ -140,7 +140,7 @@ class Renamed(nn.Module):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_parameters_on_the_meta_device_that_no_name_leads_to_are_an_error(keep: bool) -> None:
-    """A module that hides or copies its parameters in its state is not given memory that nobody fills."""
+    """A module that hides or copies its parameters in its state gets no memory that stays unfilled."""
     module = Renamed(keep=keep)
 
     with pytest.raises((mx.IncompleteLoadError, mx.PlacementError), match="on the meta device"):
@@ -340,7 +340,7 @@ def test_nothing_is_written_where_one_of_many_does_not_fit() -> None:
 
 
 def test_scalars_and_tensors_without_elements_are_loaded() -> None:
-    """Shapes [] and [0, 3] are shapes like others, also where an element is missing to tell memory apart by."""
+    """Shapes [] and [0, 3] are treated like others, even though an empty tensor has no memory to compare."""
     uri = stored({"scalar": torch.tensor(7.0), "none": torch.zeros(0, 3)})
     target = {"scalar": torch.zeros(()), "none": torch.ones(0, 3)}
 
