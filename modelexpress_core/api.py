@@ -12,6 +12,7 @@ from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.contracts.candidates import Candidate
 from modelexpress_core.errors import IncompleteLoadError, PlacementError
 from modelexpress_core.loader import Loader
+from modelexpress_core.messages import listed
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import LoadReport
 from modelexpress_core.uri import ModelURI
@@ -94,7 +95,7 @@ def load_state_dict(
                     raise PlacementError(message, tensor=name, hint="`mx inspect` lists those it has")
                 info = tensors[name]
                 state[name] = torch.empty(torch_shape(info), dtype=torch_dtype(info), device=device)
-                recorder.place(info, state[name])
+                recorder.copy_whole(info, state[name])
             load.succeed(load.finish(recorder))
             return state
 
@@ -146,7 +147,7 @@ def load_into(
             recorder = Recorder(load.checkpoint, load.engine)
             for name, info in load.checkpoint.tensors.items():
                 if name in destinations.tensors:
-                    recorder.place(info, destinations.tensors[name])
+                    recorder.copy_whole(info, destinations.tensors[name])
             report = load.finish(recorder)
             destinations.adopt()
             return load.succeed(report)
@@ -253,9 +254,8 @@ class DeferredWeights:
 
     def _check(self, report: LoadReport, missing: Sequence[str]) -> None:
         if missing:
-            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             raise IncompleteLoadError(
-                f"{len(missing)} tensors of the model were not wholly written: {shown}",
+                f"{len(missing)} tensors of the model were not wholly written: {listed(missing)}",
                 missing=missing,
                 cause="the checkpoint is of another model, the code that loads skips what it does not know, or the "
                 "model is on the meta device, which has no memory",

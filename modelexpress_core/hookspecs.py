@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from modelexpress_core.contracts.candidates import Candidate, LoadRequest
     from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
     from modelexpress_core.providers import (
+        AuthenticatorProvider,
         CommandProvider,
         DiscoveryProvider,
         MetadataStoreProvider,
@@ -107,6 +108,31 @@ def mx_register_metadata_stores() -> Iterable[MetadataStoreProvider]:  # type: i
         ...     return [MetadataStoreProvider("mx-etcd", ("etcd",), lambda uri, settings: ...)]
         >>> mx_register_metadata_stores()[0].schemes
         ('etcd',)
+    """
+
+
+@hookspec
+def mx_register_authenticators() -> Iterable[AuthenticatorProvider]:  # type: ignore[empty-body]  # a specification
+    """Ways to authenticate the calls that servers and workers answer.
+
+    Not called for a call: ``MX_AUTH_MODE`` selects one by its name, and its factory is called once, at the start.
+
+    Example:
+        >>> from modelexpress_core.contracts.authenticator import Refusal, RefusedError
+        >>> from modelexpress_core.hooks import hookimpl
+        >>> from modelexpress_core.providers import AuthenticatorProvider
+        >>> class Doorbell:
+        ...     by_certificate = False
+        ...
+        ...     async def authenticate(self, call):
+        ...         if call.token != "knock knock":
+        ...             raise RefusedError(Refusal.UNAUTHENTICATED, "wrong token")
+        ...         return "visitor"
+        >>> @hookimpl
+        ... def mx_register_authenticators():
+        ...     return [AuthenticatorProvider("doorbell", lambda settings: Doorbell())]
+        >>> mx_register_authenticators()[0].name
+        'doorbell'
     """
 
 

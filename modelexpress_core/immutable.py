@@ -1,4 +1,4 @@
-"""A mapping that a frozen record can hold: nobody changes it, not even whoever passed it in."""
+"""Read-only mappings for frozen records: changes to the mapping that a caller passed in do not reach the record."""
 
 from __future__ import annotations
 

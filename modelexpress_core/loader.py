@@ -16,7 +16,6 @@ import contextlib
 import logging
 import os
 import resource
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -29,8 +28,8 @@ from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, ResolveError
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
-from modelexpress_core.fetch import FetchEngine, RetryBudget, RetryingStorage, RetryPolicy
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.fetch import FetchEngine, ProgressReporter, RetryBudget, RetryingStorage, RetryPolicy
+from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import LoadReport
@@ -46,9 +45,6 @@ __all__ = ["Load", "Loader", "redacted_uris"]
 
 _log = logging.getLogger(__name__)
 _R = TypeVar("_R")
-
-#: Observers hear of progress this often at most.
-_PROGRESS_SECONDS = 0.1
 
 
 def redacted_uris(uri: ModelURI) -> Callable[[str], str]:
@@ -121,7 +117,7 @@ class Loader:
 
     def open_headers(self, candidate: Candidate) -> Checkpoint:
         """The checkpoint of ``candidate``, for whoever wants no more than that."""
-        registered, storage = self.plugins.open_storage(candidate.uri, self.environ)
+        registered, storage = self.plugins.open(STORAGE, candidate.uri, self.environ)
         with contextlib.closing(storage):
             return self.read_headers(candidate.uri, registered, storage, self.new_budget())
 
@@ -160,8 +156,7 @@ class Load:
         self._begun = time.monotonic()
         self._opened = self._begun
         self._planning_done = False
-        self._reported = self._begun
-        self._reporting = threading.Lock()
+        self._progress = ProgressReporter(lambda: self._plugins.load_progress(self._progress_event()))
         self._closing = contextlib.ExitStack()
         self._engine: FetchEngine | None = None
         try:
@@ -179,7 +174,7 @@ class Load:
         self._closing.close()
 
     def _open(self) -> None:
-        registered, storage = self._plugins.open_storage(self._uri, self._loader.environ)
+        registered, storage = self._plugins.open(STORAGE, self._uri, self._loader.environ)
         self._closing.callback(storage.close)
         self._registered = registered
         budget = self._loader.new_budget()
@@ -189,7 +184,7 @@ class Load:
             storage,
             self._loader.settings,
             registered.provider.capabilities,
-            on_arrival=self._arrived,
+            on_arrival=self._progress.arrived,
             budget=budget,
             uri_of=redacted_uris(self._uri),
         )
@@ -216,17 +211,7 @@ class Load:
             message = f"reads of {self._uri} go on after the load has failed, so its destination must not be used"
             raise ModelExpressError(message, hint="end this process") from exc
 
-    def _arrived(self) -> None:
-        """Called by the fetching threads: tell observers, but seldom, and never two at a time."""
-        if time.monotonic() - self._reported < _PROGRESS_SECONDS or not self._reporting.acquire(blocking=False):
-            return
-        try:
-            self._reported = time.monotonic()
-            self._plugins.load_progress(self._progress())
-        finally:
-            self._reporting.release()
-
-    def _progress(self) -> LoadProgress:
+    def _progress_event(self) -> LoadProgress:
         ledger = self.engine.ledger
         rate = ledger.rate()
         left = ledger.planned_bytes - ledger.arrived_bytes
@@ -279,6 +264,6 @@ class Load:
 
     def succeed(self, report: LoadReport) -> LoadReport:
         """The load is complete, every check of it included."""
-        self._plugins.load_progress(self._progress())
+        self._progress.report_now()
         self._plugins.load_finished(LoadFinished(load_id=self._id, report=report))
         return report

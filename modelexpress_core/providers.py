@@ -11,13 +11,18 @@ from typing import Any
 import attrs
 from attrs import field, frozen
 
+from modelexpress_core.contracts.authenticator import Authenticator
+from modelexpress_core.contracts.candidates import Tier
 from modelexpress_core.contracts.discovery import Discovery
+from modelexpress_core.contracts.metadata_store import MetadataStore
 from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.contracts.storage import Storage
+from modelexpress_core.contracts.transport import Transport
 from modelexpress_core.uri import SCHEME_PATTERN, ModelURI
 
 __all__ = [
     "API_VERSION",
+    "AuthenticatorProvider",
     "CommandProvider",
     "DiscoveryProvider",
     "MetadataStoreProvider",
@@ -69,7 +74,6 @@ class StorageCapabilities:
     Attributes:
         read_batch: It has an engine of its own, behind ``read_batch``.
         read_runs: It reads many short runs in one call, with ``read_runs`` (see ``RunStorage``).
-        write: It has ``write``.
         patience: Its reads give up on a silent connection after ``patience_seconds`` (see ``PatientStorage``).
         diagnosis: It says where it connects and as whom (see ``DiagnosableStorage``).
         stat_digests: ``stat`` may tell digests that ``list`` leaves out: asking is worth a request for each file.
@@ -81,7 +85,6 @@ class StorageCapabilities:
 
     read_batch: bool = False
     read_runs: bool = False
-    write: bool = False
     patience: bool = False
     diagnosis: bool = False
     stat_digests: bool = False
@@ -116,15 +119,29 @@ class SchemeProvider:
 
 @frozen
 class StorageProvider(SchemeProvider):
-    """A place that checkpoint files are read from; the factory returns a ``Storage``."""
+    """A place that checkpoint files are read from; the factory returns a ``Storage``.
+
+    Attributes:
+        tier: When it is tried.
+    """
 
     factory: Callable[[ModelURI, Mapping[str, str]], Storage] = field(validator=_check_factory)
+    tier: Tier = field(default=Tier.ORIGIN, converter=Tier, kw_only=True)
     capabilities: StorageCapabilities = field(factory=StorageCapabilities, kw_only=True)
 
 
 @frozen
 class TransportProvider(SchemeProvider):
-    """A way to pull named tensors out of a peer's memory; the factory returns a ``Transport``."""
+    """A way to read tensors from the memory of a worker; the factory returns a ``Transport``.
+
+    Attributes:
+        tier: When its peers are tried.
+        assumed: Workers that do not say which transports they speak are taken to speak this one.
+    """
+
+    factory: Callable[[ModelURI, Mapping[str, str]], Transport] = field(validator=_check_factory)
+    tier: Tier = field(default=Tier.OTHER_PEER, converter=Tier, kw_only=True)
+    assumed: bool = field(default=False, kw_only=True)
 
 
 @frozen
@@ -136,7 +153,29 @@ class DiscoveryProvider(SchemeProvider):
 
 @frozen
 class MetadataStoreProvider(SchemeProvider):
-    """Keeps the server's metadata."""
+    """Keeps the server's metadata; the factory returns a ``MetadataStore``."""
+
+    factory: Callable[[ModelURI, Mapping[str, str]], MetadataStore] = field(validator=_check_factory)
+
+
+@frozen
+class AuthenticatorProvider:
+    """A way to authenticate the calls that servers and workers answer.
+
+    Attributes:
+        name: The value of ``MX_AUTH_MODE`` that selects it.
+        factory: Called as ``factory(settings)`` when a server starts, with a mapping of environment variables. Returns
+            an ``Authenticator``. SDKs are imported there.
+        install_hint: What to install if the factory finds its SDK missing.
+        api_version: The hook contract that it was written for.
+        settings: Settings class that the factory reads, or several, for ``mx settings``.
+    """
+
+    name: str = field(validator=_check_name)
+    factory: Callable[[Mapping[str, str]], Authenticator] = field(validator=_check_factory)
+    install_hint: str | None = field(default=None, kw_only=True)
+    api_version: int = field(default=API_VERSION, kw_only=True)
+    settings: type | tuple[type, ...] | None = field(default=None, kw_only=True)
 
 
 @frozen

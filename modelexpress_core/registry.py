@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from attrs import frozen
 
 from modelexpress_core.errors import PluginConflictError, PluginLoadError, SettingsError, UnknownSchemeError
 from modelexpress_core.providers import SchemeProvider
 
-__all__ = ["INSTALL_HINTS", "PluginInfo", "Registered", "SchemeTable"]
+__all__ = ["INSTALL_HINTS", "PluginInfo", "Registered", "SchemeTable", "the_one_named"]
 
 #: What to install for the schemes that first-party packages handle.
 INSTALL_HINTS: Mapping[str, str] = {
@@ -72,21 +72,23 @@ class PluginInfo:
 
 
 P = TypeVar("P", bound=SchemeProvider)
+R = TypeVar("R")
 
 
 @frozen
-class Registered(Generic[P]):
+class Registered(Generic[R]):
     """A record and the plugin that it came from."""
 
-    provider: P
+    provider: R
     plugin: PluginInfo
 
     @property
     def label(self) -> str:
         """The distribution, and the record's name where that says more."""
-        if self.provider.name in {self.plugin.name, *self.provider.schemes}:
+        name = getattr(self.provider, "name", "")
+        if name in {self.plugin.name, *getattr(self.provider, "schemes", ())}:
             return self.plugin.name
-        return f"{self.plugin.name} ({self.provider.name})"
+        return f"{self.plugin.name} ({name})"
 
 
 @frozen
@@ -206,3 +208,37 @@ class SchemeTable(Generic[P]):
         else:
             hint = f"install the plugin that handles {scheme}; `mx plugins` lists what is there"
         return UnknownSchemeError(message, hint=hint)
+
+
+def the_one_named(
+    name: str, records: Iterable[Registered[R]], word: str, plugins: Iterable[PluginInfo]
+) -> Registered[R]:
+    """The one of ``records`` that is called ``name``.
+
+    Args:
+        name: Its name.
+        records: All of one kind.
+        word: What messages call the kind.
+        plugins: Every plugin found, for messages.
+
+    Raises:
+        PluginConflictError: Several plugins offer one of that name.
+        SettingsError: None does.
+    """
+    records = sorted(records, key=lambda record: (_name(record), record.plugin.name))
+    found = [record for record in records if _name(record) == name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        labels = " and ".join(record.plugin.name for record in found)
+        message = f"{len(found)} plugins offer the {word} {name}: {labels}"
+        raise PluginConflictError(message, plugin=labels, hint=f"set MX_DISABLED_PLUGINS={found[-1].plugin.name}")
+    message = f"no usable plugin offers the {word} {name!r}; installed: {', '.join(map(_name, records)) or 'none'}"
+    for plugin in plugins:
+        if plugin.status != "loaded":
+            message += f"; {plugin.name} is {plugin.status}: {plugin.reason}"
+    raise SettingsError(message, hint="`mx plugins` lists what is installed")
+
+
+def _name(record: Registered[Any]) -> str:
+    return str(record.provider.name)

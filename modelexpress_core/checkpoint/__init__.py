@@ -1,4 +1,4 @@
-"""What is stored: the files of a checkpoint, the tensors in them, and where their bytes lie."""
+"""What is stored: the files of a checkpoint, their tensors, and the byte range of each."""
 
 from __future__ import annotations
 

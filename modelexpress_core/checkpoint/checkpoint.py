@@ -19,13 +19,13 @@ class CheckpointFile:
 
     Attributes:
         path: Path below the storage's authority.
-        name: Path below the checkpoint, as messages and reports give it.
+        name: Path below the checkpoint, for messages and reports.
         size: Length in bytes.
-        version: What pins its content; None where the storage has nothing of the kind.
-        header_bytes: Where the tensors' bytes begin.
+        version: Pins its content; None if the storage has no versions.
+        header_bytes: Bytes before those of the tensors.
         digests: Digests that the storage publishes, by algorithm, in hex.
-        metadata: Free text that the writer left in the header.
-        header: The bytes before those of the tensors, kept where there are digests to compare.
+        metadata: Free text of the writer, from the header.
+        header: The bytes before those of the tensors, kept if there are digests to compare.
     """
 
     path: str
@@ -40,13 +40,13 @@ class CheckpointFile:
 
 @define(frozen=True, slots=True, eq=False)
 class TensorInfo:
-    """One tensor as it is stored.
+    """One stored tensor.
 
     Attributes:
         name: Its name.
-        dtype: The format's word for it (``"BF16"``).
+        dtype: Its dtype in the safetensors format (``"BF16"``).
         shape: Sizes in elements; scalars have none.
-        file: The file that it is in.
+        file: Its file.
         offset: First byte, counted from the start of the file.
         length: Bytes.
     """

@@ -4,9 +4,9 @@ A file is: 8 bytes, the length N of the header, unsigned and little-endian; N by
 JSON is one object, ``name -> {"dtype", "shape", "data_offsets"}``, plus ``"__metadata__"``, text to text. The byte
 ranges cover what follows the header without a hole and without overlapping.
 
-Source: https://huggingface.co/docs/safetensors/index#format. Where that leaves something open we refuse rather than
-guess. A header comes from outside: whatever is in it, reading it ends soon, with a result or a ``CheckpointError``, and
-takes memory in proportion to the header's length, which is bounded.
+Source: https://huggingface.co/docs/safetensors/index#format. What it leaves open is refused, not guessed. A header is
+untrusted input: whatever it holds, parsing ends soon, with a result or a ``CheckpointError``, and takes memory in
+proportion to the header's length, which is bounded.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ __all__ = ["DTYPE_BITS", "LENGTH_BYTES", "MAX_HEADER_BYTES", "Header", "HeaderTe
 
 _R = TypeVar("_R")
 
-#: Length of the length.
+#: Bytes of the header's length.
 LENGTH_BYTES = 8
 
 #: The format's own limit.
 MAX_HEADER_BYTES = 100_000_000
 
-#: More dimensions than any tensor library works with.
+#: More dimensions than any tensor library supports.
 MAX_DIMENSIONS = 64
 
 #: Every dtype of the format, with the bits of one element.
@@ -65,18 +65,18 @@ DTYPE_BITS: Mapping[str, int] = {
 _METADATA = "__metadata__"
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 _FIELDS_SHOWN = "dtype, shape and data_offsets"
-_HALF = r"\ud800-\udfff"  # lone surrogates, which JSON can spell but UTF-8 cannot
-_NOT_IN_NAMES = re.compile(rf"[\x00-\x1f\x7f{_HALF}]")
-_NOT_IN_TEXTS = re.compile(f"[{_HALF}]")
+_LONE_SURROGATES = r"\ud800-\udfff"  # JSON can write them, UTF-8 cannot
+_NOT_IN_NAMES = re.compile(rf"[\x00-\x1f\x7f{_LONE_SURROGATES}]")
+_NOT_IN_TEXTS = re.compile(f"[{_LONE_SURROGATES}]")
 _DIGITS_OF_U64 = 20
 _MAX_BITS = (1 << 64) - 1
 _A_LONE_ENTRY = "the header is a single tensor entry without a name"
 
-#: A list or an object that begins within a list: members of an object have their name before them.
+#: A list or an object that begins in a list. Members of an object are different: a name comes before them.
 _INNER = re.compile(rb"[\[,][ \t\r\n]*[\[{]")
 _TEXT_OR_INNER = re.compile(rb'"[^"]*"?|(?P<inner>' + _INNER.pattern + rb")")
 
-#: One is the metadata, one may be an empty header, and a few more may be wrong before we give up.
+#: One is the metadata, one may be an empty header, and a few may be wrong before parsing gives up.
 _MAX_OTHERS = 100
 
 
@@ -101,11 +101,11 @@ class HeaderTensor:
 
 @frozen
 class Header:
-    """What a header says.
+    """A parsed header.
 
     Attributes:
         tensors: In the order of their bytes in the file.
-        metadata: The free text that the writer left.
+        metadata: The free text of the writer.
     """
 
     tensors: tuple[HeaderTensor, ...]
@@ -113,11 +113,11 @@ class Header:
 
 
 class _Fault(Exception):  # noqa: N818 - never leaves this module
-    """What is wrong, without the name of the file."""
+    """A rule of the format that a header breaks, without the name of the file."""
 
 
 class _Object:
-    """An object of the JSON text, other than one of texts; inner ones are met first, before their name is known."""
+    """An object of the JSON text that is not text to text. Inner objects are parsed before their name is known."""
 
     __slots__ = ()
 
@@ -146,9 +146,9 @@ class _Entry(_Object):
         self._check_length()
 
     def _check_length(self) -> None:
-        # Sizes have at most 20 digits and there are at most 64, so the product stays a small number of words.
+        # There are at most 64 sizes of at most 20 digits, so the product stays small.
         bits = math.prod(self.shape) * DTYPE_BITS[self.dtype]
-        # Strides are products of sizes too, so beside a zero the others must not overflow either.
+        # Strides are products of sizes too, so the other sizes must not overflow even if one is zero.
         if bits > _MAX_BITS or (bits == 0 and math.prod(filter(None, self.shape)) > _MAX_BITS):
             raise _Fault(f"has the shape {shown(list(self.shape))}, more elements than 64 bits can count")
         if bits % 8:
@@ -161,7 +161,7 @@ class _Entry(_Object):
 
 
 class _Entries(_Object):
-    """An object of tensors, and perhaps the metadata: the header, or something that has no place in one."""
+    """An object of tensors, perhaps with metadata: the header, or an invalid part of one."""
 
     __slots__ = ("members",)
 
@@ -170,11 +170,11 @@ class _Entries(_Object):
 
 
 class _Wrong(_Object):
-    """An object that is nothing of a header.
+    """An object that is no part of a header.
 
     Attributes:
-        as_tensor: What is wrong with it where it stands for a tensor, to follow the tensor's name.
-        as_header: The same where it stands for the header.
+        as_tensor: What is wrong with it as a tensor; the text follows the tensor's name.
+        as_header: What is wrong with it as the header.
     """
 
     __slots__ = ("as_header", "as_tensor")
@@ -185,7 +185,7 @@ class _Wrong(_Object):
 
 
 class _Objects:
-    """Makes of each object of the JSON text what it stands for, so that no more is kept than is needed."""
+    """Turns each object of the JSON text into a part of the header, so that only what is needed is kept."""
 
     def __init__(self) -> None:
         self._others = 0
@@ -193,13 +193,13 @@ class _Objects:
     def __call__(self, pairs: list[tuple[str, Any]]) -> Any:  # noqa: ANN401 - an _Object, or the metadata
         twice = repeated_key(pairs)
         if twice is not None:
-            raise _Fault(f"the key {shown(twice)} stands twice in one object")
+            raise _Fault(f"the key {shown(twice)} appears twice in one object")
         if len(pairs) == len(_FIELDS) and all(key in _FIELDS for key, _ in pairs):
             fields = dict(pairs)
             try:
                 return _Entry(fields)
             except _Fault as fault:
-                if not _are_texts(pairs):  # which they may be in the metadata
+                if not _are_texts(pairs):  # metadata may look like this
                     return self._other(_Wrong(str(fault), _A_LONE_ENTRY))
         if _are_texts(pairs):
             return self._other(dict(pairs))
@@ -217,7 +217,7 @@ class _Objects:
         return _Entries(pairs)
 
     def _other(self, made: _R) -> _R:
-        # One object of texts is the metadata; the others wait for their name, in order to be reported with it.
+        # One object of texts is the metadata; the others are kept until their name is known, for the message.
         self._others += 1
         if self._others > _MAX_OTHERS:
             raise _Fault(f"more than {_MAX_OTHERS} entries describe no tensor")
@@ -225,7 +225,7 @@ class _Objects:
 
     @staticmethod
     def _check_member(name: str, value: object) -> None:
-        """Raise unless ``value`` can stand in a header under ``name``."""
+        """Raise unless ``value`` is valid in a header under ``name``."""
         if name == _METADATA:
             if not isinstance(value, dict):
                 raise _Fault(f"{_METADATA} is not an object of texts")
@@ -248,7 +248,7 @@ def _integer(text: str) -> int:
     if len(text) > _DIGITS_OF_U64:
         raise _Fault(f"a number of {len(text)} digits")
     if text == "-0":
-        raise _Fault("the number -0, which no size or position is")
+        raise _Fault("the number -0, which is no size or position")
     return int(text)
 
 
@@ -257,10 +257,10 @@ def _no_float(text: str) -> NoReturn:
 
 
 def _has_inner_list(text: bytes) -> bool:
-    """Whether a list or an object stands in a list. There is no use for one, and millions would take much memory."""
+    """Whether a list contains a list or an object. No header needs that, and millions would take much memory."""
     if _INNER.search(text) is None:
         return False
-    # What was found may stand in a text. Without escapes, each quote begins or ends one.
+    # The match may be inside a text. Without escapes, each quote begins or ends one.
     plain = text.replace(rb"\\", b"").replace(rb"\"", b"")
     return any(found.lastgroup == "inner" for found in _TEXT_OR_INNER.finditer(plain))
 
@@ -269,7 +269,7 @@ def header_length(start: bytes, file_bytes: int) -> int:
     """The length of the JSON text, from the first 8 bytes of a file of ``file_bytes`` bytes.
 
     Raises:
-        ValueError: There can be no header of that length; the text says why.
+        ValueError: No header has that length; the text says why.
     """
     if file_bytes < LENGTH_BYTES or len(start) < LENGTH_BYTES:
         message = f"the file has {file_bytes} bytes, too few for a safetensors file"
@@ -285,7 +285,7 @@ def header_length(start: bytes, file_bytes: int) -> int:
 
 
 def parse_header(text: bytes, data_bytes: int, *, file: str, uri: str = "") -> Header:
-    """The header in ``text``, of a file with ``data_bytes`` bytes behind the header.
+    """Parse the header ``text`` of a file with ``data_bytes`` bytes after the header.
 
     Raises:
         CheckpointError: It breaks a rule of the format; the message names file, tensor and rule.
@@ -303,11 +303,11 @@ def parse_header(text: bytes, data_bytes: int, *, file: str, uri: str = "") -> H
         ) from None
 
 
-def _json(text: bytes) -> Any:  # noqa: ANN401 - whatever the text holds
+def _json(text: bytes) -> Any:  # noqa: ANN401 - of any type
     if not text.startswith(b"{"):
         raise _Fault("the header does not start with {")
     if _has_inner_list(text):
-        raise _Fault("the header is nested too deeply: a list or an object stands in a list")
+        raise _Fault("the header is nested too deeply: a list contains a list or an object")
     try:
         # A trailing run of spaces is padding; json takes it as white space.
         return json.loads(
@@ -341,18 +341,18 @@ def _parse(text: bytes, data_bytes: int) -> Header:
             metadata = value
             continue
         if _NOT_IN_NAMES.search(name):
-            raise _Fault(f"a tensor has the name {shown(name)}, with characters that no name has")
+            raise _Fault(f"a tensor has the name {shown(name)}, with characters that are not allowed in names")
         tensors.append(HeaderTensor(name, value.dtype, value.shape, value.begin, value.end))
     for key, value in metadata.items():
         if _NOT_IN_TEXTS.search(key) or _NOT_IN_TEXTS.search(value):
-            raise _Fault(f"{_METADATA} has half a character (a lone surrogate) in {shown(key)}")
+            raise _Fault(f"{_METADATA} has a lone surrogate in {shown(key)}")
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     _check_cover(tensors, data_bytes)
     return Header(tuple(tensors), metadata)
 
 
 def _check_cover(tensors: list[HeaderTensor], data_bytes: int) -> None:
-    """The byte ranges lie one after another from 0 to the end of the file."""
+    """Raise unless the byte ranges follow one another from 0 to the end of the file."""
     position, before = 0, "the header"
     for tensor in tensors:
         if tensor.begin > position:

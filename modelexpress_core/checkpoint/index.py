@@ -1,4 +1,4 @@
-"""Which files belong together: ``model.safetensors.index.json``, and what file names say of missing shards."""
+"""Which files belong together: ``model.safetensors.index.json``, and missing shards by the names of others."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SUFFIX = ".safetensors"
 #: Ending of an index.
 INDEX_SUFFIX = ".safetensors.index.json"
 
-#: Several hundred thousand tensors; a larger one is no index.
+#: Enough for several hundred thousand tensors; a larger file is no index.
 MAX_INDEX_BYTES = 64 << 20
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5,9})-of-(?P<count>[0-9]{5,9})\.safetensors")
-_NOT_IN_NAMES = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and half characters
+_NOT_IN_NAMES = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # control characters and lone surrogates
 _MAX_SHARDS = 100_000
 _HINT = "copy the index again from the original"
 
@@ -30,7 +30,7 @@ _HINT = "copy the index again from the original"
 def _pairs_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = repeated_key(pairs)
     if twice is not None:
-        message = f"the key {shown(twice)} stands twice in one object"
+        message = f"the key {shown(twice)} appears twice in one object"
         raise ValueError(message)
     return dict(pairs)
 
@@ -47,7 +47,7 @@ def parse_index(text: bytes, *, file: str, uri: str = "") -> Mapping[str, str]:
         return CheckpointError(f"{where} is no valid index: {what}", uri=uri, file=file, hint=_HINT)
 
     try:
-        # No number in an index is of use, and one of a million digits would take long to work out.
+        # Numbers in an index are not used, and converting one with a million digits would take long.
         content = json.loads(text.decode("utf-8"), object_pairs_hook=_pairs_once, parse_int=str, parse_float=str)
     except RecursionError:
         raise refuse("it is nested too deeply") from None
@@ -58,29 +58,29 @@ def parse_index(text: bytes, *, file: str, uri: str = "") -> Mapping[str, str]:
         raise refuse("it has no weight_map")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name.endswith(SUFFIX):
-            raise refuse(f"the tensor {shown(tensor)} is said to be in {shown(name)}, which is no {SUFFIX} file")
-        # A name that leads elsewhere could make us read, and hand out, any file there is.
+            raise refuse(f"the tensor {shown(tensor)} is in {shown(name)}, which is no {SUFFIX} file")
+        # A name outside the checkpoint could make us read, and publish, any file of the machine.
         if name.startswith("/") or "\\" in name or any(part in {"", ".", ".."} for part in name.split("/")):
-            raise refuse(f"the tensor {shown(tensor)} is said to be in {shown(name)}, outside the checkpoint")
+            raise refuse(f"the tensor {shown(tensor)} is in {shown(name)}, outside the checkpoint")
         if _NOT_IN_NAMES.search(name):
-            raise refuse(f"the tensor {shown(tensor)} is said to be in {shown(name)}, which is no name of a file")
+            raise refuse(f"the tensor {shown(tensor)} is in {shown(name)}, which is no valid file name")
     return weight_map
 
 
 def missing_shards(files: Iterable[str]) -> tuple[str, ...]:
-    """Shards that the names of others (``model-00001-of-00003.safetensors``) promise and that are not there.
+    """Shards that are missing, by the names of others (``model-00001-of-00003.safetensors``).
 
-    Those of one series, where several are incomplete: thousands of names could promise 100,000 shards each.
+    Only those of one series are returned: thousands of names could stand for 100,000 shards each.
     """
     present = set(files)
     series = {(m["stem"], len(m["number"]), m["count"]) for m in map(_SHARD.fullmatch, present) if m is not None}
     for stem, width, count in sorted(series):
-        if int(count) > _MAX_SHARDS:  # a name, not a promise
+        if int(count) > _MAX_SHARDS:  # no number of shards
             continue
-        # Numbering from one is the rule; some writers begin at zero.
+        # Numbers usually begin at one; some writers begin at zero.
         first = 0 if f"{stem}-{0:0{width}}-of-{count}{SUFFIX}" in present else 1
-        promised = (f"{stem}-{n:0{width}}-of-{count}{SUFFIX}" for n in range(first, first + int(count)))
-        missing = tuple(name for name in promised if name not in present)
+        expected = (f"{stem}-{n:0{width}}-of-{count}{SUFFIX}" for n in range(first, first + int(count)))
+        missing = tuple(name for name in expected if name not in present)
         if missing:
             return missing
     return ()

@@ -24,17 +24,18 @@ from modelexpress_core.errors import (
     SourceChangedError,
     UnsupportedError,
 )
+from modelexpress_core.messages import byte_range, listed
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["open_files"]
 
-#: Read at once of each file: most headers are shorter, so that one request does.
+#: Size of the first read of each file: most headers are shorter, so that one request is enough.
 _FIRST_READ_BYTES = 128 << 10
 
-#: A directory with more objects than this below it is no checkpoint.
+#: A directory with more objects below it is no checkpoint.
 _MAX_OBJECTS = 10_000
 
-#: What stands in place of a large file in a repository that was cloned without them.
+#: How a file begins that Git LFS left in place of a large one.
 _LFS_POINTER = b"version https://git-lfs"
 
 _PREFERRED_INDEX = "model.safetensors.index.json"
@@ -49,21 +50,21 @@ def open_files(
     Reads headers only, in parallel.
 
     Args:
-        storage: Where it is.
+        storage: The storage that holds it.
         uri: The checkpoint.
         provider: Name of the storage plugin, for messages.
-        ask_digests: Ask the storage for the digests that its listing leaves out, with a request for each file.
+        ask_digests: Ask for digests that the listing of the storage leaves out, with one request for each file.
         concurrency: Requests under way at once.
 
     Raises:
-        CheckpointError: The files are no valid checkpoint: the message names the one at fault.
+        CheckpointError: The files are no valid checkpoint; the message names the invalid one.
         BackendError: The storage failed.
     """
     return _Opening(storage, uri, provider, ask_digests, concurrency).checkpoint()
 
 
 class _Opening:
-    """What is known while a checkpoint is opened."""
+    """The state of opening one checkpoint."""
 
     def __init__(self, storage: Storage, uri: ModelURI, provider: str, ask_digests: bool, concurrency: int) -> None:
         self._storage = storage
@@ -85,7 +86,7 @@ class _Opening:
             digests = {info.path: answer for info, answer in zip(asked, answers, strict=True) if answer}
             opened = [self._opened(name, *read, digests) for name, read in zip(objects, reading, strict=True)]
         finally:
-            # Not waiting: whoever opened the storage closes it after a failure, which ends what is still under way.
+            # No wait: after a failure the caller closes the storage, which ends the requests under way.
             pool.shutdown(wait=False, cancel_futures=True)
         tensors: dict[str, TensorInfo] = {}
         for file, header in opened:
@@ -101,7 +102,7 @@ class _Opening:
             self._uri,
             self._provider,
             tuple(file for file, _ in opened),
-            MappingProxyType(tensors),
+            MappingProxyType(tensors),  # not copied: it may have 100,000 entries
             self._bytes_read,
         )
 
@@ -112,14 +113,14 @@ class _Opening:
         return self._fault(
             f"the tensor {shown(info.name)} is in two files: {other.file.name} and {info.file.name}",
             file=info.file.name,
-            cause="files of two checkpoints, or of two formats of one, lie in one directory",
-            hint="remove those that do not belong, add an index, or give the URI of the one file that is meant",
+            cause="files of two checkpoints, or of two formats of one, are in one directory",
+            hint="remove the files of the other checkpoint, add an index, or give the URI of one file",
         )
 
     # -- which files --------------------------------------------------------------------------------------------------
 
     def _files(self) -> tuple[Mapping[str, ObjectInfo], Mapping[str, str] | None]:
-        """The files by name, and the index where there is one."""
+        """The files by name, and the index if there is one."""
         if self._uri.path.endswith(SUFFIX):
             return {self._uri.name: self._storage.stat(self._uri.path)}, None
         if self._uri.path.endswith(INDEX_SUFFIX):
@@ -133,30 +134,30 @@ class _Opening:
         if len(indexes) > 1:
             raise self._fault(
                 f"{len(indexes)} indexes and none is called {_PREFERRED_INDEX}: {', '.join(sorted(indexes))}",
-                hint="give the URI of the index that is meant",
+                hint="give the URI of one index",
             )
         if indexes:
             return self._from_index(indexes[0], listed)
         return self._without_index(listed), None
 
     def _listed(self, *likely: str) -> Mapping[str, ObjectInfo]:
-        """What lies below the URI, by name relative to it. Where listing is not allowed, ``likely`` names are tried."""
+        """Objects below the URI, by name relative to it. If listing is not allowed, ``likely`` names are tried."""
         prefix = self._uri.path
         start = f"{prefix.rstrip('/')}/" if prefix else ""
         try:
             found = list(islice(self._storage.list(prefix), _MAX_OBJECTS + 1))
         except (AccessDeniedError, UnsupportedError):
-            # Without the right to list, stores answer "denied" for objects that are not there.
+            # Without the right to list, stores answer "denied" for objects that do not exist.
             absent = (NotFoundError, AccessDeniedError)
             probed = {name: self._probe(name, absent) for name in likely}
-            usable = {name: info for name, info in probed.items() if info is not None}
-            if not usable:
+            present = {name: info for name, info in probed.items() if info is not None}
+            if not present:
                 raise
-            return usable
+            return present
         if len(found) > _MAX_OBJECTS:
             raise self._fault(
-                f"more than {_MAX_OBJECTS} objects lie below it, too many for one checkpoint",
-                hint="give the URI of the model's own directory",
+                f"more than {_MAX_OBJECTS} objects are below it, too many for one checkpoint",
+                hint="give the URI of the directory of one model",
             )
         return {info.path.removeprefix(start): info for info in found}
 
@@ -167,48 +168,48 @@ class _Opening:
             return None
 
     def _is_file(self) -> bool:
-        """Whether the URI is that of an object. Asked only where something else has failed, so errors say no more."""
+        """Whether the URI is that of an object. Only called after another error, so its own errors are ignored."""
         try:
             return bool(self._uri.path) and self._storage.stat(self._uri.path) is not None
         except BackendError:
             return False
 
-    def _without_index(self, listed: Mapping[str, ObjectInfo]) -> Mapping[str, ObjectInfo]:
-        names = sorted(name for name in listed if name.endswith(SUFFIX) and "/" not in name)
+    def _without_index(self, objects: Mapping[str, ObjectInfo]) -> Mapping[str, ObjectInfo]:
+        names = sorted(name for name in objects if name.endswith(SUFFIX) and "/" not in name)
         missing = missing_shards(names)
         if missing:
             raise self._missing(missing, len(names))
         if names:
-            return {name: listed[name] for name in names}
-        if not listed:
+            return {name: objects[name] for name in names}
+        if not objects:
             if self._is_file():
                 raise self._fault(
-                    f"it is a file, and not a {SUFFIX} file",
-                    hint=f"give the URI of a directory, or of one {SUFFIX} file; other formats have to be converted",
+                    f"it is a file, but not a {SUFFIX} file",
+                    hint=f"give the URI of a directory, or of one {SUFFIX} file; convert other formats",
                 )
             raise NotFoundError(
                 "nothing is there",
                 uri=str(self._uri),
                 operation="list the files",
                 provider=self._provider,
-                cause="the path is misspelt, or nothing was put there yet",
+                cause="the path is misspelt, or nothing was uploaded yet",
                 hint="check the URI",
             )
-        below = sorted({name.rpartition("/")[0] for name in listed if name.endswith(SUFFIX)})
-        others = sorted(name for name in listed if "/" not in name)
+        below = sorted({name.rpartition("/")[0] for name in objects if name.endswith(SUFFIX)})
+        others = sorted(name for name in objects if "/" not in name)
         if below:
-            shown = ", ".join(below[:5])
-            raise self._fault("no safetensors files in it, but in directories below it", hint=f"add one: {shown}")
+            hint = f"add one to the URI: {listed(below)}"
+            raise self._fault("no safetensors files in it, only in directories below it", hint=hint)
         raise self._fault(
-            f"no {SUFFIX} files among the {len(listed)} files: {', '.join(others[:5])}{' ...' * (len(others) > 5)}",
+            f"no {SUFFIX} files among the {len(objects)} files: {listed(others)}",
             cause="the weights are in another format, or were not uploaded",
             hint="convert them with the safetensors library, or check the URI",
         )
 
     def _from_index(
-        self, name: str, listed: Mapping[str, ObjectInfo]
+        self, name: str, objects: Mapping[str, ObjectInfo]
     ) -> tuple[Mapping[str, ObjectInfo], Mapping[str, str]]:
-        info = listed.get(name) or self._storage.stat(self._uri.join(name).path)
+        info = objects.get(name) or self._storage.stat(self._uri.join(name).path)
         if info.size > MAX_INDEX_BYTES:
             raise self._fault(
                 f"the index {name} has {info.size} bytes, more than {MAX_INDEX_BYTES}",
@@ -216,7 +217,7 @@ class _Opening:
                 hint="check that it is an index",
             )
         weight_map = parse_index(self._read(info, 0, info.size), file=name, uri=str(self._uri))
-        found = {file: listed.get(file) or self._probe(file) for file in sorted(set(weight_map.values()))}
+        found = {file: objects.get(file) or self._probe(file) for file in sorted(set(weight_map.values()))}
         files = {file: info for file, info in found.items() if info is not None}
         missing = sorted(found.keys() - files.keys())
         if missing:
@@ -225,11 +226,10 @@ class _Opening:
 
     def _missing(self, missing: Iterable[str], present: int) -> CheckpointError:
         missing = list(missing)
-        shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
         return self._fault(
-            f"{len(missing)} of {len(missing) + present} shards missing: {shown}",
+            f"{len(missing)} of {len(missing) + present} shards missing: {listed(missing)}",
             file=missing[0],
-            cause="the copy of the model is not complete",
+            cause="the copy of the model is incomplete",
             hint="copy the missing files",
         )
 
@@ -240,7 +240,7 @@ class _Opening:
                 continue
             where = "no file has it" if info is None else f"it is in {info.file.name}"
             raise self._fault(
-                f"the index says that the tensor {shown(tensor)} is in {file}, but {where}",
+                f"the index has the tensor {shown(tensor)} in {file}, but {where}",
                 file=file,
                 cause="the index and the shards are of different checkpoints",
                 hint="copy the index and all shards again from one source",
@@ -254,8 +254,8 @@ class _Opening:
         return asked.digests if asked.version == info.version else {}
 
     def _read_header(self, info: ObjectInfo) -> tuple[ObjectInfo, bytes]:
-        """The object, and its first bytes with at least the whole header where it has a valid length."""
-        if not info.size:  # a link that leads nowhere looks so in a listing
+        """The object and its first bytes: at least the whole header, if its length is valid."""
+        if not info.size:  # a broken link is listed like this
             info = self._storage.stat(info.path)
         start = self._read(info, 0, min(info.size, _FIRST_READ_BYTES))
         with contextlib.suppress(ValueError):
@@ -271,7 +271,7 @@ class _Opening:
         try:
             return self._parsed(name, info, start)
         except CheckpointError:
-            # Bytes that were damaged on their way arrive as they should the next time.
+            # Bytes that were damaged in transfer usually arrive intact the next time.
             _, again = self._read_header(info)
             if again == start:
                 raise
@@ -286,7 +286,7 @@ class _Opening:
                     f"{name} is no safetensors file but a Git LFS pointer to one",
                     file=name,
                     cause="the repository was cloned without its large files",
-                    hint="run git lfs pull in it",
+                    hint="run git lfs pull in the repository",
                 ) from exc
             raise self._fault(
                 f"{name} is no valid safetensors file: {exc}",
@@ -316,7 +316,7 @@ class _Opening:
                 raise SourceChangedError(
                     f"it ends at byte {offset + done}, but had {info.size} bytes when it was listed",
                     uri=str(self._uri.with_path(info.path)),
-                    operation=f"read bytes {offset}-{offset + length - 1}",
+                    operation=f"read {byte_range(offset, length)}",
                     provider=self._provider,
                     cause="the file is being written",
                     hint="start again when it is complete",

@@ -1,4 +1,4 @@
-"""What JSON allows and we do not, a key that stands twice in one object, and how messages show what was found."""
+"""Stricter than JSON: a key appears once in an object. And how messages show values from JSON."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _short.maxstring = 80
 
 
 def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
-    """The first key that stands in ``pairs`` a second time, or None; parsers of JSON keep any one of them."""
-    if len(dict(pairs)) == len(pairs):  # the rule, and many times faster than looking at each
+    """The first key that appears twice in ``pairs``, or None. JSON parsers keep any one of the values."""
+    if len(dict(pairs)) == len(pairs):  # the usual case, and many times as fast as the loop
         return None
     seen = set()
     for key, _ in pairs:
         if key in seen:
             return key
         seen.add(key)
-    raise AssertionError("fewer keys than pairs, so one stands twice")
+    raise AssertionError("fewer keys than pairs, so one appears twice")
 
 
 def shown(value: object) -> str:
-    """``value`` as a message gives it: short, however long it is."""
+    """``value`` for a message, shortened."""
     text = _short.repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -14,7 +14,7 @@ import typer
 from modelexpress_core.cli import doctor, inspect, load, plugins, pull, settings
 from modelexpress_core.cli.output import errors_reported
 from modelexpress_core.errors import ModelExpressError
-from modelexpress_core.plugins import CORE, PluginManager
+from modelexpress_core.plugins import COMMAND, CORE, PluginManager
 
 __all__ = ["build_app"]
 
@@ -77,7 +77,7 @@ def build_app() -> typer.Typer:
 def _add_plugin_commands(app: typer.Typer) -> None:
     logging.getLogger("modelexpress_core").setLevel(logging.ERROR)  # broken plugins: each command says so itself
     try:
-        found = PluginManager.discover(os.environ).commands
+        found = tuple(each.provider for each in PluginManager.discover(os.environ).records(COMMAND))
     except ModelExpressError:  # reported by the command that needs the setting or the plugin
         found = ()
     finally:

@@ -83,7 +83,7 @@ def load(
             write_digests(state)
     if watch.report is None:
         message = "the load ended without a report"
-        raise ModelExpressError(message, hint="this is a fault in ModelExpress; please report it")
+        raise ModelExpressError(message, hint="this is a bug in ModelExpress; please report it")
     if json_output:
         print_json(watch.report.to_dict())
     else:

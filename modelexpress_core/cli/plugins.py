@@ -20,8 +20,7 @@ def plugins(json_output: JsonOption = False) -> None:
     """List every plugin: distribution, version, schemes, status, and the reason where it is broken."""
     # Strict mode stops at the first broken plugin; here it is the list of all of them that is wanted.
     manager = PluginManager.discover({**os.environ, "MX_STRICT_PLUGINS": ""})
-    tables = (manager.storages, manager.transports, manager.discoveries, manager.metadata_stores)
-    conflicts = [conflict for table in tables for conflict in table.conflicts()]
+    conflicts = [conflict for table in manager.tables() for conflict in table.conflicts()]
     if json_output:
         print_json(_as_data(manager, conflicts))
     else:

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from modelexpress_core.cli.output import console, exit_code, package_missing, silence_grpc
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
-from modelexpress_core.plugins import CORE, PluginManager
+from modelexpress_core.messages import with_hint
+from modelexpress_core.plugins import CORE, METADATA_STORE, SERVER_SERVICE, PluginManager
 from modelexpress_core.server.logs import announce, write_log
 from modelexpress_core.server.settings import (
     ConfigPath,
@@ -24,7 +25,7 @@ from modelexpress_core.server.settings import (
     StoreVariables,
     has_stray_password,
 )
-from modelexpress_core.settings import Given, Sources, from_env, unusable
+from modelexpress_core.settings import Override, SettingSources, find_problems, from_env
 from modelexpress_core.uri import ModelURI, host_and_port
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
 
@@ -62,8 +63,8 @@ def serve(
     ] = False,
 ) -> None:
     """Run a server: workers publish what they hold, and others find it. Ends on SIGTERM or Ctrl-C."""
-    given = {
-        key: Given(value, f"--{key.replace('_', '-')}")
+    overrides = {
+        key: Override(value, f"--{key.replace('_', '-')}")
         for key, value in {
             "host": host,
             "port": port,
@@ -74,11 +75,11 @@ def serve(
         if value is not None
     }
     if log_format is not None:
-        given["log.format"] = Given(_known_format(log_format), "--log-format")
+        overrides["log.format"] = Override(_known_format(log_format), "--log-format")
     root = context.find_root()
     if getattr(root.get_parameter_source("log_level"), "name", "") == "COMMANDLINE":
-        given["log.level"] = Given(root.params["log_level"].lower(), "--log-level")
-    settings = _settings(config, given)
+        overrides["log.level"] = Override(root.params["log_level"].lower(), "--log-level")
+    settings = _settings(config, overrides)
     if check:
         _print(settings)
         return
@@ -107,7 +108,7 @@ def _known_format(text: str) -> str:
     return text
 
 
-def _settings(path: str | None, given: dict[str, Given]) -> Config:
+def _settings(path: str | None, overrides: dict[str, Override]) -> Config:
     silence_grpc()
     try:
         from modelexpress_core.server.config import read_config
@@ -115,20 +116,20 @@ def _settings(path: str | None, given: dict[str, Given]) -> Config:
         raise package_missing("the server", exc) from exc
     path = from_env(ConfigPath).path if path is None else path
     return read_config(
-        _SECTIONS, os.environ, path=path, given=given, also=(StoreVariables, SpanSettings), complete=_complete
+        _SECTIONS, os.environ, path=path, overrides=overrides, also=(StoreVariables, SpanSettings), complete=_complete
     )
 
 
 def _complete(config: Config) -> tuple[Config, list[str]]:
     """``config`` with the metadata that variables of existing deployments give, and what is wrong with all together."""
     problems: list[str] = []
-    if "metadata" in config.defaults(ServerSettings) and not unusable(StoreVariables, Sources(os.environ)):
+    if "metadata" in config.defaults(ServerSettings) and not find_problems(StoreVariables, SettingSources(os.environ)):
         try:
             usual = from_env(StoreVariables).metadata()
         except SettingsError as exc:
-            problems.append(_told(exc))
+            problems.append(with_hint(exc.message, exc.hint))
         else:
-            config = config.with_fallback(ServerSettings, {"metadata": usual} if usual else {})
+            config = config.with_fallbacks(ServerSettings, {"metadata": usual} if usual else {})
     metadata, source = config.usable(ServerSettings).get("metadata", ("memory://", ""))
     wrong = _wrong_with_uri(metadata)
     problems += [f"metadata (from {source}): {wrong}"] if wrong else []
@@ -139,7 +140,7 @@ def _complete(config: Config) -> tuple[Config, list[str]]:
     try:
         auth.check(tls)
     except SettingsError as exc:
-        problems.append(_told(exc))
+        problems.append(with_hint(exc.message, exc.hint))
     return config, problems
 
 
@@ -151,13 +152,8 @@ def _wrong_with_uri(metadata: str) -> str:
     try:
         ModelURI.parse(metadata)
     except InvalidURIError as exc:
-        return _told(exc)
+        return with_hint(exc.message, exc.hint)
     return "" if "://" in metadata else "no URI (the value is not shown); write it as redis://host:6379/0 is written"
-
-
-def _told(exc: ModelExpressError) -> str:
-    """``exc`` as one line of a message."""
-    return f"{exc.message}; {exc.hint}" if exc.hint else exc.message
 
 
 def _look_at_files(tls: TlsSettings, auth: AuthSettings) -> None:
@@ -178,11 +174,11 @@ def _look_at_files(tls: TlsSettings, auth: AuthSettings) -> None:
         elif tls.files:
             ClientTls(tls)
     except SettingsError as exc:
-        problems.append(_told(exc))
+        problems.append(with_hint(exc.message, exc.hint))
     try:
         authenticator(auth)
     except SettingsError as exc:
-        problems.append(_told(exc))
+        problems.append(with_hint(exc.message, exc.hint))
     if problems:
         message = "files that cannot be used:\n  " + "\n  ".join(problems)
         raise SettingsError(message, hint="correct the files, or the settings that name them")
@@ -190,7 +186,7 @@ def _look_at_files(tls: TlsSettings, auth: AuthSettings) -> None:
 
 def _print(config: Config) -> None:
     """Every setting, its value and where that came from, where the server could use them all."""
-    PluginManager.discover().metadata_stores.lookup(ModelURI.parse(config.get(ServerSettings).metadata).scheme)
+    PluginManager.discover().table(METADATA_STORE).lookup(ModelURI.parse(config.get(ServerSettings).metadata).scheme)
     _look_at_files(config.get(TlsSettings), config.get(AuthSettings))
     out = console()
     for key, value in config.describe(CORE):
@@ -216,9 +212,14 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -
     end = _told_to_end()
     uri = ModelURI.parse(settings.metadata)
     plugins = PluginManager.discover()
-    store = plugins.open_metadata_store(uri, os.environ)
+    _, store = plugins.open(METADATA_STORE, uri, os.environ)
     async with Server(
-        settings, store, tls=tls, auth=auth, services=plugins.server_services, environ=os.environ
+        settings,
+        store,
+        tls=tls,
+        auth=auth,
+        services=[(each.plugin.name, each.provider) for each in plugins.records(SERVER_SERVICE)],
+        environ=os.environ,
     ) as server:
         grpc = host_and_port(settings.host, server.port)
         metrics = f"{host_and_port(settings.host, server.metrics_port)}/metrics"

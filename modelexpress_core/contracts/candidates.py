@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import IntEnum
 
 import attrs
 from attrs import field, frozen
@@ -11,7 +12,17 @@ from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.immutable import unmodifiable
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["Candidate", "LoadRequest", "Peer"]
+__all__ = ["Candidate", "LoadRequest", "Peer", "Tier"]
+
+
+class Tier(IntEnum):
+    """When a place is tried: those of a lower tier first. The record of a plugin says which tier its places have."""
+
+    FABRIC_PEER = 10
+    PEER = 20
+    OTHER_PEER = 30
+    CACHE = 40
+    ORIGIN = 50
 
 
 @frozen
@@ -24,6 +35,7 @@ class LoadRequest:
         worker_rank: Which part of it this worker holds: only peers of the same rank have the same bytes.
         reader: Who asks: the worker's id, or anything that tells it from others. Readers are spread by it.
         selector: How one of several peers is chosen: ``"random"``, ``"rendezvous_hash"`` or ``"load_aware"``.
+        assumed_transports: Schemes of the transports by which workers are read that do not say which they speak.
     """
 
     uri: ModelURI
@@ -31,6 +43,7 @@ class LoadRequest:
     worker_rank: int = 0
     reader: str = ""
     selector: str = "load_aware"
+    assumed_transports: tuple[str, ...] = ()
 
 
 @frozen
@@ -64,8 +77,10 @@ class Candidate:
         uri: Where; its scheme picks the plugin.
         origin: Who named it: ``"caller"``, or the name of a discovery.
         peer: The worker whose memory it is; None for all other places.
+        tier: When it is tried; core sets it from the record of the plugin that reads it.
     """
 
     uri: ModelURI = field(validator=attrs.validators.instance_of(ModelURI))
     origin: str = field(default="caller", validator=attrs.validators.instance_of(str))
     peer: Peer | None = field(default=None, validator=attrs.validators.optional(attrs.validators.instance_of(Peer)))
+    tier: Tier = field(default=Tier.ORIGIN, converter=Tier)

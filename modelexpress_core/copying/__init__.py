@@ -1,4 +1,4 @@
-"""Copying the files below a URI into a directory: parallel, resumable, verified, each file whole or not there."""
+"""Copying the files below a URI into a directory: parallel, resumable, verified, each file complete or absent."""
 
 from __future__ import annotations
 

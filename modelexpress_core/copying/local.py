@@ -1,4 +1,4 @@
-"""The disk that files are copied to: what its errors mean, space, allocation, digests of what lies there."""
+"""The local disk: the meaning of its errors, free space, allocation, digests of files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from modelexpress_core.report import format_bytes
 
 __all__ = ["allocate", "check_space", "digest_of", "fsync_directory", "local_errors", "open_file", "write_all"]
 
-_SPACE = "make space, or choose a directory on another disk; the next pull goes on where this one stopped"
+_SPACE = "free space, or choose a directory on another disk; the next pull resumes where this one stopped"
 _RIGHTS = "check owner and mode with ls -ld, or choose another directory"
 
 #: errno -> (likely cause, next step)
 _ERRORS: Mapping[int, tuple[str, str]] = {
     errno.ENOSPC: ("the disk is full", _SPACE),
-    errno.EDQUOT: ("the quota of this user is used up", _SPACE),
+    errno.EDQUOT: ("the quota of this user is exhausted", _SPACE),
     errno.EFBIG: ("the file system or a limit (ulimit -f) allows no file of this size", _SPACE),
     errno.EACCES: ("this user may not write there", _RIGHTS),
     errno.EPERM: ("this user may not write there", _RIGHTS),
@@ -29,7 +29,7 @@ _ERRORS: Mapping[int, tuple[str, str]] = {
     errno.ENOTDIR: ("a part of the path is a file", "choose another directory"),
     errno.EEXIST: ("it is a file", "choose another directory"),
     errno.ENAMETOOLONG: ("the path is longer than the file system allows", "choose a directory with a shorter path"),
-    errno.EXDEV: ("a directory below it is a mount of its own", "pull into that directory by itself"),
+    errno.EXDEV: ("a directory below it is a separate mount", "pull into that directory separately"),
     errno.EIO: ("the disk or the network file system has a fault", "look at dmesg"),
     errno.EMFILE: ("too many open files", "raise the limit with ulimit -n, or lower MX_CONCURRENCY"),
 }
@@ -39,7 +39,7 @@ _BUFFER_BYTES = 4 << 20
 
 @contextmanager
 def local_errors(path: str, operation: str) -> Iterator[None]:
-    """What the operating system says becomes an error that names ``path``, and what to do."""
+    """Turn errors of the operating system into errors that name ``path`` and the next step."""
     try:
         yield
     except OSError as exc:
@@ -50,12 +50,12 @@ def local_errors(path: str, operation: str) -> Iterator[None]:
 
 
 def open_file(path: str, flags: int) -> int:
-    """A descriptor, of a file that is made with the mode that the umask allows."""
+    """A descriptor of the file at ``path``, which is created if necessary, with the mode that the umask allows."""
     return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
 def write_all(descriptor: int, data: memoryview | bytes, offset: int | None = None) -> None:
-    """Write ``data``, at ``offset`` or at the end, however many calls that takes."""
+    """Write ``data`` at ``offset``, or at the current position, with as many calls as that takes."""
     view = memoryview(data)
     done = 0
     while done < len(view):
@@ -66,9 +66,9 @@ def write_all(descriptor: int, data: memoryview | bytes, offset: int | None = No
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Make a file ``size`` bytes long and take the space for it, where the file system can do that at once.
+    """Make a file ``size`` bytes long, and reserve the space if the file system can do that at once.
 
-    Not ``posix_fallocate``: where the file system cannot, as on NFS before 4.2, that writes a byte into every block.
+    Not ``posix_fallocate``: on file systems that cannot, such as NFS before 4.2, it writes a byte into every block.
     """
     if not size:
         return
@@ -83,7 +83,7 @@ def allocate(descriptor: int, size: int) -> None:
 
 
 def check_space(directory: str, needed: int) -> None:
-    """Raise where fewer than ``needed`` bytes are free.
+    """Raise if fewer than ``needed`` bytes are free.
 
     Raises:
         ModelExpressError: There is not enough space.
@@ -91,16 +91,16 @@ def check_space(directory: str, needed: int) -> None:
     with local_errors(directory, "ask for the free space of"):
         stat = os.statvfs(directory)
     free = stat.f_bavail * stat.f_frsize
-    if stat.f_blocks and free < needed:  # some network file systems tell nothing
+    if stat.f_blocks and free < needed:  # some network file systems report nothing
         raise ModelExpressError(
-            f"{format_bytes(needed)} are to be written below {directory}, but only {format_bytes(free)} are free",
-            cause="the disk is too full; files that are replaced count until their new version is complete",
+            f"{format_bytes(needed)} have to be written below {directory}, but only {format_bytes(free)} are free",
+            cause="the disk is too full; a file that is replaced takes space until its new version is complete",
             hint=_SPACE,
         )
 
 
 def digest_of(path: str, algorithm: str, cancelled: threading.Event) -> str:
-    """The digest of the file at ``path``; of a part of it, which is of no use, once ``cancelled`` is set."""
+    """The digest of the file at ``path``; meaningless if ``cancelled`` is set before the end."""
     hasher = new_hasher(algorithm)
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     with open(path, "rb", buffering=0) as file:
@@ -111,7 +111,7 @@ def digest_of(path: str, algorithm: str, cancelled: threading.Event) -> str:
 
 
 def fsync_directory(path: str) -> None:
-    """Have what was renamed in the directory ``path`` survive a loss of power."""
+    """Make renames in the directory ``path`` survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -1,15 +1,15 @@
-"""A file that is not complete yet: its bytes, and a journal of those that are there.
+"""An incomplete file: its bytes, and a journal of the bytes that were written.
 
-The journal is a text file, a line for each thing that happened, and each line begins with a CRC of the rest. What
-follows the first line that is not whole was being written when the process was killed, and counts for nothing::
+The journal is a text file with a line for each event, and each line begins with a CRC of the rest. The first incomplete
+line was being written when the process was killed; it and the lines after it are ignored::
 
-    file {"name": ..., "root": ..., "size": ..., "version": ...}    what the bytes are of
-    boot 8b1a...                                                    the machine was started anew, or is another one
+    file {"name": ..., "root": ..., "size": ..., "version": ...}    which object the bytes belong to
+    boot 8b1a...                                                    the machine was rebooted, or is another one
     have 0 8388608                                                  offset and length of bytes that were written
-    sync 17                                                         the first 17 ranges since then are on the disk
+    sync 17                                                         the first 17 ranges since the boot line are on disk
 
-Bytes are written before the line that says so. A killed process leaves both with the kernel; a loss of power may keep
-the line and lose the bytes, so after a new start of the machine only what had been synced is taken for granted.
+Bytes are written before their line. If the process is killed, the kernel has both; a loss of power may keep the line
+and lose the bytes, so after a reboot only synced ranges count.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from modelexpress_core.copying.local import allocate, local_errors, open_file, w
 
 __all__ = ["Identity", "Partial", "Spans", "read_identity"]
 
-#: What was written is synced this often, so that little is lost with the power, and little is left to do at the end.
+#: Interval of syncs: little is lost if the power fails, and little is left to sync at the end.
 _SYNC_SECONDS = 5.0
 
 
 @frozen
 class Identity:
-    """What a partial file is a part of.
+    """The object that a partial file belongs to.
 
     Attributes:
         root: Redacted URI that was pulled.
         name: Name below it.
-        version: Version of the object; None where the storage has nothing of the kind.
+        version: Version of the object; None if the storage has no versions.
         size: Its length in bytes.
     """
 
@@ -54,24 +54,24 @@ class Identity:
 
     @property
     def key(self) -> str:
-        """A name for files that belong to this and to nothing else."""
+        """A unique name for its files."""
         return hashlib.sha256(self.text.encode()).hexdigest()[:32]
 
     @property
     def text(self) -> str:
-        """As it stands in the journal."""
+        """Its form in the journal."""
         return json.dumps(attrs.asdict(self), sort_keys=True)
 
 
 class Spans:
-    """Which bytes of a file are there: ranges that neither overlap nor touch, in order."""
+    """Which bytes of a file are present: ranges that neither overlap nor touch, in order."""
 
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
 
     def add(self, offset: int, length: int) -> None:
-        """The bytes from ``offset`` on are there."""
+        """``length`` bytes from ``offset`` on are present."""
         start, end = offset, offset + length
         first = bisect_left(self._ends, start)
         last = first
@@ -88,11 +88,11 @@ class Spans:
 
     @property
     def total(self) -> int:
-        """Bytes that are there."""
+        """Bytes that are present."""
         return sum(self._ends) - sum(self._starts)
 
     def missing(self, size: int, most: int) -> Iterator[tuple[int, int]]:
-        """Offset and length of what is missing of ``size`` bytes, in pieces of at most ``most``."""
+        """Offset and length of the missing ones of ``size`` bytes, in pieces of at most ``most``."""
         position = 0
         for start, length in [*self, (size, 0)]:
             while position < start:
@@ -104,7 +104,7 @@ class Spans:
 
 @cache
 def _boot_id() -> str:
-    """Tells one start of the machine from the next; empty where nobody knows."""
+    """Changes with each boot of the machine; empty if unknown."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return file.read().strip()
@@ -113,11 +113,11 @@ def _boot_id() -> str:
 
 
 class Partial:
-    """The bytes and the journal of one file, in a directory of their own. Thread-safe from ``open`` to ``close``.
+    """The bytes and the journal of one file. ``write`` is thread-safe.
 
     Args:
-        directory: Where both are.
-        identity: What they are a part of.
+        directory: The directory of both.
+        identity: The object that they belong to.
     """
 
     def __init__(self, directory: str, identity: Identity) -> None:
@@ -142,17 +142,17 @@ class Partial:
 
     @property
     def complete(self) -> bool:
-        """Whether all are."""
+        """Whether all bytes were written."""
         return self.present_bytes == self.identity.size
 
     def missing(self, most: int) -> list[tuple[int, int]]:
-        """Offset and length of what is not there, in pieces of at most ``most`` bytes."""
+        """Offset and length of the missing bytes, in pieces of at most ``most``."""
         with self._lock:
             return list(self._spans.missing(self.identity.size, most))
 
     @property
     def allocated_bytes(self) -> int:
-        """Space on the disk that the file has."""
+        """Disk space of the file."""
         try:
             return os.stat(self.path).st_blocks * 512
         except FileNotFoundError:
@@ -161,14 +161,14 @@ class Partial:
     # -- before and after ---------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Take up what an earlier pull left, or throw it away where it cannot be trusted."""
-        with local_errors(self.path, "take up"):
+        """Resume from the bytes that an earlier pull left, or remove them if they cannot be trusted."""
+        with local_errors(self.path, "resume"):
             if self.identity.version is not None and self._replay():
                 return
             self.discard()
 
     def reserve(self) -> None:
-        """Make the files, and take the space."""
+        """Create the files and reserve the space."""
         with local_errors(self.path, f"allocate {self.identity.size} bytes for {self.identity.name!r} in"):
             descriptor = open_file(self.path, os.O_RDWR)
             try:
@@ -179,7 +179,7 @@ class Partial:
                 self._begin_journal()
 
     def restart(self) -> None:
-        """Forget all bytes: they are not what they should be."""
+        """Remove all bytes, because they are wrong, and begin again."""
         with local_errors(self.path, "begin again with"):
             self.discard()
         self.reserve()
@@ -191,17 +191,17 @@ class Partial:
                 self._release()
             self._spans = Spans()
             self._since_boot = 0
-        # The journal first: bytes that no journal speaks of are nothing, whatever happens in between.
+        # The journal first: bytes without a journal are ignored, whatever happens in between.
         for path in (self._journal_path, self.path):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
     def publish(self, target: str, before: Callable[[int], None]) -> None:
-        """Have the file, which is complete, appear at ``target``.
+        """Move the complete file to ``target``.
 
         Args:
-            target: Where.
-            before: Called with the file's modification time in nanoseconds when all is on the disk.
+            target: Its final path.
+            before: Called with the file's modification time in nanoseconds, when all bytes are on disk.
         """
         with local_errors(self.path, f"finish {self.identity.name!r} in"):
             self.sync()
@@ -212,7 +212,7 @@ class Partial:
             os.unlink(self._journal_path)
 
     def close(self) -> None:
-        """Write no more. What is there stays for the next pull, if it is anything and its version can be told."""
+        """Write no more. The bytes stay for the next pull, if there are any and their version is known."""
         with self._lock:
             self._closed = True
             if not self._users:
@@ -223,7 +223,7 @@ class Partial:
     # -- while bytes arrive -------------------------------------------------------------------------------------------
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Keep bytes of the file. Called by many threads at once."""
+        """Write bytes of the file. Called by many threads at once."""
         with local_errors(self.path, f"write {self.identity.name!r} to"):
             descriptor, journal = self._borrow()
             try:
@@ -249,7 +249,7 @@ class Partial:
             self._synced = time.monotonic()
 
     def sync(self) -> None:
-        """Have all bytes on the disk."""
+        """Write all bytes to the disk."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         try:
             self._sync_or_discard(descriptor)
@@ -260,7 +260,7 @@ class Partial:
         try:
             os.fsync(descriptor)
         except OSError:
-            # Nobody can say any more which bytes are on the disk, and asking again would say that all are.
+            # It is unknown which bytes are on the disk, and another fsync would report success.
             with contextlib.suppress(OSError):
                 os.unlink(self._journal_path)
             raise
@@ -279,7 +279,7 @@ class Partial:
     def _give_back(self) -> None:
         with self._lock:
             self._users -= 1
-            # Files that wait to be verified may be many, and descriptors are few.
+            # Many files may wait to be verified, and descriptors are limited.
             if not self._users and (self._closed or self._spans.total == self.identity.size):
                 self._release()
 
@@ -299,7 +299,7 @@ class Partial:
             os.close(descriptor)
 
     def _replay(self) -> bool:
-        """Take over what the journal says is there; whether that can be done."""
+        """Read the journal; whether the bytes that it lists can be used."""
         try:
             with open(self._journal_path, "rb") as file:
                 lines, length = _whole_lines(file.read())
@@ -309,21 +309,21 @@ class Partial:
         if size != self.identity.size or not lines or lines[0] != f"file {self.identity.text}":
             return False
         synced, pending, boot = _ranges(lines[1:])
-        again = boot and boot == _boot_id()
-        for offset, count in [*synced, *(pending if again else ())]:
+        same_boot = boot and boot == _boot_id()
+        for offset, count in [*synced, *(pending if same_boot else ())]:
             if not 0 <= offset < offset + count <= size:
                 return False
             self._spans.add(offset, count)
-        self._since_boot = len(pending) if again else 0
+        self._since_boot = len(pending) if same_boot else 0
         os.truncate(self._journal_path, length)
-        if not again:
+        if not same_boot:
             with open(self._journal_path, "ab", buffering=0) as file:
                 write_all(file.fileno(), _line(f"boot {_boot_id()}"))
         return True
 
 
 def read_identity(journal: str) -> Identity | None:
-    """What the partial file with this journal is of; None where the journal does not say."""
+    """The object of the partial file with this journal; None if the journal does not say."""
     try:
         with open(journal, "rb") as file:
             lines, _ = _whole_lines(file.readline())
@@ -339,7 +339,7 @@ def _line(text: str) -> bytes:
 
 
 def _whole_lines(content: bytes) -> tuple[list[str], int]:
-    """The lines up to the first that is not whole, and their length in all."""
+    """The lines before the first incomplete one, and their total length."""
     lines = []
     length = 0
     for line in content.splitlines(keepends=True):
@@ -352,7 +352,7 @@ def _whole_lines(content: bytes) -> tuple[list[str], int]:
 
 
 def _ranges(lines: list[str]) -> tuple[list[tuple[int, int]], list[tuple[int, int]], str]:
-    """Ranges that are on the disk for sure, those written since the machine started, and which start that was."""
+    """Ranges that are surely on disk, those written since the last boot line, and the id of that boot."""
     synced: list[tuple[int, int]] = []
     pending: list[tuple[int, int]] = []
     on_disk = 0

@@ -1,12 +1,12 @@
-"""The story of a pull: list, check, look at what is there, fetch what is missing, verify, put in place.
+"""The story of a pull: list, compare with the directory, fetch what is missing, verify, put in place.
 
-1. **List.** Everything below the URI, but hidden files. Names that cannot be those of files are refused.
-2. **Look.** Files that are there in this version, or with the digest that the storage publishes, are skipped. Of those
-   that an earlier pull began, only what is missing is fetched. There must be space for all of it.
+1. **List.** Everything below the URI except hidden files. Names that no file can have are refused.
+2. **Compare.** Files that are in place in this version, or with the published digest, are skipped. Of files that an
+   earlier pull began, only the missing bytes are fetched. There must be space for all of them.
 3. **Fetch.** The engine reads ranges of all files at once; the threads that read also write, and keep the journal.
 4. **Verify.** As soon as a file is complete, it is read from the page cache and compared with the published digest,
-   while others are still being fetched. One that differs is fetched once more.
-5. **Put in place.** Onto the disk, then under its name: who sees a file sees all of it.
+   while others are still being fetched. A file that differs is fetched once more.
+5. **Put in place.** A file is synced, then renamed: under its name it is always complete.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from attrs import frozen
 from modelexpress_core.checkpoint import CheckpointFile
 from modelexpress_core.contracts.candidates import Candidate
 from modelexpress_core.contracts.storage import ObjectInfo
+from modelexpress_core.copying.hidden_directory import HiddenDirectory, regular_size
 from modelexpress_core.copying.local import check_space, digest_of, fsync_directory, local_errors
 from modelexpress_core.copying.partial import Identity, Partial
 from modelexpress_core.copying.selection import select, with_stat
-from modelexpress_core.copying.workplace import Workplace, regular_size
 from modelexpress_core.errors import IntegrityError, ModelExpressError
-from modelexpress_core.fetch import FetchEngine, Range, RetryingStorage, RetryPolicy, Segment, Ticket
+from modelexpress_core.fetch import FetchEngine, ProgressReporter, Range, RetryingStorage, RetryPolicy, Segment, Ticket
 from modelexpress_core.fetch.digests import best_digest
 from modelexpress_core.loader import Loader, redacted_uris
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import PulledFile, PullReport
@@ -41,11 +41,8 @@ from modelexpress_core.uri import ModelURI
 
 __all__ = ["FileProgress", "PullProgress", "pull"]
 
-#: Whoever watches hears of progress this often at most.
-_PROGRESS_SECONDS = 0.1
-
-#: Files that are verified and put in place at once; digests are computed without the interpreter's lock.
-_FINISHERS = min(4, os.cpu_count() or 1)
+#: Threads that verify files and put them in place; digests are computed without the GIL.
+_MAX_VERIFYING = min(4, os.cpu_count() or 1)
 
 
 @frozen
@@ -54,7 +51,7 @@ class FileProgress:
 
     Attributes:
         name: Path below the directory.
-        bytes_done: Bytes of it that are there.
+        bytes_done: Bytes of it that were written.
         size: Its length in bytes.
     """
 
@@ -68,7 +65,7 @@ class PullProgress:
     """How far a pull is.
 
     Attributes:
-        bytes_done: Bytes that are there, those that were there before included.
+        bytes_done: Bytes that were written, in this pull or before.
         bytes: Bytes of all files.
         files_done: Files in place.
         files: Files in all.
@@ -93,25 +90,24 @@ def pull(
     environ: Mapping[str, str] | None = None,
     plugins: PluginManager | None = None,
 ) -> PullReport:
-    """Copy the files at ``uri`` into ``directory``; what is there already in the same version is not copied again.
+    """Copy the files at ``uri`` into ``directory``, except those that are there in the same version.
 
-    A file appears under its name when it is whole, compared with the digest that the storage publishes (where it
-    publishes one), and on the disk. A pull that ended early, however it ended, is taken up where it stopped by calling
-    this again. Files of ``directory`` that are not at ``uri`` are left alone. What has to be remembered is in its
-    hidden directory ``.mx-pull``.
+    A file appears under its name when it is complete, compared with the digest that the storage publishes (if any),
+    and on disk. Another call resumes a pull that ended early, for whatever reason. Files of ``directory`` that are not
+    at ``uri`` are left alone. The state is in the hidden directory ``.mx-pull`` below ``directory``.
 
     Args:
-        uri: A directory, which is copied with all below it but hidden files, or one file, as a URI or a path.
-        directory: Where the files go; made where it is not there.
-        weights: Whether files of weights are copied; without them it is configuration and tokenizer.
-        on_progress: Called a few times a second, from threads that fetch: be quick. What it raises ends the pull.
+        uri: A directory (everything below it is copied, except hidden files), or one file, as a URI or a path.
+        directory: The target; made if it does not exist.
+        weights: Whether files of weights are copied; without them: configuration and tokenizer.
+        on_progress: Called a few times a second by fetching threads: it must be fast. An exception in it ends the pull.
         environ: Variables to read settings from; by default the process's.
         plugins: Plugins to use; by default all that are installed and allowed.
 
     Raises:
         ResolveError: The URI leads nowhere.
-        BackendError: The storage failed; IntegrityError where bytes differ from the published digest.
-        CheckpointError: Names of the objects cannot be those of files in one directory.
+        BackendError: The storage failed; IntegrityError if bytes differ from the published digest.
+        CheckpointError: Names of objects cannot be names of files in one directory.
         ModelExpressError: The directory cannot be written to, has no space, or another pull is under way there.
     """
     loader = Loader(environ, plugins)
@@ -130,7 +126,7 @@ def pull(
 
 
 class _Copy:
-    """One file that is to be fetched."""
+    """One file to fetch."""
 
     def __init__(self, info: ObjectInfo, unfinished: Partial) -> None:
         self.name = unfinished.identity.name
@@ -141,14 +137,14 @@ class _Copy:
         self.wrong_digest = ""
 
     def ranges(self, most: int) -> list[Range]:
-        """Reads of what is missing, of at most ``most`` bytes each."""
-        # The digest is compared with what lies on the disk, of earlier pulls too; the engine need not compute it.
+        """Reads of the missing bytes, of at most ``most`` each."""
+        # The digest is computed from the file on disk, which earlier pulls may have begun, not by the engine.
         file = CheckpointFile(self.info.path, self.name, self.info.size, self.info.version, 0)
         self.ticket = Ticket()
         ranges = []
         for offset, length in self.partial.missing(most):
-            deliver = partial(self.partial.write, offset=offset)
-            segment = Segment(offset, length, self.ticket, deliver=deliver)
+            write = partial(self.partial.write, offset=offset)
+            segment = Segment(offset, length, self.ticket, consume=write)
             ranges.append(Range(file, offset, length, [segment]))
         return ranges
 
@@ -172,19 +168,18 @@ class _Pull:
         self._on_progress = on_progress
         self._begun = time.monotonic()
         self._verify = loader.settings.verify_digests
-        self._place = Workplace(directory)
+        self._hidden = HiddenDirectory(directory)
         self._engine: FetchEngine | None = None
-        self._ending = threading.Event()
+        self._cancelled = threading.Event()
         self._lock = threading.Lock()
-        self._reporting = threading.Lock()
-        self._reported = self._begun
+        self._progress = ProgressReporter(self._report_progress)
         self._unfinished: dict[str, _Copy] = {}
         self._in_place: dict[str, PulledFile] = {}
         self._resumed_bytes = 0
         self._verified: Counter[str] = Counter()
 
     def run(self) -> PullReport:
-        registered, storage = self._loader.plugins.open_storage(self._uri, self._loader.environ)
+        registered, storage = self._loader.plugins.open(STORAGE, self._uri, self._loader.environ)
         with contextlib.closing(storage):
             settings = self._loader.settings
             budget = self._loader.new_budget()
@@ -193,24 +188,29 @@ class _Pull:
             provider = registered.provider
             self._selection = select(retrying, self._uri, weights=self._weights, provider=provider.name)
             self._check_directory()
-            with self._place:
-                copies = self._look(retrying, registered)
+            with self._hidden:
+                copies = self._compare(retrying, registered)
                 engine = FetchEngine(
-                    storage, settings, provider.capabilities, on_arrival=self._arrived, budget=budget, uri_of=uri_of
+                    storage,
+                    settings,
+                    provider.capabilities,
+                    on_arrival=self._progress.arrived,
+                    budget=budget,
+                    uri_of=uri_of,
                 )
                 self._engine = engine
                 self._fetch(copies, engine)
-                self._settle()
+                self._complete_directory()
                 return self._report(registered, engine)
 
     # -- before anything is written -----------------------------------------------------------------------------------
 
     def _check_directory(self) -> None:
-        """Raise where a file cannot be put in place, for a reason that can be known before."""
+        """Raise if a file cannot be put in place, for a reason that is known before the fetch."""
         self._check_apart()
         devices = {self._directory: self._device(self._directory)}
         for name, _ in self._selection.files:
-            target = self._place.target(name)
+            target = self._hidden.target(name)
             with local_errors(target, "write"):
                 if os.path.isdir(target):
                     raise self._in_the_way(target, "a directory")
@@ -220,8 +220,8 @@ class _Pull:
                 if parent not in devices:
                     devices[parent] = self._device(parent)
         if len({device for device in devices.values() if device is not None}) > 1:
-            message = f"below {self._directory} are directories on other disks, and {self._uri} has files for several"
-            raise ModelExpressError(message, hint="pull what goes to another disk by itself, or to an empty directory")
+            message = f"{self._uri} has files for several disks, because directories below {self._directory} are mounts"
+            raise ModelExpressError(message, hint="pull the files for each disk separately, or into an empty directory")
 
     def _check_apart(self) -> None:
         if self._uri.scheme != "file":
@@ -230,11 +230,11 @@ class _Pull:
         target = os.path.realpath(self._directory)
         inside = self._selection.directory and os.path.commonpath([source, target]) == source
         if inside or source == target:
-            message = f"{self._directory} is, or lies in, the directory that is to be copied: {source}"
+            message = f"{self._directory} is, or is in, the directory to copy: {source}"
             raise ModelExpressError(message, hint="pull into another directory")
 
     def _device(self, parent: str) -> int | None:
-        """The device of a directory, where it is there; of the one that it will be made in otherwise."""
+        """The device of a directory, or of the directory in which it will be made."""
         while not os.path.lexists(parent) and parent != os.path.dirname(self._directory):
             parent = os.path.dirname(parent)
         if not os.path.lexists(parent):
@@ -244,7 +244,7 @@ class _Pull:
         if not os.access(parent, os.W_OK | os.X_OK):
             message = f"nothing can be written to {parent}"
             raise ModelExpressError(
-                message, cause="this user may not, or it is mounted read-only", hint="check it with ls -ld"
+                message, cause="this user may not write, or it is mounted read-only", hint="check it with ls -ld"
             )
         return os.stat(parent).st_dev
 
@@ -252,15 +252,15 @@ class _Pull:
         message = f"{self._uri} cannot be copied into {self._directory}: {path} is there, and is {what}"
         return ModelExpressError(message, hint="move it away, or pull into another directory")
 
-    # -- what is there ------------------------------------------------------------------------------------------------
+    # -- comparing with the directory ---------------------------------------------------------------------------------
 
-    def _look(self, storage: RetryingStorage, registered: Registered[StorageProvider]) -> list[_Copy]:
-        """Skip what is there; what is to be fetched comes back, with space for all of it."""
+    def _compare(self, storage: RetryingStorage, registered: Registered[StorageProvider]) -> list[_Copy]:
+        """Skip files that are in place; returns those to fetch, with space for all of them."""
         root = str(self._uri)
         listed = dict(self._selection.files)
         wanted = {name: Identity(root, name, info.version, info.size) for name, info in listed.items()}
         for identity in wanted.values():
-            entry = self._place.unchanged(identity)
+            entry = self._hidden.unchanged(identity)
             if entry is not None:
                 self._skip(identity, entry.digest)
         changed = {name: info for name, info in listed.items() if name not in self._in_place}
@@ -270,8 +270,8 @@ class _Pull:
         self._skip_equal(wanted, changed)
         everything = self._weights and self._selection.directory
         missing = [identity for name, identity in wanted.items() if name not in self._in_place]
-        self._place.discard_superseded(wanted, missing, root=root, everything=everything)
-        copies = [_Copy(changed[identity.name], self._place.partial(identity)) for identity in missing]
+        self._hidden.discard_superseded(wanted, missing, root=root, everything=everything)
+        copies = [_Copy(changed[identity.name], self._hidden.partial(identity)) for identity in missing]
         needed = sum(max(0, copy.info.size - copy.partial.allocated_bytes) for copy in copies)
         check_space(self._directory, needed)
         try:
@@ -289,19 +289,19 @@ class _Pull:
             self._in_place[identity.name] = file
 
     def _skip_equal(self, wanted: Mapping[str, Identity], infos: Mapping[str, ObjectInfo]) -> None:
-        """Skip files that somebody put there who left no word, if they have the size and digest that is published."""
+        """Skip files that are not in the manifest, if they have the published size and digest."""
 
         def compare(name: str) -> None:
-            path = self._place.target(name)
+            path = self._hidden.target(name)
             published = best_digest(infos[name].digests)
             if published is None or regular_size(path) != infos[name].size:
                 return
             with local_errors(path, "read"):
                 before = os.stat(path)
-                actual = digest_of(path, published[0], self._ending)
+                actual = digest_of(path, published[0], self._cancelled)
                 after = os.stat(path)
-            if actual == published[1] and before.st_mtime_ns == after.st_mtime_ns and not self._ending.is_set():
-                self._place.record(wanted[name], after.st_mtime_ns, published)
+            if actual == published[1] and before.st_mtime_ns == after.st_mtime_ns and not self._cancelled.is_set():
+                self._hidden.record(wanted[name], after.st_mtime_ns, published)
                 self._skip(wanted[name], published)
                 with self._lock:
                     self._verified[published[0]] += 1
@@ -314,15 +314,15 @@ class _Pull:
 
     @contextlib.contextmanager
     def _finishers(self) -> Iterator[ThreadPoolExecutor]:
-        """Threads that verify; they end soon when the pull does."""
-        pool = ThreadPoolExecutor(_FINISHERS, thread_name_prefix="mx-verify")
+        """Threads that verify; they end soon when the pull ends."""
+        pool = ThreadPoolExecutor(_MAX_VERIFYING, thread_name_prefix="mx-verify")
         try:
             yield pool
         except BaseException:
-            self._ending.set()
+            self._cancelled.set()
             raise
         finally:
-            pool.shutdown(cancel_futures=self._ending.is_set())
+            pool.shutdown(cancel_futures=self._cancelled.is_set())
 
     # -- fetching -----------------------------------------------------------------------------------------------------
 
@@ -330,23 +330,23 @@ class _Pull:
         self._unfinished = {copy.name: copy for copy in copies}
         try:
             with self._finishers() as pool:
-                wrong = self._round(copies, engine, pool)
+                wrong = self._fetch_once(copies, engine, pool)
                 for copy in wrong:
                     copy.resumed_bytes = 0
                     copy.partial.restart()
-                self._refuse(self._round(wrong, engine, pool))
+                self._refuse(self._fetch_once(wrong, engine, pool))
             engine.finish()
         except BaseException as exc:
             stopped = engine.abort(exc)
             for copy in copies:
                 copy.partial.close()
             if not stopped:
-                self._place.keep_held()  # somebody may still write to the unfinished files
+                self._hidden.keep_held()  # a thread may still write to the unfinished files
             raise
-        self._tell()
+        self._progress.report_now()
 
-    def _round(self, copies: Sequence[_Copy], engine: FetchEngine, pool: ThreadPoolExecutor) -> list[_Copy]:
-        """Fetch what is missing of ``copies`` and put them in place; those with wrong bytes come back."""
+    def _fetch_once(self, copies: Sequence[_Copy], engine: FetchEngine, pool: ThreadPoolExecutor) -> list[_Copy]:
+        """Fetch the missing bytes of ``copies`` and put them in place; returns those with a wrong digest."""
         ranges = {copy.name: copy.ranges(engine.chunk_bytes) for copy in copies}
         engine.submit([[range_] for of_file in ranges.values() for range_ in of_file])
         finished: list[tuple[_Copy, Future[bool]]] = []
@@ -357,30 +357,30 @@ class _Pull:
         return [copy for copy, future in finished if not future.result()]
 
     def _finish(self, copy: _Copy, engine: FetchEngine) -> bool:
-        """Verify a file that is complete and put it in place; False where its bytes are wrong."""
+        """Verify a complete file and put it in place; False if its digest is wrong."""
         try:
             return self._verified_in_place(copy)
         except BaseException as exc:
-            self._ending.set()
+            self._cancelled.set()
             engine.abort(exc)
             raise
 
     def _verified_in_place(self, copy: _Copy) -> bool:
         unfinished = copy.partial
         if not unfinished.complete or regular_size(unfinished.path) != copy.info.size:
-            message = f"{copy.name!r} is not complete although all of it arrived"
-            raise ModelExpressError(message, hint="this is a fault in ModelExpress; please report it")
+            message = f"{copy.name!r} is incomplete although all its bytes arrived"
+            raise ModelExpressError(message, hint="this is a bug in ModelExpress; please report it")
         published = best_digest(copy.info.digests) if self._verify else None
         if published is not None:
             with local_errors(unfinished.path, "read"):
-                actual = digest_of(unfinished.path, published[0], self._ending)
-            if self._ending.is_set():
+                actual = digest_of(unfinished.path, published[0], self._cancelled)
+            if self._cancelled.is_set():
                 raise ModelExpressError("the pull has ended")
             if actual != published[1]:
                 copy.wrong_digest = f"{published[0]} {actual}, not {published[1]}"
                 return False
-        record = partial(self._place.record, unfinished.identity, digest=published)
-        unfinished.publish(self._place.target(copy.name), record)
+        record = partial(self._hidden.record, unfinished.identity, digest=published)
+        unfinished.publish(self._hidden.target(copy.name), record)
         file = PulledFile(
             copy.name, copy.info.size, copy.info.version, "resumed" if copy.resumed_bytes else "copied", published
         )
@@ -390,51 +390,40 @@ class _Pull:
             self._in_place[copy.name] = file
             self._resumed_bytes += copy.resumed_bytes
             del self._unfinished[copy.name]
-        self._arrived()
+        self._progress.arrived()
         return True
 
     def _refuse(self, wrong: Sequence[_Copy]) -> None:
-        """Raise where bytes are wrong that were fetched twice; nothing of them is kept."""
+        """Raise if files that were fetched twice are wrong; nothing of them is kept."""
         for copy in wrong:
             copy.partial.discard()
         if not wrong:
             return
         copy = wrong[0]
         raise IntegrityError(
-            f"what arrived has the digest {copy.wrong_digest}, which the storage publishes; so had it the second time",
+            f"fetched twice, the bytes have the digest {copy.wrong_digest}, which the storage publishes",
             uri=str(self._uri.with_path(copy.info.path)),
             operation="verify the copy",
-            cause="a cache or proxy on the way hands out other bytes, or the object is damaged where it is stored",
-            hint="compare with another copy of the object; MX_VERIFY_DIGESTS=0 copies it all the same",
+            cause="a cache or proxy in between returns other bytes, or the stored object is damaged",
+            hint="compare with another copy of the object; MX_VERIFY_DIGESTS=0 copies it unverified",
         )
 
-    def _settle(self) -> None:
-        """Have the names, too, survive a loss of power; leave only what the next pull needs."""
+    def _complete_directory(self) -> None:
+        """Sync the directories, so that names survive a loss of power, and keep only the state of later pulls."""
         directories = {self._directory, os.path.dirname(self._directory)}
         for file in self._in_place.values():
-            directory = os.path.dirname(self._place.target(file.name))
+            directory = os.path.dirname(self._hidden.target(file.name))
             while file.status != "skipped" and directory not in directories:
                 directories.add(directory)
                 directory = os.path.dirname(directory)
-        self._place.tidy()
+        self._hidden.tidy()
         for directory in directories:
             with local_errors(directory, "sync"):
                 fsync_directory(directory)
 
-    # -- what others see ----------------------------------------------------------------------------------------------
+    # -- progress and report ------------------------------------------------------------------------------------------
 
-    def _arrived(self) -> None:
-        """Called by threads that fetch and verify: tell of progress, but seldom, and never two at a time."""
-        if self._on_progress is None or time.monotonic() - self._reported < _PROGRESS_SECONDS:
-            return
-        if self._reporting.acquire(blocking=False):
-            try:
-                self._tell()
-            finally:
-                self._reporting.release()
-
-    def _tell(self) -> None:
-        self._reported = time.monotonic()
+    def _report_progress(self) -> None:
         if self._on_progress is None or self._engine is None:
             return
         with self._lock:

@@ -1,4 +1,4 @@
-"""Which objects below a URI are copied, and under which names; names that no file below a directory can have."""
+"""Which objects below a URI are copied, and under which names; which names are refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from modelexpress_core.uri import ModelURI
 
 __all__ = ["WEIGHT_SUFFIXES", "Selection", "check_names", "select", "with_stat"]
 
-#: Files of weights end like this, in any case. What describes them (``.json``, indexes included) does not, nor do
-#: tokenizers (``.model``).
+#: Suffixes of files of weights, in any case. Configurations and indexes (``.json``) and tokenizers (``.model``) have
+#: other suffixes.
 WEIGHT_SUFFIXES = (
     ".bin",
     ".ckpt",
@@ -40,12 +40,12 @@ WEIGHT_SUFFIXES = (
 
 _MAX_COMPONENT_BYTES = 255
 
-_STATS_AT_ONCE = 16
+_MAX_CONCURRENT_STATS = 16
 
 
 @frozen
 class Selection:
-    """What is copied.
+    """The objects that are copied.
 
     Attributes:
         files: Name below the directory, and the object, sorted by name.
@@ -61,17 +61,17 @@ class Selection:
 
 
 def select(storage: Storage, uri: ModelURI, *, weights: bool, provider: str) -> Selection:
-    """The objects at and below ``uri`` that are copied. An object that is named itself may be hidden.
+    """The objects at or below ``uri`` that are copied. An object that ``uri`` names itself may be hidden.
 
     Args:
-        storage: Where the objects are.
-        uri: A directory, or one object; a directory where it is both.
-        weights: Whether files of weights are among them.
+        storage: The storage of the objects.
+        uri: A directory, or one object; a directory if it is both.
+        weights: Whether files of weights are copied.
         provider: Name of the plugin, for messages.
 
     Raises:
         NotFoundError: Nothing is there.
-        CheckpointError: Everything was left out, or a name cannot be that of a file below a directory.
+        CheckpointError: Everything was left out, or a name is refused.
     """
     listed, directory = _listed(storage, uri, provider)
     hidden = [name for name in listed if directory and _is_hidden(name)]
@@ -82,31 +82,31 @@ def select(storage: Storage, uri: ModelURI, *, weights: bool, provider: str) -> 
         raise CheckpointError(
             f"nothing of {uri} is left to copy: {len(hidden)} hidden files and {len(heavy)} files of weights left out",
             uri=str(uri),
-            hint="give the URI of one file to copy it though it is hidden; leave --no-weights out to copy weights",
+            hint="give the URI of one hidden file to copy it; leave --no-weights out to copy weights",
         )
     check_names(names, uri)
-    # A link that leads nowhere is listed as empty: asking for it says so.
+    # A broken link is listed as empty: stat raises for it.
     doubtful = [name for name in names if not listed[name].size and listed[name].version is None]
     known = {**listed, **with_stat(storage, {name: listed[name] for name in doubtful})}
     return Selection(tuple((name, known[name]) for name in names), len(hidden), len(heavy), directory)
 
 
 def with_stat(storage: Storage, objects: dict[str, ObjectInfo]) -> dict[str, ObjectInfo]:
-    """``objects`` as ``stat`` tells them, asked for in parallel."""
+    """``objects`` as ``stat`` returns them, called in parallel."""
     if not objects:
         return {}
-    with ThreadPoolExecutor(min(_STATS_AT_ONCE, len(objects)), thread_name_prefix="mx-stat") as pool:
+    with ThreadPoolExecutor(min(_MAX_CONCURRENT_STATS, len(objects)), thread_name_prefix="mx-stat") as pool:
         found = pool.map(lambda info: storage.stat(info.path), objects.values())
         return dict(zip(objects, found, strict=True))
 
 
 def _listed(storage: Storage, uri: ModelURI, provider: str) -> tuple[dict[str, ObjectInfo], bool]:
-    """What is at or below ``uri``, by name, and whether it is a directory."""
+    """The objects at or below ``uri``, by name, and whether it is a directory."""
     start = f"{uri.path.rstrip('/')}/" if uri.path else ""
     try:
         found = list(storage.list(uri.path))
     except (AccessDeniedError, UnsupportedError) as denied:
-        # Who may not list may still read the one object that is meant.
+        # Without the right to list, one object may still be readable.
         try:
             return {uri.name: storage.stat(uri.path)}, False
         except BackendError:
@@ -114,13 +114,13 @@ def _listed(storage: Storage, uri: ModelURI, provider: str) -> tuple[dict[str, O
     if found:
         strange = [info.path for info in found if not info.path.startswith(start)]
         if strange:
-            message = f"asked for what lies below {uri}, the storage listed {shown(strange[0])}"
+            message = f"the storage listed {shown(strange[0])}, which is not below {uri}"
             raise BackendError(message, uri=str(uri), provider=provider, hint="report it to the plugin's authors")
         return {info.path.removeprefix(start): info for info in found}, True
     try:
         if uri.path:
             return {uri.name: storage.stat(uri.path)}, False
-    except (NotFoundError, UnsupportedError) as exc:  # a disk says so of an empty directory
+    except (NotFoundError, UnsupportedError) as exc:  # a disk raises this for an empty directory
         raise _nothing(uri, provider) from exc
     raise _nothing(uri, provider)
 
@@ -131,35 +131,35 @@ def _nothing(uri: ModelURI, provider: str) -> NotFoundError:
         uri=str(uri),
         operation="list the files",
         provider=provider,
-        cause="the path is misspelt, or nothing was put there yet",
+        cause="the path is misspelt, or nothing was uploaded yet",
         hint="check the URI",
     )
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a part of ``name`` starts with a dot. One that leads somewhere else makes it a name to be refused."""
+    """Whether a part of ``name`` starts with a dot. Names with ``.`` or ``..`` are refused instead."""
     parts = name.split("/")
     return any(part.startswith(".") for part in parts) and not {".", ".."} & set(parts)
 
 
 def check_names(names: Iterable[str], uri: ModelURI) -> None:
-    """Refuse names that would leave the directory, that no file can have, or of which two cannot both be there.
+    """Refuse names outside the directory, names that no file can have, and pairs that cannot exist together.
 
-    Two names that differ in case alone are refused wherever the directory is: a copy that loses a file as soon as it
-    is copied on, to a disk that does not tell them apart, is no copy.
+    Two names that differ only in case are refused on every disk: a later copy to a disk that ignores case would lose
+    one of the files.
 
     Raises:
-        CheckpointError: The message names one that is refused, and why.
+        CheckpointError: The message gives a refused name and the reason.
     """
     files: dict[str, str] = {}
     directories: dict[str, str] = {}
     for name in names:
-        reason = _why_not(name)
+        reason = _reason_to_refuse(name)
         if reason:
             raise _refused(uri, name, f"{shown(name)} {reason}")
         folded = name.casefold()
         if folded in files:
-            raise _refused(uri, name, f"{shown(files[folded])} and {shown(name)} differ in case alone")
+            raise _refused(uri, name, f"{shown(files[folded])} and {shown(name)} differ only in case")
         files[folded] = name
         parts = folded.split("/")
         for length in range(1, len(parts)):
@@ -171,8 +171,8 @@ def check_names(names: Iterable[str], uri: ModelURI) -> None:
             )
 
 
-def _why_not(name: str) -> str:
-    """Why there can be no file called ``name`` below a directory; empty where there can."""
+def _reason_to_refuse(name: str) -> str:
+    """Why no file below a directory can have the name ``name``; empty if one can."""
     parts = name.split("/")
     if name.startswith("/"):
         return "is an absolute path"
@@ -194,6 +194,6 @@ def _refused(uri: ModelURI, name: str, reason: str) -> CheckpointError:
         f"{uri} cannot be copied into a directory: {reason}",
         uri=str(uri),
         file=name,
-        cause="the objects were stored by a program that does not think of them as files, or to do harm",
-        hint="rename the object, or pull the files that are wanted one by one",
+        cause="a program stored the objects without a view to files, or somebody means harm",
+        hint="rename the object, or pull the files one by one",
     )

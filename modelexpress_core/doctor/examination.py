@@ -25,7 +25,8 @@ from modelexpress_core.errors import (
 )
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.loader import Loader, redacted_uris
-from modelexpress_core.plugins import CORE, PluginManager
+from modelexpress_core.messages import byte_range, listed
+from modelexpress_core.plugins import CORE, STORAGE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import format_bytes, format_files
@@ -149,7 +150,7 @@ class _Examination:
             status, seen = "failed", exc.headline
             cause, hint, error = exc.cause, exc.hint, type(exc).__name__
         except Exception as exc:  # noqa: BLE001 - a plugin's
-            status, seen = "failed", f"the storage plugin let {type(exc).__name__} through: {exc}"
+            status, seen = "failed", f"the storage plugin did not translate {type(exc).__name__}: {exc}"
             hint, error = "report it to the plugin's authors", type(exc).__name__
         milliseconds = 0.0 if status == "skipped" else round((time.monotonic() - begun) * 1000, 3)
         return Step(name, status, seen, milliseconds, facts, cause, hint, error)
@@ -183,11 +184,11 @@ class _Examination:
         candidates = loader.candidates(self._parsed)
         self._uri = uri = candidates[0].uri
         facts.update(uri=str(uri), candidates=[str(candidate.uri) for candidate in candidates])
-        registered = loader.plugins.storages.lookup(uri.scheme)
+        registered = loader.plugins.table(STORAGE).lookup(uri.scheme)
         plugin = registered.plugin
         chosen = _set(self._plugin_settings(registered))
         facts.update(plugin=plugin.name, version=plugin.version, variables=chosen)
-        registered, storage = loader.plugins.open_storage(uri, self._environ)
+        registered, storage = loader.plugins.open(STORAGE, uri, self._environ)
         self._registered, self._storage = registered, storage
         if registered.provider.capabilities.patience:
             cast("PatientStorage", storage).patience_seconds = self._timeout
@@ -406,7 +407,7 @@ class _Examination:
         likely = sorted(relative, key=lambda name: ("/" in name, not name.endswith(SUFFIX), name))
         self._object = next((relative[name] for name in likely if relative[name].size), None) or self._opened_object()
         more = "at least " if len(found) == _MAX_OBJECTS else ""
-        return "ok", f"{more}{len(found)} files, {format_bytes(facts['bytes'])}: {_some(likely)}"
+        return "ok", f"{more}{len(found)} files, {format_bytes(facts['bytes'])}: {listed(likely, most=3)}"
 
     def _without_listing(self, denied: BackendError) -> tuple[str, str]:
         """A reader without the right to list can load a checkpoint whose files have the usual names."""
@@ -436,7 +437,7 @@ class _Examination:
         buffer = memoryview(bytearray(min(_READ_BYTES, info.size)))
         facts.update(path=info.path, version=info.version)
         begun = time.monotonic()
-        operation = f"read bytes 0-{len(buffer) - 1}"
+        operation = f"read {byte_range(0, len(buffer))}"
         count = self._in_time(lambda: storage.read_into(info.path, 0, buffer, version=info.version), operation)
         milliseconds = (time.monotonic() - begun) * 1000
         facts["bytes"] = count
@@ -466,7 +467,3 @@ class _Examination:
 
 def _set(rows: list[SettingValue]) -> list[str]:
     return [row.source for row in rows if row.source != "default"]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

@@ -1,10 +1,10 @@
-"""How many reads are under way at once: found by measuring, under the bound that the user sets.
+"""The number of concurrent reads: found by measuring, below the bound that the user sets.
 
-More reads hide more latency, until the network, the storage or the CPU is full; from there on they only cost memory,
-patience, and processor time: threads wait for each other. So the number is doubled as long as that raises the goodput;
-where that did not help even once, it is halved as long as that loses nothing. Then it is tried a little higher now and
-then, because networks change. Where the storage says that it is asked too much, it is lowered at once (additive
-increase, multiplicative decrease).
+More reads hide more latency, until the network, the storage or the CPU is saturated. Beyond that they only cost memory
+and processor time, because threads wait for each other. The number is doubled for as long as goodput rises. If the
+first doubling does not raise goodput, it is halved for as long as goodput holds. Later it is raised a little now and
+then, because networks change. If the storage throttles, it is lowered at once (additive increase, multiplicative
+decrease).
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from modelexpress_core.settings import LoadSettings
 
 __all__ = ["ConcurrencyLimit", "FixedConcurrency", "SelfTunedConcurrency", "concurrency_for"]
 
-#: A doubling has paid if it raised the goodput by this part. It is measured twice before it counts as useless: what is
-#: measured first includes connecting, and whatever else the machine does.
-_PAYS = 1.05
-#: A small step up has paid if it raised the goodput by this part.
-_STEP_PAYS = 1.04
-#: A halving has lost nothing if this part of the goodput is left.
-_HOLDS = 0.97
-#: Halving is not tried sooner: a short load loses more by trying than it could gain.
-_SINKS_AFTER_SECONDS = 1.0
-#: A measurement is at least this long: shorter ones say more of the scheduler than of the network.
+#: A doubling is kept if it multiplies goodput by at least this. It is measured twice before it is given up: the first
+#: measurement includes connecting, and other work of the machine.
+_MIN_DOUBLING_GAIN = 1.05
+#: A small step up is kept if it multiplies goodput by at least this.
+_MIN_STEP_GAIN = 1.04
+#: A halving is kept if at least this share of goodput is left.
+_MIN_HALVING_RATIO = 0.97
+#: Halving is not tried earlier: a short load loses more by trying than it can gain.
+_MIN_HALVING_SECONDS = 1.0
+#: A measurement takes at least this long: shorter ones measure the scheduler, not the network.
 _WINDOW_SECONDS = 0.05
-#: Measurements between one small step up that did not pay and the next.
-_PATIENCE = 12
-#: What is left of the limit when the storage is asked too much, and how long that counts as one complaint.
-_DECREASE = 0.7
-_COMPLAINT_SECONDS = 1.0
+#: Measurements between a small step up that was given up and the next.
+_STEP_INTERVAL = 12
+#: Throttling multiplies the limit by this, once in so many seconds.
+_THROTTLED_RATIO = 0.7
+_THROTTLED_SECONDS = 1.0
 
 
 class ConcurrencyLimit(Protocol):
-    """Asked before each read, and told of what came of it."""
+    """Limits reads under way, and learns from those that arrive."""
 
     @property
     def reads(self) -> int:
@@ -52,13 +52,13 @@ class ConcurrencyLimit(Protocol):
         ...
 
     def throttled(self) -> None:
-        """The storage said that it is asked too much."""
+        """The storage asked for fewer requests."""
         ...
 
 
 @frozen
 class FixedConcurrency:
-    """Always the same.
+    """A limit that never changes.
 
     Attributes:
         reads: Reads that may be under way.
@@ -67,19 +67,19 @@ class FixedConcurrency:
     reads: int
 
     def arrived(self, length: int) -> None:
-        """Changes nothing."""
+        """Do nothing."""
 
     def throttled(self) -> None:
-        """Changes nothing."""
+        """Do nothing."""
 
 
 class SelfTunedConcurrency:
-    """Looks for the fewest reads that give the highest goodput.
+    """Searches for the fewest reads that give the highest goodput.
 
     Args:
         start: Reads to begin with.
-        most: Reads that are never exceeded.
-        clock: Seconds.
+        most: Upper bound on reads.
+        clock: Returns the time in seconds.
     """
 
     def __init__(self, start: int, most: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -88,19 +88,19 @@ class SelfTunedConcurrency:
         self._lock = threading.Lock()
         self._reads = max(1, min(start, most))
         self._start = self._reads
-        self._ramping = True
-        self._doubted = False
-        self._sinking = False
-        self._may_sink = False
+        self._doubling = True
+        self._failed_once = False
+        self._halving = False
+        self._may_halve = False
         self._first: float | None = None
-        self._kept = self._reads  # what to go back to where a try does not pay
+        self._kept = self._reads  # the number to return to if a trial is given up
         self._kept_rate = 0.0
-        self._until_try = _PATIENCE
-        self._complained = float("-inf")
+        self._until_step = _STEP_INTERVAL
+        self._throttled_at = float("-inf")
         self._begun: float | None = None
         self._bytes = 0
         self._count = 0
-        self._ignored = 0  # arrivals of what began under the last limit
+        self._ignored = 0  # arrivals of reads that began under the previous limit
 
     @property
     def reads(self) -> int:
@@ -108,7 +108,7 @@ class SelfTunedConcurrency:
         return self._reads
 
     def arrived(self, length: int) -> None:
-        """Count ``length`` bytes, and draw the conclusion where a measurement is complete."""
+        """Count ``length`` bytes, and adapt the limit when a measurement is complete."""
         with self._lock:
             if self._ignored:
                 self._ignored -= 1
@@ -126,19 +126,19 @@ class SelfTunedConcurrency:
                 return
             rate = self._bytes / seconds
             self._begin(now)
-            self._conclude(rate)
+            self._adapt(rate)
 
     def throttled(self) -> None:
-        """Lower the limit; many complaints of one moment count as one."""
+        """Lower the limit, at most once a second."""
         with self._lock:
             now = self._clock()
-            if now - self._complained < _COMPLAINT_SECONDS:
+            if now - self._throttled_at < _THROTTLED_SECONDS:
                 return
-            self._complained = now
-            self._reads = self._kept = max(1, int(self._reads * _DECREASE))
+            self._throttled_at = now
+            self._reads = self._kept = max(1, int(self._reads * _THROTTLED_RATIO))
             self._kept_rate = 0.0
-            self._ramping = self._sinking = self._may_sink = False
-            self._until_try = _PATIENCE
+            self._doubling = self._halving = self._may_halve = False
+            self._until_step = _STEP_INTERVAL
             self._begin()
 
     def _begin(self, now: float | None = None) -> None:
@@ -146,62 +146,62 @@ class SelfTunedConcurrency:
         self._bytes = 0
         self._count = 0
 
-    def _conclude(self, rate: float) -> None:
-        if self._ramping:
-            self._ramp(rate)
-        elif self._sinking:
-            self._sink(rate)
-        elif self._may_sink and self._clock() - (self._first or 0.0) >= _SINKS_AFTER_SECONDS:
-            self._may_sink, self._sinking = False, True
+    def _adapt(self, rate: float) -> None:
+        if self._doubling:
+            self._check_doubling(rate)
+        elif self._halving:
+            self._check_halving(rate)
+        elif self._may_halve and self._clock() - (self._first or 0.0) >= _MIN_HALVING_SECONDS:
+            self._may_halve, self._halving = False, True
             self._halve()
         elif self._reads > self._kept:  # a small step was tried
-            if rate > self._kept_rate * _STEP_PAYS:
-                self._kept, self._kept_rate, self._until_try = self._reads, rate, 1
+            if rate > self._kept_rate * _MIN_STEP_GAIN:
+                self._kept, self._kept_rate, self._until_step = self._reads, rate, 1
             else:
-                self._reads, self._until_try = self._kept, _PATIENCE
+                self._reads, self._until_step = self._kept, _STEP_INTERVAL
         else:
-            # The rate of now, smoothed: networks change.
+            # The current rate, smoothed, because networks change.
             self._kept_rate = rate if not self._kept_rate else 0.7 * self._kept_rate + 0.3 * rate
-            self._until_try -= 1
-            if self._until_try <= 0 and self._reads < self._most:
+            self._until_step -= 1
+            if self._until_step <= 0 and self._reads < self._most:
                 self._reads = min(self._most, self._reads + max(1, self._reads // 4))
-                self._begin()  # what is under way began under the old limit
+                self._begin()  # reads under way began under the old limit
 
-    def _ramp(self, rate: float) -> None:
-        paid = rate > self._kept_rate * _PAYS
-        if paid:
+    def _check_doubling(self, rate: float) -> None:
+        raised = rate > self._kept_rate * _MIN_DOUBLING_GAIN
+        if raised:
             self._kept, self._kept_rate = self._reads, rate
-        if paid and self._reads < self._most:
+        if raised and self._reads < self._most:
             self._reads = min(self._most, 2 * self._reads)
-            self._doubted = False
+            self._failed_once = False
             return
-        if not paid and not self._doubted:
-            self._doubted = True
+        if not raised and not self._failed_once:
+            self._failed_once = True
             return
-        self._ramping = False
+        self._doubling = False
         self._reads = self._kept
-        # What is below a number that has paid was measured, and is less.
-        self._may_sink = self._kept == self._start > 1
+        # Only the start: smaller numbers than a doubled one were measured, and are worse.
+        self._may_halve = self._kept == self._start > 1
 
-    def _sink(self, rate: float) -> None:
-        lost_nothing = rate >= self._kept_rate * _HOLDS
-        if lost_nothing:
+    def _check_halving(self, rate: float) -> None:
+        holds = rate >= self._kept_rate * _MIN_HALVING_RATIO
+        if holds:
             self._kept, self._kept_rate = self._reads, max(rate, self._kept_rate)
-        if lost_nothing and self._kept > 1:
+        if holds and self._kept > 1:
             self._halve()
         else:
-            self._sinking = False
+            self._halving = False
             self._reads = self._kept
 
     def _halve(self) -> None:
-        """Try half of what is kept; what is under way began with more."""
+        """Try half of the kept number; reads under way began under the larger limit."""
         self._ignored = self._reads
         self._reads = self._kept // 2
         self._begin()
 
 
 def concurrency_for(capabilities: StorageCapabilities, settings: LoadSettings) -> ConcurrencyLimit:
-    """The limit for one load: tuned, from what the storage suggests up to its bound or the user's, the lower one."""
+    """The limit for one load: tuned from the storage's suggestion up to the lower of its bound and the user's."""
     most = capabilities.most_concurrency
     if settings.concurrency is not None:
         most = min(most, settings.concurrency)

@@ -1,8 +1,8 @@
-"""The digests that storages publish: which of them we compute, how, and in what order we prefer them.
+"""The digests that storages publish: which of them we compute, how, and in what order of preference.
 
-All of it is done by libraries in C. CRCs come first: they are computed at ten times the speed of the others, and over
-the parts of a file in any order. They find what transfers do to bytes, which is what a digest from the same storage can
-find; none of them says who made the bytes.
+Libraries in C do the work. CRCs come first: they are ten times as fast as the others, and can be computed over the
+parts of a file in any order. They detect damage in transfer, and so does any digest from the same storage; none of them
+proves who made the bytes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class CRC:
     """A cyclic redundancy check.
 
     Attributes:
-        compute: The CRC of bytes that follow bytes with the given CRC: ``compute(data, before)``.
-        combine: The CRC of two parts, of their CRCs and the length of the second: ``combine(first, second, length)``.
+        compute: The CRC of data appended to bytes whose CRC is ``before``: ``compute(data, before)``.
+        combine: The CRC of two parts, from their CRCs and the length of the second: ``combine(first, second, length)``.
         digits: Length of its value in hex.
     """
 
@@ -49,7 +49,7 @@ def _crc64nvme() -> CRC:
     return CRC(checksums.crc64nvme, checksums.combine_crc64nvme, 16)
 
 
-#: Name -> the CRC, once it is needed: the library is not imported before.
+#: Name -> makes the CRC; imports the library at first use.
 CRCS: Mapping[str, Callable[[], CRC]] = {"crc64nvme": _crc64nvme, "crc32c": _crc32c, "crc32": _crc32}
 
 #: Digests of bytes in order, as hashlib names them.
@@ -57,7 +57,7 @@ _HASHES = ("sha256", "md5", "sha1")
 
 
 def best_digest(digests: Mapping[str, str]) -> tuple[str, str] | None:
-    """Algorithm and value of the digest that is compared, of those that are published; None where we know none."""
+    """Algorithm and value of the published digest that is compared; None if we can compute none of them."""
     for algorithm in (*CRCS, *_HASHES):
         if algorithm in digests:
             return algorithm, digests[algorithm].lower()
@@ -77,7 +77,7 @@ class Hasher(Protocol):
 
 
 class _CRCHasher:
-    """A CRC as hashlib would offer it."""
+    """A CRC with the interface of hashlib."""
 
     def __init__(self, crc: CRC) -> None:
         self._crc = crc
@@ -91,7 +91,7 @@ class _CRCHasher:
 
 
 def new_hasher(algorithm: str) -> Hasher:
-    """What digests bytes with ``algorithm``, one that ``best_digest`` may name."""
+    """A hasher for ``algorithm``, one that ``best_digest`` returns."""
     if algorithm in CRCS:
         return _CRCHasher(CRCS[algorithm]())
     return hashlib.new(algorithm, usedforsecurity=False)

@@ -1,9 +1,9 @@
 """The engine: ranges in, bytes in place.
 
-Threads do the reading, because the calls that matter (``preadv``, ``recv_into``, TLS reads, copies) release the GIL.
-They take ranges from a queue; ranges that somebody waits for go first. The first error ends the load: what has not
-begun is dropped, what has is cut short by closing the storage, and nobody touches the destination any more when the
-error reaches the caller. At the end the digests of whole files are compared, and the account is.
+Threads read, because the calls that matter (``preadv``, ``recv_into``, TLS reads, copies) release the GIL. They take
+ranges from a queue; urgent ranges, for which code waits, go first. The first error ends the load: reads that have not
+begun are dropped, reads under way are cut short by closing the storage, and no thread touches the destination when the
+error reaches the caller. At the end the digests of whole files are compared, and planned bytes with those that arrived.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from modelexpress_core.fetch.request import Range, Ticket
 from modelexpress_core.fetch.retry import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.fetch.staging import StagingPool
 from modelexpress_core.fetch.stalls import Patience
+from modelexpress_core.messages import byte_range
 from modelexpress_core.providers import StorageCapabilities
 from modelexpress_core.settings import LoadSettings
 
@@ -38,34 +39,34 @@ __all__ = ["FetchEngine"]
 _log = logging.getLogger(__name__)
 _thread_numbers = itertools.count(1)
 
-#: Reads are cut short when a load fails; one that still runs after this is reported.
+#: Reads are cut short when a load fails; those that still run after this are reported.
 _ABORT_SECONDS = 60.0
 
-#: A read that has not ended after so many times MX_STALL_SECONDS, and the time that its bytes take at this rate, never
-#: will: its storage does not notice that nobody answers (a network file system whose server is gone, say).
-_HUNG_TIMES = 10
+#: A read is hung if it takes longer than this many times MX_STALL_SECONDS, plus the time of its bytes at this rate: its
+#: storage does not notice that no answer comes (a network file system without its server, for example).
+_HUNG_STALL_FACTOR = 10
 _HUNG_BYTES_PER_SECOND = 100_000
-_LOOK_SECONDS = 1.0
+_HUNG_CHECK_SECONDS = 1.0
 
 
 class FetchEngine:
     """Fetches ranges of one storage.
 
     Args:
-        storage: Where from.
+        storage: The storage to read from.
         settings: Chunk size, staging budget, retries.
         capabilities: What the storage declares.
-        on_arrival: Called from the fetching threads after each range that arrived.
-        budget: Waiting time shared with whatever else the load does.
-        limit: How many reads may be under way; by default what ``settings`` and ``capabilities`` say.
-        uri_of: The redacted URI of a file, of its path.
+        on_arrival: Called by the fetching threads after each batch that arrived.
+        budget: Waiting time, shared with the other requests of the load.
+        limit: How many reads may be under way; by default from ``settings`` and ``capabilities``.
+        uri_of: The redacted URI of a file, from its path.
 
     Attributes:
-        ledger: The account.
+        ledger: What was planned and what arrived.
         usage: Where time is spent.
-        staging: Buffers for what cannot be read straight into place.
+        staging: Buffers for bytes that cannot be read directly into place.
         capabilities: What the storage declares.
-        force_staging: Whether nothing is to be read straight into place.
+        force_staging: Whether everything is read through staging buffers.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class FetchEngine:
             cancelled=self._cancelled,
             on_retry=self.ledger.sent_again,
             on_failure=self._failed_once,
-            on_read=self._read_once if capabilities.patience else None,  # otherwise there is nobody to tell
+            on_read=self._read_once if capabilities.patience else None,  # otherwise nothing uses it
             uri_of=uri_of,
         )
         self._uri_of = uri_of
@@ -103,13 +104,13 @@ class FetchEngine:
         self._stall_seconds = settings.stall_seconds
         self._patience = Patience(settings.stall_seconds)
         if capabilities.patience:
-            self._be_patient(self._patience.seconds)
+            self._set_patience(self._patience.seconds)
         self._on_arrival = on_arrival
         self._limit = limit or concurrency_for(capabilities, settings)
         self._lock = threading.Lock()
         self._work_ready = threading.Condition(self._lock)
-        self._progress = threading.Condition(self._lock)  # something is in place that somebody may wait for
-        self._rest = threading.Condition(self._lock)  # nothing is under way
+        self._progress = threading.Condition(self._lock)  # a ticket may be done
+        self._idle = threading.Condition(self._lock)  # no read is under way
         self._urgent: deque[Sequence[Range]] = deque()
         self._queue: deque[Sequence[Range]] = deque()
         self._threads: list[threading.Thread] = []
@@ -119,10 +120,10 @@ class FetchEngine:
         self._stopping = False
         self._error: BaseException | None = None
 
-    # -- for whoever loads --------------------------------------------------------------------------------------------
+    # -- for the loader -----------------------------------------------------------------------------------------------
 
     def submit(self, batches: Sequence[Sequence[Range]], *, urgent: bool = False) -> None:
-        """Fetch the ranges of each batch one after another, and the batches at once; ``urgent`` ones before others.
+        """Fetch batches concurrently, the ranges of a batch one after another; ``urgent`` batches go first.
 
         All segments of a ticket are submitted in one call.
 
@@ -138,10 +139,10 @@ class FetchEngine:
                     for segment in range_.segments:
                         segment.ticket.remaining += 1
             (self._urgent if urgent else self._queue).extend(batches)
-            self._set_to_work(len(batches))
+            self._wake_threads(len(batches))
 
     def wait(self, tickets: Iterable[Ticket]) -> None:
-        """Return when everything that ``tickets`` stand for is in place.
+        """Return when every byte of ``tickets`` is in place.
 
         Raises:
             BaseException: The error that ended the load.
@@ -152,26 +153,26 @@ class FetchEngine:
                     self._await(self._progress)
 
     def finish(self) -> None:
-        """Wait for everything that was submitted, compare digests, check the account, stop.
+        """Wait for everything that was submitted, compare digests, check that all bytes arrived, stop.
 
         Raises:
             BaseException: The error that ended the load.
-            IntegrityError: A file that was read as a whole is not what was stored.
+            IntegrityError: A file that was read as a whole differs from the stored one.
             IncompleteLoadError: Bytes are missing although nothing failed.
         """
         with self._lock:
             while self._pending_segments or self._busy:
-                self._await(self._rest)
+                self._await(self._idle)
             self._raise_error()
         self.ledger.verified(self._integrity.check(self._reread))
         self._stop()
         self.ledger.check()
 
     def abort(self, reason: BaseException) -> bool:
-        """End the load: drop what has not begun, cut short what has, wait until no thread touches a destination.
+        """End the load: drop queued reads, cut short those under way, wait until no thread touches a destination.
 
         Returns:
-            False where a read could not be stopped, so that destinations must not be used.
+            False if a read could not be stopped: destinations must not be used then.
         """
         self._fail(reason)
         deadline = time.monotonic() + _ABORT_SECONDS
@@ -180,7 +181,7 @@ class FetchEngine:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     break
-                self._rest.wait(left)
+                self._idle.wait(left)
             still_busy = self._busy
         self._stop()
         if still_busy:
@@ -194,41 +195,41 @@ class FetchEngine:
             raise self._error
 
     def _await(self, condition: threading.Condition) -> None:
-        """Wait, with the lock, for ``condition``, but not for ever on reads that never end."""
+        """Wait, with the lock held, for ``condition``; raise if a read is hung."""
         self._raise_error()
-        if condition.wait(_LOOK_SECONDS):
+        if condition.wait(_HUNG_CHECK_SECONDS):
             return
         now = time.monotonic()
-        for begun, range_ in list(self._running.values()):  # threads change it meanwhile
-            allowed = _HUNG_TIMES * self._stall_seconds + range_.length / _HUNG_BYTES_PER_SECOND
+        for begun, range_ in list(self._running.values()):  # other threads change it
+            allowed = _HUNG_STALL_FACTOR * self._stall_seconds + range_.length / _HUNG_BYTES_PER_SECOND
             if now - begun > allowed:
                 raise DeadlineError(
                     f"no answer for {now - begun:.0f} s",
                     uri=self._uri_of(range_.file.path),
-                    operation=f"read bytes {range_.offset}-{range_.offset + range_.length - 1}",
-                    cause="the storage, or the network to it, is gone and its client does not notice",
+                    operation=f"read {byte_range(range_.offset, range_.length)}",
+                    cause="the storage or the network to it is gone, and its client does not notice",
                     hint="check the storage or the mount; MX_STALL_SECONDS sets how long to wait",
                 )
 
     def _failed_once(self, error: BackendError) -> None:
         throttled = isinstance(error, ThrottledError)
-        self.usage.add(failures=1, complaints=throttled)
+        self.usage.add(failures=1, throttled=throttled)
         if throttled:
             self._limit.throttled()
         if isinstance(error, DeadlineError) and self.capabilities.patience:
-            self._be_patient(self._patience.stalled())
+            self._set_patience(self._patience.stalled())
 
     def _read_once(self, seconds: float, whole: bool) -> None:
         if whole:
-            self._be_patient(self._patience.completed(seconds))
+            self._set_patience(self._patience.completed(seconds))
         elif seconds >= self._patience.seconds:
-            self._be_patient(self._patience.stalled())
+            self._set_patience(self._patience.stalled())
 
-    def _be_patient(self, seconds: float) -> None:
+    def _set_patience(self, seconds: float) -> None:
         cast("PatientStorage", self._raw_storage).patience_seconds = seconds
 
-    def _set_to_work(self, batches: int) -> None:
-        """Have as many threads as the limit allows and the queue needs, and wake them."""
+    def _wake_threads(self, batches: int) -> None:
+        """Start as many threads as the limit allows and the queue needs, and wake them."""
         wanted = min(self._limit.reads, self._busy + len(self._urgent) + len(self._queue))
         while len(self._threads) < wanted:
             self._start_thread()
@@ -251,34 +252,34 @@ class FetchEngine:
                 self._busy += 1
             try:
                 self._fetch(batch)
-            except BaseException as exc:  # noqa: BLE001 - it reaches the caller through the load
+            except BaseException as exc:  # noqa: BLE001 - the caller gets it from the load
                 self._fail(exc)
             finally:
                 with self._lock:
                     self._busy -= 1
                     if not self._busy:
-                        self._rest.notify_all()
-                    # The next batch is for this thread; there is work for others where the limit was raised.
+                        self._idle.notify_all()
+                    # This thread takes the next batch; if the limit was raised, others can take more.
                     others = min(self._limit.reads - self._busy, len(self._urgent) + len(self._queue)) - 1
                     if others > 0 and not self._stopping:
-                        self._set_to_work(others)
+                        self._wake_threads(others)
                 del batch
 
     def _fetch(self, batch: Sequence[Range]) -> None:
-        """Fetch one batch. Accounts are kept by batch, because a range may be a few hundred bytes."""
+        """Fetch one batch. Figures are counted by batch, because a range may have a few hundred bytes."""
         self.ledger.begin(len(batch))
         arrived = 0
         begun = time.monotonic()
-        placing_seconds = 0.0
+        delivering_seconds = 0.0
         try:
             for range_ in batch:
-                placing_seconds += self._fetch_range(range_)
+                delivering_seconds += self._fetch_range(range_)
             arrived = sum(range_.length for range_ in batch)
         finally:
             self.ledger.end(arrived)
             self._running.pop(threading.get_ident(), None)
-            reading_seconds = time.monotonic() - begun - placing_seconds
-            self.usage.add(reading_seconds=reading_seconds, placing_seconds=placing_seconds, requests=len(batch))
+            reading_seconds = time.monotonic() - begun - delivering_seconds
+            self.usage.add(reading_seconds=reading_seconds, delivering_seconds=delivering_seconds, requests=len(batch))
         with self._lock:
             for range_ in batch:
                 self._pending_segments -= len(range_.segments)
@@ -287,12 +288,12 @@ class FetchEngine:
                     ticket.remaining -= 1
                     if not ticket.remaining:
                         ticket.done = True
-            self._progress.notify_all()  # nobody, mostly
+            self._progress.notify_all()  # usually nothing waits
         self._limit.arrived(arrived)
         self._on_arrival()
 
     def _fetch_range(self, range_: Range) -> float:
-        """Seconds that it took to bring the bytes from where they were read to where they belong."""
+        """Fetch one range; returns the seconds spent on waiting for a staging buffer and copying from it."""
         memory = range_.direct
         if memory is not None:
             if range_.segments[0].ticket.fresh:
@@ -307,10 +308,10 @@ class FetchEngine:
             begun = time.monotonic()
             for segment in range_.segments:
                 start = segment.offset - range_.offset
-                segment.place(buffer[start : start + segment.length])
-            placed = time.monotonic() - begun
+                segment.deliver(buffer[start : start + segment.length])
+            delivered = time.monotonic() - begun
             self._integrity.arrived(range_, buffer)
-        return waited + placed
+        return waited + delivered
 
     def _read(self, range_: Range, memory: memoryview) -> None:
         file, runs = range_.file, range_.segments[0].runs
@@ -339,7 +340,7 @@ class FetchEngine:
             self._urgent.clear()
             self._cancelled.set()
             self._progress.notify_all()
-            self._rest.notify_all()
+            self._idle.notify_all()
         if first:
             self._raw_storage.close()
 

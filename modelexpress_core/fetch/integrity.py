@@ -1,14 +1,14 @@
-"""Whether the bytes that arrived are the bytes that were stored, where the storage publishes a digest of the file.
+"""Whether the bytes that arrived are the stored ones, if the storage publishes a digest of the file.
 
-Digests are computed while a load runs, by the threads that fetch. CRCs are computed for each piece of a file and put
-together at the end, so that the order in which pieces arrive does not matter; other digests take the pieces in order,
-and those that come early are kept for a moment. What counts is the bytes as they lie at their destination (or in the
-staging buffer that they are copied from), after everything that the network and the libraries did to them.
+The fetching threads compute digests while a load runs. A CRC is computed for each piece of a file and combined at the
+end, so that pieces may arrive in any order; other digests need the pieces in order, and pieces that arrive early are
+kept for a moment. Digests are taken of the bytes at their destination (or in the staging buffer that they are copied
+from), so they cover the network and the libraries.
 
-A digest speaks of a whole file, so it can be compared where the pieces of a load make up the whole file. Where it
-differs, the file is read once more, piece by piece. That tells what is wrong: pieces that arrive differently now were
-damaged on their way and are delivered again, where nobody has used them yet; otherwise, and where the stored file
-itself is damaged, the load fails.
+A digest covers a whole file, so it can be compared if the pieces of a load make up the whole file. If it differs, the
+file is read again, piece by piece, which shows what is wrong: pieces that differ from the first reading were damaged in
+transfer. They are delivered again, unless something may have used them. Otherwise, and if the stored file itself is
+damaged, the load fails.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from attrs import define
 
 from modelexpress_core.errors import IntegrityError
 from modelexpress_core.fetch.digests import CRCS, Hasher, best_digest, new_hasher
+from modelexpress_core.messages import byte_range
 
 if TYPE_CHECKING:
     from modelexpress_core.checkpoint import CheckpointFile
@@ -29,18 +30,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Integrity", "Reread"]
 
-#: CRC of the pieces where the digest of the file is none.
+#: CRC of the pieces if the digest of the file is no CRC.
 _PIECE_CRC = "crc32c"
 
-#: Pieces that came before their turn: copies of what lay in staging buffers, and memory of destinations that somebody
-#: else may have given up already.
-_COPIED_BYTES = 64 << 20
-_KEPT_BYTES = 1 << 30
+#: Bytes of pieces that arrived early and are kept: copies of staging buffers, and memory of destinations that their
+#: owners may have given up.
+_MAX_COPIED_BYTES = 64 << 20
+_MAX_KEPT_BYTES = 1 << 30
 
-#: How often a file is read again before its storage is blamed: what damages bytes once may do so twice.
-_REREADS = 2
+#: How often a file is read again before its storage is blamed: transfer may damage bytes twice.
+_MAX_REREADS = 2
 
-#: Calls ``use`` with the bytes of a file from ``offset`` on, read again.
+#: Reads a part of a file again and calls ``use`` with its bytes: ``reread(file, offset, length, use)``.
 Reread = Callable[["CheckpointFile", int, int, Callable[[memoryview], None]], None]
 
 
@@ -49,7 +50,7 @@ class Integrity:
 
     Args:
         enabled: Whether digests are compared at all.
-        uri_of: The redacted URI of a file, of its path.
+        uri_of: The redacted URI of a file, from its path.
     """
 
     def __init__(self, *, enabled: bool, uri_of: Callable[[str], str] = str) -> None:
@@ -59,7 +60,7 @@ class Integrity:
         self._files: dict[str, _FileDigest | None] = {}
 
     def arrived(self, range_: Range, content: memoryview) -> None:
-        """The bytes of ``range_`` are where they belong; ``content`` is the buffer that they were read into."""
+        """The bytes of ``range_`` were delivered; ``content`` is the buffer that they were read into."""
         if not (self._enabled and range_.file.digests):
             return
         digest = self._of(range_.file)
@@ -68,14 +69,14 @@ class Integrity:
         for segment in range_.segments:
             if segment.runs is None:
                 start = segment.offset - range_.offset
-                there = segment.memory
-                digest.add(segment, content[start : start + segment.length] if there is None else there)
+                memory = segment.memory
+                digest.add(segment, content[start : start + segment.length] if memory is None else memory)
 
     def check(self, reread: Reread) -> int:
         """Compare the digest of every file that was read as a whole.
 
         Returns:
-            Number of files whose digest was compared, and is right (now).
+            Number of files whose digest was compared and is right, after reading again if necessary.
 
         Raises:
             IntegrityError: One is wrong, and fetching again did not help.
@@ -97,8 +98,8 @@ class _Piece:
     Attributes:
         offset: First byte in the file.
         length: Bytes.
-        crc: Its CRC, as it was delivered last.
-        segment: Where it went, if it may still be delivered again; else None.
+        crc: CRC of the bytes that were delivered last.
+        segment: Its segment, if it may be delivered again; else None.
     """
 
     offset: int
@@ -108,7 +109,7 @@ class _Piece:
 
 
 class _FileDigest:
-    """The digest of one file, as its pieces arrive."""
+    """The digest of one file, computed as its pieces arrive."""
 
     def __init__(self, file: CheckpointFile, algorithm: str, expected: str, *, uri: str) -> None:
         self._file = file
@@ -121,7 +122,7 @@ class _FileDigest:
 
     def add(self, segment: Segment, content: memoryview) -> None:
         crc = self._crc.compute(content, 0)
-        # Appending is atomic, and nothing is read before all have arrived.
+        # Appending is atomic, and the list is only read when all pieces arrived.
         kept = segment if segment.ticket.stable else None
         self._pieces.append(_Piece(segment.offset, segment.length, crc, kept))
         if self._in_order is not None:
@@ -147,15 +148,15 @@ class _FileDigest:
         return True
 
     def _chain(self, pieces: Iterable[tuple[int, int]]) -> Sequence[tuple[int, int]] | None:
-        """Those of ``pieces`` that make up the file, and whose digest ``_computed`` is; None where there is a gap."""
+        """The pieces that make up the file and are covered by ``_computed``; None if there is a gap."""
         if self._in_order is not None:
             digested = self._in_order.pieces(self._file.size)
-            if digested is not None:  # there may be others that make up the file, of which nothing is known
+            if digested is not None:  # other pieces may make up the file too, but only these were digested
                 return digested
         return _chain(pieces, self._file.header_bytes, self._file.size)
 
     def _computed(self, pieces: Iterable[_Piece]) -> str | None:
-        """The digest of the file as it arrived; None where that is not known."""
+        """The digest of the file as it arrived; None if it is unknown."""
         if self._in_order is not None:
             return self._in_order.hexdigest(self._file.size)
         value = self._crc.compute(memoryview(self._file.header), 0)
@@ -166,20 +167,20 @@ class _FileDigest:
     def _read_again(
         self, chain: Iterable[tuple[int, int]], arrived: Mapping[tuple[int, int], list[_Piece]], reread: Reread
     ) -> None:
-        """Read the whole file again, and once more where that has another digest, too; deliver what differs."""
-        for _ in range(_REREADS):
-            digest, lost = self._read_once_again(chain, arrived, reread)
+        """Read the whole file again, and once more if its digest is wrong again; deliver the pieces that differ."""
+        for _ in range(_MAX_REREADS):
+            digest, lost = self._reread_once(chain, arrived, reread)
             if digest == self._expected:
                 break
         else:
-            raise self._damaged(f"read again {_REREADS} times, it has another digest too", stored=True)
+            raise self._damaged(f"read again {_MAX_REREADS} times, its digest was wrong each time", stored=True)
         if lost:
             raise self._lost(lost)
 
-    def _read_once_again(
+    def _reread_once(
         self, chain: Iterable[tuple[int, int]], arrived: Mapping[tuple[int, int], list[_Piece]], reread: Reread
     ) -> tuple[str, list[_Piece]]:
-        """The digest of the file as it is read now, and the pieces that differ and cannot be delivered any more."""
+        """The digest of the file as it is read now, and the pieces that differ and cannot be delivered again."""
         hasher = new_hasher(self._algorithm)
         header = bytearray()
 
@@ -193,20 +194,20 @@ class _FileDigest:
 
             def use(content: memoryview, pieces: list[_Piece] = arrived[offset, length]) -> None:
                 hasher.update(content)
-                lost.extend(self._delivered_again(content, pieces))
+                lost.extend(self._deliver_again(content, pieces))
 
             reread(self._file, offset, length, use)
         digest = hasher.hexdigest()
         if digest == self._expected and header != self._file.header:
-            raise self._damaged("the header was damaged on its way")
+            raise self._damaged("the header was damaged in transfer")
         return digest, lost
 
     def _read_others(
         self, keys: Iterable[tuple[int, int]], arrived: Mapping[tuple[int, int], list[_Piece]], reread: Reread
     ) -> None:
-        """Compare pieces that overlap others, and so are no part of the digest, with the file as it is read again.
+        """Compare pieces that overlap others, so that the digest does not cover them, with the file read again.
 
-        Nothing vouches for what is read here, so it is delivered to nobody.
+        No digest covers what is read here either, so it is not delivered.
         """
         for offset, length in sorted(keys):
             pieces = arrived[offset, length]
@@ -219,42 +220,42 @@ class _FileDigest:
             if any(piece.crc not in again for piece in pieces):
                 raise self._lost(pieces)
 
-    def _delivered_again(self, content: memoryview, pieces: Iterable[_Piece]) -> list[_Piece]:
-        """Deliver ``content`` for those of ``pieces`` that arrived differently; those for which it is too late."""
+    def _deliver_again(self, content: memoryview, pieces: Iterable[_Piece]) -> list[_Piece]:
+        """Deliver ``content`` for those of ``pieces`` that differ; returns those for which it is too late."""
         crc = self._crc.compute(content, 0)
         lost = []
         for piece in pieces:
             if piece.crc == crc:
                 continue
-            # Something may have been written over it since it arrived.
+            # Something may have overwritten it since it arrived.
             if piece.segment is None or not piece.segment.ticket.stable:
                 lost.append(piece)
             else:
-                piece.segment.place(content)
+                piece.segment.deliver(content)
                 piece.crc = crc
         return lost
 
     def _lost(self, pieces: list[_Piece]) -> IntegrityError:
         first = pieces[0]
-        where = f"bytes {first.offset}-{first.offset + first.length - 1}"
-        return self._damaged(f"{where} were damaged on their way, and may have been used")
+        where = byte_range(first.offset, first.length)
+        return self._damaged(f"{where} were damaged in transfer, and may have been used")
 
     def _damaged(self, what: str, *, stored: bool = False) -> IntegrityError:
         name = self._algorithm.upper()
-        on_the_way = "the network, a proxy or the memory of a machine in between changed bytes; TLS would notice"
+        in_transfer = "the network, a proxy or the memory of a machine in between changed bytes; TLS would notice"
         in_store = "the stored file is damaged, or its digest was published for other content"
-        again = "start the load again; if that keeps happening, use TLS, and have the machines in between checked"
+        again = "start the load again; if this repeats, use TLS, and check the machines in between"
         return IntegrityError(
             f"what arrived does not have the published {name} {self._expected}: {what}",
             uri=self._uri,
             operation="verify the content",
-            cause=in_store if stored else on_the_way,
+            cause=in_store if stored else in_transfer,
             hint="upload it again; MX_VERIFY_DIGESTS=0 loads it unverified" if stored else again,
         )
 
 
 class _InOrder:
-    """A digest of bytes in order. Whoever brings the piece whose turn it is digests it, and what was kept after it."""
+    """A digest of bytes in order: the thread with the next piece digests it, and the kept pieces that follow."""
 
     def __init__(self, algorithm: str, header: bytes) -> None:
         self._lock = threading.Lock()
@@ -293,11 +294,11 @@ class _InOrder:
         return self._hasher.hexdigest() if self._next == size else None
 
     def pieces(self, size: int) -> Sequence[tuple[int, int]] | None:
-        """Offset and length of what was digested; None where that is not the whole file."""
+        """Offset and length of the digested pieces; None if they are not the whole file."""
         return self._digested if self._next == size else None
 
     def _keep(self, segment: Segment, content: memoryview) -> None:
-        """Keep the piece until its turn comes; give up, and have the file read again, where that is too much."""
+        """Keep the piece until it is the next. If that takes too much memory, give up: the file is read again later."""
         if segment.offset in self._kept:
             return
         if segment.memory is None:
@@ -306,7 +307,7 @@ class _InOrder:
         else:  # the segment keeps the destination alive
             self._kept_bytes += 0 if segment.ticket.stable else len(content)
             self._kept[segment.offset] = (content, segment)
-        if self._copied_bytes > _COPIED_BYTES or self._kept_bytes > _KEPT_BYTES:
+        if self._copied_bytes > _MAX_COPIED_BYTES or self._kept_bytes > _MAX_KEPT_BYTES:
             self._given_up = True
             self._kept.clear()
 
@@ -318,15 +319,15 @@ class _InOrder:
 
 
 def _chain(pieces: Iterable[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]] | None:
-    """Pieces (offset, length) that follow one another from ``start`` to ``end``; None where there is a gap."""
-    leads_on = {end: 0}  # offset -> length of the piece there from which the end is reached
+    """Pieces (offset, length) that follow one another from ``start`` to ``end``; None if there is a gap."""
+    follows = {end: 0}  # offset -> length of a piece there from which the end can be reached
     for offset, length in sorted(pieces, reverse=True):
-        if length and offset + length in leads_on:
-            leads_on[offset] = length
+        if length and offset + length in follows:
+            follows[offset] = length
     chain = []
     while start != end:
-        if start not in leads_on:
+        if start not in follows:
             return None
-        chain.append((start, leads_on[start]))
-        start += leads_on[start]
+        chain.append((start, follows[start]))
+        start += follows[start]
     return chain

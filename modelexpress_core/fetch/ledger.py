@@ -1,4 +1,4 @@
-"""The account of one load: what was planned, what arrived, and what it took."""
+"""The figures of one load: bytes planned, bytes arrived, requests and retries."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from modelexpress_core.errors import IncompleteLoadError
 
 __all__ = ["Ledger"]
 
-#: The rate in progress events is that of the last few seconds.
+#: The rate in progress events is an average over this time.
 _WINDOW_SECONDS = 5.0
 
 
 class Ledger:
-    """Counts, thread-safe. Every figure only grows.
+    """Counters of one load. Thread-safe; every figure only grows.
 
     Attributes:
         planned_bytes: Bytes of all ranges handed to the engine.
@@ -23,8 +23,8 @@ class Ledger:
         requests: Reads sent to the storage.
         retries: Reads sent again.
         most_in_flight: Most batches of ranges under way at once.
-        verified_files: Files whose digest was compared, and is right.
-        reread_bytes: Bytes read once more to find and mend what was damaged on its way.
+        verified_files: Files whose digest was compared and is right.
+        reread_bytes: Bytes read again to find and replace damaged ones.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Ledger:
             self.most_in_flight = max(self.most_in_flight, self._in_flight)
 
     def end(self, arrived: int) -> None:
-        """A batch is no longer under way; ``arrived`` is its length, or 0 where it failed."""
+        """A batch is no longer under way; ``arrived`` is its length, or 0 if it failed."""
         now = time.monotonic()
         with self._lock:
             self._in_flight -= 1
@@ -73,12 +73,12 @@ class Ledger:
             self.verified_files += files
 
     def read_again(self, length: int) -> None:
-        """``length`` bytes were read once more, because a digest was wrong."""
+        """``length`` bytes were read again, because a digest was wrong."""
         with self._lock:
             self.reread_bytes += length
 
     def rate(self) -> float:
-        """Bytes per second over the last few seconds; 0 while that cannot be said."""
+        """Bytes per second over the last few seconds; 0 while that is unknown."""
         with self._lock:
             if len(self._recent) < 2:
                 return 0.0
@@ -89,8 +89,8 @@ class Ledger:
         """Raise unless everything planned has arrived.
 
         Raises:
-            IncompleteLoadError: Something did not.
+            IncompleteLoadError: Bytes are missing.
         """
         if self.arrived_bytes != self.planned_bytes:
             message = f"{self.planned_bytes - self.arrived_bytes} of {self.planned_bytes} planned bytes did not arrive"
-            raise IncompleteLoadError(message, hint="this is a fault in ModelExpress; please report it")
+            raise IncompleteLoadError(message, hint="this is a bug in ModelExpress; please report it")

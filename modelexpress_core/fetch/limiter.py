@@ -1,4 +1,4 @@
-"""What limits a load at the moment, told from where its threads and the processors spend their time."""
+"""What limits a load at the moment, from where its threads and the processors spend their time."""
 
 from __future__ import annotations
 
@@ -11,58 +11,59 @@ from attrs import evolve, frozen
 
 __all__ = ["Limiter", "Usage", "UsageMeter"]
 
-#: What limits a load; empty while that cannot be said.
-#: source: the storage asks for fewer requests, or fails so often that trying again is most of the work.
-#: network: reads wait for bytes, of the network or of what is behind it.
+#: What limits a load; empty while that is unknown.
+#: source: the storage throttles, or fails so often that retries are most of the work.
+#: network: reads wait for bytes, from the network or from what is behind it.
 #: cpu: the processors are busy.
-#: destination: bytes wait for staging buffers, or for being copied to where they belong.
-#: planning: the code that loads asks for weights more slowly than they come.
+#: destination: bytes wait for staging buffers, or for being copied to their destination.
+#: planning: the loading code asks for weights more slowly than they arrive.
 Limiter = Literal["", "source", "network", "cpu", "destination", "planning"]
 
-#: Shares above which a resource counts as the limit.
-_BUSY_CPU = 0.85
-_MOST = 0.5
-#: Complaints and failures of the storage, as a share of requests, from which it is the limit.
-_FAILING = 0.25
+#: Share of the processors' time above which they are the limit.
+_BUSY_CPU_SHARE = 0.85
+#: Share of the time above which an activity is the limit.
+_DOMINANT_SHARE = 0.5
+#: Failures of the storage, as a share of requests, above which it is the limit.
+_FAILING_SHARE = 0.25
 
 
 @frozen
 class Usage:
-    """What has been used up since a load began.
+    """What a load has used since it began.
 
     Attributes:
-        wall_seconds: Time.
-        cpu_seconds: Time of all processors in this process.
+        wall_seconds: Elapsed time.
+        cpu_seconds: Processor time of this process, on all processors.
         reading_seconds: Time of all threads in reads of the storage.
-        placing_seconds: Time of all threads waiting for staging buffers, and copying from them.
+        delivering_seconds: Time of all threads waiting for staging buffers, and copying from them.
         requests: Reads sent.
         failures: Reads that failed.
-        complaints: Times that the storage asked for fewer requests.
+        throttled: Times that the storage asked for fewer requests.
     """
 
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     reading_seconds: float = 0.0
-    placing_seconds: float = 0.0
+    delivering_seconds: float = 0.0
     requests: int = 0
     failures: int = 0
-    complaints: int = 0
+    throttled: int = 0
 
     def limiter(self, before: Usage, *, processors: int) -> Limiter:
-        """What was the limit between ``before`` and now."""
+        """The limit between ``before`` and now."""
         wall = self.wall_seconds - before.wall_seconds
         reading = self.reading_seconds - before.reading_seconds
-        placing = self.placing_seconds - before.placing_seconds
+        delivering = self.delivering_seconds - before.delivering_seconds
         requests = self.requests - before.requests
         if wall <= 0 or not requests:
             return ""
-        if self.complaints > before.complaints or self.failures - before.failures > _FAILING * requests:
+        if self.throttled > before.throttled or self.failures - before.failures > _FAILING_SHARE * requests:
             return "source"
-        if placing > _MOST * (reading + placing):
+        if delivering > _DOMINANT_SHARE * (reading + delivering):
             return "destination"
-        if self.cpu_seconds - before.cpu_seconds > _BUSY_CPU * processors * wall:
+        if self.cpu_seconds - before.cpu_seconds > _BUSY_CPU_SHARE * processors * wall:
             return "cpu"
-        if reading + placing < _MOST * wall:  # not even one thread was busy for most of the time
+        if reading + delivering < _DOMINANT_SHARE * wall:  # less than one thread was busy most of the time
             return "planning"
         return "network"
 
@@ -82,25 +83,25 @@ class UsageMeter:
         self,
         *,
         reading_seconds: float = 0.0,
-        placing_seconds: float = 0.0,
+        delivering_seconds: float = 0.0,
         requests: int = 0,
         failures: int = 0,
-        complaints: int = 0,
+        throttled: int = 0,
     ) -> None:
-        """Count what was used."""
+        """Add to what was used."""
         with self._lock:
             used = self._used
             self._used = evolve(
                 used,
                 reading_seconds=used.reading_seconds + reading_seconds,
-                placing_seconds=used.placing_seconds + placing_seconds,
+                delivering_seconds=used.delivering_seconds + delivering_seconds,
                 requests=used.requests + requests,
                 failures=used.failures + failures,
-                complaints=used.complaints + complaints,
+                throttled=used.throttled + throttled,
             )
 
     def limiter(self) -> Limiter:
-        """What was the limit since this was last asked; what it was then, where nothing has happened since."""
+        """The limit since the last call; the same as then if nothing has happened since."""
         wall, cpu = (now - then for now, then in zip((time.monotonic(), time.process_time()), self._begun, strict=True))
         with self._lock:
             now = evolve(self._used, wall_seconds=wall, cpu_seconds=cpu)

@@ -1,4 +1,4 @@
-"""Memory that was never written to has no pages yet; making them costs more than filling them from the page cache."""
+"""Makes the pages of memory that was never written to: doing so page by page costs more than filling them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if _madvise is not None:
 
 
 def make_pages(memory: memoryview) -> None:
-    """Make the pages of ``memory``, all in one call; one at a time, as reading would, takes a fifth longer.
+    """Make the pages of ``memory`` in one call. One at a time, as reading would make them, takes a fifth longer.
 
-    Where the system cannot (an older kernel, a container without enough memory), they are made one at a time after all.
+    If the system cannot do that (an older kernel, a container without enough memory), reading makes them.
     """
     if _madvise is None:
         return

@@ -1,4 +1,4 @@
-"""What the engine is asked to move: ranges of files, and where their bytes go."""
+"""What the engine moves: ranges of files, and the destinations of their bytes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Ticket:
     Attributes:
         remaining: Segments that have not arrived; counted by the engine.
         done: Whether everything arrived. Once true it stays true.
-        stable: Whether nothing but this is written to its destination, and nobody uses it, before the load ends: what
-            turns out to be damaged may then be delivered again.
+        stable: Whether nothing else writes to its destination, and nothing uses it, before the load ends: damaged bytes
+            may then be delivered again.
         fresh: Whether nothing was ever written to its destination, so that its pages do not exist yet.
     """
 
@@ -37,14 +37,14 @@ class Segment:
     Attributes:
         offset: First byte in the file.
         length: Bytes.
-        memory: Where they go, of exactly ``length`` bytes; None where ``deliver`` is set.
-        deliver: Called with the bytes, in a buffer that is reused afterwards; None where ``memory`` is set.
-        runs: Where the bytes are no contiguous range but runs with gaps between them: the length of a run, and how far
-            after the start of one the next starts. They are alone in their range. None otherwise.
-        ticket: What this is a part of. It keeps the destination alive.
+        memory: Where they go, of exactly ``length`` bytes; None where ``consume`` is set.
+        consume: Called with the bytes, in a buffer that is reused afterwards; None where ``memory`` is set.
+        runs: For runs with gaps between them instead of a contiguous range: the length of a run, and the distance from
+            the start of one to the start of the next. Such a segment is alone in its range. None otherwise.
+        ticket: The ticket that this is a part of. It keeps the destination alive.
     """
 
-    __slots__ = ("deliver", "length", "memory", "offset", "runs", "ticket")
+    __slots__ = ("consume", "length", "memory", "offset", "runs", "ticket")
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Segment:
         ticket: Ticket,
         *,
         memory: memoryview | None = None,
-        deliver: Callable[[memoryview], None] | None = None,
+        consume: Callable[[memoryview], None] | None = None,
         runs: tuple[int, int] | None = None,
     ) -> None:
         self.runs = runs
@@ -61,21 +61,21 @@ class Segment:
         self.length = length
         self.ticket = ticket
         self.memory = memory
-        self.deliver = deliver
+        self.consume = consume
 
-    def place(self, content: memoryview) -> None:
-        """Bring ``content``, the bytes of this segment, to where they belong."""
-        if self.deliver is not None:
-            self.deliver(content)
+    def deliver(self, content: memoryview) -> None:
+        """Bring ``content``, the bytes of this segment, to their destination."""
+        if self.consume is not None:
+            self.consume(content)
         elif self.memory is not None:
             self.memory[:] = content
 
 
 class Range:
-    """One read: a contiguous range of one file, with the segments that lie in it.
+    """One read: a contiguous range of one file, with the segments in it.
 
-    Where it is one segment with memory of its own, the bytes are read straight there. Otherwise they go through a
-    staging buffer, from which each segment takes its part; bytes between segments are thrown away.
+    If it is one segment with its own memory, the bytes are read directly there. Otherwise they go through a staging
+    buffer, from which each segment takes its part; bytes between segments are dropped.
     """
 
     __slots__ = ("file", "length", "offset", "segments")
@@ -88,7 +88,7 @@ class Range:
 
     @property
     def direct(self) -> memoryview | None:
-        """The destination, where the bytes can be read straight into it."""
+        """The destination, if the bytes can be read directly into it."""
         if len(self.segments) != 1:
             return None
         segment = self.segments[0]

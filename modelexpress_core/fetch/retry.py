@@ -1,9 +1,9 @@
-"""Trying again: the only place that decides to, and the only one that waits.
+"""Retries: the only module that decides to retry, and the only one that waits.
 
-A read is taken up again at the first byte that is missing. The time between tries is drawn at random between zero and
-a bound that doubles (full jitter: https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/),
-or is what the other side asked for. All reads of a load share one budget of waiting time, so that a dead storage fails
-a load once, not once per read.
+A read resumes at the first missing byte. The time between attempts is drawn at random between zero and a bound that
+doubles (full jitter: https://aws.amazon.com/builders-library/timeouts-retries-and-backoff-with-jitter/), added to the
+time that the other side asked for, if any. All reads of a load share one budget of waiting time, so that a dead storage
+fails a load once, not once per read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from attrs import frozen
 
 from modelexpress_core.contracts.storage import ObjectInfo, RunStorage, Storage
 from modelexpress_core.errors import BackendError, ModelExpressError, SourceChangedError, UnavailableError
+from modelexpress_core.messages import byte_range
 from modelexpress_core.settings import LoadSettings
 
 __all__ = ["LoadCancelledError", "RetryBudget", "RetryPolicy", "RetryingStorage"]
@@ -30,12 +31,12 @@ class LoadCancelledError(ModelExpressError):
 
 @frozen
 class RetryPolicy:
-    """When to try again.
+    """When to retry.
 
     Attributes:
-        attempts: Tries of one read without a byte of progress.
+        attempts: Attempts of one read without a byte of progress.
         base_seconds: Bound of the first wait.
-        cap_seconds: Bound that no wait exceeds, unless the other side asks for more.
+        cap_seconds: Upper bound of each wait, unless the other side asks for more.
     """
 
     attempts: int = 8
@@ -48,7 +49,7 @@ class RetryPolicy:
         return cls(attempts=settings.retry_attempts)
 
     def delay(self, failures: int, asked: float | None, uniform: Callable[[float, float], float]) -> float:
-        """Seconds to wait after ``failures`` failed tries in a row; ``asked`` is what the other side wants."""
+        """Seconds to wait after ``failures`` failures in a row; ``asked``: seconds that the other side asked for."""
         bound = min(self.cap_seconds, self.base_seconds * 2 ** min(failures - 1, 30))
         drawn = uniform(0.0, bound)
         return drawn if asked is None else asked + drawn
@@ -62,7 +63,7 @@ class RetryBudget:
         self._left = seconds
 
     def spend(self, seconds: float) -> bool:
-        """Take ``seconds``; False, taking nothing, where that much is not left."""
+        """Take ``seconds`` from the budget; False, taking nothing, if less is left."""
         with self._lock:
             if seconds > self._left:
                 return False
@@ -70,36 +71,36 @@ class RetryBudget:
             return True
 
 
-def _let_through(exc: Exception, path: str) -> BackendError:
-    """What a storage lets through of its SDK, as an error that names the place, and whose fault it is."""
-    reason = f"the storage plugin let {type(exc).__name__} through at {path!r}: {exc}"
+def _untranslated(exc: Exception, path: str) -> BackendError:
+    """An exception that a storage plugin did not translate, as an error that names the object and the culprit."""
+    reason = f"the storage plugin did not translate {type(exc).__name__} at {path!r}: {exc}"
     return BackendError(reason, hint="report it to the plugin's authors")
 
 
 @contextmanager
-def _own_errors(path: str) -> Iterator[None]:
-    """What a storage lets through of its SDK becomes an error of our own."""
+def _translated_errors(path: str) -> Iterator[None]:
+    """Turn exceptions that the storage plugin did not translate into our own errors."""
     try:
         yield
     except ModelExpressError:
         raise
     except Exception as exc:
-        raise _let_through(exc, path) from exc
+        raise _untranslated(exc, path) from exc
 
 
 class RetryingStorage:
-    """A storage that tries again where its errors say that this can help. ``read_into`` fills the whole buffer.
+    """A storage that retries if its errors say that this can help. ``read_into`` fills the whole buffer.
 
     Args:
         storage: The storage to ask.
-        policy: When to try again.
-        budget: Waiting time, shared by all that was made with it.
+        policy: When to retry.
+        budget: Waiting time, shared by all users of the budget.
         cancelled: Set when the load ends: waiting stops at once.
         on_retry: Called for each request that is sent again.
-        on_failure: Called with each error, whether or not it is tried again.
-        on_read: Called after each read that did not fail, with its seconds and whether it brought all it was asked for.
-            None where nobody wants to know.
-        uri_of: The redacted URI of an object, of its path.
+        on_failure: Called with each error, whether it is retried or not.
+        on_read: Called after each successful read, with its seconds and whether it returned all its bytes; None to
+            measure nothing.
+        uri_of: The redacted URI of an object, from its path.
         uniform: Draws a number between two others.
     """
 
@@ -111,7 +112,7 @@ class RetryingStorage:
         *,
         cancelled: threading.Event | None = None,
         on_retry: Callable[[], None] = lambda: None,
-        on_failure: Callable[[BackendError], None] = lambda error: None,  # noqa: ARG005 - nobody wants to know
+        on_failure: Callable[[BackendError], None] = lambda error: None,  # noqa: ARG005 - does nothing
         on_read: Callable[[float, bool], None] | None = None,
         uri_of: Callable[[str], str] = str,
         uniform: Callable[[float, float], float] = random.uniform,
@@ -127,17 +128,17 @@ class RetryingStorage:
         self._uniform = uniform
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """As the storage's; a listing that breaks is begun again and goes on after what was already seen."""
+        """As the storage's; a listing that fails starts again and continues after the objects already seen."""
         seen: set[str] = set()
         failures = 0
         while True:
             if failures:
                 self._on_retry()
             try:
-                with _own_errors(prefix):
+                with _translated_errors(prefix):
                     listing = iter(self._storage.list(prefix))
                 while True:
-                    with _own_errors(prefix):
+                    with _translated_errors(prefix):
                         info = next(listing, None)
                     if info is None:
                         break
@@ -158,14 +159,14 @@ class RetryingStorage:
             if failures:
                 self._on_retry()
             try:
-                with _own_errors(path):
+                with _translated_errors(path):
                     return self._storage.stat(path)
             except BackendError as exc:
                 failures += 1
                 self._wait(exc, failures)
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
-        """Fill ``buffer``, however many requests that takes.
+        """Fill ``buffer``, with as many requests as that takes.
 
         Returns:
             The length of ``buffer``.
@@ -182,7 +183,7 @@ class RetryingStorage:
     def read_runs(
         self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
     ) -> int:
-        """Fill ``buffer`` with runs, as the storage's method does, however many calls that takes.
+        """Fill ``buffer`` with runs, as the storage's method does, with as many calls as that takes.
 
         Returns:
             The length of ``buffer``.
@@ -197,7 +198,7 @@ class RetryingStorage:
         return self._fill(path, len(buffer), read)
 
     def _fill(self, path: str, total: int, read: Callable[[int], int]) -> int:
-        """Call ``read`` with the number of bytes that are there, until ``total`` are."""
+        """Call ``read`` with the number of bytes read so far, until ``total`` are read."""
         done, failures = 0, 0
         on_read = self._on_read
         while done < total:
@@ -213,8 +214,8 @@ class RetryingStorage:
                 self._wait(exc, failures)
             except ModelExpressError:
                 raise
-            except Exception as exc:  # noqa: BLE001 - becomes one of our own
-                failure = _let_through(exc, path)
+            except Exception as exc:  # noqa: BLE001 - becomes our own error
+                failure = _untranslated(exc, path)
                 failure.__cause__ = exc
                 self._wait(failure, failures + 1)
             else:
@@ -224,7 +225,7 @@ class RetryingStorage:
         return total
 
     def _checked(self, count: int, path: str, offset: int, length: int, unit: int = 1) -> int:
-        """What a storage says it has read, unless that cannot be."""
+        """The number of bytes that a storage says it has read, if that is possible."""
         if count % unit or not 0 <= count <= length:
             message = f"a read returned {count} for a buffer of {length} bytes"
             raise BackendError(
@@ -239,9 +240,9 @@ class RetryingStorage:
         self._storage.close()
 
     def _ended_early(self, path: str, offset: int, length: int) -> BackendError:
-        """What a stream without a byte means: the object was cut short, or the connection was."""
+        """The error for a stream without a byte: the object was cut short, or the connection was."""
         size = self._storage.stat(path).size
-        operation = f"read bytes {offset}-{offset + length - 1}"
+        operation = f"read {byte_range(offset, length)}"
         if size < offset + length:
             return SourceChangedError(
                 f"it has {size} bytes now, fewer than when the load began",
@@ -253,7 +254,7 @@ class RetryingStorage:
         return UnavailableError("the stream ended before its first byte", uri=self._uri_of(path), operation=operation)
 
     def _wait(self, exc: BackendError, failures: int) -> None:
-        """Wait before the next try, or raise ``exc`` where there is none."""
+        """Wait before the next attempt, or raise ``exc`` if there is none."""
         exc.attempts = failures
         self._on_failure(exc)
         if not exc.retryable or failures >= self._policy.attempts:

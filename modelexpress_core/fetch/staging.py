@@ -1,4 +1,4 @@
-"""Memory for bytes that cannot be read straight into place: bounded, and used again."""
+"""Memory for bytes that cannot be read directly into place: bounded, and reused."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def _host_memory(length: int) -> memoryview:
 
 
 class StagingPool:
-    """Buffers of one size, together never more than the budget. Who finds none free waits.
+    """Buffers of one size, together never more than the budget. Threads wait for a free one.
 
     Args:
-        budget_bytes: Memory in all.
+        budget_bytes: Bytes of all buffers together.
         buffer_bytes: Size of a buffer, the largest range that can be staged.
-        allocate: Makes a buffer; pinned memory for devices that copy from it.
+        allocate: Makes a buffer: pinned memory for devices that copy from it.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class StagingPool:
         self._changed = threading.Condition()
 
     def allocate_with(self, allocate: Callable[[int], memoryview]) -> None:
-        """Make buffers with ``allocate`` from now on; those that there are stay."""
+        """Make further buffers with ``allocate``; existing ones stay."""
         self._allocate = allocate
 
     @contextmanager
     def borrow(self, length: int) -> Iterator[memoryview]:
-        """A buffer of ``length`` bytes, for the length of the ``with`` block."""
+        """A buffer of ``length`` bytes, until the ``with`` block ends."""
         if length > self.buffer_bytes:
             message = f"{length} bytes do not fit a staging buffer of {self.buffer_bytes}"
             raise ValueError(message)

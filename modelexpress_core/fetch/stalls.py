@@ -1,9 +1,9 @@
-"""How long a read may go without a byte before it counts as stalled: learned from the reads that go well.
+"""How long a read may go without a byte before it counts as stalled: learned from successful reads.
 
-A connection that a server, a proxy or a firewall has forgotten looks like one that is slow. What tells them apart is
-how long reads take here: one that is silent for several times as long as the slowest of the last ones took as a whole
-is not slow. Where everything stalls at once, because a server restarts, waiting longer is right: each stall doubles the
-time, and each read that goes well takes that back.
+A connection that a server, a proxy or a firewall has dropped looks like a slow one. The duration of recent reads tells
+them apart: a read that is silent for several times the duration of the slowest recent read is not slow. If everything
+stalls at once, because a server restarts, a longer wait is right: each stall doubles the time, and each successful read
+halves it again.
 """
 
 from __future__ import annotations
@@ -13,44 +13,44 @@ from collections import deque
 
 __all__ = ["Patience"]
 
-#: Silence is a stall after this many times the slowest of the last reads ...
-_TIMES = 3.0
-_RECENT = 32
-#: ... but not before this, which scheduling and retransmissions alone can take ...
-_LEAST_SECONDS = 2.0
-#: ... and nothing is concluded from fewer reads than these.
-_ENOUGH = 8
+#: Silence is a stall after this many times the duration of the slowest recent read ...
+_SLOWEST_FACTOR = 3.0
+_RECENT_READS = 32
+#: ... but not earlier than this: scheduling and retransmissions alone can take so long ...
+_MIN_SECONDS = 2.0
+#: ... and only once so many reads are known.
+_MIN_READS = 8
 
 
 class Patience:
     """How long reads of one load wait for their next byte. Thread-safe.
 
     Args:
-        most_seconds: Never longer than this, and this while too little is known.
+        most_seconds: Upper bound, and the time while too few reads are known.
     """
 
     def __init__(self, most_seconds: float) -> None:
         self._most_seconds = most_seconds
         self._lock = threading.Lock()
-        self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._times = 1.0
+        self._recent: deque[float] = deque(maxlen=_RECENT_READS)
+        self._factor = 1.0
         self.seconds = most_seconds
 
     def completed(self, seconds: float) -> float:
-        """A read brought everything it was asked for in ``seconds``; how long others may wait now."""
+        """A read returned all its bytes after ``seconds``. Returns how long reads may wait now."""
         with self._lock:
             self._recent.append(seconds)
-            self._times = max(1.0, self._times / 2)
-            return self._changed()
+            self._factor = max(1.0, self._factor / 2)
+            return self._update()
 
     def stalled(self) -> float:
-        """A read was given up for silence; how long others may wait now."""
+        """A read stalled. Returns how long reads may wait now."""
         with self._lock:
-            self._times = min(2 * self._times, self._most_seconds / _LEAST_SECONDS)
-            return self._changed()
+            self._factor = min(2 * self._factor, self._most_seconds / _MIN_SECONDS)
+            return self._update()
 
-    def _changed(self) -> float:
-        if len(self._recent) >= _ENOUGH:
-            learned = max(_LEAST_SECONDS, _TIMES * max(self._recent))
-            self.seconds = min(self._most_seconds, self._times * learned)
+    def _update(self) -> float:
+        if len(self._recent) >= _MIN_READS:
+            learned = max(_MIN_SECONDS, _SLOWEST_FACTOR * max(self._recent))
+            self.seconds = min(self._most_seconds, self._factor * learned)
         return self.seconds

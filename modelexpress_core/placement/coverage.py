@@ -14,11 +14,11 @@ __all__ = ["Coverage"]
 
 
 class Coverage:
-    """Which memory of some tensors was written.
+    """Which memory of the tensors of a model was written.
 
     Args:
-        tensors: The tensors that have to be written, by name. Those that share memory are covered together. One whose
-            class hides its memory counts as written when it is written itself.
+        tensors: The tensors that have to be written, by name. Tensors that share memory are covered together. A tensor
+            whose class hides its memory counts as written when it is written itself.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -38,7 +38,7 @@ class Coverage:
                 key = (region.start, region.end, region.dims)
                 self._tensors[name] = by_memory.setdefault(key, _Covered(region))
         self._by_start = sorted(by_memory.values(), key=lambda covered: covered.region.start)
-        # One tensor may lie within another. With the furthest end so far, these rise and can be searched.
+        # One tensor may be inside another. The furthest end so far only rises, so it can be searched.
         self._furthest = list(accumulate((covered.region.end for covered in self._by_start), max))
 
     def wrote(self, tensor: torch.Tensor) -> None:
@@ -69,10 +69,10 @@ class Coverage:
 
 
 class _Covered:
-    """The memory of one tensor, and what of it was written.
+    """The memory of one tensor, and which part of it was written.
 
-    Gapless writes are kept as intervals. A write with gaps turns the account into a mask of bytes, exact whatever the
-    pattern, at one byte for each of the tensor's.
+    Writes without gaps are kept as intervals. A write with gaps turns them into a mask, which is exact for every
+    pattern and takes one byte for each byte of the tensor.
     """
 
     def __init__(self, region: Region) -> None:
@@ -99,12 +99,12 @@ class _Covered:
             sizes, strides = zip(*region.dims, strict=True)
             mask.as_strided(sizes, strides, region.start - self.region.start).fill_(True)
             return
-        # It reaches over the edge: paint it on a sheet of its own size and take the part that lies on ours.
-        sheet = torch.zeros(region.end - region.start, dtype=torch.bool, device="cpu")
+        # It extends past the tensor: paint it on a mask of its own size and take the common part.
+        own_mask = torch.zeros(region.end - region.start, dtype=torch.bool, device="cpu")
         sizes, strides = zip(*region.dims, strict=True)
-        sheet.as_strided(sizes, strides).fill_(True)
+        own_mask.as_strided(sizes, strides).fill_(True)
         start, end = max(region.start, self.region.start), min(region.end, self.region.end)
-        part = sheet[start - region.start : end - region.start]
+        part = own_mask[start - region.start : end - region.start]
         mask[start - self.region.start : end - self.region.start] |= part
 
     def complete(self) -> bool:

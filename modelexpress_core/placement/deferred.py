@@ -1,60 +1,69 @@
-"""Tensors whose bytes have not been read: a shape, a dtype, and where in a checkpoint the bytes lie."""
+"""Tensors whose bytes have not been read: a shape, a dtype, and where the bytes are in a checkpoint."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from modelexpress_core.checkpoint import TensorInfo
+from modelexpress_core.fetch import Ticket
 from modelexpress_core.placement.dtypes import torch_dtype, torch_shape
+from modelexpress_core.placement.strides import contiguous_strides
+from modelexpress_core.placement.torch_private import (
+    BypassModes,
+    disabled_torch_function,
+    make_wrapper,
+    throw_on_data_pointer,
+)
 from modelexpress_core.placement.views import Layout
 
-if TYPE_CHECKING:
-    from modelexpress_core.fetch import Ticket
-    from modelexpress_core.placement.recording import Recorder
+__all__ = ["DeferredTensor", "Interceptor", "Source", "deferred_view"]
 
-__all__ = ["DeferredTensor", "Source", "Unwatched", "deferred_view"]
-
-_make_wrapper = torch.Tensor._make_wrapper_subclass
 _CPU = torch.device("cpu")
 
 
-class Unwatched:
-    """A block whose operations are ours and on plain tensors: no mode is asked."""
+class Interceptor(Protocol):
+    """Does the operations of a load, as deferred tensors and torch's modes need it."""
 
-    __slots__ = ("_dispatch", "_function")
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do ``func``, an operation of the thread that records."""
 
-    def __enter__(self) -> None:
-        self._function = torch._C.DisableTorchFunction()
-        self._dispatch = torch._C._DisableTorchDispatch()
-        self._function.__enter__()
-        self._dispatch.__enter__()
+    def dispatch_elsewhere(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do ``func`` where no mode sees operations: in another thread, or after the load."""
 
-    def __exit__(self, *exc: object) -> None:
-        self._dispatch.__exit__(None, None, None)
-        self._function.__exit__(None, None, None)
+    def prepare_escape(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments for ``func``, which hands out memory past dispatch."""
+
+    def copied(self, deferred: DeferredTensor, destination: torch.Tensor) -> None:
+        """Code copied ``deferred`` to ``destination``, bytes to bytes."""
+
+    def materialise(self, deferred: DeferredTensor, reason: str) -> torch.Tensor:
+        """A plain tensor with the elements of ``deferred``."""
+
+    def shared_memory(self, deferred: DeferredTensor) -> torch.Tensor:
+        """The memory that every view of the stored tensor refers to from now on."""
 
 
 class Source:
     """One stored tensor during one load; all views of it share this.
 
     Attributes:
-        info: Where its bytes lie.
-        recorder: The load that it belongs to.
-        dtype: In torch's words.
-        shape: As torch has it.
+        info: Where its bytes are.
+        interceptor: Does the operations of its load.
+        dtype: Its dtype in torch.
+        shape: Its shape in torch.
         used: Whether anything was read or copied from it.
-        prefetched: Its bytes, where they are fetched ahead because it is small.
-        prefetch: Tells when they have arrived.
-        real: The whole of it as a plain tensor, once something wrote to it: from then on all views mean this memory.
+        prefetched: Its bytes, if it is small and they are fetched ahead.
+        prefetch: Done when they have arrived.
+        real: The whole of it as a plain tensor, once something wrote to it: all views refer to this memory then.
     """
 
-    __slots__ = ("_meta", "dtype", "info", "prefetch", "prefetched", "real", "recorder", "shape", "used")
+    __slots__ = ("_meta", "dtype", "info", "interceptor", "prefetch", "prefetched", "real", "shape", "used")
 
-    def __init__(self, info: TensorInfo, recorder: Recorder) -> None:
+    def __init__(self, info: TensorInfo, interceptor: Interceptor) -> None:
         self.info = info
-        self.recorder = recorder
+        self.interceptor = interceptor
         self.dtype = torch_dtype(info)
         self.shape = torch_shape(info)
         self.used = False
@@ -65,49 +74,50 @@ class Source:
 
     @property
     def meta(self) -> torch.Tensor:
-        """A meta tensor of the whole of it, made when it is asked for."""
+        """A meta tensor of the whole of it, made at first use."""
         if self._meta is None:
-            with Unwatched():
+            with BypassModes():
                 self._meta = torch.empty(self.shape, dtype=self.dtype, device="meta")
         return self._meta
 
     def whole(self) -> DeferredTensor:
         """All of it, deferred."""
-        shape = self.shape
-        step = 1
-        strides = []
-        for size in reversed(shape):
-            strides.append(step)
-            step *= size or 1
-        return deferred_view(self, (shape, tuple(strides[::-1]), 0), self.dtype)
+        return deferred_view(self, (self.shape, contiguous_strides(self.shape), 0), self.dtype)
 
 
 class DeferredTensor(torch.Tensor):
     """A view of a stored tensor that was not read.
 
-    Looks like a tensor on the CPU. Views of it are deferred tensors too; ``destination.copy_(deferred)`` records where
-    the bytes go; anything else reads them and goes on with a plain tensor. It can be used until its load ends.
+    It looks like a tensor on the CPU. Views of it are deferred tensors too; ``destination.copy_(deferred)`` records
+    where the bytes go; any other operation reads them and goes on with a plain tensor. It can be used until its load
+    ends. Engines set attributes of many names on tensors, so those here have a prefix.
+
+    Attributes:
+        mx_source: The stored tensor.
+        mx_layout: Which of its elements this view has.
+        mx_read: Its elements as a plain tensor, once they were read.
+        mx_meta_view: This view of the meta tensor of its source, once ``mx_meta`` was asked for.
     """
 
-    __slots__ = ("_given_meta", "_layout", "_read", "_source")
+    __slots__ = ("mx_layout", "mx_meta_view", "mx_read", "mx_source")
 
-    _source: Source
-    _layout: Layout
-    _given_meta: torch.Tensor | None
-    _read: torch.Tensor | None
+    mx_source: Source
+    mx_layout: Layout
+    mx_read: torch.Tensor | None
+    mx_meta_view: torch.Tensor | None
 
-    # Straight to dispatch: at the level of torch functions only the mode of the recorder decides anything.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's documented way
+    # Straight to dispatch: at the level of torch functions only the function mode of a load decides.
+    __torch_function__ = disabled_torch_function
 
     @property
-    def _meta(self) -> torch.Tensor:
+    def mx_meta(self) -> torch.Tensor:
         """This view of the meta tensor of its source."""
-        if self._given_meta is None:
-            with Unwatched():
-                sizes, strides, offset = self._layout
+        if self.mx_meta_view is None:
+            with BypassModes():
+                sizes, strides, offset = self.mx_layout
                 meta = torch.empty(0, dtype=self.dtype, device="meta")
-                self._given_meta = meta.set_(self._source.meta.untyped_storage(), offset, sizes, strides)
-        return self._given_meta
+                self.mx_meta_view = meta.set_(self.mx_source.meta.untyped_storage(), offset, sizes, strides)
+        return self.mx_meta_view
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's own annotation lacks the class
@@ -117,25 +127,25 @@ class DeferredTensor(torch.Tensor):
         args: Any = (),
         kwargs: Any = None,
     ) -> Any:
-        """Reached outside the recording mode: in another thread, or after the load has ended."""
+        """Called outside the recording mode: in another thread, or after the load has ended."""
         for value in _tensors((*args, *(kwargs or {}).values())):
             if isinstance(value, DeferredTensor):
-                return value._source.recorder.dispatch_elsewhere(func, args, kwargs or {})
+                return value.mx_source.interceptor.dispatch_elsewhere(func, args, kwargs or {})
         return NotImplemented
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Name, shape and dtype; nothing is read for it."""
-        return f"DeferredTensor({self._source.info.name}, shape={list(self.shape)}, dtype={self.dtype})"
+        return f"DeferredTensor({self.mx_source.info.name}, shape={list(self.shape)}, dtype={self.dtype})"
 
-    # Ways to the bytes that do not pass through dispatch.
+    # -- access to the bytes that does not pass through dispatch -----------------------------------------------------
 
     def _plain(self) -> torch.Tensor:
         """A plain tensor with a copy of the bytes."""
-        return self._source.recorder.materialise(self, "python").clone()
+        return self.mx_source.interceptor.materialise(self, "python").clone()
 
     def _memory(self) -> torch.Tensor:
         """A plain tensor over the memory that all views of the stored tensor share from now on."""
-        return self._source.recorder.shared_memory(self)
+        return self.mx_source.interceptor.shared_memory(self)
 
     def __format__(self, spec: str) -> str:
         return format(self._plain().item(), spec) if self.dim() == 0 else object.__format__(self, spec)
@@ -184,17 +194,16 @@ class DeferredTensor(torch.Tensor):
 def deferred_view(
     source: Source, layout: Layout, dtype: torch.dtype, meta: torch.Tensor | None = None
 ) -> DeferredTensor:
-    """The view of ``source`` that has ``layout``, in elements of ``dtype``, which ``meta`` is of its meta tensor."""
+    """The view of ``source`` with ``layout``, in elements of ``dtype``; ``meta``: the same view of its meta tensor."""
     sizes, strides, offset = layout
-    view: DeferredTensor = _make_wrapper(  # by position, which torch takes in half the time
+    view: DeferredTensor = make_wrapper(  # by position, which torch takes in half the time
         DeferredTensor, sizes, strides, offset, None, dtype, torch.strided, _CPU
     )
-    # What reaches for its memory past all that is watched here gets an error instead of a null pointer.
-    torch._C._set_throw_on_mutable_data_ptr(view)
-    view._source = source
-    view._layout = layout
-    view._given_meta = meta
-    view._read = None
+    throw_on_data_pointer(view)
+    view.mx_source = source
+    view.mx_layout = layout
+    view.mx_read = None
+    view.mx_meta_view = meta
     return view
 
 

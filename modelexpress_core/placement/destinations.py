@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,28 +10,24 @@ from torch import nn
 
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.errors import IncompleteLoadError, PlacementError
+from modelexpress_core.messages import listed
 from modelexpress_core.placement.dtypes import torch_dtype, torch_shape
 from modelexpress_core.placement.memory import Region, has_memory, region_of
+from modelexpress_core.placement.strides import repeats_elements
+from modelexpress_core.placement.torch_private import module_tables
 
 __all__ = ["Destinations"]
-
-_SHOWN = 8
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 class Destinations:
     """Where each tensor of a checkpoint goes.
 
-    Parameters and buffers of a module that are on the meta device get memory here, and become the module's own only in
-    ``adopt``: a load that fails leaves the module as it was.
+    Parameters and buffers of a module that are on the meta device get memory here. The module gets them in ``adopt``:
+    a load that fails leaves the module as it was.
 
     Args:
-        target: A module (its parameters and persistent buffers are meant), or tensors by name.
-        device: Where tensors on the meta device get memory.
+        target: A module (its parameters and persistent buffers), or tensors by name.
+        device: The device on which tensors of the meta device get memory.
     """
 
     def __init__(self, target: nn.Module | Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -46,7 +42,7 @@ class Destinations:
         meta = [name for name, tensor in self.tensors.items() if tensor.is_meta]
         if meta:
             raise PlacementError(
-                f"destinations on the meta device, which has no memory: {_listed(meta)}",
+                f"destinations on the meta device, which has no memory: {listed(meta)}",
                 tensor=meta[0],
                 hint="allocate them with torch.empty_like(tensor, device=...), or pass the module itself",
             )
@@ -54,8 +50,7 @@ class Destinations:
     def _of_module(self, module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
         made: dict[int, torch.Tensor] = {}
         for owner in module.modules():
-            tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)  # noqa: SLF001 - Module.to_empty writes to them too
-            for table in tables:
+            for table in module_tables(owner):
                 for name, tensor in table.items():
                     if tensor is None or not tensor.is_meta:
                         continue
@@ -70,7 +65,7 @@ class Destinations:
         lost = [name for name, tensor in own if tensor.is_meta and id(made[id(tensor)]) not in reached]
         if lost:
             raise IncompleteLoadError(
-                f"parameters and buffers that no checkpoint holds are on the meta device: {_listed(lost)}",
+                f"parameters and buffers that no checkpoint holds are on the meta device: {listed(lost)}",
                 missing=lost,
                 cause="the module was built on the meta device, and computes these itself",
                 hint="build it on a real device, or recompute them before the load",
@@ -78,12 +73,12 @@ class Destinations:
         return tensors
 
     def adopt(self) -> None:
-        """Give the module the memory that its tensors on the meta device were loaded into."""
+        """Replace the module's tensors on the meta device by those that were loaded."""
         for assign in self._adopt:
             assign()
 
     def check(self, checkpoint: Checkpoint, *, strict: bool, cast: bool) -> None:
-        """Raise unless every destination can be written from the checkpoint as it is.
+        """Raise unless every destination can be written from the checkpoint.
 
         Raises:
             IncompleteLoadError: A destination has no tensor, or (``strict``) a tensor has no destination.
@@ -94,9 +89,9 @@ class Destinations:
         if missing or (unexpected and strict):
             parts = []
             if missing:
-                parts.append(f"{len(missing)} tensors are not in the checkpoint: {_listed(missing)}")
+                parts.append(f"{len(missing)} tensors are not in the checkpoint: {listed(missing)}")
             if unexpected and strict:
-                parts.append(f"{len(unexpected)} tensors have no destination: {_listed(unexpected)}")
+                parts.append(f"{len(unexpected)} tensors have no destination: {listed(unexpected)}")
             raise IncompleteLoadError(
                 f"{checkpoint.uri} does not fit the destination: {'; '.join(parts)}",
                 missing=missing,
@@ -108,13 +103,13 @@ class Destinations:
         self._check_memory()
 
     def _check_memory(self) -> None:
-        """Refuse memory that two destinations share in part, or one with itself: one load would undo the other."""
+        """Refuse destinations that share memory in part, with others or themselves: one copy would undo another."""
         regions = []
         for name, tensor in self.tensors.items():
             if tensor.layout is not torch.strided:
                 message = f"the destination {name} is a {tensor.layout} tensor; only strided ones have plain memory"
                 raise PlacementError(message, tensor=name, hint="load into a strided tensor and convert it")
-            if any(not stride and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            if repeats_elements(tensor.shape, tensor.stride()):
                 message = f"elements of the destination {name} share memory: it was made with expand()"
                 raise PlacementError(message, tensor=name, hint="clone() it")
             region = region_of(tensor) if has_memory(tensor) else None
@@ -128,11 +123,13 @@ class Destinations:
                 tied = _memory(self.tensors[name]) == _memory(self.tensors[other_name])
                 if not tied and region.overlaps(other):
                     message = f"the destinations {other_name} and {name} share a part of their memory"
-                    raise PlacementError(message, tensor=name, hint="give each memory of its own, or tie them wholly")
+                    raise PlacementError(
+                        message, tensor=name, hint="give each its own memory, or let them share all of it"
+                    )
             reaching.append((region, name))
 
     def _missing(self, checkpoint: Checkpoint) -> list[str]:
-        """Destinations that nothing in the checkpoint goes to. One that shares memory with another counts once."""
+        """Destinations without a tensor in the checkpoint, unless they share all their memory with one that has one."""
         written = {
             _memory(tensor) for name, tensor in self.tensors.items() if name in checkpoint.tensors and tensor.numel()
         }
@@ -154,14 +151,14 @@ class Destinations:
                 dtypes.append(f"{name} is {info.dtype} in {info.file.name} and {tensor.dtype} here")
         if shapes:
             raise PlacementError(
-                f"{len(shapes)} tensors have another shape: {'; '.join(shapes[:_SHOWN])}",
+                f"{len(shapes)} tensors have another shape: {listed(shapes, separator='; ')}",
                 tensor=shapes[0].split(" is ")[0],
                 cause="it is the checkpoint of another model, or of another size of it",
                 hint="compare with `mx inspect`",
             )
         if dtypes:
             raise PlacementError(
-                f"{len(dtypes)} tensors have another dtype: {'; '.join(dtypes[:_SHOWN])}",
+                f"{len(dtypes)} tensors have another dtype: {listed(dtypes, separator='; ')}",
                 tensor=dtypes[0].split(" is ")[0],
                 hint="pass cast=True to convert, or make the destination in the checkpoint's dtype",
             )

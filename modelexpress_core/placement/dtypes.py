@@ -1,4 +1,4 @@
-"""The format's dtypes in torch's words."""
+"""Dtypes and shapes of the safetensors format in torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from modelexpress_core.errors import PlacementError
 
 __all__ = ["torch_dtype", "torch_shape"]
 
-#: The format's word -> torch's, as a name, because older torch releases lack the newest.
+#: The format's name of a dtype -> torch's. As text, because older torch releases lack the newest.
 _NAMES = {
     "BOOL": "bool",
     "F4": "float4_e2m1fn_x2",
@@ -38,15 +38,15 @@ def torch_dtype(info: TensorInfo) -> torch.dtype:
     """The torch dtype that ``info`` is loaded as.
 
     Raises:
-        PlacementError: This torch has none.
+        PlacementError: This version of torch has none.
     """
     dtype = getattr(torch, _NAMES.get(info.dtype, ""), None)
     if isinstance(dtype, torch.dtype):
         return dtype
     raise PlacementError(
-        f"torch {torch.__version__} has no dtype for {info.dtype}, which {info.name} in {info.file.name} is stored as",
+        f"torch {torch.__version__} has no dtype for {info.dtype}, the dtype of {info.name} in {info.file.name}",
         tensor=info.name,
-        cause="torch is too old for it" if info.dtype in _NAMES else "torch knows no such dtype",
+        cause="this version of torch is too old" if info.dtype in _NAMES else "torch has no such dtype",
         hint="upgrade torch" if info.dtype in _NAMES else "convert the tensor, or read its bytes from the file",
     )
 
@@ -55,7 +55,7 @@ def torch_shape(info: TensorInfo) -> tuple[int, ...]:
     """The shape that ``info`` has in torch, where one element of F4 holds two values.
 
     Raises:
-        PlacementError: Two values do not share each byte along the last dimension.
+        PlacementError: The last dimension is odd, so that two values do not share each byte.
     """
     if info.dtype != "F4":
         return info.shape

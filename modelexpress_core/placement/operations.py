@@ -1,4 +1,4 @@
-"""What an operation does to its arguments, as its schema says: looks at them anew, reads them, writes them."""
+"""What an operation does to its arguments, by its schema: returns views of them, reads them, writes them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from attrs import frozen
 
+from modelexpress_core.placement.torch_private import is_composite, schema_of
+
 __all__ = ["Operation", "operation"]
 
-#: Operations that only ask a tensor for its shape, dtype and layout.
+#: Operations that use only shape, dtype and layout of a tensor.
 _SHAPE_ONLY = frozenset(
     f"aten::{name}"
     for name in (
@@ -28,24 +30,24 @@ _SHAPE_ONLY = frozenset(
     )
 )
 
-#: Views whose values are not the bytes that they look at.
+#: Views whose values differ from the bytes that they show.
 _VALUE_VIEWS = frozenset({"aten::_conj", "aten::_neg_view"})
 
 
 @frozen
 class Operation:
-    """What core needs to know of an operation.
+    """What recording has to know about an operation.
 
     Attributes:
         name: For the report: ``"aten.mul"``.
-        view: It returns another look at its input and writes nothing. Some do so only where they can, and copy
-            otherwise (``reshape``): whoever relies on it checks the result.
-        value_view: It returns a view whose values are not the bytes that it looks at.
+        view: It returns a view of its input and writes nothing. Some operations copy if no view is possible
+            (``reshape``): callers check the result.
+        value_view: It returns a view whose values differ from the bytes that it shows.
         reshapes_in_place: It changes size or strides of its argument (``t_``).
         shape_only: It reads no element.
-        composite: It is made of other operations, and torch can take it apart.
+        composite: It is made of other operations, and torch can replace it by them.
         written: Positions of the arguments that it writes.
-        written_names: Names of those that can be given by name.
+        written_names: Names of those arguments, for calls that pass them by name.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Operation:
 @cache
 def operation(func: Any) -> Operation:
     """What ``func`` does."""
-    schema = func._schema  # the only place that says it
+    schema = schema_of(func)
     written = [
         (position, argument.name)
         for position, argument in enumerate(schema.arguments)
@@ -74,7 +76,7 @@ def operation(func: Any) -> Operation:
         value_view=schema.name in _VALUE_VIEWS,
         reshapes_in_place=torch.Tag.inplace_view in func.tags,
         shape_only=schema.name in _SHAPE_ONLY,
-        composite=torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"),
+        composite=is_composite(func),
         written=frozenset(position for position, _ in written),
         written_names=frozenset(name for _, name in written),
     )

@@ -1,16 +1,16 @@
-"""From recorded copies to reads: which ranges of which files, and how their bytes get where they belong.
+"""From recorded copies to reads: which ranges of which files, and how their bytes get to their destinations.
 
-A copy says: these elements of a stored tensor (size, stride, offset) go to those of a destination. It becomes segments,
-each a contiguous range of the file:
+A copy maps elements of a stored tensor (size, stride, offset) to elements of a destination. It becomes segments, each a
+contiguous range of the file:
 
 - a contiguous run of elements that is also contiguous at the destination, in the same dtype, in host memory: read
-  straight into place, split at the chunk size;
+  directly into place, split at the chunk size;
 - anything else (another dtype, a transposed or scattered destination, device memory): read into a staging buffer and
-  copied from there by torch, in pieces that fit one;
-- elements with gaps between them: one range over all of them where the gaps are shorter than what a request costs,
-  separate ranges where they are longer, or many runs in one call where the storage offers it.
+  copied from target by torch, in pieces that fit one;
+- elements with gaps between them: one range over all of them if reading the gaps costs less than another request,
+  otherwise separate ranges, or many runs in one call if the storage can do that.
 
-Segments of a file that lie close together then share one read.
+Segments of a file that are close together then share one read.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from modelexpress_core.checkpoint import CheckpointFile, TensorInfo
 from modelexpress_core.errors import CheckpointError
 from modelexpress_core.fetch import Range, Segment, Ticket
 from modelexpress_core.placement.memory import bytes_at
+from modelexpress_core.placement.strides import collapse_dims
+from modelexpress_core.placement.torch_private import DisableTorchFunctionSubclass
 
 __all__ = ["Copy", "ReadPlanner"]
 
 #: (size, stride in the file, stride at the destination), both strides in elements.
 _Dims = Sequence[tuple[int, int, int]]
 
-#: One thread is handed small ranges together until they are worth this much of its time, in bytes.
-_BATCH_BYTES = 256 << 10
+#: Small ranges go to a thread in batches that cost at least this much, in bytes that could be read in the same time.
+_BATCH_COST_BYTES = 256 << 10
 
-#: Runs up to this length are read many at a time, where the storage can; so many bytes of them are one read.
-_RUN_BYTES = 64 << 10
-_RUNS_BYTES = 1 << 20
+#: Runs up to this length are read many at a time, if the storage can; one read has this many bytes of them.
+_MAX_RUN_BYTES = 64 << 10
+_MAX_RUNS_BYTES = 1 << 20
 
-#: Reads of different tensors are joined across a gap only where they need this many times its bytes: parts of the
-#: tensors between them belong to other ranks.
-_NEEDED_PER_WASTED = 16
+#: Reads of different tensors are joined across a gap only if they need this many times its bytes: the gap usually
+#: belongs to other ranks.
+_MIN_NEEDED_PER_GAP = 16
 
-
-#: Bytes of an element -> a dtype of that size which torch copies as it is.
+#: Bytes of an element -> a dtype of that size, which torch copies bit by bit.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
@@ -51,9 +52,9 @@ class Copy(Ticket):
 
     Attributes:
         info: The stored tensor.
-        source: A meta tensor whose size, stride, offset and dtype say which of its bytes are meant.
+        source: A meta tensor whose size, stride, offset and dtype select bytes of it.
         destination: A strided tensor of the same size, with memory.
-        needed_bytes: Bytes of the elements meant.
+        needed_bytes: Bytes of these elements.
     """
 
     __slots__ = ("destination", "info", "needed_bytes", "source")
@@ -67,13 +68,13 @@ class Copy(Ticket):
 
 
 class ReadPlanner:
-    """Makes reads of copies.
+    """Turns copies into reads.
 
     Args:
-        chunk_bytes: Largest range that is read at once, and what a staging buffer holds.
-        request_cost_bytes: What one more request costs, in bytes that could be read in the same time.
+        chunk_bytes: Largest range that is read at once, and size of a staging buffer.
+        request_cost_bytes: Cost of one more request, in bytes that could be read in the same time.
         reads_runs: Whether the storage reads many short runs in one call.
-        force_staging: Whether nothing is to be read straight into place.
+        force_staging: Whether everything is read through staging buffers.
     """
 
     def __init__(
@@ -83,11 +84,11 @@ class ReadPlanner:
         self._force_staging = force_staging
         self._chunk_bytes = chunk_bytes
         self._request_cost_bytes = request_cost_bytes
-        # Beyond this, copying out of a shared read costs more than a request of its own.
+        # Beyond this, copying out of a shared read costs more than a separate request.
         self._small_bytes = min(chunk_bytes, 8 * request_cost_bytes)
 
     def batches(self, copies: Iterable[Copy]) -> list[list[Range]]:
-        """The reads for ``copies``, in batches that are worth handing to a thread."""
+        """The reads for ``copies``, in batches of a size that suits a thread."""
         by_file: dict[CheckpointFile, list[Segment]] = {}
         for copy in copies:
             by_file.setdefault(copy.info.file, []).extend(self._segments(copy))
@@ -95,13 +96,13 @@ class ReadPlanner:
         for file, segments in by_file.items():
             segments.sort(key=_by_offset)
             batch: list[Range] = []
-            worth = 0
+            cost = 0
             for range_ in self._ranges(file, segments):
                 batch.append(range_)
-                worth += range_.length + self._request_cost_bytes
-                if worth >= _BATCH_BYTES:
+                cost += range_.length + self._request_cost_bytes
+                if cost >= _BATCH_COST_BYTES:
                     batches.append(batch)
-                    batch, worth = [], 0
+                    batch, cost = [], 0
             if batch:
                 batches.append(batch)
         return batches
@@ -111,85 +112,85 @@ class ReadPlanner:
     def _segments(self, copy: Copy) -> Iterable[Segment]:
         source, destination = copy.source, copy.destination
         item = source.itemsize
-        straight = destination.device.type == "cpu" and destination.dtype == source.dtype and not self._force_staging
+        direct = destination.device.type == "cpu" and destination.dtype == source.dtype and not self._force_staging
         first = int(source.storage_offset()) * item
         whole = source.is_contiguous() and destination.is_contiguous()  # most are
         if whole:
             dims: _Dims = ((source.numel(), 1, 1),)
             span = copy.needed_bytes
         else:
-            dims = _merged(source.shape, source.stride(), destination.stride())
+            dims = collapse_dims(source.shape, source.stride(), destination.stride())
             span = _span(dims) * item
         if first + span > copy.info.length:
             raise CheckpointError(
                 f"a view of {copy.info.name} reaches to byte {first + span} of {copy.info.length}",
                 file=copy.info.file.name,
-                hint="this is a fault in the code that makes the view",
+                hint="the code that makes the view is wrong",
             )
         start = copy.info.offset + first
-        if whole and straight and span <= self._chunk_bytes:  # the same as below, in a fraction of the time
+        if whole and direct and span <= self._chunk_bytes:  # a fast path with the same result
             return (Segment(start, span, copy, memory=bytes_at(destination.data_ptr(), span)),)
-        return self._split(_Pieces(copy, straight=straight), dims, start, 0, item)
+        return self._split(_Pieces(copy, direct=direct), dims, start, 0, item)
 
-    def _split(self, pieces: _Pieces, dims: _Dims, start: int, there: int, item: int) -> Iterator[Segment]:
-        """Segments for the elements ``dims``, of which the first is byte ``start`` of the file."""
+    def _split(self, pieces: _Pieces, dims: _Dims, start: int, target: int, item: int) -> Iterator[Segment]:
+        """Segments for the elements ``dims``: from byte ``start`` of the file to element ``target`` of the memory."""
         if not dims or (len(dims) == 1 and dims[0][1] == 1):
-            yield from self._run(pieces, dims, start, there, item)
+            yield from self._run(pieces, dims, start, target, item)
             return
-        size, stride, stride_there = dims[0]
+        size, stride, target_stride = dims[0]
         if self._reads_runs and self._is_many_runs(dims, item):
-            yield from self._many_runs(pieces, dims, start, there, item)
+            yield from self._many_runs(pieces, dims, start, target, item)
             return
         if self._readable_through(dims, item):
             if _span(dims) * item <= self._chunk_bytes:
-                yield pieces.staged(dims, start, there)
+                yield pieces.staged(dims, start, target)
                 return
             step = max(1, (self._chunk_bytes - _span(dims[1:]) * item) // (stride * item) + 1)
         else:
             step = 1
         for index in range(0, size, step):
             count = min(step, size - index)
-            rest = dims[1:] if count == 1 else ((count, stride, stride_there), *dims[1:])
-            yield from self._split(pieces, rest, start + index * stride * item, there + index * stride_there, item)
+            rest = dims[1:] if count == 1 else ((count, stride, target_stride), *dims[1:])
+            yield from self._split(pieces, rest, start + index * stride * item, target + index * target_stride, item)
 
     def _is_many_runs(self, dims: _Dims, item: int) -> bool:
-        """Whether these are short contiguous runs of the file, all as far apart from each other."""
+        """Whether these are short contiguous runs of the file, at equal distances."""
         run = dims[1:]
         if len(run) > 1 or (run and run[0][1] != 1):
             return False
-        short = _span(run) * item <= min(_RUN_BYTES, self._chunk_bytes)
+        short = _span(run) * item <= min(_MAX_RUN_BYTES, self._chunk_bytes)
         return short and not self._readable_through(dims, item)
 
-    def _many_runs(self, pieces: _Pieces, dims: _Dims, start: int, there: int, item: int) -> Iterator[Segment]:
+    def _many_runs(self, pieces: _Pieces, dims: _Dims, start: int, target: int, item: int) -> Iterator[Segment]:
         """Segments of many runs each."""
-        size, stride, stride_there = dims[0]
-        count, _, inner_there = dims[1] if len(dims) > 1 else (1, 1, 1)
-        step = max(1, min(_RUNS_BYTES, self._chunk_bytes) // (count * item))
+        size, stride, target_stride = dims[0]
+        count, _, inner_target = dims[1] if len(dims) > 1 else (1, 1, 1)
+        step = max(1, min(_MAX_RUNS_BYTES, self._chunk_bytes) // (count * item))
         for index in range(0, size, step):
-            packed = ((min(step, size - index), count, stride_there), (count, 1, inner_there))
-            begin, position = start + index * stride * item, there + index * stride_there
+            packed = ((min(step, size - index), count, target_stride), (count, 1, inner_target))
+            begin, position = start + index * stride * item, target + index * target_stride
             yield pieces.runs(packed, begin, position, stride * item)
 
     def _readable_through(self, dims: _Dims, item: int) -> bool:
-        """Whether every gap between these elements is cheaper to read than to skip."""
+        """Whether every gap between these elements costs less to read than to skip."""
         for level, (_, stride, _) in enumerate(dims):
             gap = (stride - _span(dims[level + 1 :])) * item
             if gap > self._request_cost_bytes:
                 return False
         return True
 
-    def _run(self, pieces: _Pieces, dims: _Dims, start: int, there: int, item: int) -> Iterator[Segment]:
+    def _run(self, pieces: _Pieces, dims: _Dims, start: int, target: int, item: int) -> Iterator[Segment]:
         """Segments for a contiguous run of the file."""
-        count, _, stride_there = dims[0] if dims else (1, 1, 1)
-        make = pieces.straight if pieces.is_straight and stride_there == 1 else None
+        count, _, target_stride = dims[0] if dims else (1, 1, 1)
+        make = pieces.direct if pieces.is_direct and target_stride == 1 else None
         step = max(1, self._chunk_bytes // item)
         for index in range(0, count, step):
             part = min(step, count - index)
-            begin, position = start + index * item, there + index * stride_there
+            begin, position = start + index * item, target + index * target_stride
             if make is not None:
                 yield make(part * item, begin, position)
             else:
-                yield pieces.staged(((part, 1, stride_there),), begin, position)
+                yield pieces.staged(((part, 1, target_stride),), begin, position)
 
     # -- one file -----------------------------------------------------------------------------------------------------
 
@@ -204,8 +205,8 @@ class ReadPlanner:
             reaches = max(end, segment.offset + segment.length)
             needed += segment.length
             gap = segment.offset - end
-            worth = gap <= min(self._request_cost_bytes, needed // _NEEDED_PER_WASTED)
-            if shared and worth and reaches - begin <= self._chunk_bytes:
+            joins = gap <= min(self._request_cost_bytes, needed // _MIN_NEEDED_PER_GAP)
+            if shared and joins and reaches - begin <= self._chunk_bytes:
                 shared.append(segment)
                 end = reaches
                 continue
@@ -221,21 +222,6 @@ def _by_offset(segment: Segment) -> int:
     return segment.offset
 
 
-def _merged(sizes: Sequence[int], strides: Sequence[int], there: Sequence[int]) -> _Dims:
-    """The same elements in as few dimensions as possible, by falling stride in the file."""
-    dims = sorted(
-        ((size, s, d) for size, s, d in zip(sizes, strides, there, strict=True) if size != 1),
-        key=lambda dim: -dim[1],
-    )
-    merged: list[tuple[int, int, int]] = []
-    for size, s, d in dims:
-        if merged and merged[-1][1] == size * s and merged[-1][2] == size * d:
-            merged[-1] = (merged[-1][0] * size, s, d)
-        else:
-            merged.append((size, s, d))
-    return merged
-
-
 def _span(dims: _Dims) -> int:
     """Elements of the file from the first to the last of ``dims``."""
     return sum((size - 1) * stride for size, stride, _ in dims) + 1
@@ -244,55 +230,55 @@ def _span(dims: _Dims) -> int:
 class _Pieces:
     """Makes the segments of one copy."""
 
-    def __init__(self, copy: Copy, *, straight: bool) -> None:
+    def __init__(self, copy: Copy, *, direct: bool) -> None:
         self._copy = copy
         self._source_dtype = copy.source.dtype
         self._item = copy.source.itemsize
         self._address = copy.destination.data_ptr()
-        self.is_straight = straight
+        self.is_direct = direct
 
-    def straight(self, length: int, start: int, there: int) -> Segment:
-        """``length`` bytes that go straight to element ``there`` of the destination's memory."""
-        memory = bytes_at(self._address + there * self._item, length)
+    def direct(self, length: int, start: int, target: int) -> Segment:
+        """``length`` bytes that are read directly to element ``target`` of the destination's memory."""
+        memory = bytes_at(self._address + target * self._item, length)
         return Segment(start, length, self._copy, memory=memory)
 
-    def runs(self, dims: _Dims, start: int, there: int, stride_bytes: int) -> Segment:
-        """Runs, each ``stride_bytes`` of the file after the one before; ``dims`` says where they go, read together."""
-        (runs, count, stride_there), (_, _, inner_there) = dims
+    def runs(self, dims: _Dims, start: int, target: int, stride_bytes: int) -> Segment:
+        """Runs ``stride_bytes`` apart in the file, read together; ``dims`` says where they go."""
+        (runs, count, target_stride), (_, _, inner_target) = dims
         length = runs * count * self._item
         run = (count * self._item, stride_bytes)
-        if self.is_straight and inner_there == 1 and (stride_there == count or runs == 1):
-            memory = bytes_at(self._address + there * self._item, length)
+        if self.is_direct and inner_target == 1 and (target_stride == count or runs == 1):
+            memory = bytes_at(self._address + target * self._item, length)
             return Segment(start, length, self._copy, memory=memory, runs=run)
-        return Segment(start, length, self._copy, deliver=self._delivery(dims, there), runs=run)
+        return Segment(start, length, self._copy, consume=self._scatter(dims, target), runs=run)
 
-    def staged(self, dims: _Dims, start: int, there: int) -> Segment:
-        """The elements ``dims``, taken from a staging buffer to element ``there`` of the destination's memory."""
+    def staged(self, dims: _Dims, start: int, target: int) -> Segment:
+        """The elements ``dims``, copied from a staging buffer to element ``target`` of the destination's memory."""
         length = _span(dims) * self._item
-        return Segment(start, length, self._copy, deliver=self._delivery(dims, there))
+        return Segment(start, length, self._copy, consume=self._scatter(dims, target))
 
-    def _delivery(self, dims: _Dims, there: int) -> Callable[[memoryview], None]:
+    def _scatter(self, dims: _Dims, target: int) -> Callable[[memoryview], None]:
         destination, dtype = self._copy.destination, self._source_dtype
-        if destination.dtype == dtype:  # copied as bits: torch copies no float4, for one
+        if destination.dtype == dtype:  # copied as bits: torch does not copy float4, for example
             dtype = _BITS[dtype.itemsize]
             destination = destination.view(dtype)
         sizes = [size for size, _, _ in dims]
         strides = [stride for _, stride, _ in dims]
-        strides_there = [stride for _, _, stride in dims]
+        target_strides = [stride for _, _, stride in dims]
 
-        def deliver(buffer: memoryview) -> None:
-            # Inference mode: destinations may require gradients, or be tensors that only it may write. And classes
-            # of parameters that have their own idea of torch functions are not asked.
-            with torch.inference_mode(), torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - torch's documented way
+        def scatter(buffer: memoryview) -> None:
+            # Inference mode: destinations may require gradients, or be inference tensors. Subclasses of parameters
+            # that override torch functions are bypassed.
+            with torch.inference_mode(), DisableTorchFunctionSubclass():
                 staged = _aligned(buffer, dtype).as_strided(sizes, strides)
-                offset = destination.storage_offset() + there
-                destination.as_strided(sizes, strides_there, offset).copy_(staged)
+                offset = destination.storage_offset() + target
+                destination.as_strided(sizes, target_strides, offset).copy_(staged)
 
-        return deliver
+        return scatter
 
 
 def _aligned(buffer: memoryview, dtype: torch.dtype) -> torch.Tensor:
-    """The elements in ``buffer``; copied first where they lie across the boundaries that their type asks for."""
+    """The elements in ``buffer``; copied first if they are not aligned as their dtype needs."""
     raw = torch.frombuffer(buffer, dtype=torch.uint8)
     if raw.data_ptr() % math.gcd(dtype.itemsize, 16):
         raw = raw.clone()

@@ -1,8 +1,8 @@
-"""Views that loading code takes of every weight, worked out from sizes and strides instead of by torch.
+"""Views that loading code takes of every weight, computed from sizes and strides instead of by torch.
 
-A checkpoint has 100,000 tensors, and the few operations here are nearly all that is done to each. Only their plain
-forms are known: whole numbers, within bounds, with something left. For all else the answer is None, and torch is asked,
-which also knows what error to raise.
+A checkpoint has 100,000 tensors, and the few operations here are almost all that code does to each of them. Only their
+plain forms are computed: whole numbers, within bounds, with a result that is not empty. In all other cases the result
+is None, and torch does the operation or raises the right error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["LAYOUTS", "Layout", "LayoutOf", "is_plain_index"]
 
-#: Sizes, strides and offset, all in elements, as torch has them.
+#: Sizes, strides and offset, all in elements, as torch counts them.
 Layout = tuple[tuple[int, ...], tuple[int, ...], int]
 
 #: Takes the layout of a tensor and the arguments of a method, of which the tensor is the first.
@@ -98,7 +98,7 @@ def _t(layout: Layout, args: Sequence[Any]) -> Layout | None:
     return (sizes[::-1], strides[::-1], offset) if len(args) == 1 and len(sizes) == 2 else None
 
 
-#: Methods of tensors that only look, as torch names them to a function mode -> what they make of a layout.
+#: Methods that return views, as torch passes them to a function mode -> the layout of the result.
 LAYOUTS: Mapping[Any, LayoutOf] = {
     torch.Tensor.__getitem__: _item,
     torch.Tensor.data.__get__: _same,  # type: ignore[attr-defined]  # the stubs show its value's type
@@ -111,7 +111,7 @@ LAYOUTS: Mapping[Any, LayoutOf] = {
 
 
 def is_plain_index(index: Any) -> bool:
-    """Whether ``tensor[index]`` only looks at the tensor, and nothing has to be read to know where."""
+    """Whether ``tensor[index]`` is a view, known from ``index`` without reading a tensor."""
     kind = type(index)
     if kind is tuple:
         return all(type(part) is not tuple and is_plain_index(part) for part in index)

@@ -1,7 +1,32 @@
-"""Plugins: finding them, loading each on its own, and asking them."""
+"""Plugins: their kinds, finding them, loading each on its own, and opening what they offer."""
 
 from __future__ import annotations
 
-from modelexpress_core.plugins.manager import CORE, ENTRY_POINT_GROUP, PluginManager
+from modelexpress_core.plugins.entry_points import CORE, ENTRY_POINT_GROUP
+from modelexpress_core.plugins.kinds import (
+    AUTHENTICATOR,
+    COMMAND,
+    DISCOVERY,
+    KINDS,
+    METADATA_STORE,
+    SERVER_SERVICE,
+    STORAGE,
+    TRANSPORT,
+    Kind,
+)
+from modelexpress_core.plugins.manager import PluginManager
 
-__all__ = ["CORE", "ENTRY_POINT_GROUP", "PluginManager"]
+__all__ = [
+    "AUTHENTICATOR",
+    "COMMAND",
+    "CORE",
+    "DISCOVERY",
+    "ENTRY_POINT_GROUP",
+    "KINDS",
+    "METADATA_STORE",
+    "SERVER_SERVICE",
+    "STORAGE",
+    "TRANSPORT",
+    "Kind",
+    "PluginManager",
+]

@@ -15,20 +15,21 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
+import attrs
 import yaml
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.settings import (
-    Given,
+    FileValue,
+    Override,
+    SettingSources,
     SettingValue,
-    Sources,
-    Written,
     describe,
+    field_names,
+    find_problems,
     from_sources,
-    keys,
-    unusable,
-    usable,
+    usable_values,
 )
 
 __all__ = ["Config", "read_config"]
@@ -54,7 +55,7 @@ class Config:
     """
 
     sections: Mapping[str, type]
-    sources: Mapping[str, Sources]
+    sources: Mapping[str, SettingSources]
 
     def get(self, cls: type[_T]) -> _T:
         """The settings of the class ``cls``, which one of the sections is."""
@@ -62,26 +63,25 @@ class Config:
 
     def usable(self, cls: type) -> Mapping[str, tuple[Any, str]]:
         """The fields of ``cls`` that something sets, if it can be used: the value, and where that is from."""
-        return usable(cls, self.sources[self._name(cls)])
+        return usable_values(cls, self.sources[self._name(cls)])
 
     def defaults(self, cls: type) -> tuple[str, ...]:
         """The fields of ``cls`` that nothing sets."""
-        rows = zip(keys(cls), describe(cls, self.sources[self._name(cls)], owner=""), strict=True)
+        rows = zip(field_names(cls), describe(cls, self.sources[self._name(cls)], owner=""), strict=True)
         return tuple(key for key, value in rows if value.source == "default")
 
-    def with_fallback(self, cls: type, fallback: Mapping[str, Given]) -> Config:
-        """The same, with ``fallback`` in place of the defaults of some fields of ``cls``."""
+    def with_fallbacks(self, cls: type, fallbacks: Mapping[str, Override]) -> Config:
+        """The same, with ``fallbacks`` in place of the defaults of some fields of ``cls``."""
         name = self._name(cls)
-        was = self.sources[name]
-        now = Sources(was.environ, given=was.given, written=was.written, fallback=fallback)
-        return Config(self.sections, {**self.sources, name: now})
+        sources = attrs.evolve(self.sources[name], fallbacks=fallbacks)
+        return Config(self.sections, {**self.sources, name: sources})
 
     def describe(self, owner: str) -> tuple[tuple[str, SettingValue], ...]:
         """Every setting by its key in the file, with its value and where that came from."""
         return tuple(
             (_joined(name, key), value)
             for name, cls in self.sections.items()
-            for key, value in zip(keys(cls), describe(cls, self.sources[name], owner=owner), strict=True)
+            for key, value in zip(field_names(cls), describe(cls, self.sources[name], owner=owner), strict=True)
         )
 
     def _name(self, cls: type) -> str:
@@ -93,7 +93,7 @@ def read_config(
     environ: Mapping[str, str],
     *,
     path: str | None = None,
-    given: Mapping[str, Given] | None = None,
+    overrides: Mapping[str, Override] | None = None,
     also: Iterable[type] = (),
     complete: Callable[[Config], tuple[Config, Iterable[str]]] | None = None,
 ) -> Config:
@@ -103,7 +103,7 @@ def read_config(
         sections: Settings class of each section of the file; the empty name is its top.
         environ: Variables.
         path: The file; none by default.
-        given: Flags, by key in the file: ``"log.level"``.
+        overrides: Flags, by key in the file: ``"log.level"``.
         also: Settings classes that only variables set, to be checked with the others.
         complete: Called with what was read, whether it can be used or not. Returns what is used instead, and what is
             wrong with it besides: how settings of several classes fit together, say.
@@ -114,18 +114,18 @@ def read_config(
     reader = _Reader(path or "", sections)
     if path is not None:
         reader.read(_document(path))
-    flags = given or {}
+    flags = overrides or {}
     sources = {
-        name: Sources(
+        name: SettingSources(
             environ,
-            written=reader.written[name],
-            given={key: flags[_joined(name, key)] for key in keys(cls) if _joined(name, key) in flags},
+            file_values=reader.file_values[name],
+            overrides={key: flags[_joined(name, key)] for key in field_names(cls) if _joined(name, key) in flags},
         )
         for name, cls in sections.items()
     }
     problems = [*reader.problems]
-    problems += [problem for name, cls in sections.items() for problem in unusable(cls, sources[name])]
-    problems += [problem for cls in also for problem in unusable(cls, Sources(environ))]
+    problems += [problem for name, cls in sections.items() for problem in find_problems(cls, sources[name])]
+    problems += [problem for cls in also for problem in find_problems(cls, SettingSources(environ))]
     config = Config(sections, sources)
     if complete is not None:
         config, more = complete(config)
@@ -201,7 +201,7 @@ class _Reader:
     def __init__(self, path: str, sections: Mapping[str, type]) -> None:
         self._path = path
         self._sections = sections
-        self.written: dict[str, dict[str, Written]] = {name: {} for name in sections}
+        self.file_values: dict[str, dict[str, FileValue]] = {name: {} for name in sections}
         self.problems: list[str] = []
 
     def read(self, document: yaml.MappingNode) -> None:
@@ -213,7 +213,7 @@ class _Reader:
                 for inner, value, at in self._items(node, key):
                     self._note(key, inner, value, at)
             else:
-                expected = ", ".join(keys(self._sections[key]))
+                expected = ", ".join(field_names(self._sections[key]))
                 self._wrong(line, f"{key}: expected a mapping with some of {expected}")
 
     def _items(self, mapping: yaml.MappingNode, section: str) -> Iterable[tuple[str, yaml.Node, int]]:
@@ -231,7 +231,7 @@ class _Reader:
 
     def _note(self, section: str, key: str, node: yaml.Node, line: int) -> None:
         full = _joined(section, key)
-        if key not in keys(self._sections[section]):
+        if key not in field_names(self._sections[section]):
             self._wrong(line, f"nothing is called {full}{self._guess(section, key)}")
             return
         try:
@@ -240,13 +240,13 @@ class _Reader:
             self._wrong(line, f"{full}: the value (not shown) cannot be read")
         else:
             word = node.value if node.tag == _SWITCH and isinstance(node, yaml.ScalarNode) else None
-            self.written[section][key] = Written(value, full, f"{self._path}, line {line}", word)
+            self.file_values[section][key] = FileValue(value, full, f"{self._path}, line {line}", word)
 
     def _guess(self, section: str, key: str) -> str:
         """What ``key`` may stand for: one like it in its section, the same in another, or else all that there are."""
-        here = [*keys(self._sections[section]), *(name for name in self._sections if name and not section)]
+        here = [*field_names(self._sections[section]), *(name for name in self._sections if name and not section)]
         near = [_joined(section, each) for each in difflib.get_close_matches(key, here, n=1)]
-        near += [_joined(name, key) for name, cls in self._sections.items() if key in keys(cls)]
+        near += [_joined(name, key) for name, cls in self._sections.items() if key in field_names(cls)]
         return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(here)}"
 
     def _wrong(self, line: int, problem: str) -> None:

@@ -7,7 +7,7 @@ import re
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.settings import Given, env, names, one_of, seconds, tcp_port
+from modelexpress_core.settings import Override, env, names, one_of, seconds, tcp_port
 from modelexpress_core.uri import host_and_port, redacted
 
 __all__ = ["ConfigPath", "LogSettings", "ServerSettings", "SpanSettings", "StoreVariables", "has_stray_password"]
@@ -183,7 +183,7 @@ class StoreVariables:
         help="Port of the Redis that the backend redis stands for, without a URL.",
     )
 
-    def metadata(self) -> Given | None:
+    def metadata(self) -> Override | None:
         """The URI that they stand for, and the variables that say so; None where none is set.
 
         Raises:
@@ -202,4 +202,4 @@ class StoreVariables:
             message = f"no metadata backend of a server is called {asked!r}; there are {', '.join(uris)}"
             raise SettingsError(message, hint="correct MX_METADATA_BACKEND, or set MX_METADATA_URI, which wins over it")
         from_url = backend == "redis" and self.redis_url
-        return Given(uris[backend], f"MX_METADATA_BACKEND{', REDIS_URL' if from_url else ''}")
+        return Override(uris[backend], f"MX_METADATA_BACKEND{', REDIS_URL' if from_url else ''}")

@@ -7,49 +7,14 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from attrs import field, frozen
+from modelexpress_core.contracts.transport import TensorLayout
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TensorLayout", "layout_digest", "tensor_layouts"]
+__all__ = ["layout_digest", "tensor_layouts"]
 
 _DIGEST_DIGITS = 16
-
-
-def _integers(values: Iterable[int]) -> tuple[int, ...]:
-    return tuple(map(int, values))
-
-
-@frozen(order=True)
-class TensorLayout:
-    """One tensor, without its content.
-
-    Attributes:
-        name: Name of the tensor.
-        shape: Elements along each dimension.
-        stride: Elements from one index to the next, along each dimension.
-        dtype: Of the elements: ``"bfloat16"``.
-        same_memory_as: The first name, in order, of the tensors that begin at the same byte; empty for that one itself.
-    """
-
-    name: str
-    shape: tuple[int, ...] = field(converter=_integers)
-    stride: tuple[int, ...] = field(converter=_integers)
-    dtype: str
-    same_memory_as: str = ""
-
-    def __attrs_post_init__(self) -> None:
-        if len(self.shape) != len(self.stride):
-            message = f"{self.name} has {len(self.shape)} dimensions, and {len(self.stride)} strides"
-            raise ValueError(message)
-
-    @property
-    def canonical(self) -> tuple[str, tuple[int, ...], tuple[int, ...], str, str]:
-        """All that matters: strides along which nobody steps say nothing of where bytes lie."""
-        empty = 0 in self.shape
-        stride = tuple(0 if size <= 1 or empty else step for size, step in zip(self.shape, self.stride, strict=True))
-        return self.name, self.shape, stride, self.dtype, self.same_memory_as
 
 
 def layout_digest(tensors: Iterable[TensorLayout]) -> str:

@@ -20,6 +20,7 @@ from modelexpress_core.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from modelexpress_core.messages import byte_range
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["FileStorage", "open_file"]
@@ -179,7 +180,7 @@ class FileStorage:
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read into ``buffer``; the version is compared after reading, so a change in between is seen."""
-        operation = f"read bytes {offset}-{offset + len(buffer) - 1}"
+        operation = f"read {byte_range(offset, len(buffer))}"
         return self._reading(path, version, operation, lambda descriptor: _fill(descriptor, buffer, offset))
 
     def read_runs(

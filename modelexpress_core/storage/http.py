@@ -33,7 +33,7 @@ _WAIT = "try again later"
 _STATUSES: Mapping[int, tuple[type[BackendError], str, str]] = {
     401: (AccessDeniedError, "credentials are missing, wrong or expired", "check the credentials"),
     403: (AccessDeniedError, "these credentials (or none) do not allow it", "check what they allow"),
-    404: (NotFoundError, "the path is misspelt, or nothing was put there yet", _CHECK_URI),
+    404: (NotFoundError, "the path is misspelt, or nothing was uploaded yet", _CHECK_URI),
     407: (AccessDeniedError, "the proxy wants credentials", "check the proxy's URL"),
     408: (DeadlineError, "the network or the server is overloaded", _WAIT),
     410: (NotFoundError, "it was taken away", _CHECK_URI),

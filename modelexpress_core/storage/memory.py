@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import NotFoundError, SourceChangedError
+from modelexpress_core.messages import byte_range
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["MemoryStorage", "open_memory", "store"]
@@ -53,7 +54,7 @@ class MemoryStorage:
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Copy into ``buffer``."""
-        operation = f"read bytes {offset}-{offset + len(buffer) - 1}"
+        operation = f"read {byte_range(offset, len(buffer))}"
         current, content = self._get(path, operation)
         if version is not None and str(current) != version:
             reason = "the object was replaced since the load began"

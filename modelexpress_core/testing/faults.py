@@ -15,6 +15,7 @@ from attrs import field, frozen
 
 from modelexpress_core.contracts.storage import ObjectInfo, RunStorage, Storage
 from modelexpress_core.errors import BackendError, DeadlineError, SourceChangedError, ThrottledError, UnavailableError
+from modelexpress_core.messages import byte_range
 
 __all__ = ["Fault", "FaultPolicy", "FaultyStorage"]
 
@@ -212,7 +213,7 @@ class FaultyStorage:
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """As the inner storage's, or with a fault."""
-        operation = f"read bytes {offset}-{offset + len(buffer) - 1}"
+        operation = f"read {byte_range(offset, len(buffer))}"
 
         def read(wanted: int, inner_version: str | None) -> int:
             return self._inner.read_into(path, offset, buffer[:wanted], version=inner_version)

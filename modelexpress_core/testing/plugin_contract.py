@@ -21,7 +21,7 @@ import pytest
 from modelexpress_core import hookspecs
 from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.hooks import PROJECT_NAME
-from modelexpress_core.plugins import ENTRY_POINT_GROUP, PluginManager
+from modelexpress_core.plugins import ENTRY_POINT_GROUP, KINDS, STORAGE, TRANSPORT, PluginManager
 from modelexpress_core.settings import describe
 from modelexpress_core.testing.contract import Contract, violated
 from modelexpress_core.uri import ModelURI
@@ -69,7 +69,6 @@ print("\\n" + json.dumps({"modules": sorted(set(sys.modules) - before), "deeds":
 _BEHIND: Mapping[str, Sequence[str]] = {
     "read_batch": ("read_batch",),
     "read_runs": ("read_runs",),
-    "write": ("write",),
     "patience": ("patience_seconds",),
     "diagnosis": ("endpoint", "credentials"),
 }
@@ -142,14 +141,13 @@ class PluginContract(Contract, contract=True):
     def test_the_plugin_is_found_and_handles_its_schemes(self, manager: PluginManager) -> None:
         """Installed, it is loaded without a complaint, and each scheme of its records leads to it."""
         name = _normalised(self._name())
-        tables = ("storages", "transports", "discoveries", "metadata_stores")
-        for kind in tables:
-            for record in getattr(manager, kind).records:
+        for kind in (kind for kind in KINDS if kind.by_scheme):
+            for record in manager.table(kind).records:
                 for scheme in record.provider.schemes:
                     environ = {"MX_PLUGINS": name, "MX_STRICT_PLUGINS": "1"}
                     if record.provider.alternative:
                         environ["MX_PREFER"] = f"{scheme}={record.provider.name}"
-                    found = getattr(PluginManager.discover(environ), kind).lookup(scheme)
+                    found = PluginManager.discover(environ).table(kind).lookup(scheme)
                     if found.plugin.name != name:
                         violated(f"the {found.label} handles {scheme}, not {name}")
         PluginManager.discover({"MX_PLUGINS": name, "MX_STRICT_PLUGINS": "1"})
@@ -165,8 +163,8 @@ class PluginContract(Contract, contract=True):
         if not self.first_party:
             pytest.skip("only first-party plugins have the same file names (first_party is False)")
         expected = set(_FIRST_PARTY_FILES)
-        expected |= {"_storage.py"} if manager.storages.records else set()
-        expected |= {"_transport.py"} if manager.transports.records else set()
+        expected |= {"_storage.py"} if manager.table(STORAGE).records else set()
+        expected |= {"_transport.py"} if manager.table(TRANSPORT).records else set()
         missing = sorted(expected - {path.name for path in _directory(plugin).iterdir()})
         if missing or not plugin.__name__.endswith(".plugin"):
             violated(f"{plugin.__name__} is not laid out as other plugins are; missing: {', '.join(missing) or '-'}")
@@ -219,7 +217,7 @@ class PluginContract(Contract, contract=True):
         """What the factory returns for ``example_uri`` is a Storage, which closes."""
         if not self.example_uri:
             pytest.skip("example_uri is not set")
-        _, storage = manager.open_storage(ModelURI.parse(self.example_uri), self.example_settings)
+        _, storage = manager.open(STORAGE, ModelURI.parse(self.example_uri), self.example_settings)
         try:
             if not isinstance(storage, Storage):
                 violated(f"the factory returned {type(storage).__name__}, which lacks methods of Storage")
@@ -230,7 +228,7 @@ class PluginContract(Contract, contract=True):
         """Core calls what is declared, and never finds what is not."""
         if not self.example_uri:
             pytest.skip("example_uri is not set")
-        registered, storage = manager.open_storage(ModelURI.parse(self.example_uri), self.example_settings)
+        registered, storage = manager.open(STORAGE, ModelURI.parse(self.example_uri), self.example_settings)
         try:
             for capability, names in _BEHIND.items():
                 declared = getattr(registered.provider.capabilities, capability)

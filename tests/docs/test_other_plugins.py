@@ -19,7 +19,7 @@ from modelexpress_core.contracts.candidates import LoadRequest
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.contracts.metadata_store import SourceQuery, StoreUnavailableError
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import METADATA_STORE, PluginManager
 from modelexpress_core.providers import TransportProvider
 from modelexpress_core.sources.discovery import find_candidates
 
@@ -87,7 +87,7 @@ def test_a_server_can_open_the_store(plugins: PluginManager, tmp_path: Path) -> 
     """By its URI; what cannot be answered is no empty list."""
 
     async def scenario() -> None:
-        opened = plugins.open_metadata_store(mx.ModelURI.parse(f"sqlite://{tmp_path}/mx.db"), {})
+        _, opened = plugins.open(METADATA_STORE, mx.ModelURI.parse(f"sqlite://{tmp_path}/mx.db"), {})
         assert [] == [*(await opened.list(SourceQuery())).records]
         await opened.close()
         with pytest.raises(StoreUnavailableError):

@@ -11,6 +11,7 @@ import pytest
 import modelexpress_core as mx
 from devtools import settings_reference
 from modelexpress_core.cli.app import build_app
+from modelexpress_core.plugins import STORAGE
 from modelexpress_core.settings import variables
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +71,7 @@ def test_the_scheme_table_is_complete() -> None:
     """The README's table and the installed storages name the same schemes."""
     table = set(re.findall(r"`([a-z0-9]+)://`", README.partition("## Which package reads what")[2].partition("##")[0]))
 
-    assert table == set(mx.PluginManager.discover({}).storages.schemes)
+    assert table == set(mx.PluginManager.discover({}).table(STORAGE).schemes)
 
 
 def test_extras_in_the_readme_exist() -> None:

@@ -17,6 +17,7 @@ from modelexpress_core.contracts.discovery import Discovery
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import UnavailableError
 from modelexpress_core.hooks import hookimpl
+from modelexpress_core.plugins import DISCOVERY
 from modelexpress_core.providers import TransportProvider
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.discovery import find_candidates
@@ -164,7 +165,7 @@ def test_that_the_server_speaks_tls_is_handed_on() -> None:
 
 def test_it_is_found_by_its_scheme(plugins: mx.PluginManager) -> None:
     """As any plugin's discovery is."""
-    registered, discovery = plugins.open_discovery(mx.ModelURI.parse("server://127.0.0.1:1"), {})
+    registered, discovery = plugins.open(DISCOVERY, mx.ModelURI.parse("server://127.0.0.1:1"), {})
     discovery.close()
 
     protocol: Discovery = discovery

@@ -457,7 +457,7 @@ def test_a_plugin_with_a_fault(step: str, examine: Callable[..., dict[str, Step]
     steps = examine(port=serve(), broken=step)
 
     failed = [found for found in steps.values() if found.status == "failed"]
-    assert "let RuntimeError through" in failed[0].seen
+    assert "did not translate RuntimeError" in failed[0].seen
     assert f"a fault in {step}" in failed[0].seen
     assert "report it" in (failed[0].hint or "")
 

@@ -20,6 +20,7 @@ import pytest
 import modelexpress_core as mx
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Fault, TcpProxy
+from modelexpress_core.plugins import STORAGE
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[[str, Path, "dict[str, str]"], "subprocess.Popen[str]"]
@@ -178,7 +179,7 @@ def test_digests_that_s3_keeps_are_compared(s3_server: SeaweedFS, environ: dict[
     content = os.urandom(3 * CHUNK)
     client.put_object(Bucket="models", Key="with-digest/a.bin", Body=content, ChecksumAlgorithm="SHA256")
     client.close()
-    capable = mx.PluginManager.discover({}).storages.lookup("s3").provider.capabilities.stat_digests
+    capable = mx.PluginManager.discover({}).table(STORAGE).lookup("s3").provider.capabilities.stat_digests
 
     report = mx.pull("s3://models/with-digest", tmp_path / "out", environ=environ)
 

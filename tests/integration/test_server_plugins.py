@@ -17,7 +17,7 @@ from modelexpress_core import hookimpl
 from modelexpress_core.contracts.metadata_store import StoreUnavailableError
 from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.errors import PluginConflictError, PluginError, PluginLoadError, SettingsError
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import SERVER_SERVICE, PluginManager
 from modelexpress_core.providers import ServerServiceProvider
 from modelexpress_core.server.app import Server
 from modelexpress_core.server.settings import ServerSettings
@@ -54,7 +54,7 @@ def served(call: Call, **plugins: object) -> None:
             call(channel, f"http://127.0.0.1:{server.metrics_port}/metrics")
 
     async def serve() -> None:
-        services = manager.server_services
+        services = [(each.plugin.name, each.provider) for each in manager.records(SERVER_SERVICE)]
         async with Server(_SETTINGS, MemoryStore(), services=services, environ={"ACME": "1"}) as server:
             await asyncio.to_thread(called, server)
 

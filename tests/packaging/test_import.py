@@ -45,10 +45,10 @@ def test_discovery_imports_nothing_heavy_either() -> None:
     """Finding and registering all first-party plugins, and looking a scheme up, brings no SDK."""
     code = (
         "import sys; before = set(sys.modules)\n"
-        "from modelexpress_core.plugins import PluginManager\n"
+        "from modelexpress_core.plugins import STORAGE, PluginManager\n"
         f"names = {','.join(value.partition('.')[0].replace('_', '-') for value in _PLUGINS)!r}\n"
         "manager = PluginManager.discover({'MX_PLUGINS': names})\n"
-        "assert manager.storages.lookup('file')\n"
+        "assert manager.table(STORAGE).lookup('file')\n"
         "print(*(set(sys.modules) - before))"
     )
 

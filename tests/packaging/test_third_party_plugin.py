@@ -85,14 +85,14 @@ class ShoutStorage:
 _PROBE = """
 import json, sys
 from modelexpress_core.errors import ModelExpressError
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import PluginManager, STORAGE
 from modelexpress_core.uri import ModelURI
 
 manager = PluginManager.discover({"MX_PLUGINS": "mx-shout", "MX_STRICT_PLUGINS": "1"})
 told = {plugin.name: [plugin.version, plugin.status, plugin.schemes] for plugin in manager.plugins}
 answer = {"plugin": told.get("mx-shout"), "early": "mx_shout._storage" in sys.modules}
 try:
-    registered, storage = manager.open_storage(ModelURI.parse("shout://word/models"), {"MX_SHOUT_SUFFIX": "?"})
+    registered, storage = manager.open(STORAGE, ModelURI.parse("shout://word/models"), {"MX_SHOUT_SUFFIX": "?"})
     info, = storage.list("models")
     buffer = bytearray(info.size)
     read = storage.read_into(info.path, 0, memoryview(buffer), version=info.version)

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import modelexpress_core as mx
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.placement import DeferredTensor, recording
-from modelexpress_core.placement.memory import PendingMemory
+from modelexpress_core.placement import DeferredTensor, pending_copies
+from modelexpress_core.placement.interception import OperationInterceptor
+from modelexpress_core.placement.pending_memory import PendingMemory
 from modelexpress_core.placement.plan import ReadPlanner
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
 from modelexpress_core.storage.memory import MemoryStorage, store
@@ -228,7 +229,7 @@ def test_the_later_of_two_copies_to_the_same_memory_wins(
     monkeypatch: pytest.MonkeyPatch, names: tuple[str, str], at_once: int
 ) -> None:
     """A copy waits for an earlier one to memory that it overlaps, however late the bytes of that come."""
-    monkeypatch.setattr(recording, "_BATCH_COPIES", at_once)
+    monkeypatch.setattr(pending_copies, "_BATCH_COPIES", at_once)
     c = case(first=numbered(8), second=numbered(8, start=100))
     c.storage.slow[c.offsets[names[0]]] = 0.05
     buffer = torch.zeros(12)
@@ -368,7 +369,7 @@ def test_reading_one_tensor_does_not_wait_for_others() -> None:
 
 def test_moving_into_shared_memory_waits_for_all_of_the_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A storage that moves takes its bytes along, also those that belong to other tensors."""
-    monkeypatch.setattr(recording, "_BATCH_COPIES", 1)  # so that the read is under way when the storage moves
+    monkeypatch.setattr(pending_copies, "_BATCH_COPIES", 1)  # so that the read is under way when the storage moves
     c = case(w=numbered(6))
     c.storage.slow[c.offsets["w"]] = 0.03
     buffer = torch.zeros(12)
@@ -383,7 +384,7 @@ def test_moving_into_shared_memory_waits_for_all_of_the_storage(monkeypatch: pyt
 
 def test_growing_a_storage_waits_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """``resize_`` of one tensor moves the bytes that are on their way to another."""
-    monkeypatch.setattr(recording, "_BATCH_COPIES", 1)  # so that the read is under way when the storage moves
+    monkeypatch.setattr(pending_copies, "_BATCH_COPIES", 1)  # so that the read is under way when the storage moves
     c = case(w=numbered(6))
     c.storage.slow[c.offsets["w"]] = 0.03
     buffer = torch.zeros(6)
@@ -1071,8 +1072,8 @@ def test_what_is_done_to_every_weight_takes_the_short_way(monkeypatch: pytest.Mo
     stacked = nn.Parameter(torch.zeros(3, 8, 6), requires_grad=False)
     scales, norm = torch.zeros(2, 3), torch.zeros(6)
     seen: list[Any] = []
-    dispatch = recording.Recorder.dispatch
-    monkeypatch.setattr(recording.Recorder, "dispatch", lambda *args: (seen.append(args[1]), dispatch(*args))[1])
+    dispatch = OperationInterceptor.dispatch
+    monkeypatch.setattr(OperationInterceptor, "dispatch", lambda *args: (seen.append(args[1]), dispatch(*args))[1])
 
     with c.load() as loading:
         for name, weight in loading:
@@ -1203,7 +1204,7 @@ def test_an_interrupt_while_copies_are_placed_ends_the_load() -> None:
         found = dict(weights)
         destination.copy_(found["w"])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(recording, "region_of", _interrupted)
+            patch.setattr(pending_copies, "region_of", _interrupted)
             with contextlib.suppress(KeyboardInterrupt):
                 destination.sum()
 
@@ -1232,7 +1233,7 @@ def test_what_was_read_is_not_kept() -> None:
 
 def test_destinations_are_let_go_when_their_bytes_are_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that code copies to and gives up is not held until the end of the load."""
-    monkeypatch.setattr(recording, "_PURGE_BYTES", 8000)
+    monkeypatch.setattr(pending_copies, "_PURGE_BYTES", 8000)
     c = case(**{f"w{i}": numbered(1000, start=i) for i in range(40)})
     most = 0
 
@@ -1248,7 +1249,7 @@ def test_destinations_are_let_go_when_their_bytes_are_in_place(monkeypatch: pyte
 
 def test_recording_stays_cheap_while_nothing_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a storage that is slower than the recording, copies on their way are not looked through again and again."""
-    monkeypatch.setattr(recording, "_PURGE_COPIES", 16)
+    monkeypatch.setattr(pending_copies, "_PURGE_COPIES", 16)
     looked: list[int] = []
     purge = PendingMemory.purge
     monkeypatch.setattr(PendingMemory, "purge", lambda self: (looked.append(len(self)), purge(self))[1])

@@ -16,7 +16,7 @@ from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import PluginLoadError, SettingsError, UnavailableError, UnknownSchemeError
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.loader import Loader
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import DISCOVERY, PluginManager
 from modelexpress_core.providers import DiscoveryProvider, TransportProvider
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.discovery import find_candidates
@@ -211,7 +211,7 @@ def test_who_is_asked(environ: dict[str, str], asked: list[str]) -> None:
     opened: list[str] = []
 
     class Recording(PluginManager):
-        def open_discovery(self, uri: ModelURI, environ: Mapping[str, str]) -> Any:
+        def open(self, kind: Any, uri: ModelURI, environ: Mapping[str, str]) -> Any:
             opened.append(f"{uri.scheme}://{uri.authority}")
             raise UnavailableError("not now")
 
@@ -298,11 +298,11 @@ def test_a_factory_that_returns_no_discovery_is_named(opened: Any, said: str) ->
             return [DiscoveryProvider("mx-bad", ("bad",), lambda uri, settings: opened)]
 
     with pytest.raises(PluginLoadError) as raised:
-        manager(Plugin()).open_discovery(ModelURI.parse("bad://"), {})
+        manager(Plugin()).open(DISCOVERY, ModelURI.parse("bad://"), {})
 
     assert said in str(raised.value)
     with pytest.raises(UnknownSchemeError):
-        manager().open_discovery(ModelURI.parse("bad://"), {})
+        manager().open(DISCOVERY, ModelURI.parse("bad://"), {})
 
 
 def test_a_record_may_name_several_settings_classes() -> None:

@@ -97,7 +97,7 @@ def test_segments_of_one_range_share_one_read() -> None:
     memory, delivered, tickets = bytearray(10), bytearray(), [Ticket(), Ticket()]
     segments = [
         Segment(100, 10, tickets[0], memory=memoryview(memory)),
-        Segment(105, 20, tickets[1], deliver=delivered.extend),
+        Segment(105, 20, tickets[1], consume=delivered.extend),
     ]
 
     fetch.submit([[Range(FILE, 90, 100, segments)]])
@@ -216,7 +216,7 @@ def test_an_error_in_a_delivery_ends_the_load() -> None:
     def refuse(_part: memoryview) -> None:
         raise ValueError("no room")
 
-    fetch.submit([[Range(FILE, 0, 10, [Segment(0, 10, Ticket(), deliver=refuse)])]])
+    fetch.submit([[Range(FILE, 0, 10, [Segment(0, 10, Ticket(), consume=refuse)])]])
 
     with pytest.raises(ValueError, match="no room"):
         fetch.finish()

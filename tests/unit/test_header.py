@@ -486,15 +486,15 @@ HOSTILE: Mapping[str, tuple[bytes, str]] = {
     "trailing data": (one(5), "goes on after the last tensor: its tensors need 4 bytes"),
     "data without tensors": (framed(b"{}", b"x"), "goes on after the last tensor"),
     # Keys.
-    "duplicate name": (framed(f'{{"a":{entry()},"a":{entry()}}}'.encode(), bytes(4)), "key 'a' stands twice"),
+    "duplicate name": (framed(f'{{"a":{entry()},"a":{entry()}}}'.encode(), bytes(4)), "key 'a' appears twice"),
     "duplicate name, spelt differently": (
         framed(f'{{"a":{entry()},"\\u0061":{entry()}}}'.encode(), bytes(4)),
-        "key 'a' stands twice",
+        "key 'a' appears twice",
     ),
-    "duplicate __metadata__": (framed(b'{"__metadata__":{},"__metadata__":{}}'), "'__metadata__' stands twice"),
-    "duplicate key in the metadata": (framed(b'{"__metadata__":{"x":"1","x":"2"}}'), "key 'x' stands twice"),
-    "duplicate dtype": (one(more=',"dtype":"F32"'), "key 'dtype' stands twice"),
-    "duplicate data_offsets": (one(more=',"data_offsets":[0,4]'), "key 'data_offsets' stands twice"),
+    "duplicate __metadata__": (framed(b'{"__metadata__":{},"__metadata__":{}}'), "'__metadata__' appears twice"),
+    "duplicate key in the metadata": (framed(b'{"__metadata__":{"x":"1","x":"2"}}'), "key 'x' appears twice"),
+    "duplicate dtype": (one(more=',"dtype":"F32"'), "key 'dtype' appears twice"),
+    "duplicate data_offsets": (one(more=',"data_offsets":[0,4]'), "key 'data_offsets' appears twice"),
     "unknown field": (one(more=',"strides":[1]'), "tensor 'a' has the fields ['dtype', 'shape', 'data_offsets', "),
     "unknown field of text": (one(more=',"x":"y"'), "tensor 'a' has the fields"),
     "unknown field for a known one": (
@@ -520,8 +520,8 @@ HOSTILE: Mapping[str, tuple[bytes, str]] = {
     "metadata with null": (framed(b'{"__metadata__":{"step":null}}'), "__metadata__ is not an object of texts"),
     "metadata with an object": (framed(b'{"__metadata__":{"x":{"y":"z"}}}'), "'x'"),
     "metadata with a list": (framed(b'{"__metadata__":{"x":["y"]}}'), "__metadata__ is not an object of texts"),
-    "lone surrogate in metadata": (framed(b'{"__metadata__":{"x":"\\udfff"}}'), "half a character"),
-    "lone surrogate in a key": (framed(b'{"__metadata__":{"\\ud800x":""}}'), "half a character"),
+    "lone surrogate in metadata": (framed(b'{"__metadata__":{"x":"\\udfff"}}'), "a lone surrogate"),
+    "lone surrogate in a key": (framed(b'{"__metadata__":{"\\ud800x":""}}'), "a lone surrogate"),
     # Dtypes.
     "unknown dtype": (one(dtype='"F33"'), "tensor 'a' has the unknown dtype 'F33'"),
     "lower-case dtype": (one(dtype='"f32"'), "tensor 'a' has the unknown dtype 'f32'"),

@@ -13,7 +13,7 @@ import pytest
 
 from modelexpress_core import hooks, hookspecs
 from modelexpress_core.hooks import PROJECT_NAME
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import KINDS, PluginManager
 
 _HOOKS: dict[str, Callable[..., Any]] = {
     name: function for name, function in vars(hookspecs).items() if hasattr(function, f"{PROJECT_NAME}_spec")
@@ -23,6 +23,7 @@ _REGISTER = {
     "mx_register_transports",
     "mx_register_discoveries",
     "mx_register_metadata_stores",
+    "mx_register_authenticators",
     "mx_register_server_services",
     "mx_register_commands",
 }
@@ -37,6 +38,7 @@ def example(hook: str) -> doctest.DocTest:
 def test_there_are_three_kinds_of_hook_and_nothing_else() -> None:
     """Register, policy and observe hooks, as the architecture lists them."""
     assert _REGISTER | set(_POLICY) | _OBSERVE == set(_HOOKS)
+    assert _REGISTER == {kind.hook for kind in KINDS}
 
 
 def test_nothing_with_our_prefix_lacks_the_marker() -> None:

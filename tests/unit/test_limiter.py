@@ -21,9 +21,9 @@ from modelexpress_core.testing import FaultPolicy, FaultyStorage
     [
         ("network", Usage(wall_seconds=1, cpu_seconds=0.5, reading_seconds=8, requests=10)),
         ("cpu", Usage(wall_seconds=1, cpu_seconds=1.9, reading_seconds=8, requests=10)),
-        ("destination", Usage(wall_seconds=1, cpu_seconds=1.9, reading_seconds=2, placing_seconds=6, requests=10)),
+        ("destination", Usage(wall_seconds=1, cpu_seconds=1.9, reading_seconds=2, delivering_seconds=6, requests=10)),
         ("planning", Usage(wall_seconds=1, cpu_seconds=0.9, reading_seconds=0.2, requests=10)),
-        ("source", Usage(wall_seconds=1, cpu_seconds=0.1, reading_seconds=8, requests=10, complaints=1)),
+        ("source", Usage(wall_seconds=1, cpu_seconds=0.1, reading_seconds=8, requests=10, throttled=1)),
         ("source", Usage(wall_seconds=1, cpu_seconds=0.1, reading_seconds=8, requests=10, failures=4)),
         ("network", Usage(wall_seconds=1, cpu_seconds=0.1, reading_seconds=8, requests=10, failures=1)),
         ("", Usage(wall_seconds=1)),
@@ -37,7 +37,7 @@ def test_the_limit_is_where_time_is_spent(expected: str, used: Usage) -> None:
 def test_what_counts_is_what_was_used_since_the_last_time() -> None:
     """A complaint of an hour ago says nothing of now; where nothing has happened since, the last answer holds."""
     meter = UsageMeter()
-    meter.add(reading_seconds=50.0, requests=4, complaints=1)
+    meter.add(reading_seconds=50.0, requests=4, throttled=1)
     first = meter.limiter()
     meter.add(reading_seconds=50.0, requests=4)
 

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modelexpress_core.fetch import Ticket
-from modelexpress_core.placement.memory import PendingMemory, Region, has_memory, merged_dims, region_of
+from modelexpress_core.placement.memory import Region, has_memory, region_of
+from modelexpress_core.placement.pending_memory import PendingMemory
+from modelexpress_core.placement.strides import collapse_dims
 from tests.support.memory import addresses
 
 _DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -112,7 +114,7 @@ def test_a_dense_tensor_is_one_run(sizes: list[int], order: list[int]) -> None:
     t = torch.zeros(sizes).permute([dim for dim in order if dim < len(sizes)])
 
     expected = [(t.numel(), 1)] if t.numel() > 1 else []
-    assert expected == merged_dims(tuple(t.shape), tuple(t.stride()))
+    assert expected == [(size, stride) for size, stride, _ in collapse_dims(t.shape, t.stride(), t.stride())]
 
 
 def test_only_tensors_with_memory_of_their_own_have_it() -> None:

@@ -390,7 +390,7 @@ def test_index_names_a_tensor_that_no_shard_has() -> None:
     """The index promised a tensor that its shard does not hold: tensor and file are named."""
     error = refused(sharded(SHARDS, weight_map={"z": FIRST, "lost": SECOND}))
 
-    assert f"the index says that the tensor 'lost' is in {SECOND}, but no file has it" in str(error)
+    assert f"the index has the tensor 'lost' in {SECOND}, but no file has it" in str(error)
     assert SECOND == error.file
 
 
@@ -398,7 +398,7 @@ def test_index_names_the_wrong_shard() -> None:
     """The tensor lies in another shard than the index says: both are named."""
     error = refused(sharded(SHARDS, weight_map={"z": SECOND, "b": FIRST}))
 
-    assert f"the index says that the tensor 'z' is in {SECOND}, but it is in {FIRST}" in str(error)
+    assert f"the index has the tensor 'z' in {SECOND}, but it is in {FIRST}" in str(error)
 
 
 def test_index_that_is_none() -> None:
@@ -462,7 +462,7 @@ def test_subdirectory_is_suggested() -> None:
     error = refused({"README.md": b"", "fp16/model.safetensors": b"", "fp32/model.safetensors": b""})
 
     assert "in directories below it" in str(error)
-    assert "add one: fp16, fp32" in str(error)
+    assert "add one to the URI: fp16, fp32" in str(error)
 
 
 def test_other_format() -> None:

@@ -69,8 +69,8 @@ def carry_out(data: bytes, ranges: Iterable[Range]) -> None:
             part = buffer[start : start + segment.length]
             assert 0 <= start, "a segment begins before its range"
             assert len(part) == segment.length, "a segment ends after its range"
-            if segment.deliver is not None:
-                segment.deliver(part)
+            if segment.consume is not None:
+                segment.consume(part)
             elif segment.memory is not None:
                 segment.memory[:] = part
 

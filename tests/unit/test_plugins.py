@@ -18,7 +18,15 @@ import pytest
 from modelexpress_core.errors import PluginApiError, PluginConflictError, PluginError, PluginLoadError, SettingsError
 from modelexpress_core.events import LoadStarted
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.plugins import CORE, ENTRY_POINT_GROUP, PluginManager
+from modelexpress_core.plugins import (
+    AUTHENTICATOR,
+    COMMAND,
+    CORE,
+    ENTRY_POINT_GROUP,
+    KINDS,
+    STORAGE,
+    PluginManager,
+)
 from modelexpress_core.registry import PluginInfo
 from modelexpress_core.uri import ModelURI
 
@@ -123,7 +131,7 @@ def test_an_installed_plugin_is_found_by_its_entry_point_alone(site: Site, disco
 
     expected = PluginInfo("mx-shout", "2.3", "loaded", "", {"storage": ("shout",)})
     assert expected == info(manager, "mx-shout")
-    assert manager.storages.lookup("shout").plugin == expected
+    assert manager.table(STORAGE).lookup("shout").plugin == expected
 
 
 def test_built_ins_are_a_plugin_like_any(discover: Discover) -> None:
@@ -131,35 +139,50 @@ def test_built_ins_are_a_plugin_like_any(discover: Discover) -> None:
     manager = discover()
     without = discover(MX_DISABLED_PLUGINS=CORE)
 
-    assert {"file", "memory"} <= set(manager.storages.schemes)
+    assert {"file", "memory"} <= set(manager.table(STORAGE).schemes)
     assert info(manager, CORE).status == "loaded"
     assert info(without, CORE).status == "disabled"
-    assert without.storages.schemes == ()
+    assert without.table(STORAGE).schemes == ()
 
 
 def test_every_kind_of_record_is_collected(site: Site, discover: Discover) -> None:
     """One plugin may offer something of each kind, and each lands in its own table."""
-    kinds = {
-        "storages": "StorageProvider",
-        "transports": "TransportProvider",
-        "discoveries": "DiscoveryProvider",
-        "metadata_stores": "MetadataStoreProvider",
-    }
     source = "from modelexpress_core import providers\n"
-    for hook, cls in kinds.items():
-        source += f"@hookimpl\ndef mx_register_{hook}():\n"
-        source += f"    return [providers.{cls}('all', ('all-{hook.replace('_', '-')}',), print)]\n"
-    source += "@hookimpl\ndef mx_register_server_services():\n"
-    source += "    return [providers.ServerServiceProvider('a.B', print)]\n"
-    source += "@hookimpl\ndef mx_register_commands():\n    return [providers.CommandProvider('c', print, help='.')]\n"
+    for kind in KINDS:
+        name = kind.hook.removeprefix("mx_register_").replace("_", "-")
+        arguments = f"'all', ('all-{name}',), print" if kind.by_scheme else f"'all-{name}', print"
+        source += f"@hookimpl\ndef {kind.hook}():\n    return [providers.{kind.record.__name__}({arguments})]\n"
     site.install("mx-all", source)
 
     manager = discover()
 
-    for hook in kinds:
-        assert f"all-{hook.replace('_', '-')}" in getattr(manager, hook).schemes
-    assert [("mx-all", "a.B")] == [(name, service.name) for name, service in manager.server_services]
-    assert "c" in [command.name for command in manager.commands]
+    for kind in KINDS:
+        name = "all-" + kind.hook.removeprefix("mx_register_").replace("_", "-")
+        if kind.by_scheme:
+            assert "mx-all" == manager.table(kind).lookup(name).plugin.name
+        else:
+            assert "mx-all" == manager.named(kind, name).plugin.name
+
+
+def test_a_record_is_found_by_its_name(site: Site, discover: Discover) -> None:
+    """An authenticator is chosen by name; one that is missing or offered twice is an error that names the plugins."""
+    for name, offered in (("mx-a", ("badge", "both")), ("mx-b", ("both",))):
+        records = ", ".join(f"AuthenticatorProvider({each!r}, lambda settings: object())" for each in offered)
+        source = "from modelexpress_core.providers import AuthenticatorProvider\n"
+        source += f"@hookimpl\ndef mx_register_authenticators():\n    return [{records}]\n"
+        site.install(name, source)
+
+    manager = discover()
+
+    assert "mx-a" == manager.named(AUTHENTICATOR, "badge").plugin.name
+    with pytest.raises(PluginConflictError, match=r"2 plugins offer the authenticator both: mx-a and mx-b"):
+        manager.named(AUTHENTICATOR, "both")
+    with pytest.raises(SettingsError, match=r"no usable plugin offers the authenticator 'none'; installed: .*badge"):
+        manager.named(AUTHENTICATOR, "none")
+    with pytest.raises(
+        PluginLoadError, match=r"returned object, which is no authenticator(.|\n)*it has no authenticate"
+    ):
+        manager.open_named(AUTHENTICATOR, "badge", {})
 
 
 def test_a_record_may_have_several_settings_classes(site: Site, discover: Discover) -> None:
@@ -378,7 +401,7 @@ def test_a_broken_plugin_is_reported_once_and_leaves_the_others_alone(
 
     with caplog.at_level(logging.WARNING):
         manager = discover()
-        schemes = manager.storages.schemes
+        schemes = manager.table(STORAGE).schemes
         manager.load_started(_STARTED)
 
     broken = info(manager, "mx-broken")
@@ -437,7 +460,7 @@ def test_an_entry_point_that_makes_no_sense_is_a_broken_plugin(module: str, site
     manager = discover()
 
     assert "broken" == info(manager, "mx-odd").status
-    assert "shout" in manager.storages.schemes
+    assert "shout" in manager.table(STORAGE).schemes
 
 
 def test_keyboard_interrupt_is_not_swallowed(site: Site, discover: Discover) -> None:
@@ -453,8 +476,8 @@ def test_a_plugin_that_exits_does_not_end_the_process(site: Site) -> None:
     site.install("mx-exit", "import sys; sys.exit(7)")
     code = (
         f"import sys; sys.path.insert(0, {str(site.root)!r})\n"
-        "from modelexpress_core.plugins import PluginManager\n"
-        "print('still here', PluginManager.discover({}).storages.lookup('file').plugin.name)"
+        "from modelexpress_core.plugins import STORAGE, PluginManager\n"
+        "print('still here', PluginManager.discover({}).table(STORAGE).lookup('file').plugin.name)"
     )
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -479,7 +502,7 @@ def test_torn_metadata_of_a_plugin_makes_it_broken(text: bytes, site: Site, disc
 
     assert "broken" == info(manager, "mx-torn").status
     assert "entry_points.txt" in info(manager, "mx-torn").reason
-    assert "shout" in manager.storages.schemes
+    assert "shout" in manager.table(STORAGE).schemes
 
 
 def test_torn_metadata_of_a_stranger_is_none_of_our_business(
@@ -496,7 +519,7 @@ def test_torn_metadata_of_a_stranger_is_none_of_our_business(
     with caplog.at_level(logging.WARNING):
         manager = discover()
 
-    assert "shout" in manager.storages.schemes
+    assert "shout" in manager.table(STORAGE).schemes
     assert {CORE, "mx-shout", *_OTHERS} == {plugin.name for plugin in manager.plugins}
     assert [] == warnings(caplog)
 
@@ -543,8 +566,8 @@ def test_a_plugin_that_fails_at_registration_leaves_nothing_behind(
     assert {} == info(manager, "mx-late").schemes
     assert uri == manager.rewrite_uri(uri)
     assert not called.exists()
-    assert "good" not in manager.storages.schemes
-    assert "good" not in [command.name for command in manager.commands]
+    assert "good" not in manager.table(STORAGE).schemes
+    assert "good" not in [each.provider.name for each in manager.records(COMMAND)]
 
 
 def test_an_observer_of_a_sound_plugin_is_called(site: Site, discover: Discover, tmp_path: Path) -> None:
@@ -607,7 +630,7 @@ def test_an_entry_point_must_have_the_name_of_its_distribution(site: Site, disco
     assert "broken" == broken.status
     assert "'acme'" in broken.reason
     assert "'acme-storage'" in broken.reason
-    assert "acme" not in manager.storages.schemes
+    assert "acme" not in manager.table(STORAGE).schemes
     assert "acme_storage.plugin" not in sys.modules
 
 
@@ -633,8 +656,8 @@ def test_two_distributions_with_one_entry_point_name_are_both_seen(
 
     assert "loaded" == info(manager, "mx-shout").status
     assert "broken" == info(manager, "aa-shout").status
-    assert "mx-shout" == manager.storages.lookup("shout").plugin.name
-    assert "whisper" not in manager.storages.schemes
+    assert "mx-shout" == manager.table(STORAGE).lookup("shout").plugin.name
+    assert "whisper" not in manager.table(STORAGE).schemes
     assert any("aa-shout" in line for line in warnings(caplog)), warnings(caplog)
 
 
@@ -647,7 +670,7 @@ def test_an_impostor_does_not_hide_the_state_of_the_plugin_it_imitates(site: Sit
 
         assert "loaded" == info(manager, CORE).status, environ
         assert "loaded" != info(manager, "aa-shout").status, environ
-        assert "loaded" == manager.storages.lookup("file").plugin.status, environ
+        assert "loaded" == manager.table(STORAGE).lookup("file").plugin.status, environ
 
 
 def test_every_entry_point_of_a_distribution_is_accounted_for(site: Site, discover: Discover) -> None:
@@ -658,7 +681,7 @@ def test_every_entry_point_of_a_distribution_is_accounted_for(site: Site, discov
     manager = discover()
     of_it = [plugin for plugin in manager.plugins if plugin.name.startswith("mx-shout")]
 
-    assert "mx-shout" == manager.storages.lookup("shout").plugin.name
+    assert "mx-shout" == manager.table(STORAGE).lookup("shout").plugin.name
     assert ["broken", "broken", "loaded"] == sorted(plugin.status for plugin in of_it)
 
 
@@ -705,7 +728,7 @@ def test_blocking_comes_before_the_import(
     assert not sentinel.exists()
     assert "mx_blocked" not in sys.modules
     assert "mx_blocked.plugin" not in sys.modules
-    assert "allowed" in manager.storages.schemes
+    assert "allowed" in manager.table(STORAGE).schemes
 
 
 def test_built_ins_stay_under_an_allow_list(site: Site, discover: Discover) -> None:
@@ -715,7 +738,7 @@ def test_built_ins_stay_under_an_allow_list(site: Site, discover: Discover) -> N
 
     manager = discover(MX_PLUGINS="mx-whisper")
 
-    assert ("file", "memory", "whisper") == manager.storages.schemes
+    assert ("file", "memory", "whisper") == manager.table(STORAGE).schemes
 
 
 def test_settings_that_make_no_sense_are_named(discover: Discover) -> None:
@@ -735,15 +758,15 @@ def test_two_distributions_that_claim_one_scheme_conflict(site: Site, discover: 
 
     manager = discover()
     with pytest.raises(PluginConflictError) as caught:
-        manager.storages.lookup("shout")
+        manager.table(STORAGE).lookup("shout")
 
     text = str(caught.value)
     for part in ("mx-a", "mx-b", "MX_PREFER=shout=mx-a", "MX_PREFER=shout=mx-b"):
         assert part in text, text
-    assert "mx-b" == manager.storages.lookup("quiet").plugin.name
-    assert CORE == manager.storages.lookup("file").plugin.name
-    assert "mx-b" == discover(MX_PREFER="shout=mx-b").storages.lookup("shout").plugin.name
-    assert "mx-a" == discover(MX_PREFER="shout=mx-a").storages.lookup("shout").plugin.name
+    assert "mx-b" == manager.table(STORAGE).lookup("quiet").plugin.name
+    assert CORE == manager.table(STORAGE).lookup("file").plugin.name
+    assert "mx-b" == discover(MX_PREFER="shout=mx-b").table(STORAGE).lookup("shout").plugin.name
+    assert "mx-a" == discover(MX_PREFER="shout=mx-a").table(STORAGE).lookup("shout").plugin.name
 
 
 def test_strict_mode_raises_on_a_conflict(site: Site, discover: Discover) -> None:
@@ -755,7 +778,7 @@ def test_strict_mode_raises_on_a_conflict(site: Site, discover: Discover) -> Non
         discover(MX_STRICT_PLUGINS="1")
     settled = discover(MX_STRICT_PLUGINS="1", MX_PREFER="shout=mx-a")
 
-    assert "mx-a" == settled.storages.lookup("shout").plugin.name
+    assert "mx-a" == settled.table(STORAGE).lookup("shout").plugin.name
 
 
 def test_strict_mode_accepts_alternatives(site: Site, discover: Discover) -> None:
@@ -764,7 +787,7 @@ def test_strict_mode_accepts_alternatives(site: Site, discover: Discover) -> Non
     site.install("mx-b", storage("shout", "b", "alternative=True"))
     site.install("mx-c", storage("lonely", "c", "alternative=True"))
 
-    assert "mx-a" == discover(MX_STRICT_PLUGINS="1").storages.lookup("shout").plugin.name
+    assert "mx-a" == discover(MX_STRICT_PLUGINS="1").table(STORAGE).lookup("shout").plugin.name
 
 
 def test_the_order_on_the_path_does_not_matter(
@@ -788,8 +811,8 @@ def test_the_order_on_the_path_does_not_matter(
         monkeypatch.setattr(sys, "path", [*order, *rest])
         manager = discover(MX_PREFER="pick=mx-pick-b")
         with pytest.raises(PluginConflictError) as conflict:
-            manager.storages.lookup("clash")
-        outcomes.add((repr(manager.plugins), repr(manager.storages.schemes), str(conflict.value)))
-        assert "mx-pick-b" == manager.storages.lookup("pick").plugin.name
+            manager.table(STORAGE).lookup("clash")
+        outcomes.add((repr(manager.plugins), repr(manager.table(STORAGE).schemes), str(conflict.value)))
+        assert "mx-pick-b" == manager.table(STORAGE).lookup("pick").plugin.name
 
     assert 1 == len(outcomes), outcomes

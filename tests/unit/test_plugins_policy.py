@@ -12,7 +12,6 @@ from typing import Any
 import attrs
 import pytest
 
-from modelexpress_core import plugins as plugins_module
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.errors import (
     AccessDeniedError,
@@ -23,7 +22,8 @@ from modelexpress_core.errors import (
 )
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import STORAGE, PluginManager, entry_points
+from modelexpress_core.plugins import manager as plugins_manager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.report import LoadReport
 from modelexpress_core.uri import ModelURI
@@ -91,7 +91,7 @@ def test_cores_default_comes_after_every_plugin_that_is_discovered(name: str, mo
     monkeypatch.setitem(sys.modules, name, plugin(source))
     distribution = name.replace("_", "-")
     found = [
-        plugins_module._Found(importlib.metadata.EntryPoint(label, value, "modelexpress.plugins"), label, "1")
+        entry_points.PluginEntryPoint(importlib.metadata.EntryPoint(label, value, "modelexpress.plugins"), label, "1")
         for label, value in ((distribution, name), ("modelexpress-core", "modelexpress_core.plugin"))
     ]
 
@@ -319,7 +319,7 @@ def test_an_observer_that_keeps_raising_is_logged_once_a_minute(
 ) -> None:
     """Progress comes several times a second: the log must not fill. Each plugin has its own minute."""
     now = [1000.0]
-    monkeypatch.setattr(plugins_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(plugins_manager.time, "monotonic", lambda: now[0])
     made = manager(mx_a=Failing(), mx_b=Failing())
     event = _EVENTS["load_progress"]
 
@@ -398,7 +398,7 @@ def test_a_factory_gets_the_uri_and_the_settings_at_first_use() -> None:
 
     made = opening(factory)
     before = list(calls)
-    registered, storage = made.open_storage(_SHELF, {"A": "1"})
+    registered, storage = made.open(STORAGE, _SHELF, {"A": "1"})
 
     assert [] == before
     assert [(_SHELF, {"A": "1"})] == calls
@@ -418,7 +418,7 @@ def test_a_missing_sdk_gives_the_pip_command(hint: str | None, command: str) -> 
         return mx_no_such_sdk
 
     with pytest.raises(PluginLoadError) as caught:
-        opening(factory, install_hint=hint).open_storage(_SHELF, {})
+        opening(factory, install_hint=hint).open(STORAGE, _SHELF, {})
 
     assert "mx-shelf" == caught.value.plugin
     assert "mx_no_such_sdk" in str(caught.value)
@@ -435,7 +435,7 @@ def test_an_sdk_of_the_wrong_version_is_not_called_missing() -> None:
         return no_such_name
 
     with pytest.raises(PluginLoadError) as caught:
-        opening(factory).open_storage(_SHELF, {})
+        opening(factory).open(STORAGE, _SHELF, {})
 
     assert "missing" not in str(caught.value)
     assert "no_such_name" in str(caught.value)
@@ -450,7 +450,7 @@ def test_a_factory_that_raises_is_attributed_to_its_plugin() -> None:
         raise KeyError(message)
 
     with pytest.raises(PluginLoadError) as caught:
-        opening(factory).open_storage(_SHELF, {})
+        opening(factory).open(STORAGE, _SHELF, {})
 
     assert "mx-shelf" == caught.value.plugin
     assert isinstance(caught.value.__cause__, KeyError)
@@ -467,7 +467,7 @@ def test_an_error_of_ours_that_a_factory_raises_is_passed_on() -> None:
         raise AccessDeniedError(reason, uri=str(uri))
 
     with pytest.raises(AccessDeniedError, match="wrong key"):
-        opening(factory).open_storage(_SHELF, {})
+        opening(factory).open(STORAGE, _SHELF, {})
 
 
 @pytest.mark.parametrize(
@@ -476,7 +476,7 @@ def test_an_error_of_ours_that_a_factory_raises_is_passed_on() -> None:
 def test_a_factory_that_returns_no_storage_is_found_out_at_once(product: object, said: str) -> None:
     """A forgotten ``return`` or pair of parentheses is the plugin's fault, not an AttributeError in the engine."""
     with pytest.raises(PluginLoadError) as caught:
-        opening(lambda uri, settings: product).open_storage(_SHELF, {})
+        opening(lambda uri, settings: product).open(STORAGE, _SHELF, {})
 
     assert "mx-shelf" == caught.value.plugin
     assert said in str(caught.value)
@@ -485,7 +485,7 @@ def test_a_factory_that_returns_no_storage_is_found_out_at_once(product: object,
 def test_opening_an_unknown_scheme_is_a_resolve_error() -> None:
     """What ``lookup`` raises comes through ``open_storage``."""
     with pytest.raises(UnknownSchemeError, match="quux"):
-        manager().open_storage(ModelURI.parse("quux://a/b"), {})
+        manager().open(STORAGE, ModelURI.parse("quux://a/b"), {})
 
 
 def test_settings_classes_of_records_come_with_their_distribution() -> None:

@@ -26,9 +26,9 @@ import modelexpress_core as mx
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.contracts.storage import ObjectInfo, Storage
 from modelexpress_core.copying import PullProgress, partial
+from modelexpress_core.copying.hidden_directory import HiddenDirectory
 from modelexpress_core.copying.partial import Spans
 from modelexpress_core.copying.selection import check_names
-from modelexpress_core.copying.workplace import Workplace
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
 from modelexpress_core.storage.memory import MemoryStorage
 from modelexpress_core.testing import FaultPolicy, FaultyStorage
@@ -550,7 +550,7 @@ def test_a_damaged_journal_costs_time_and_nothing_else(damage: str, tmp_path: Pa
 KILLED = """
 import os, signal, sys
 import modelexpress_core as mx
-from modelexpress_core.pulling import partial, workplace
+from modelexpress_core.copying import partial, hidden_directory
 from modelexpress_core.storage.file import FileStorage
 
 where, count = sys.argv[3], int(sys.argv[4])
@@ -572,7 +572,7 @@ if where == "read":
 elif where == "written":
     partial.write_all = dying(partial.write_all, after=True)
 elif where == "manifest":
-    workplace.write_all = dying(workplace.write_all, after=True)
+    hidden_directory.write_all = dying(hidden_directory.write_all, after=True)
 elif where == "rename":
     os.replace = dying(os.replace)
 elif where == "renamed":
@@ -676,7 +676,7 @@ def test_a_file_with_wrong_bytes_is_fetched_once_more(tmp_path: Path) -> None:
 
 def test_wrong_bytes_twice_are_an_error(tmp_path: Path) -> None:
     """The file never appears, nothing of it is kept, and others that were complete are in place."""
-    with pytest.raises(mx.IntegrityError, match="second time") as caught:
+    with pytest.raises(mx.IntegrityError, match="fetched twice") as caught:
         pull(flipping(2)(memory()), tmp_path)
 
     assert FIRST in str(caught.value)
@@ -786,11 +786,11 @@ def test_names_that_no_file_below_can_have_are_refused(name: str, tmp_path: Path
         (("a", "a/b"), "would be a file, and the directory of 'a/b'"),
         (("A", "a/b"), "would be a file"),
         (("a/b/c", "a/b"), "would be a file"),
-        (("Model.json", "model.json"), "differ in case alone"),
+        (("Model.json", "model.json"), "differ only in case"),
     ],
 )
 def test_names_that_cannot_both_be_there_are_refused(names: tuple[str, str], words: str, tmp_path: Path) -> None:
-    """File and directory of one name, and names that differ in case alone."""
+    """File and directory of one name, and names that differ only in case."""
     with pytest.raises(mx.CheckpointError, match=words):
         pull(Listing(*names), tmp_path / "out")
 
@@ -805,7 +805,7 @@ def test_names_that_are_not_refused_stay_below(names: list[str]) -> None:
     except mx.CheckpointError:
         return
 
-    targets = [os.path.normpath(Workplace("/base").target(name)) for name in names]
+    targets = [os.path.normpath(HiddenDirectory("/base").target(name)) for name in names]
     assert all(
         target.startswith("/base/") and len(target) == len(f"/base/{name}")
         for target, name in zip(targets, names, strict=True)
@@ -865,7 +865,7 @@ def test_a_directory_is_not_copied_into_itself(where: str, tmp_path: Path) -> No
     source = write_files(tmp_path / "source", FILES)
     (tmp_path / "link").symlink_to(source)
 
-    with pytest.raises(mx.ModelExpressError, match="that is to be copied"):
+    with pytest.raises(mx.ModelExpressError, match="the directory to copy"):
         mx.pull(source, tmp_path / "link" if where == "link" else source / where, environ=ENVIRON)
 
     assert FILES == files_in(source)
@@ -917,10 +917,10 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_read(small_disk: Pa
     """With both figures, and without using it up."""
     storage = Watched(memory())
 
-    with pytest.raises(mx.ModelExpressError, match=r"are to be written .* but only .* are free") as caught:
+    with pytest.raises(mx.ModelExpressError, match=r"have to be written .* but only .* are free") as caught:
         pull(storage, small_disk)
 
-    assert "make space" in str(caught.value)
+    assert "free space" in str(caught.value)
     assert [] == storage.reads
     assert [] == left_behind(small_disk)
 
@@ -1011,7 +1011,7 @@ def test_directories_on_several_disks_are_refused(small_disk: Path, tmp_path: Pa
     (out / "onnx").symlink_to(small_disk)
     storage = Watched(memory())
 
-    with pytest.raises(mx.ModelExpressError, match="other disks"):
+    with pytest.raises(mx.ModelExpressError, match="several disks"):
         pull(storage, out)
 
     assert [] == storage.reads

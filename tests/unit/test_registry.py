@@ -16,7 +16,7 @@ from modelexpress_core.errors import (
     UnknownSchemeError,
 )
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import METADATA_STORE, STORAGE, TRANSPORT, PluginManager
 from modelexpress_core.providers import MetadataStoreProvider, StorageProvider, TransportProvider
 from modelexpress_core.registry import INSTALL_HINTS, PluginInfo, Registered, SchemeTable
 from modelexpress_core.settings import PluginSettings
@@ -78,7 +78,7 @@ def outcome(tables: SchemeTable[Any], scheme: str) -> str:
 
 def test_a_conflict_names_both_distributions_and_the_line_that_settles_it() -> None:
     """Only the user settles a conflict, so the message holds what the user needs."""
-    storages = manager({"mx-b": Plugin([storage("b", "s3")]), "mx-a": Plugin([storage("a", "s3")])}).storages
+    storages = manager({"mx-b": Plugin([storage("b", "s3")]), "mx-a": Plugin([storage("a", "s3")])}).table(STORAGE)
 
     with pytest.raises(PluginConflictError) as caught:
         storages.lookup("s3")
@@ -91,7 +91,7 @@ def test_a_conflict_names_both_distributions_and_the_line_that_settles_it() -> N
 def test_a_conflict_over_one_scheme_leaves_the_others_usable() -> None:
     """Other schemes, of the same plugins too, resolve as if nothing were wrong."""
     plugins = {"mx-a": Plugin([storage("a", "s3", "left")]), "mx-b": Plugin([storage("b", "s3", "right")])}
-    storages = manager(plugins).storages
+    storages = manager(plugins).table(STORAGE)
 
     assert "mx-a" == storages.lookup("left").plugin.name
     assert "mx-b" == storages.lookup("right").plugin.name
@@ -103,7 +103,7 @@ def test_prefer_settles_a_conflict(preferred: str) -> None:
     """``MX_PREFER`` names the distribution that is to handle the scheme."""
     plugins = {"mx-a": Plugin([storage("a", "s3")]), "mx-b": Plugin([storage("b", "s3")])}
 
-    storages = manager(plugins, s3=preferred).storages
+    storages = manager(plugins, s3=preferred).table(STORAGE)
 
     assert preferred == storages.lookup("s3").plugin.name
     assert () == storages.conflicts()
@@ -113,9 +113,9 @@ def test_prefer_may_name_a_record() -> None:
     """Where a distribution offers several records for a scheme, the record's name says which."""
     records = [storage("plain", "s3"), storage("fast", "s3", alternative=True)]
 
-    assert "fast" == manager({"mx-a": Plugin(records)}, s3="fast").storages.lookup("s3").provider.name
-    assert "plain" == manager({"mx-a": Plugin(records)}, s3="plain").storages.lookup("s3").provider.name
-    assert "plain" == manager({"mx-a": Plugin(records)}, s3="mx-a").storages.lookup("s3").provider.name
+    assert "fast" == manager({"mx-a": Plugin(records)}, s3="fast").table(STORAGE).lookup("s3").provider.name
+    assert "plain" == manager({"mx-a": Plugin(records)}, s3="plain").table(STORAGE).lookup("s3").provider.name
+    assert "plain" == manager({"mx-a": Plugin(records)}, s3="mx-a").table(STORAGE).lookup("s3").provider.name
 
 
 @pytest.mark.parametrize("claims", [1, 2])
@@ -124,7 +124,7 @@ def test_prefer_that_names_nobody_is_an_error_that_lists_the_choice(claims: int)
     plugins = {f"mx-{letter}": Plugin([storage(letter, "s3")]) for letter in "ab"[:claims]}
 
     with pytest.raises(SettingsError) as caught:
-        manager(plugins, s3="mx-nobody").storages.lookup("s3")
+        manager(plugins, s3="mx-nobody").table(STORAGE).lookup("s3")
 
     text = str(caught.value)
     for part in ("MX_PREFER=s3=mx-nobody", *plugins):
@@ -153,8 +153,8 @@ def test_prefer_for_one_kind_leaves_a_scheme_of_the_same_name_alone() -> None:
 
     for preferred in ("mx-mine", "mine"):
         made = manager(plugins, memory=preferred)
-        assert "mx-mine" == made.storages.lookup("memory").plugin.name
-        assert "mx-core" == made.metadata_stores.lookup("memory").plugin.name
+        assert "mx-mine" == made.table(STORAGE).lookup("memory").plugin.name
+        assert "mx-core" == made.table(METADATA_STORE).lookup("memory").plugin.name
 
 
 def test_one_word_may_be_a_scheme_of_two_kinds_without_conflict() -> None:
@@ -166,8 +166,8 @@ def test_one_word_may_be_a_scheme_of_two_kinds_without_conflict() -> None:
 
     made = manager(plugins)
 
-    assert "mx-a" == made.storages.lookup("grpc").plugin.name
-    assert "mx-b" == made.transports.lookup("grpc").plugin.name
+    assert "mx-a" == made.table(STORAGE).lookup("grpc").plugin.name
+    assert "mx-b" == made.table(TRANSPORT).lookup("grpc").plugin.name
 
 
 # -- alternatives ------------------------------------------------------------------------------------------------------
@@ -177,14 +177,14 @@ def test_an_alternative_is_used_only_when_it_is_preferred() -> None:
     """It neither conflicts with the regular record nor takes its place unasked."""
     plugins = {"mx-a": Plugin([storage("a", "s3")]), "mx-z": Plugin([storage("z", "s3", alternative=True)])}
 
-    assert "mx-a" == manager(plugins).storages.lookup("s3").plugin.name
-    assert () == manager(plugins).storages.conflicts()
-    assert "mx-z" == manager(plugins, s3="mx-z").storages.lookup("s3").plugin.name
+    assert "mx-a" == manager(plugins).table(STORAGE).lookup("s3").plugin.name
+    assert () == manager(plugins).table(STORAGE).conflicts()
+    assert "mx-z" == manager(plugins, s3="mx-z").table(STORAGE).lookup("s3").plugin.name
 
 
 def test_an_alternative_alone_is_not_used_and_says_how_it_would_be() -> None:
     """Without a regular record the scheme is unknown, with the setting that makes it known."""
-    storages = manager({"mx-z": Plugin([storage("z", "shout", alternative=True)])}).storages
+    storages = manager({"mx-z": Plugin([storage("z", "shout", alternative=True)])}).table(STORAGE)
 
     with pytest.raises(UnknownSchemeError) as caught:
         storages.lookup("shout")
@@ -200,10 +200,12 @@ def test_the_settings_that_an_error_suggests_work() -> None:
         "mx-z": Plugin([storage("z", "shout", alternative=True)]),
     }
     with pytest.raises(UnknownSchemeError) as caught:
-        manager(plugins).storages.lookup("shout")
+        manager(plugins).table(STORAGE).lookup("shout")
     lines = [word.strip(".,") for word in str(caught.value).split() if word.startswith("MX_PREFER=shout=")]
 
-    found = {manager(plugins, shout=line.rpartition("=")[2]).storages.lookup("shout").provider.name for line in lines}
+    found = {
+        manager(plugins, shout=line.rpartition("=")[2]).table(STORAGE).lookup("shout").provider.name for line in lines
+    }
 
     assert {"slow", "fast", "z"} == found, str(caught.value)
 
@@ -235,7 +237,7 @@ def test_no_order_of_registration_changes_anything() -> None:
             else:
                 made.register(plugins[name], name=name)
         schemes = ("clash", "settled", "only-a", "asked", "only-d", "two", "nobody")
-        outcomes.add((made.storages.schemes, *(outcome(made.storages, scheme) for scheme in schemes)))
+        outcomes.add((made.table(STORAGE).schemes, *(outcome(made.table(STORAGE), scheme) for scheme in schemes)))
 
     assert 1 == len(outcomes)
     schemes, clash, settled, only_a, asked, only_d, two, nobody = outcomes.pop()
@@ -277,7 +279,7 @@ def test_a_stranger_scheme_lists_what_is_there() -> None:
     made = manager({"mx-a": Plugin([storage("a", "aa")]), "mx-b": Plugin([storage("b", "bb")])})
 
     with pytest.raises(UnknownSchemeError) as caught:
-        made.storages.lookup("quux")
+        made.table(STORAGE).lookup("quux")
 
     assert "aa, bb" in str(caught.value)
     assert "quux" in str(caught.value)
@@ -339,7 +341,7 @@ def test_a_table_is_looked_up_in_and_no_plugin_is_asked_again() -> None:
     made = PluginManager()
     made.register(Counting(), name="mx-counting")
     for _ in range(10):
-        made.storages.lookup("aa")
+        made.table(STORAGE).lookup("aa")
 
     assert [1] == calls
 
@@ -348,8 +350,8 @@ def test_unregistering_takes_the_records_out() -> None:
     """After ``unregister`` its schemes are unknown and a conflict is none."""
     made = manager({"mx-a": Plugin([storage("a", "s3")]), "mx-b": Plugin([storage("b", "s3")])})
     with pytest.raises(PluginConflictError):
-        made.storages.lookup("s3")
+        made.table(STORAGE).lookup("s3")
 
     made.unregister("mx-b")
 
-    assert "mx-a" == made.storages.lookup("s3").plugin.name
+    assert "mx-a" == made.table(STORAGE).lookup("s3").plugin.name

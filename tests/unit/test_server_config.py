@@ -10,7 +10,7 @@ import pytest
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.server.config import Config, read_config
 from modelexpress_core.server.settings import LogSettings, ServerSettings, StoreVariables
-from modelexpress_core.settings import Given, describe
+from modelexpress_core.settings import Override, describe
 from modelexpress_core.wire.settings import AuthSettings
 
 _SECTIONS = {"": ServerSettings, "log": LogSettings}
@@ -26,7 +26,9 @@ def read(tmp_path: Path) -> Read:
     def read(text: str | bytes, **environ: str) -> Config:
         path = tmp_path / "mx.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_config(_SECTIONS, environ, path=str(path), given={"log.level": Given("error", "--log-level")})
+        return read_config(
+            _SECTIONS, environ, path=str(path), overrides={"log.level": Override("error", "--log-level")}
+        )
 
     return read
 
@@ -103,7 +105,7 @@ def test_all_mistakes_are_told_at_once(read: Read) -> None:
         ('port: !!int ""', "port: the value (not shown) cannot be read"),
         ('drain_seconds: !!float ""', "drain_seconds: the value (not shown) cannot be read"),
         ("port: !!int foo", "port: the value (not shown) cannot be read"),
-        ("port: !!null foo", "port: nothing stands there"),
+        ("port: !!null foo", "port: the value is empty"),
         ("metadata: !!binary hunter2", "metadata: the value (not shown) cannot be read"),
         ("drain_seconds: 1e306", "drain_seconds: '1e306': expected a number, and this is text"),
         ("drain_seconds: 1.0e+306", "drain_seconds: 1e+306: expected a number of seconds of at most ten years"),
@@ -114,7 +116,7 @@ def test_all_mistakes_are_told_at_once(read: Read) -> None:
         ("port: 2020-99-99", "port: the value (not shown) cannot be read"),
         ("log: 5", "log: expected a mapping with some of level, format"),
         ("log:", "log: expected a mapping"),
-        ("port:", "port: nothing stands there"),
+        ("port:", "port: the value is empty"),
         ("? [a]\n: 1", "a key that is no text"),
         (f"xyz: {_SECRET}", "nothing is called xyz; there are host, port"),
         (f"'': {_SECRET}", "nothing is called "),
@@ -165,7 +167,7 @@ def test_what_is_wrong_with_the_whole_is_told_with_the_rest(read: Read, tmp_path
 
     def complete(config: Config) -> tuple[Config, list[str]]:
         seen.update(config.usable(ServerSettings))
-        return config.with_fallback(ServerSettings, {"host": Given("f", "fallback")}), seen["wrong"]  # type: ignore[return-value]
+        return config.with_fallbacks(ServerSettings, {"host": Override("f", "fallback")}), seen["wrong"]  # type: ignore[return-value]
 
     path = tmp_path / "mx.yaml"
     path.write_text("port: many\nmetrics_port: 7\n")

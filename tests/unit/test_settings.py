@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.settings import (
-    Given,
+    FileValue,
     LoadSettings,
+    Override,
     PluginSettings,
+    SettingSources,
     SettingValue,
-    Sources,
-    Written,
     boolean,
     byte_count,
     describe,
@@ -201,7 +201,7 @@ def test_the_environment_is_in_no_repr() -> None:
     environ = {"MX_TOKEN": _SECRET}
     context = ServiceContext(cast("Any", None), environ, AsyncExitStack())
 
-    assert _SECRET not in repr(Sources(environ))
+    assert _SECRET not in repr(SettingSources(environ))
     assert _SECRET not in repr(context)
 
 
@@ -385,8 +385,8 @@ def test_a_buffer_that_holds_no_element_is_refused(name: str) -> None:
 # -- flags, variables and files ----------------------------------------------------------------------------------------
 
 
-def written(**values: object) -> dict[str, Written]:
-    return {name: Written(value, name, "mx.yaml, line 1") for name, value in values.items()}
+def file_values(**values: object) -> dict[str, FileValue]:
+    return {name: FileValue(value, name, "mx.yaml, line 1") for name, value in values.items()}
 
 
 @frozen
@@ -408,11 +408,11 @@ class Filed:
 
 def test_flags_win_over_variables_and_those_over_files() -> None:
     """And all of them over the fallback, which wins over the default."""
-    sources = Sources(
+    sources = SettingSources(
         {"MX_COUNT": "2", "MX_PLAIN": "2"},
-        given={"count": Given(1, "--count")},
-        written=written(count=3, plain=3, share=3),
-        fallback={name: Given(4, "elsewhere") for name in ("count", "plain", "share", "size")},
+        overrides={"count": Override(1, "--count")},
+        file_values=file_values(count=3, plain=3, share=3),
+        fallbacks={name: Override(4, "elsewhere") for name in ("count", "plain", "share", "size")},
     )
 
     settings = from_sources(Filed, sources)
@@ -443,7 +443,7 @@ def test_flags_win_over_variables_and_those_over_files() -> None:
 )
 def test_values_of_files_have_a_type(field: str, value: object, expected: object) -> None:
     """That of the field; a whole number passes for a number, and text with a unit for one that may have it."""
-    settings = from_sources(Filed, Sources({}, written=written(**{field: value})))
+    settings = from_sources(Filed, SettingSources({}, file_values=file_values(**{field: value})))
 
     assert expected == getattr(settings, field)
     assert type(expected) is type(getattr(settings, field))
@@ -461,11 +461,11 @@ def test_values_of_files_have_a_type(field: str, value: object, expected: object
         ("share", False, "expected a number"),
         ("wait", "30", "'30': expected a number, and this is text"),
         ("wait", float("nan"), "expected a number of seconds"),
-        ("wait", None, "wait: nothing stands there"),
+        ("wait", None, "wait: the value is empty"),
         ("flag", "true", "expected true or false, and this is text"),
         ("flag", 1, "expected true or false, and this is a whole number"),
         ("word", 5, "expected text, and this is a whole number"),
-        ("word", "", "nothing stands there"),
+        ("word", "", "the value is empty"),
         ("listed", "a,b", "expected a list, and this is text"),
         ("listed", ["a", 1], "expected text, and this is a whole number"),
         ("listed", ["a,b"], "have no commas"),
@@ -476,7 +476,7 @@ def test_values_of_files_have_a_type(field: str, value: object, expected: object
 def test_values_of_another_type_are_refused(field: str, value: object, reason: str) -> None:
     """With the place, the key, the value and what is expected."""
     with pytest.raises(SettingsError) as raised:
-        from_sources(Filed, Sources({}, written=written(**{field: value})))
+        from_sources(Filed, SettingSources({}, file_values=file_values(**{field: value})))
 
     assert f"mx.yaml, line 1: {field}: " in str(raised.value)
     assert reason in str(raised.value)
@@ -487,7 +487,7 @@ def test_values_of_another_type_are_refused(field: str, value: object, reason: s
 @pytest.mark.parametrize("value", [[_SECRET], {_SECRET: _SECRET}])
 def test_secrets_of_files_are_not_told(field: str, value: object) -> None:
     """Neither by what is wrong with them nor by a list of settings."""
-    sources = Sources({}, written=written(**{field: value}))
+    sources = SettingSources({}, file_values=file_values(**{field: value}))
     with pytest.raises(SettingsError) as raised:
         from_sources(Filed, sources)
 
@@ -497,10 +497,10 @@ def test_secrets_of_files_are_not_told(field: str, value: object) -> None:
 
 def test_what_is_wrong_is_told_though_another_value_wins() -> None:
     """All of it, of files, variables and several fields."""
-    sources = Sources(
+    sources = SettingSources(
         {"MX_COUNT": "none", "MX_SHARE": "much"},
-        given={"count": Given(1, "--count")},
-        written=written(count=-1, flag=3),
+        overrides={"count": Override(1, "--count")},
+        file_values=file_values(count=-1, flag=3),
     )
     with pytest.raises(SettingsError) as raised:
         from_sources(Filed, sources)

@@ -24,7 +24,7 @@ from modelexpress_core.errors import (
     SourceChangedError,
     UnsupportedError,
 )
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.storage.file import FileStorage
 from modelexpress_core.uri import ModelURI
 
@@ -70,7 +70,7 @@ def test_it_is_a_storage_and_comes_from_a_record(file: Path) -> None:
     """The scheme ``file`` leads here, by the same path as any plugin's."""
     manager = PluginManager.discover({"MX_PLUGINS": "modelexpress-core"})
 
-    registered, storage = manager.open_storage(ModelURI.parse(file), {})
+    registered, storage = manager.open(STORAGE, ModelURI.parse(file), {})
 
     assert isinstance(storage, Storage)
     assert "modelexpress-core" == registered.plugin.name

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.errors import NotFoundError, SourceChangedError
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.storage.memory import MemoryStorage, store
 from modelexpress_core.uri import ModelURI
 
@@ -32,8 +32,8 @@ def test_a_name_stands_for_the_same_objects_in_the_whole_process() -> None:
     store("here").put("model/a", b"abc")
     manager = PluginManager.discover({"MX_PLUGINS": "modelexpress-core"})
 
-    _, here = manager.open_storage(ModelURI.parse("memory://here/model"), {})
-    _, there = manager.open_storage(ModelURI.parse("memory://there/model"), {})
+    _, here = manager.open(STORAGE, ModelURI.parse("memory://here/model"), {})
+    _, there = manager.open(STORAGE, ModelURI.parse("memory://there/model"), {})
 
     assert isinstance(here, Storage)
     assert ["model/a"] == [info.path for info in here.list("model")]

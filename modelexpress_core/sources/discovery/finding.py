@@ -11,7 +11,7 @@ import attrs
 
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import DISCOVERY, STORAGE, TRANSPORT, PluginManager
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.metrics import source_metrics
 from modelexpress_core.sources.settings import DiscoverySettings
@@ -86,7 +86,7 @@ def _ask(plugins: PluginManager, environ: Mapping[str, str], request: LoadReques
         message = f"MX_DISCOVERY holds what is no URI of a discovery: {exc.message}"
         raise SettingsError(message, hint=exc.hint) from exc
     try:
-        _, discovery = plugins.open_discovery(uri, environ)
+        _, discovery = plugins.open(DISCOVERY, uri, environ)
     except SettingsError:
         raise
     except ModelExpressError as exc:
@@ -122,9 +122,9 @@ def _is_candidate(candidate: object, uri: ModelURI) -> bool:
 def _is_readable(plugins: PluginManager, candidate: Candidate) -> bool:
     """Whether a plugin is there for it."""
     scheme = candidate.uri.scheme
-    known = plugins.transports.schemes
+    known = plugins.table(TRANSPORT).schemes
     if candidate.peer is None:
-        known += plugins.storages.schemes
+        known += plugins.table(STORAGE).schemes
     if scheme not in known:
         _log.debug("passing over %s, because no installed plugin handles %s", candidate.uri, scheme)
     return scheme in known

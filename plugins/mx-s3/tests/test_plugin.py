@@ -12,7 +12,7 @@ import pytest
 
 from modelexpress_core.contracts.storage import Endpoint
 from modelexpress_core.errors import InvalidURIError, SettingsError, UnavailableError
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.settings import describe, from_env, variables
 from modelexpress_core.uri import ModelURI
 from mx_s3._storage import open_s3
@@ -23,7 +23,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "a-secret"}
 
 def test_is_found_and_handles_s3() -> None:
     """The installed plugin's record stands in the table, with its settings."""
-    registered = PluginManager.discover({"MX_STRICT_PLUGINS": "1"}).storages.lookup("s3")
+    registered = PluginManager.discover({"MX_STRICT_PLUGINS": "1"}).table(STORAGE).lookup("s3")
 
     assert "mx-s3" == registered.plugin.name
     assert S3Settings is registered.provider.settings

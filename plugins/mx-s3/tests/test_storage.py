@@ -15,7 +15,7 @@ from awscrt import checksums
 from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.contracts.storage import ObjectInfo, Storage
 from modelexpress_core.errors import AccessDeniedError, NotFoundError, SourceChangedError
-from modelexpress_core.plugins import PluginManager
+from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.uri import ModelURI
 from mx_s3._storage import S3Storage, open_s3
 
@@ -33,7 +33,7 @@ def storage(request: pytest.FixtureRequest, server: SeaweedFS, plugins: PluginMa
     if request.param == "factory":
         storage: Storage = open_s3(uri, server.environ())
     else:
-        _, storage = plugins.open_storage(uri, server.environ())
+        _, storage = plugins.open(STORAGE, uri, server.environ())
     with contextlib.closing(storage):
         yield storage
 

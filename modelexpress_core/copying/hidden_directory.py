@@ -1,6 +1,6 @@
-"""The hidden directory of a pull: one pull at a time, what is known of the files that are there, unfinished ones.
+"""The hidden directory of pulls: a lock (one pull at a time), a manifest of the files in place, and unfinished files.
 
-It stays when a pull is done, with the lock (removing it would let two pulls hold one each) and the manifest.
+It stays when a pull is done. If the lock were removed, two pulls could hold one each.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from modelexpress_core.copying.local import local_errors, open_file, write_all
 from modelexpress_core.copying.partial import Identity, Partial, read_identity
 from modelexpress_core.errors import ModelExpressError
 
-__all__ = ["HIDDEN_DIRECTORY", "Entry", "Workplace", "regular_size"]
+__all__ = ["HIDDEN_DIRECTORY", "Entry", "HiddenDirectory", "regular_size"]
 
 _log = logging.getLogger(__name__)
 
-#: Below the directory that is pulled into.
+#: Its name below the target directory.
 HIDDEN_DIRECTORY = ".mx-pull"
 
 
 @frozen
 class Entry:
-    """What is known of a file that was put in place.
+    """What the manifest holds of a file in place.
 
     Attributes:
         root: Redacted URI that was pulled.
-        version: Version of the object that it is a copy of.
+        version: Version of the copied object.
         size: Its length in bytes.
-        mtime_ns: Its modification time: one that somebody wrote to has another.
-        digest: Algorithm and value that it was compared with; None where there was nothing to compare with.
+        mtime_ns: Its modification time, which changes if something writes to it.
+        digest: Algorithm and value of the digest that it was compared with; None if none was published.
     """
 
     root: str
@@ -51,24 +51,24 @@ class Entry:
     digest: tuple[str, str] | None
 
 
-class Workplace:
-    """The hidden directory below ``directory``, held by this pull within its ``with`` block.
+class HiddenDirectory:
+    """The hidden directory below ``directory``; within the ``with`` block this pull holds its lock.
 
     Args:
-        directory: Where the files go; made where it is not there.
+        directory: The target of the pull; made if it does not exist.
     """
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        self._hidden = os.path.join(directory, HIDDEN_DIRECTORY)
-        self._manifest_path = os.path.join(self._hidden, "manifest")
+        self._path = os.path.join(directory, HIDDEN_DIRECTORY)
+        self._manifest_path = os.path.join(self._path, "manifest")
         self._lock = threading.Lock()
         self._held = -1
         self._entries: dict[str, Entry] = {}
 
-    def __enter__(self) -> Workplace:
-        with local_errors(self._hidden, "make the directory"):
-            os.makedirs(self._hidden, exist_ok=True)
+    def __enter__(self) -> HiddenDirectory:
+        with local_errors(self._path, "make the directory"):
+            os.makedirs(self._path, exist_ok=True)
         self._hold()
         self._entries = self._read_manifest()
         return self
@@ -77,17 +77,17 @@ class Workplace:
         self.release()
 
     def release(self) -> None:
-        """Let another pull begin."""
+        """Release the lock."""
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
 
     def keep_held(self) -> None:
-        """Let no other pull begin before this process ends."""
+        """Keep the lock until the process ends."""
         self._held = -1
 
     def _hold(self) -> None:
-        path = os.path.join(self._hidden, "lock")
+        path = os.path.join(self._path, "lock")
         with local_errors(path, "lock"):
             descriptor = open_file(path, os.O_RDWR)
             try:
@@ -101,19 +101,21 @@ class Workplace:
                 if exc.errno not in {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}:
                     os.close(descriptor)
                     raise
-                _log.warning("%s can lock no files; see to it that no other pull into it is under way", self.directory)
+                _log.warning(
+                    "%s does not support file locks; make sure that no other pull into it is under way", self.directory
+                )
             self._held = descriptor
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
-    # -- what is there ------------------------------------------------------------------------------------------------
+    # -- files in place -----------------------------------------------------------------------------------------------
 
     def target(self, name: str) -> str:
-        """Where the file ``name`` goes."""
+        """The path of the file ``name``."""
         return os.path.join(self.directory, *name.split("/"))
 
     def unchanged(self, identity: Identity) -> Entry | None:
-        """What is known of the file that is in place, where it is just what is wanted and nobody wrote to it."""
+        """The entry of the file in place, if it is the wanted version and nothing wrote to it since."""
         entry = self._entries.get(identity.name)
         if entry is None or identity.version is None:
             return None
@@ -126,7 +128,7 @@ class Workplace:
         return None
 
     def record(self, identity: Identity, mtime_ns: int, digest: tuple[str, str] | None) -> None:
-        """Remember what the file with this time is, before it appears."""
+        """Add the file with this modification time to the manifest, before it appears."""
         entry = Entry(identity.root, identity.version, identity.size, mtime_ns, digest)
         with self._lock, local_errors(self._manifest_path, "write"):
             self._entries[identity.name] = entry
@@ -137,20 +139,22 @@ class Workplace:
                 os.close(descriptor)
 
     def tidy(self) -> None:
-        """Leave one line for each file that is still there."""
-        there = {name: entry for name, entry in self._entries.items() if regular_size(self.target(name)) == entry.size}
+        """Rewrite the manifest: one line for each file that still exists."""
+        present = {
+            name: entry for name, entry in self._entries.items() if regular_size(self.target(name)) == entry.size
+        }
         temporary = f"{self._manifest_path}.new"
         with local_errors(self._manifest_path, "write"):
             descriptor = open_file(temporary, os.O_WRONLY | os.O_TRUNC)
             try:
-                write_all(descriptor, b"".join(_manifest_line(name, entry) for name, entry in sorted(there.items())))
+                write_all(descriptor, b"".join(_manifest_line(name, entry) for name, entry in sorted(present.items())))
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
             os.replace(temporary, self._manifest_path)
 
     def _read_manifest(self) -> dict[str, Entry]:
-        """By name. A line that is not whole, or of another kind, counts for nothing."""
+        """Entries by name. Incomplete and unknown lines are ignored."""
         entries = {}
         with local_errors(self._manifest_path, "read"):
             try:
@@ -171,31 +175,31 @@ class Workplace:
     # -- unfinished files ---------------------------------------------------------------------------------------------
 
     def partial(self, identity: Identity) -> Partial:
-        """The unfinished file, with what is left of it from an earlier pull."""
-        partial = Partial(self._hidden, identity)
+        """The unfinished file, with the bytes that an earlier pull left."""
+        partial = Partial(self._path, identity)
         partial.resume()
         return partial
 
     def discard_superseded(
         self, wanted: Collection[str], missing: Iterable[Identity], *, root: str, everything: bool
     ) -> None:
-        """Remove unfinished files that nobody will finish, and what was left of those that were just put in place.
+        """Remove unfinished files that no pull will finish, and remains of files that are in place.
 
         Args:
-            wanted: Names of all files of this pull: of each only what is ``missing`` is kept.
-            missing: Those that are not in place.
+            wanted: Names of all files of this pull. Only the unfinished files of ``missing`` ones are kept.
+            missing: The wanted files that are not in place.
             root: Redacted URI that is pulled.
-            everything: Whether unfinished files below ``root`` that are not wanted are no longer there at all.
+            everything: Whether ``wanted`` are all files below ``root``, so that other unfinished files of it are stale.
         """
         keys = {identity.key for identity in missing}
-        with local_errors(self._hidden, "read the directory"):
-            found = {os.path.splitext(name) for name in os.listdir(self._hidden)}
+        with local_errors(self._path, "read the directory"):
+            found = {os.path.splitext(name) for name in os.listdir(self._path)}
         for key in {stem for stem, suffix in found if suffix in {".part", ".journal"}} - keys:
-            journal = os.path.join(self._hidden, f"{key}.journal")
+            journal = os.path.join(self._path, f"{key}.journal")
             identity = read_identity(journal)
             if identity is None or identity.name in wanted or (everything and identity.root == root):
-                with local_errors(self._hidden, "remove unfinished files from"):
-                    for path in (journal, os.path.join(self._hidden, f"{key}.part")):
+                with local_errors(self._path, "remove unfinished files from"):
+                    for path in (journal, os.path.join(self._path, f"{key}.part")):
                         with contextlib.suppress(FileNotFoundError):
                             os.unlink(path)
 
@@ -205,7 +209,7 @@ def _manifest_line(name: str, entry: Entry) -> bytes:
 
 
 def regular_size(path: str) -> int | None:
-    """Length of the regular file at ``path``; None where there is none."""
+    """Length of the regular file at ``path``; None if there is none."""
     try:
         stat = os.lstat(path)
     except OSError:

@@ -1,0 +1,49 @@
+"""Calling the factory of a record, and checking what it returns."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from modelexpress_core.errors import ModelExpressError, PluginLoadError
+from modelexpress_core.plugins.kinds import Kind
+from modelexpress_core.plugins.reasons import reason_of
+from modelexpress_core.registry import Registered
+
+__all__ = ["open_product"]
+
+R = TypeVar("R")
+T = TypeVar("T")
+
+
+def open_product(kind: Kind[R, T], registered: Registered[Any], *arguments: object) -> T:
+    """What the factory of ``registered`` returns for ``arguments``, once it has the methods of its kind.
+
+    Raises:
+        PluginLoadError: The factory failed for a reason of its own, or returned something else.
+        ModelExpressError: What the factory reports.
+    """
+    plugin, label = registered.plugin.name, registered.label
+    what = registered.provider.install_hint or plugin
+    what_for = str(arguments[0]) if kind.by_scheme else f"the {kind.word} {registered.provider.name}"
+    try:
+        product = registered.provider.factory(*arguments)
+    except ModelExpressError:
+        raise
+    except ModuleNotFoundError as exc:
+        message = f"{label} cannot be used for {what_for}: the package {exc.name or exc} is missing"
+        raise PluginLoadError(message, plugin=plugin, hint=f"pip install '{what}'") from exc
+    except ImportError as exc:
+        message = f"{label} cannot be used for {what_for}: {reason_of(exc)}"
+        cause = "another version of the package is installed than the plugin was written for"
+        raise PluginLoadError(message, plugin=plugin, cause=cause, hint=f"pip install -U '{what}'") from exc
+    except Exception as exc:
+        message = f"{label} failed to open {what_for}: {reason_of(exc)}"
+        raise PluginLoadError(message, plugin=plugin, hint="report it to its authors") from exc
+    lacking = [method for method in kind.methods if not callable(getattr(product, method, None))]
+    if lacking or isinstance(product, type):
+        returned = "a class, not an instance" if isinstance(product, type) else type(product).__name__
+        message = f"the factory of {label} returned {returned}, which is no {kind.word}"
+        cause = f"it has no {', '.join(lacking)}" if lacking else "have you forgotten the ()?"
+        raise PluginLoadError(message, plugin=plugin, cause=cause, hint=f"have it return an open {kind.word}")
+    opened: T = product
+    return opened
