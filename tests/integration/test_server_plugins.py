@@ -16,15 +16,16 @@ import pytest
 from modelexpress_core import hookimpl
 from modelexpress_core.contracts.metadata_store import StoreUnavailableError
 from modelexpress_core.contracts.service import ServiceContext
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import PluginConflictError, PluginError, PluginLoadError, SettingsError
-from modelexpress_core.plugins import SERVER_SERVICE, PluginManager
 from modelexpress_core.providers import ServerServiceProvider
 from modelexpress_core.server.app import Server
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.server.stores.memory import MemoryStore
-from modelexpress_core.wire.channel import Endpoint, open_channel
+from modelexpress_core.wire.channel import open_channel
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import P2P, STANDARD_HEALTH, stub
+from tests.support.plugins import core_and
 
 _PAGE = Path(__file__).parents[2] / "docs" / "hooks.md"
 _SETTINGS = ServerSettings(host="127.0.0.1", port=0, metrics_port=0, drain_seconds=5.0)
@@ -45,17 +46,14 @@ def offering(*records: ServerServiceProvider) -> object:
 
 def served(call: Call, **plugins: object) -> None:
     """Calls ``call`` with a channel to a server with ``plugins``, and with the address of its metrics."""
-    manager = PluginManager()
-    for name, plugin in plugins.items():
-        manager.register(plugin, name=name.replace("_", "-"))
+    manager = core_and(**plugins)
 
     def called(server: Server) -> None:
         with open_channel(Endpoint.parse(f"127.0.0.1:{server.port}")) as channel:
             call(channel, f"http://127.0.0.1:{server.metrics_port}/metrics")
 
     async def serve() -> None:
-        services = [(each.plugin.name, each.provider) for each in manager.records(SERVER_SERVICE)]
-        async with Server(_SETTINGS, MemoryStore(), services=services, environ={"ACME": "1"}) as server:
+        async with Server(_SETTINGS, MemoryStore(), manager, environ={"ACME": "1"}) as server:
             await asyncio.to_thread(called, server)
 
     asyncio.run(serve())
@@ -143,7 +141,7 @@ def all_sorts(context: ServiceContext) -> Any:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("acme.All", handlers),))
         server.add_registered_method_handlers("acme.All", handlers)
 
-    assert {"ACME": "1"} == context.settings
+    assert "1" == context.settings["ACME"]
     return context.handler(add_to_server, Servicer())
 
 
