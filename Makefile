@@ -1,7 +1,9 @@
 # Everything a contributor needs; each target sets itself up.
 #   make demo   a real S3 server, two checkpoints, every tensor compared
-#   make test   all tests (ARGS="-k name" goes to pytest)
-#   make test-vllm   real vLLM, in an environment of its own
+#   make test   all tests, several side by side (ARGS="-k name" goes to pytest)
+#   make test-fast   tests without servers and slow steps, for the loop of a contributor (TESTS=plugins/mx-s3/tests)
+#   make test-nightly   all tests, and property tests with all their examples, drawn at random
+#   make test-vllm   tests with real vLLM, in a separate environment
 #   make lint   formatting, lint, types, layers
 #   make bench  figures as ratios to limits and to other libraries (ARGS="local s3 --quick")
 #   make bench-vllm   the same of real vLLM, with each of its loaders (ARGS="--rounds 3")
@@ -15,15 +17,17 @@ BENCH_STAMP := $(BENCH_VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_BENCH_STAMP := $(VLLM_VENV)/.installed-bench
-PACKAGES := . plugins/mx-s3 integrations/vllm
+# Every folder with a pyproject.toml in plugins/ and integrations/ is a package.
+MEMBERS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml))
+PACKAGES := . $(MEMBERS)
 
-.PHONY: demo test test-vllm lint bench bench-vllm format clean help
+.PHONY: demo test test-fast test-nightly test-vllm lint bench bench-vllm format clean help
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml) constraints-dev.txt requirements-checkpoint.txt
+$(STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) constraints-dev.txt requirements-checkpoint.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -37,11 +41,21 @@ $(STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml integrations/*/pypr
 demo: $(STAMP)
 	@$(BIN)/python -m devtools.demo
 
+# conftest.py chooses how many workers there are; tests of one xdist_group share a worker, and with it what they set up.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+TESTS ?= tests/unit tests/docs $(wildcard plugins/*/tests)
+
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: $(STAMP)
+	HYPOTHESIS_PROFILE=fast $(PYTEST) -m "not server and not slow" $(TESTS) $(ARGS)
+
+test-nightly: $(STAMP)
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) $(ARGS)
 
 # vLLM's CPU build asks for media libraries whose builds do not go with the CPU build of torch; text models need none.
-$(VLLM_STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml) integrations/vllm/tests/requirements.txt
+$(VLLM_STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) integrations/vllm/tests/requirements.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement integrations/vllm/tests/requirements.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
@@ -56,6 +70,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m devtools.package_imports
 
 $(BENCH_STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) constraints-dev.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(BENCH_VENV)

@@ -1,31 +1,90 @@
-"""What the tests of several packages share: a real S3 server, and an environment that knows nothing of this machine."""
+"""What the tests of all packages share: a real S3 server, a clean environment, and how tests are told apart."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from devtools.seaweedfs import SeaweedFS
+from devtools.seaweedfs import SeaweedFS, SeaweedFSError, binary
+from tests.support.tools import MISSING_TOOL, skip_without
 
 BUCKET = "models"
+
+#: Fixtures that start a server; the tests that use one are marked ``server``.
+_SERVER_FIXTURES = {"s3_server"}
+
+
+_MAX_WORKERS = 16
+
+if find_spec("hypothesis"):  # the environment with vLLM does without it
+    from tests.support.properties import load_profile
+
+    load_profile()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--require-tools`` turns skips for want of a tool into failures, for machines that should have all of them."""
+    parser.addoption("--require-tools", action="store_true", help=f"fail tests that skip with '{MISSING_TOOL}...'")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Two workers for each core with ``-n auto``: tests wait for servers and processes more than they compute."""
+    return min(_MAX_WORKERS, 2 * len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # noqa: ANN401 - types of xdist
+    """With ``--dist loadgroup``, keep the tests of a file that is marked ``xdist_group`` in one worker."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from tests.support.scheduling import GroupScheduling
+
+    return GroupScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start a server."""
+    for item in items:
+        if _SERVER_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("server")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that skips for want of a tool, under ``--require-tools``."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple) and item.config.getoption("require_tools"):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if reason.startswith(MISSING_TOOL):
+            report.outcome, report.longrepr = "failed", f"{reason} (--require-tools)"
+    return report
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[SeaweedFS]:
-    """SeaweedFS with the bucket ``models``; started at first use, stopped at the end."""
+    """SeaweedFS with the bucket ``models``; each worker starts one at first use, and stops it at the end."""
+    try:
+        binary()
+    except SeaweedFSError as exc:
+        skip_without(str(exc))
     with SeaweedFS(BUCKET) as server:
         yield server
 
 
 @pytest.fixture
 def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What SDKs would find on this machine (they read the process's environment themselves) is out of the way."""
+    """Remove from the environment what SDKs read from it, and hide the configuration files of this machine."""
     for name in list(os.environ):
         if name.startswith(("AWS_", "MX_", "MODEL_EXPRESS_", "RUNAI_", "REQUESTS_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
+    for name in ("COLUMNS", "LINES"):  # a width would cut the tables that commands print
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

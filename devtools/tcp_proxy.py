@@ -85,6 +85,7 @@ class TcpProxy:
         host: Host of the server behind.
         port: Port of the server behind.
         policy: Says what happens to the response to each request; by default nothing.
+        listen: The address that it listens on.
 
     Attributes:
         connections: Connections so far.
@@ -92,18 +93,20 @@ class TcpProxy:
         sent_bytes: Bytes sent to clients so far, headers included.
     """
 
-    def __init__(self, host: str, port: int, policy: Policy | None = None) -> None:
+    def __init__(self, host: str, port: int, policy: Policy | None = None, *, listen: str = "127.0.0.1") -> None:
         self.policy: Policy = policy or (lambda _number, _head: None)
         self.connections = 0
         self.requests = 0
         self.sent_bytes = 0
         self._behind = (host, port)
+        self._listen = listen
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> TcpProxy:
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        family = socket.AF_INET6 if ":" in self._listen else socket.AF_INET
+        self._listener = socket.create_server((self._listen, 0), family=family)
         self.port: int = self._listener.getsockname()[1]
         self._spawn(self._accept)
         return self

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from modelexpress_core.checkpoint import Checkpoint
-from modelexpress_core.contracts.candidates import Candidate
-from modelexpress_core.errors import IncompleteLoadError, PlacementError
+from modelexpress_core.errors import PlacementError
 from modelexpress_core.loader import Loader
-from modelexpress_core.messages import listed
+from modelexpress_core.loads.checkpoint import CheckpointLoad
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import LoadReport
 from modelexpress_core.uri import ModelURI
@@ -20,8 +19,6 @@ from modelexpress_core.uri import ModelURI
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from modelexpress_core.placement import Recorder
 
 __all__ = ["DeferredWeights", "deferred_weights", "load_into", "load_state_dict", "open_checkpoint"]
 
@@ -45,7 +42,7 @@ def open_checkpoint(
         CheckpointError: What is there is no valid checkpoint.
     """
     loader = Loader(environ, plugins)
-    return loader.first(uri, loader.open_headers)
+    return loader.first(loader.request(uri), loader.open_headers)
 
 
 def load_state_dict(
@@ -74,32 +71,14 @@ def load_state_dict(
         CheckpointError: What is there is no valid checkpoint.
         PlacementError: A name is not in the checkpoint, or torch has no dtype for a tensor.
     """
-    import torch
+    from modelexpress_core.loads.targets import NewTensors
 
-    from modelexpress_core.placement import Recorder
-    from modelexpress_core.placement.dtypes import torch_dtype, torch_shape
-
-    loader = Loader(environ, plugins)
     if isinstance(names, str):
         names = [names]
-    wanted = None if names is None else list(names)
-
-    def attempt(candidate: Candidate) -> dict[str, torch.Tensor]:
-        with loader.open(candidate) as load:
-            tensors = load.checkpoint.tensors
-            recorder = Recorder(load.checkpoint, load.engine, fresh=True)
-            state = {}
-            for name in tensors if wanted is None else wanted:
-                if name not in tensors:
-                    message = f"{load.checkpoint.uri} has no tensor {name!r}"
-                    raise PlacementError(message, tensor=name, hint="`mx inspect` lists those it has")
-                info = tensors[name]
-                state[name] = torch.empty(torch_shape(info), dtype=torch_dtype(info), device=device)
-                recorder.copy_whole(info, state[name])
-            load.succeed(load.finish(recorder))
-            return state
-
-    return loader.first(uri, attempt)
+    loader = Loader(environ, plugins)
+    target = NewTensors(None if names is None else list(names), device)
+    loader.load(loader.request(uri), target)
+    return target.tensors
 
 
 def load_into(
@@ -135,24 +114,12 @@ def load_into(
     """
     import torch
 
-    from modelexpress_core.placement import Recorder
+    from modelexpress_core.loads.targets import Target
     from modelexpress_core.placement.destinations import Destinations
 
     loader = Loader(environ, plugins)
-    destinations = Destinations(target, torch.device(device))
-
-    def attempt(candidate: Candidate) -> LoadReport:
-        with loader.open(candidate) as load:
-            destinations.check(load.checkpoint, strict=strict, cast=cast)
-            recorder = Recorder(load.checkpoint, load.engine)
-            for name, info in load.checkpoint.tensors.items():
-                if name in destinations.tensors:
-                    recorder.copy_whole(info, destinations.tensors[name])
-            report = load.finish(recorder)
-            destinations.adopt()
-            return load.succeed(report)
-
-    return loader.first(uri, attempt)
+    tensors = Destinations(target, torch.device(device))
+    return loader.load(loader.request(uri), Target(tensors, strict=strict, cast=cast))
 
 
 def deferred_weights(
@@ -207,7 +174,7 @@ class DeferredWeights:
         self._uri = uri
         self._model = model
         self._loader = Loader(environ, plugins)
-        self._recorder: Recorder | None = None
+        self._load: CheckpointLoad | None = None
         self._entered = False
         self._block = self._run()
         self.report: LoadReport | None = None
@@ -226,53 +193,27 @@ class DeferredWeights:
         return self._block.__exit__(kind, exc, tb)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self._recorder is None:
+        if self._load is None:
             message = "deferred weights are iterated outside their with block"
             raise PlacementError(message, hint="write: with deferred_weights(uri) as weights: ...")
-        return self._recorder.deferred()
+        self._load.destination.touch()
+        return self._load.recorder.deferred()
 
     def __len__(self) -> int:
-        return 0 if self._recorder is None else len(self.checkpoint.tensors)
+        return 0 if self._load is None else len(self.checkpoint.tensors)
 
     @contextlib.contextmanager
     def _run(self) -> Iterator[None]:
-        from modelexpress_core.placement import Recorder
-        from modelexpress_core.placement.coverage import Coverage
+        from modelexpress_core.loads.targets import DeferredTarget
 
-        coverage = None if self._model is None else Coverage(_named_tensors(self._model))
-        with self._loader.first(self._uri, self._loader.open) as load:
+        request = self._loader.request(self._uri)
+        with self._loader.open_checkpoint(request, DeferredTarget(self._model)) as load:
             self.checkpoint = load.checkpoint
-            self._recorder = recorder = Recorder(load.checkpoint, load.engine, coverage)
+            self._load = load
             try:
-                with recorder:
+                with load.recorder:
                     yield
-                report = load.finish(recorder)
+                load.fetch()
             finally:
-                recorder.end()
-            self._check(report, () if coverage is None else coverage.missing())
-            self.report = load.succeed(report)
-
-    def _check(self, report: LoadReport, missing: Sequence[str]) -> None:
-        if missing:
-            raise IncompleteLoadError(
-                f"{len(missing)} tensors of the model were not wholly written: {listed(missing)}",
-                missing=missing,
-                cause="the checkpoint is of another model, the code that loads skips what it does not know, or the "
-                "model is on the meta device, which has no memory",
-                hint="compare the names with `mx inspect`; give a model on the meta device memory with to_empty",
-            )
-        if not report.tensors and len(self.checkpoint.tensors):
-            raise IncompleteLoadError(
-                f"nothing of {self.checkpoint.uri} was used",
-                cause="the code that loads knows none of its names",
-                hint="compare the names with `mx inspect`",
-            )
-
-
-def _named_tensors(model: nn.Module | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    import torch
-
-    if isinstance(model, Mapping):
-        return model
-    state = model.state_dict(keep_vars=True)
-    return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+                load.recorder.end()
+            self.report = load.complete()

@@ -16,6 +16,7 @@ from modelexpress_core.providers import (
     ServerServiceProvider,
     StorageCapabilities,
     StorageProvider,
+    TransportProvider,
 )
 from modelexpress_core.server.settings import ConfigPath, LogSettings, ServerSettings, SpanSettings, StoreVariables
 from modelexpress_core.settings import from_env
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from modelexpress_core.contracts.metadata_store import MetadataStore
     from modelexpress_core.contracts.service import ServiceContext
     from modelexpress_core.contracts.storage import Storage
+    from modelexpress_core.contracts.transport import Transport
     from modelexpress_core.uri import ModelURI
 
 
@@ -122,6 +124,18 @@ def mx_register_storages() -> list[StorageProvider]:
             capabilities=StorageCapabilities(concurrency=4, most_concurrency=8, request_cost_bytes=128),
         ),
     ]
+
+
+def _open_inproc(uri: ModelURI, settings: Mapping[str, str]) -> Transport:
+    from modelexpress_core.transport.inproc import open_inproc
+
+    return open_inproc(uri, settings)
+
+
+@hookimpl
+def mx_register_transports() -> list[TransportProvider]:
+    """``inproc``."""
+    return [TransportProvider("inproc", ("inproc",), _open_inproc)]
 
 
 def _open_redis_store(uri: ModelURI, settings: Mapping[str, str]) -> MetadataStore:

@@ -67,6 +67,18 @@ def _check_factory(_record: object, _attribute: attrs.Attribute[Any], factory: o
         raise TypeError(message)
 
 
+def _check_peer_tier(_record: object, _attribute: attrs.Attribute[Tier], tier: Tier) -> None:
+    if tier >= Tier.CACHE:
+        message = f"the tier of a transport is that of a kind of peer, not {tier.name}"
+        raise ValueError(message)
+
+
+def _check_file_tier(_record: object, _attribute: attrs.Attribute[Tier], tier: Tier) -> None:
+    if tier < Tier.CACHE:
+        message = f"the tier of a storage is CACHE or ORIGIN, not {tier.name}"
+        raise ValueError(message)
+
+
 @frozen
 class StorageCapabilities:
     """What a storage can do beyond the required, and what its reads cost.
@@ -126,7 +138,7 @@ class StorageProvider(SchemeProvider):
     """
 
     factory: Callable[[ModelURI, Mapping[str, str]], Storage] = field(validator=_check_factory)
-    tier: Tier = field(default=Tier.ORIGIN, converter=Tier, kw_only=True)
+    tier: Tier = field(default=Tier.ORIGIN, converter=Tier, validator=_check_file_tier, kw_only=True)
     capabilities: StorageCapabilities = field(factory=StorageCapabilities, kw_only=True)
 
 
@@ -140,7 +152,7 @@ class TransportProvider(SchemeProvider):
     """
 
     factory: Callable[[ModelURI, Mapping[str, str]], Transport] = field(validator=_check_factory)
-    tier: Tier = field(default=Tier.OTHER_PEER, converter=Tier, kw_only=True)
+    tier: Tier = field(default=Tier.OTHER_PEER, converter=Tier, validator=_check_peer_tier, kw_only=True)
     assumed: bool = field(default=False, kw_only=True)
 
 

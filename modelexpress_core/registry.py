@@ -9,47 +9,10 @@ from typing import Any, Generic, TypeVar
 from attrs import frozen
 
 from modelexpress_core.errors import PluginConflictError, PluginLoadError, SettingsError, UnknownSchemeError
+from modelexpress_core.known_schemes import KNOWN_SCHEMES, SYNONYMS
 from modelexpress_core.providers import SchemeProvider
 
-__all__ = ["INSTALL_HINTS", "PluginInfo", "Registered", "SchemeTable", "the_one_named"]
-
-#: What to install for the schemes that first-party packages handle.
-INSTALL_HINTS: Mapping[str, str] = {
-    "s3": "modelexpress-core[s3]",
-    "gs": "modelexpress-core[gcs]",
-    "az": "modelexpress-core[azure]",
-    "hf": "modelexpress-core[hf]",
-    "mx": "modelexpress-core[grpc]",
-    "mxs": "modelexpress-core[grpc]",
-    "nixl": "modelexpress-core[nixl]",
-    "grpc": "modelexpress-core[grpc]",
-}
-
-#: Which distribution a first-party scheme comes from, to tell a broken or disabled plugin from a missing one.
-_DISTRIBUTIONS: Mapping[str, str] = {
-    "file": "modelexpress-core",
-    "memory": "modelexpress-core",
-    "s3": "mx-s3",
-    "gs": "mx-gcs",
-    "az": "mx-azure",
-    "hf": "mx-hf",
-    "mx": "mx-grpc-stream",
-    "mxs": "mx-grpc-stream",
-    "grpc": "mx-grpc-stream",
-    "nixl": "mx-nixl",
-}
-
-#: Schemes that people write for others.
-_SYNONYMS: Mapping[str, str] = {
-    "s3a": "s3",
-    "s3n": "s3",
-    "gcs": "gs",
-    "azure": "az",
-    "abfs": "az",
-    "huggingface": "hf",
-    "mem": "memory",
-    "local": "file",
-}
+__all__ = ["PluginInfo", "Registered", "SchemeTable", "the_one_named"]
 
 
 @frozen
@@ -173,9 +136,9 @@ class SchemeTable(Generic[P]):
     def _unknown(self, scheme: str, alternatives: Sequence[Registered[P]]) -> UnknownSchemeError:
         message = f"no usable plugin handles the {self.kind} scheme {scheme!r}"
         usable = ", ".join(self.schemes) or "none"
-        distribution = _DISTRIBUTIONS.get(scheme)
+        known = KNOWN_SCHEMES.get(scheme)
         for plugin in self.plugins:
-            if plugin.name != distribution or plugin.status == "loaded":
+            if known is None or plugin.name != known.distribution or plugin.status == "loaded":
                 continue
             message = f"{plugin.name}, which handles {scheme}, is installed but {plugin.status}: {plugin.reason}"
             hint = "unset the setting" if plugin.status == "disabled" else f"reinstall {plugin.name}, or report it"
@@ -195,19 +158,28 @@ class SchemeTable(Generic[P]):
         for plugin in self.plugins:
             if plugin.status != "loaded":
                 message += f"; {plugin.name} is {plugin.status}: {plugin.reason}"
-        near = _SYNONYMS.get(scheme)
-        if near is None and scheme not in INSTALL_HINTS:
-            guesses = difflib.get_close_matches(scheme, {*self.schemes, *INSTALL_HINTS}, n=1)
+        return UnknownSchemeError(message, hint=self._next_step(scheme))
+
+    def _next_step(self, scheme: str) -> str:
+        """What to do where nothing that is installed handles ``scheme``."""
+        near = SYNONYMS.get(scheme)
+        if near is None and scheme not in KNOWN_SCHEMES:
+            guesses = difflib.get_close_matches(scheme, {*self.schemes, *KNOWN_SCHEMES}, n=1)
             near = guesses[0] if guesses else None
+        install = "" if near in self.schemes else _install_step(near or scheme)
         if near is not None:
-            hint = f"write {near}:// instead"
-            if near not in self.schemes and near in INSTALL_HINTS:
-                hint += f" after pip install '{INSTALL_HINTS[near]}'"
-        elif scheme in INSTALL_HINTS:
-            hint = f"pip install '{INSTALL_HINTS[scheme]}'"
-        else:
-            hint = f"install the plugin that handles {scheme}; `mx plugins` lists what is there"
-        return UnknownSchemeError(message, hint=hint)
+            return f"write {near}:// instead{install and f'; for that, {install}'}"
+        return install or f"install the plugin that handles {scheme}; `mx plugins` lists what is there"
+
+
+def _install_step(scheme: str) -> str:
+    """How to install what handles ``scheme``; empty if that is not known, or core has it for another kind."""
+    known = KNOWN_SCHEMES.get(scheme)
+    if known is None or known.extra == "":
+        return ""
+    if known.install_hint is None:
+        return f"wait for {known.distribution}, which is not published yet; `mx plugins` lists what is installed"
+    return f"pip install '{known.install_hint}'"
 
 
 def the_one_named(

@@ -84,3 +84,8 @@ class Candidate:
     origin: str = field(default="caller", validator=attrs.validators.instance_of(str))
     peer: Peer | None = field(default=None, validator=attrs.validators.optional(attrs.validators.instance_of(Peer)))
     tier: Tier = field(default=Tier.ORIGIN, converter=Tier)
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether a transport reads it from the memory of a worker, and not a storage from files."""
+        return self.peer is not None or self.tier < Tier.CACHE

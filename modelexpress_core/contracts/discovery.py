@@ -13,8 +13,8 @@ __all__ = ["Discovery"]
 class Discovery(Protocol):
     """Knows who holds models now. One is opened for each load, and closed when it has answered.
 
-    The URI of a peer is ``<transport>://<whom to ask>/<source id>/<worker id>``; its scheme picks the transport. Other
-    places that hold the model have the URI of a checkpoint.
+    The URI of a peer is ``<transport>://<endpoint of the worker>/<source id>/<worker id>``, with ``?tls=1`` if it
+    speaks TLS; its scheme picks the transport. Other places that hold the model have the URI of a checkpoint.
     """
 
     def candidates(self, request: LoadRequest) -> Sequence[Candidate]:

@@ -20,7 +20,7 @@ from types import TracebackType
 import attrs
 from attrs import frozen
 
-from modelexpress_core.copying.local import local_errors, open_file, write_all
+from modelexpress_core.copying.local import Disk, local_errors, open_file, write_all
 from modelexpress_core.copying.partial import Identity, Partial, read_identity
 from modelexpress_core.errors import ModelExpressError
 
@@ -56,10 +56,12 @@ class HiddenDirectory:
 
     Args:
         directory: The target of the pull; made if it does not exist.
+        disk: The disk that holds it.
     """
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, disk: Disk | None = None) -> None:
         self.directory = directory
+        self._disk = disk or Disk()
         self._path = os.path.join(directory, HIDDEN_DIRECTORY)
         self._manifest_path = os.path.join(self._path, "manifest")
         self._lock = threading.Lock()
@@ -148,7 +150,7 @@ class HiddenDirectory:
             descriptor = open_file(temporary, os.O_WRONLY | os.O_TRUNC)
             try:
                 write_all(descriptor, b"".join(_manifest_line(name, entry) for name, entry in sorted(present.items())))
-                os.fsync(descriptor)
+                self._disk.fsync(descriptor)
             finally:
                 os.close(descriptor)
             os.replace(temporary, self._manifest_path)
@@ -176,7 +178,7 @@ class HiddenDirectory:
 
     def partial(self, identity: Identity) -> Partial:
         """The unfinished file, with the bytes that an earlier pull left."""
-        partial = Partial(self._path, identity)
+        partial = Partial(self._path, identity, disk=self._disk)
         partial.resume()
         return partial
 

@@ -6,14 +6,27 @@ import ctypes
 import errno
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+
+from attrs import frozen
 
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.fetch.digests import new_hasher
 from modelexpress_core.report import format_bytes
 
-__all__ = ["allocate", "check_space", "digest_of", "fsync_directory", "local_errors", "open_file", "write_all"]
+__all__ = [
+    "Disk",
+    "allocate",
+    "boot_id",
+    "check_space",
+    "digest_of",
+    "fsync_directory",
+    "local_errors",
+    "open_file",
+    "write_all",
+]
 
 _SPACE = "free space, or choose a directory on another disk; the next pull resumes where this one stopped"
 _RIGHTS = "check owner and mode with ls -ld, or choose another directory"
@@ -97,6 +110,36 @@ def check_space(directory: str, needed: int) -> None:
             cause="the disk is too full; a file that is replaced takes space until its new version is complete",
             hint=_SPACE,
         )
+
+
+@cache
+def boot_id() -> str:
+    """An identifier that changes with each start of the machine; empty where the system has none."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+@frozen
+class Disk:
+    """The operations of a disk that fail in ways which no test machine can bring about; tests replace them.
+
+    Attributes:
+        allocate: Takes the space of a file before it is written.
+        boot_id: Identifies the start of the machine that wrote a journal.
+        check_space: Raises where too little space is free.
+        fsync: Brings what was written to the disk.
+        sync_seconds: How often a file that is being written is synced, so that a loss of power costs little, and
+            little is left to do at the end.
+    """
+
+    allocate: Callable[[int, int], None] = allocate
+    boot_id: Callable[[], str] = boot_id
+    check_space: Callable[[str, int], None] = check_space
+    fsync: Callable[[int], None] = os.fsync
+    sync_seconds: float = 5.0
 
 
 def digest_of(path: str, algorithm: str, cancelled: threading.Event) -> str:

@@ -23,17 +23,13 @@ import time
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from functools import cache
 
 import attrs
 from attrs import frozen
 
-from modelexpress_core.copying.local import allocate, local_errors, open_file, write_all
+from modelexpress_core.copying.local import Disk, local_errors, open_file, write_all
 
 __all__ = ["Identity", "Partial", "Spans", "read_identity"]
-
-#: Interval of syncs: little is lost if the power fails, and little is left to sync at the end.
-_SYNC_SECONDS = 5.0
 
 
 @frozen
@@ -102,26 +98,18 @@ class Spans:
             position = start + length
 
 
-@cache
-def _boot_id() -> str:
-    """Changes with each boot of the machine; empty if unknown."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
 class Partial:
     """The bytes and the journal of one file. ``write`` is thread-safe.
 
     Args:
         directory: The directory of both.
         identity: The object that they belong to.
+        disk: The disk that holds both.
     """
 
-    def __init__(self, directory: str, identity: Identity) -> None:
+    def __init__(self, directory: str, identity: Identity, *, disk: Disk | None = None) -> None:
         self.identity = identity
+        self._disk = disk or Disk()
         self.path = os.path.join(directory, f"{identity.key}.part")
         self._journal_path = os.path.join(directory, f"{identity.key}.journal")
         self._lock = threading.Lock()
@@ -172,7 +160,7 @@ class Partial:
         with local_errors(self.path, f"allocate {self.identity.size} bytes for {self.identity.name!r} in"):
             descriptor = open_file(self.path, os.O_RDWR)
             try:
-                allocate(descriptor, self.identity.size)
+                self._disk.allocate(descriptor, self.identity.size)
             finally:
                 os.close(descriptor)
             if not os.path.exists(self._journal_path):
@@ -212,7 +200,7 @@ class Partial:
             os.unlink(self._journal_path)
 
     def close(self) -> None:
-        """Write no more. The bytes stay for the next pull, if there are any and their version is known."""
+        """Stop writing. The bytes stay for the next pull, if there are any and their version is known."""
         with self._lock:
             self._closed = True
             if not self._users:
@@ -232,7 +220,7 @@ class Partial:
                     self._spans.add(offset, len(data))
                     self._since_boot += 1
                     write_all(journal, _line(f"have {offset} {len(data)}"))
-                if time.monotonic() - self._synced >= _SYNC_SECONDS and self._syncing.acquire(blocking=False):
+                if time.monotonic() - self._synced >= self._disk.sync_seconds and self._syncing.acquire(blocking=False):
                     try:
                         self._sync(descriptor, journal)
                     finally:
@@ -258,7 +246,7 @@ class Partial:
 
     def _sync_or_discard(self, descriptor: int) -> None:
         try:
-            os.fsync(descriptor)
+            self._disk.fsync(descriptor)
         except OSError:
             # It is unknown which bytes are on the disk, and another fsync would report success.
             with contextlib.suppress(OSError):
@@ -294,7 +282,7 @@ class Partial:
     def _begin_journal(self) -> None:
         descriptor = open_file(self._journal_path, os.O_WRONLY | os.O_TRUNC)
         try:
-            write_all(descriptor, _line(f"file {self.identity.text}") + _line(f"boot {_boot_id()}"))
+            write_all(descriptor, _line(f"file {self.identity.text}") + _line(f"boot {self._disk.boot_id()}"))
         finally:
             os.close(descriptor)
 
@@ -309,7 +297,7 @@ class Partial:
         if size != self.identity.size or not lines or lines[0] != f"file {self.identity.text}":
             return False
         synced, pending, boot = _ranges(lines[1:])
-        same_boot = boot and boot == _boot_id()
+        same_boot = boot and boot == self._disk.boot_id()
         for offset, count in [*synced, *(pending if same_boot else ())]:
             if not 0 <= offset < offset + count <= size:
                 return False
@@ -318,7 +306,7 @@ class Partial:
         os.truncate(self._journal_path, length)
         if not same_boot:
             with open(self._journal_path, "ab", buffering=0) as file:
-                write_all(file.fileno(), _line(f"boot {_boot_id()}"))
+                write_all(file.fileno(), _line(f"boot {self._disk.boot_id()}"))
         return True
 
 

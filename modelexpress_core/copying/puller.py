@@ -26,13 +26,14 @@ from modelexpress_core.checkpoint import CheckpointFile
 from modelexpress_core.contracts.candidates import Candidate
 from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.copying.hidden_directory import HiddenDirectory, regular_size
-from modelexpress_core.copying.local import check_space, digest_of, fsync_directory, local_errors
+from modelexpress_core.copying.local import Disk, digest_of, fsync_directory, local_errors
 from modelexpress_core.copying.partial import Identity, Partial
 from modelexpress_core.copying.selection import select, with_stat
 from modelexpress_core.errors import IntegrityError, ModelExpressError
 from modelexpress_core.fetch import FetchEngine, ProgressReporter, Range, RetryingStorage, RetryPolicy, Segment, Ticket
 from modelexpress_core.fetch.digests import best_digest
-from modelexpress_core.loader import Loader, redacted_uris
+from modelexpress_core.loader import Loader
+from modelexpress_core.loads.context import redacted_uris
 from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
@@ -89,6 +90,7 @@ def pull(
     on_progress: Callable[[PullProgress], None] | None = None,
     environ: Mapping[str, str] | None = None,
     plugins: PluginManager | None = None,
+    disk: Disk | None = None,
 ) -> PullReport:
     """Copy the files at ``uri`` into ``directory``, except those that are there in the same version.
 
@@ -103,6 +105,7 @@ def pull(
         on_progress: Called a few times a second by fetching threads: it must be fast. An exception in it ends the pull.
         environ: Variables to read settings from; by default the process's.
         plugins: Plugins to use; by default all that are installed and allowed.
+        disk: Operations of the disk, for tests that replace some of them.
 
     Raises:
         ResolveError: The URI leads nowhere.
@@ -120,9 +123,9 @@ def pull(
     target = os.path.abspath(os.path.expanduser(text))
 
     def attempt(candidate: Candidate) -> PullReport:
-        return _Pull(loader, candidate.uri, target, weights=weights, on_progress=on_progress).run()
+        return _Pull(loader, candidate.uri, target, weights=weights, on_progress=on_progress, disk=disk).run()
 
-    return loader.first(uri, attempt)
+    return loader.first(loader.request(uri), attempt)
 
 
 class _Copy:
@@ -160,7 +163,9 @@ class _Pull:
         *,
         weights: bool,
         on_progress: Callable[[PullProgress], None] | None,
+        disk: Disk | None,
     ) -> None:
+        self._disk = disk or Disk()
         self._loader = loader
         self._uri = uri
         self._directory = directory
@@ -168,7 +173,7 @@ class _Pull:
         self._on_progress = on_progress
         self._begun = time.monotonic()
         self._verify = loader.settings.verify_digests
-        self._hidden = HiddenDirectory(directory)
+        self._hidden = HiddenDirectory(directory, disk=self._disk)
         self._engine: FetchEngine | None = None
         self._cancelled = threading.Event()
         self._lock = threading.Lock()
@@ -273,7 +278,7 @@ class _Pull:
         self._hidden.discard_superseded(wanted, missing, root=root, everything=everything)
         copies = [_Copy(changed[identity.name], self._hidden.partial(identity)) for identity in missing]
         needed = sum(max(0, copy.info.size - copy.partial.allocated_bytes) for copy in copies)
-        check_space(self._directory, needed)
+        self._disk.check_space(self._directory, needed)
         try:
             for copy in copies:
                 copy.partial.reserve()

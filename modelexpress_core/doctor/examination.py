@@ -25,7 +25,8 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
-from modelexpress_core.loader import Loader, redacted_uris
+from modelexpress_core.loader import Loader
+from modelexpress_core.loads.context import redacted_uris
 from modelexpress_core.messages import byte_range, listed
 from modelexpress_core.plugins import CORE, STORAGE, PluginManager
 from modelexpress_core.probing import ProbeError
@@ -183,7 +184,7 @@ class _Examination:
             reason = "there is no URI to look up"
             raise _SkippedError(reason)
         self._loader = loader = Loader(self._given_environ, self._plugins)
-        candidates = loader.candidates(self._parsed)
+        candidates = loader.candidates(loader.request(self._parsed))
         self._uri = uri = candidates[0].uri
         facts.update(uri=str(uri), candidates=[str(candidate.uri) for candidate in candidates])
         registered = loader.plugins.table(STORAGE).lookup(uri.scheme)

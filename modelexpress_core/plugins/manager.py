@@ -11,7 +11,7 @@ import inspect
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pluggy
@@ -54,10 +54,12 @@ class PluginManager:
 
     Args:
         settings: Which plugins may be used; by default all.
+        clock: Seconds, for messages that are logged once a minute.
     """
 
-    def __init__(self, settings: PluginSettings | None = None) -> None:
+    def __init__(self, settings: PluginSettings | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings or PluginSettings()
+        self._clock = clock
         self._pluggy = pluggy.PluginManager(PROJECT_NAME)
         self._pluggy.add_hookspecs(hookspecs)
         self._infos: dict[str, PluginInfo] = {}
@@ -342,7 +344,7 @@ class PluginManager:
             try:
                 implementation.function(*(event for _ in implementation.argnames))
             except Exception as exc:  # noqa: BLE001 - an observer must not break a load
-                now = time.monotonic()
+                now = self._clock()
                 name = implementation.plugin_name
                 if now - self._observer_logged.get(name, -_OBSERVER_LOG_SECONDS) >= _OBSERVER_LOG_SECONDS:
                     self._observer_logged[name] = now

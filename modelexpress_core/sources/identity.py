@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from modelexpress_core.contracts.identity import SourceIdentity
-from modelexpress_core.sources.layouts import layout_digest, tensor_layouts
+from modelexpress_core.transport.layouts import layout_digest, tensor_layouts
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from modelexpress_core.errors import ModelExpressError, PlacementError, Settings
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.sources.discovery.server import TRANSPORTS_KEY
+from modelexpress_core.sources.discovery.server import ENDPOINT_KEY, TRANSPORTS_KEY
 from modelexpress_core.sources.publishing import Publisher, PublishingState, withdraw_on_exit
 from modelexpress_core.sources.settings import PublishingSettings, ServerAddress, WorkerSettings
 from modelexpress_core.sources.worker_service import Leases, WorkerServer
@@ -74,7 +74,7 @@ class Offer:
         worker_rank: Which part of the model they are.
         device: Number of the device, added to ``MX_WORKER_GRPC_PORT``.
         transports: Schemes that they can be read by.
-        nixl_metadata: What NIXL's agents say of themselves, where there is one.
+        record: What else is published about the worker, as its transports need it; by default nothing.
         load: How busy the worker is, from 0 to 1, or None where it cannot say; called for each heartbeat.
         worker_id: A name that no other process uses; by default one is made.
         environ: Variables: the server, certificates, tokens, ports; by default the process's.
@@ -98,7 +98,7 @@ class Offer:
         worker_rank: int = 0,
         device: int = 0,
         transports: Sequence[str],
-        nixl_metadata: bytes = b"",
+        record: p2p_pb2.WorkerMetadata | None = None,
         load: Callable[[], float | None] | None = None,
         worker_id: str | None = None,
         environ: Mapping[str, str] | None = None,
@@ -135,16 +135,18 @@ class Offer:
             host = settings.host or _own_address(Endpoint.parse(from_env(ServerAddress, environ).url))
             scheme = "https://" if tls.certificate else ""  # without it, other programs understand it, too
             self.endpoint = f"{scheme}{host}:{self._server.port}"
+            published = p2p_pb2.WorkerMetadata()
+            if record is not None:
+                published.CopyFrom(record)
+            published.worker_rank = worker_rank
+            published.worker_grpc_endpoint = self.endpoint
+            published.accelerator = identity.gpu_arch
+            published.topology[TRANSPORTS_KEY] = ",".join(transports)
+            published.topology[ENDPOINT_KEY] = self.endpoint
             self._publisher = Publisher(
                 client,
                 identity,
-                p2p_pb2.WorkerMetadata(
-                    worker_rank=worker_rank,
-                    worker_grpc_endpoint=self.endpoint,
-                    accelerator=identity.gpu_arch,
-                    topology={TRANSPORTS_KEY: ",".join(transports)},
-                    nixl_metadata=nixl_metadata,
-                ),
+                published,
                 self.worker_id,
                 interval_seconds=from_env(PublishingSettings, environ).interval_seconds,
                 load=load,

@@ -17,19 +17,13 @@ from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.sources.settings import SELECTORS
 
-__all__ = ["rank"]
+__all__ = ["rank", "uniform"]
 
 #: A peer that says nothing of its load is taken for half busy.
 _UNKNOWN_LOAD = 0.5
 
 #: What even the busiest peer has to spare, so that it is not left out where all are busy.
 _LEAST_WEIGHT = 0.05
-
-#: Schemes of transports in the order in which they are tried; others come after them.
-_TRANSPORTS = ("nixl", "grpc")
-
-#: Schemes of the server's cache, which comes after peers.
-_CACHES = ("mx", "mxs")
 
 #: The random numbers of the operating system: engines seed Python's own, all with the same number.
 _RANDOM = random.SystemRandom()
@@ -39,9 +33,9 @@ _BITS = 52
 
 
 def rank(request: LoadRequest, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """All ``candidates``, best first: peers over NIXL, over gRPC, over others, the server's cache, and all the rest.
+    """All ``candidates``, best first: by tier, those of the lowest first.
 
-    Peers of a kind are in the order that ``request.selector`` gives this reader; the rest stays as it was found.
+    Peers of a tier are in the order that ``request.selector`` gives this reader; other places stay as they were found.
 
     Raises:
         SettingsError: There is no such selector.
@@ -51,24 +45,13 @@ def rank(request: LoadRequest, candidates: Sequence[Candidate]) -> tuple[Candida
     except KeyError:
         message = f"no way to choose a peer: {request.selector!r}"
         raise SettingsError(message, hint=f"set MX_P2P_SOURCE_SELECTOR to one of {', '.join(SELECTORS)}") from None
-    kinds: list[list[Candidate]] = [[] for _ in range(_KINDS)]
-    for candidate in candidates:
-        kinds[_kind(candidate)].append(candidate)
-    peers = (candidate for kind in kinds[:_PEER_KINDS] for candidate in order(request.reader, kind))
-    return (*peers, *(candidate for kind in kinds[_PEER_KINDS:] for candidate in kind))
-
-
-_PEER_KINDS = len(_TRANSPORTS) + 1
-_KINDS = _PEER_KINDS + 2
-
-
-def _kind(candidate: Candidate) -> int:
-    scheme = candidate.uri.scheme
-    if scheme in _TRANSPORTS:
-        return _TRANSPORTS.index(scheme)
-    if candidate.peer is not None:
-        return _PEER_KINDS - 1
-    return _PEER_KINDS if scheme in _CACHES else _PEER_KINDS + 1
+    ranked: list[Candidate] = []
+    for tier in sorted({candidate.tier for candidate in candidates}):
+        same = [candidate for candidate in candidates if candidate.tier == tier]
+        peers = [candidate for candidate in same if candidate.is_peer]
+        ranked += order(request.reader, peers)
+        ranked += [candidate for candidate in same if not candidate.is_peer]
+    return tuple(ranked)
 
 
 def _shuffled(_reader: str, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
@@ -95,7 +78,7 @@ def _by_score(
 ) -> Sequence[Candidate]:
     def key(candidate: Candidate) -> tuple[float, str, str]:
         name = _name(candidate)
-        return weight(candidate) / math.log(_uniform(reader, name)), name, str(candidate.uri)
+        return weight(candidate) / math.log(uniform(reader, name)), name, str(candidate.uri)
 
     return sorted(candidates, key=key)
 
@@ -115,7 +98,7 @@ def _spare(candidate: Candidate) -> float:
     return min(1.0, max(_LEAST_WEIGHT, 1.0 - load))
 
 
-def _uniform(reader: str, name: str) -> float:
+def uniform(reader: str, name: str) -> float:
     """A number between 0 and 1, both excluded, that looks drawn at random; the same in every process."""
     digest = hashlib.blake2b(digest_size=8)
     for text in (reader, name):

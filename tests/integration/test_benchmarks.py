@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
 
 #: Benchmark -> keys that each row of its table has.
 NAMES = {
@@ -22,6 +26,33 @@ NAMES = {
     "faults": {"failing", "loads", "right", "fetched twice"},
     "corruption": {"digest", "corruptions", "mended", "failed", "wrong"},
     "control_plane": {"what", "store", "workers", "wrong"},
+}
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def _moved_the_same_bytes(rows: Rows) -> bool:
+    """Every contender loaded all of one checkpoint, ours among them: rate times time is the same, but for rounding."""
+    least = [(row["GB/s"] - 0.0005) * (row["seconds"] - 0.00005) for row in rows]
+    most = [(row["GB/s"] + 0.0005) * (row["seconds"] + 0.00005) for row in rows]
+    ours = any(row["contender"].startswith("modelexpress") for row in rows)
+    return ours and 0 < max(least) <= min(most)
+
+
+def _each_positive(*keys: str) -> Callable[[Rows], bool]:
+    return lambda rows: all(row[key] > 0 for row in rows for key in keys)
+
+
+#: Benchmark -> what has to hold of its rows, however small the sizes are.
+CORRECT: dict[str, Callable[[Rows], bool]] = {
+    "local": _moved_the_same_bytes,
+    "s3": _moved_the_same_bytes,
+    "concurrency": _each_positive("best fixed", "of best"),
+    "recording": _each_positive("us a tensor", "seconds"),
+    "memory": lambda rows: all(row["peak over it MiB"] >= 0 for row in rows),
+    "faults": lambda rows: all(0 < row["loads"] == row["right"] for row in rows),
+    "corruption": lambda rows: all(0 == row["wrong"] for row in rows) and 0 < sum(row["corruptions"] for row in rows),
+    "control_plane": lambda rows: all(0 == row["wrong"] for row in rows) and 0 < max(row["workers"] for row in rows),
 }
 
 
@@ -47,12 +78,11 @@ def test_a_benchmark_runs_and_reports(name: str, scratch: Path) -> None:
     assert report["rows"]
     assert all(NAMES[name] <= row.keys() for row in report["rows"])
     assert report["targets"]
-    assert all(target["met"] in {True, False} for target in report["targets"])
+    assert any(target["figure"] is not None for target in report["targets"])
     assert all(absent["reason"] for absent in report["absent"])
     assert "small sizes: not a measurement" in done.stdout
     assert name in done.stdout
-    # What is right, and not just quick, is so in small sizes, too.
-    assert all(row.get("right") == row.get("loads") and not row.get("wrong") for row in report["rows"])
+    assert CORRECT[name](report["rows"]), report["rows"]
 
 
 def test_a_benchmark_that_is_not_there_is_named() -> None:

@@ -198,7 +198,7 @@ def test_an_unknown_variable_earns_a_warning(mx: Run, sharded: Path) -> None:
         (("load", ""), 2, "empty"),
         (("load", "/no/such/model"), 1, "/no/such/model"),
         (("inspect", "/no/such/model"), 1, "/no/such/model"),
-        (("load", "gs://bucket/model"), 1, "pip install 'modelexpress-core[gcs]'"),
+        (("load", "gs://bucket/model"), 1, "mx-gcs, which is not published yet"),
         (("load", "nosuch://bucket/model"), 1, "file, memory, s3"),
         (("load", "MODEL", "--device", "meta"), 1, "no memory"),
         (("load", "MODEL", "--device", "abacus"), 1, "abacus"),

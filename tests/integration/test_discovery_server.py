@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 import modelexpress_core as mx
-from modelexpress_core.contracts.candidates import LoadRequest, Peer
+from modelexpress_core.contracts.candidates import LoadRequest, Peer, Tier
 from modelexpress_core.contracts.discovery import Discovery
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import UnavailableError
@@ -27,7 +27,9 @@ from tests.support.serving import Serving
 
 READY, STALE = p2p_pb2.SOURCE_STATUS_READY, p2p_pb2.SOURCE_STATUS_STALE
 _IDENTITY = SourceIdentity("acme/model", tensor_parallel_size=2)
-_REQUEST = LoadRequest(mx.ModelURI.parse("memory://host/model"), _IDENTITY, worker_rank=1, reader="me")
+_REQUEST = LoadRequest(
+    mx.ModelURI.parse("memory://host/model"), _IDENTITY, worker_rank=1, reader="me", assumed_transports=("nixl",)
+)
 
 
 class Transports:
@@ -35,7 +37,10 @@ class Transports:
 
     @hookimpl
     def mx_register_transports(self) -> list[TransportProvider]:
-        return [TransportProvider("mx-both", ("nixl", "grpc"), lambda uri, settings: None)]
+        return [
+            TransportProvider("mx-a", ("nixl",), lambda uri, settings: None, tier=Tier.FABRIC_PEER, assumed=True),  # type: ignore[arg-type, return-value]
+            TransportProvider("mx-b", ("grpc",), lambda uri, settings: None, tier=Tier.PEER),  # type: ignore[arg-type, return-value]
+        ]
 
 
 @pytest.fixture
@@ -57,7 +62,9 @@ def client(url: str) -> Iterator[ServerClient]:
 
 
 def publish(client: ServerClient, worker_id: str, identity: SourceIdentity = _IDENTITY, **fields: Any) -> None:
-    worker = p2p_pb2.WorkerMetadata(**{"worker_rank": 1, "status": READY, **fields})
+    worker = p2p_pb2.WorkerMetadata(
+        **{"worker_rank": 1, "status": READY, "worker_grpc_endpoint": "10.0.0.5:6555", **fields}
+    )
     assert client.publish(identity, worker, worker_id).success
 
 
@@ -71,7 +78,7 @@ def counted(result: str) -> float:
 
 
 def test_a_peer_comes_with_all_that_is_known_of_it(url: str, client: ServerClient) -> None:
-    """Its URI says by which transport, whom to ask, what it holds and who it is."""
+    """Its URI names the transport, the worker's own endpoint, what it holds and its id."""
     publish(client, "w", accelerator="cuda:h100", topology={"rack": "7"})
     beat = p2p_pb2.UpdateStatusRequest(
         mx_source_id=_IDENTITY.source_id, worker_id="w", worker_rank=1, status=READY, source_load=0.25
@@ -85,7 +92,7 @@ def test_a_peer_comes_with_all_that_is_known_of_it(url: str, client: ServerClien
     expected = Peer(_IDENTITY.source_id, "w", 1, "cuda:h100", 0.25, candidate.peer.updated_at_ms, {"rack": "7"})
     assert expected == candidate.peer
     assert candidate.peer.updated_at_ms > 0
-    assert ("server", f"nixl://{url}/{_IDENTITY.source_id}/w") == (candidate.origin, str(candidate.uri))
+    assert ("server", f"nixl://10.0.0.5:6555/{_IDENTITY.source_id}/w") == (candidate.origin, str(candidate.uri))
 
 
 def test_only_those_that_hold_the_same_are_named(url: str, client: ServerClient) -> None:
@@ -147,20 +154,36 @@ def test_a_server_that_cannot_be_asked(plugins: mx.PluginManager, caplog: pytest
     assert 2 == counted("error") - before
 
 
-def test_that_the_server_speaks_tls_is_handed_on() -> None:
-    """To whoever asks it for the metadata of a peer."""
-    source = p2p_pb2.SourceInstanceRef(mx_source_id="id", worker_id="w")
-    for uri, environ in (
-        ("server://", {"MODEL_EXPRESS_URL": "https://host"}),
-        ("server://host?tls=1", {}),
-    ):
-        with opened(uri, environ) as discovery:
-            [candidate] = discovery._ways_to(source)
+@pytest.mark.parametrize("key", ["record", "topology"])
+def test_a_peer_has_the_tls_flag_of_its_worker(url: str, client: ServerClient, key: str) -> None:
+    """It says nothing about the server; the endpoint may come with the list or with the record."""
 
-        assert (("nixl", "host:8001"), {"tls": "1"}) == (
-            (candidate.uri.scheme, candidate.uri.authority),
-            dict(candidate.uri.query),
-        )
+    def endpoint(text: str) -> dict[str, Any]:
+        other = {"worker_grpc_endpoint": ""}
+        return {"worker_grpc_endpoint": text} if key == "record" else {**other, "topology": {"mx_endpoint": text}}
+
+    publish(client, "plain", **endpoint("http://10.0.0.5:6555"))
+    publish(client, "tls", **endpoint("https://[fd00::5]:6555"))
+    publish(client, "none", **endpoint(""))
+    publish(client, "nonsense", **endpoint("https://user:secret@host/path"))
+
+    with opened(f"server://{url}", {}) as discovery:
+        found = {each.peer.worker_id: (each.uri.authority, each.uri.query) for each in discovery.candidates(_REQUEST)}
+
+    assert {"plain": ("10.0.0.5:6555", {}), "tls": ("[fd00::5]:6555", {"tls": "1"})} == found
+
+
+def test_a_few_workers_whose_endpoint_is_not_in_the_list_are_looked_up(url: str, client: ServerClient) -> None:
+    """So many and no more, in an order that differs from reader to reader and not from time to time."""
+    for number in range(20):
+        publish(client, f"w{number}")
+
+    def named(reader: str) -> set[str]:
+        with opened(f"server://{url}", {}) as discovery:
+            return {each.peer.worker_id for each in discovery.candidates(attrs.evolve(_REQUEST, reader=reader))}
+
+    assert (8, 8) == (len(named("a")), len(named("b")))
+    assert named("a") == named("a") != named("b")
 
 
 def test_it_is_found_by_its_scheme(plugins: mx.PluginManager) -> None:

@@ -25,6 +25,7 @@ from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.doctor import STEPS, Step, can_load, diagnose
 from modelexpress_core.plugins import PluginManager
 from tests.support import lookout
+from tests.support.network import CLOSED_PORT
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Serve = Callable[..., int]
@@ -147,11 +148,6 @@ def statuses(steps: dict[str, Step], *names: str) -> list[str]:
     return [steps[name].status for name in names or STEPS]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
-
-
 # -- the network -------------------------------------------------------------------------------------------------------
 
 
@@ -204,13 +200,11 @@ def test_a_name_that_is_unknown(examine: Callable[..., dict[str, Step]]) -> None
 
 def test_a_port_that_refuses(examine: Callable[..., dict[str, Step]]) -> None:
     """Nothing listens: what needs a connection is skipped, credentials are looked at all the same."""
-    port = free_port()
-
-    steps = examine(port=port, host="127.0.0.1")
+    steps = examine(port=CLOSED_PORT, host="127.0.0.1")
 
     connection = steps["connection"]
     assert ("failed", "UnavailableError") == (connection.status, connection.error)
-    assert f"could not connect to 127.0.0.1:{port}: Connection refused" == connection.seen
+    assert f"could not connect to 127.0.0.1:{CLOSED_PORT}: Connection refused" == connection.seen
     assert "nothing listens" in (connection.cause or "")
     assert "LOOKOUT_HOST" in (connection.hint or "")
     assert ["skipped"] * 5 == statuses(steps, "tls", "clock", "listing", "read", "checkpoint")
@@ -383,11 +377,9 @@ def test_a_proxy_that_lets_nothing_through(
 
 def test_a_proxy_that_is_down(examine: Callable[..., dict[str, Step]]) -> None:
     """Its address and port are in the message, and the hint is about the proxy; a password in its URL is not shown."""
-    port = free_port()
+    steps = examine(host="weights.invalid", port=443, proxy=f"http://user:secret@127.0.0.1:{CLOSED_PORT}")
 
-    steps = examine(host="weights.invalid", port=443, proxy=f"http://user:secret@127.0.0.1:{port}")
-
-    assert f"could not connect to 127.0.0.1:{port}" in steps["connection"].seen
+    assert f"could not connect to 127.0.0.1:{CLOSED_PORT}" in steps["connection"].seen
     assert "proxy" in (steps["connection"].hint or "")
     assert "secret" not in repr(steps)
 
@@ -562,7 +554,7 @@ def test_a_model_on_disk(mx: Run, sharded: Path) -> None:
     ("uri", "code", "failed", "words"),
     [
         ("/no/such/model", 1, ["listing"], "check the URI"),
-        ("gs://bucket/model", 1, ["plugin"], "pip install 'modelexpress-core[gcs]'"),
+        ("gs://bucket/model", 1, ["plugin"], "mx-gcs, which is not published yet"),
         ("s3:/bucket/model", 2, ["uri"], "write s3://bucket/model"),
         ("s3://", 2, ["plugin"], "write s3://bucket/path"),
     ],

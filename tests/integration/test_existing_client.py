@@ -14,6 +14,7 @@ import pytest
 
 from modelexpress_core.sources.worker_service import WorkerServer
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+from tests.support.tools import skip_without
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SOURCE_ID = "5a5f555570065064"
@@ -34,7 +35,8 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
         done = subprocess.run(
             [python, "-m", "pip", "install", "--quiet", *arguments], capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, done.stderr[-2000:]
+        if done.returncode:
+            skip_without(f"a package index that has {' '.join(arguments)}: {done.stderr[-500:]}")
     return python
 
 

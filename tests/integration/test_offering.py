@@ -142,7 +142,7 @@ def test_what_is_published_is_what_was_said(start: Start) -> None:
             transports=["nixl", "grpc"],
             device=3,
             worker_rank=5,
-            nixl_metadata=b"agent",
+            record=p2p_pb2.WorkerMetadata(nixl_metadata=b"agent"),
             environ=variables,
         ) as offer,
     ):

@@ -22,6 +22,8 @@ import pytest
 from modelexpress_core.testing import StorageContract
 from tests.support.checkpoints import safetensors_file, tensor
 
+pytestmark = pytest.mark.xdist_group("mx-hello")
+
 _ROOT = Path(__file__).resolve().parents[2]
 _EXAMPLE = _ROOT / "examples" / "mx-hello"
 _TEXT = _ROOT / "docs" / "write-a-plugin.md"

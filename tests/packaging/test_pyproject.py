@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from devtools.packages import ROOT, discover, pyproject
+from modelexpress_core.known_schemes import KNOWN_SCHEMES
 from modelexpress_core.plugins import ENTRY_POINT_GROUP
-from modelexpress_core.registry import INSTALL_HINTS
 
-_ROOT = Path(__file__).resolve().parents[2]
-_TOML = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-
-
-def pyproject(directory: Path) -> dict[str, Any]:
-    return _TOML.loads((directory / "pyproject.toml").read_text(encoding="utf-8"))
-
-
-_CORE = pyproject(_ROOT)
+_CORE = pyproject(ROOT)
 _EXTRAS: dict[str, list[str]] = _CORE["project"]["optional-dependencies"]
-_MEMBERS = sorted(
-    path.parent
-    for pattern in _CORE["tool"]["uv"]["workspace"]["members"]
-    for path in _ROOT.glob(f"{pattern}/pyproject.toml")
-)
-_FIRST_PARTY = [_ROOT, *_MEMBERS, *sorted(path.parent for path in _ROOT.glob("integrations/*/pyproject.toml"))]
+_MEMBERS = [package.directory for package in discover()]
+_FIRST_PARTY = [ROOT, *_MEMBERS]
 _PLUGINS = [member for member in _MEMBERS if ENTRY_POINT_GROUP in pyproject(member)["project"].get("entry-points", {})]
 
 
 def named(directory: Path) -> str:
-    return "root" if directory == _ROOT else directory.name
+    return "root" if directory == ROOT else directory.name
 
 
 def requirements(directory: Path) -> list[str]:
@@ -48,13 +36,20 @@ def package(member: Path) -> Path:
 
 
 def test_there_are_members() -> None:
-    """Without any, the tests below would hold of nothing."""
+    """Without any, the tests below would hold of nothing; the workspace of uv has the same ones."""
+    workspace = {
+        path.parent
+        for pattern in _CORE["tool"]["uv"]["workspace"]["members"]
+        for path in ROOT.glob(f"{pattern}/pyproject.toml")
+    }
+
     assert "mx-s3" in [member.name for member in _PLUGINS]
+    assert workspace == set(_MEMBERS)
 
 
 def test_the_extras_are_the_ones_that_are_documented() -> None:
     """Each backend, the server and its spans, the integration, the contract kit, and the two that collect."""
-    expected = {"s3", "gcs", "azure", "hf", "nixl", "grpc", "server", "otel", "vllm", "testing", "dev", "all"}
+    expected = {"s3", "server", "otel", "vllm", "testing", "dev", "all"}
 
     assert expected == set(_EXTRAS)
 
@@ -63,7 +58,7 @@ def test_extras_refer_to_extras_that_exist() -> None:
     """``dev`` and ``all`` collect others by name, which pip would ignore with a warning were it misspelt."""
     referred = {
         name.strip()
-        for requirement in requirements(_ROOT)
+        for requirement in requirements(ROOT)
         for match in re.findall(r"^modelexpress-core\[(.*?)\]", requirement)
         for name in match.split(",")
     }
@@ -72,12 +67,53 @@ def test_extras_refer_to_extras_that_exist() -> None:
     assert set() == referred - set(_EXTRAS)
 
 
-@pytest.mark.parametrize("hint", sorted(set(INSTALL_HINTS.values())))
-def test_the_pip_command_of_an_unknown_scheme_installs_something(hint: str) -> None:
-    """The message for a missing plugin names an extra; it must be one that brings a plugin."""
-    extra = hint.partition("[")[2].rstrip("]")
+def test_a_known_scheme_can_be_installed_if_its_package_exists() -> None:
+    """And not before: a message never advises what cannot be installed."""
+    packages = {pyproject(each)["project"]["name"] for each in _FIRST_PARTY}
 
-    assert [] != [requirement for requirement in _EXTRAS[extra] if requirement.startswith("mx-")]
+    for scheme, known in KNOWN_SCHEMES.items():
+        assert (known.extra is not None) == (known.distribution in packages), scheme
+        if known.extra:
+            assert known.distribution in [re.split(r"[=<>~]", each)[0] for each in _EXTRAS[known.extra]], scheme
+
+
+def test_every_extra_can_be_installed() -> None:
+    """What it requires of ours is a package of this repository."""
+    packages = {pyproject(each)["project"]["name"] for each in _FIRST_PARTY}
+    required = {re.split(r"[\[=<>~ ]", each)[0] for each in requirements(ROOT)}
+
+    assert {"mx-s3", "mx-vllm"} <= packages
+    assert set() == {name for name in required if name.startswith("mx-")} - packages
+
+
+def hints() -> Iterator[tuple[str, str]]:
+    """Every command in code and pages that installs something of ours, with the file that it is in."""
+    roots = [ROOT / "modelexpress_core", ROOT / "docs", ROOT / "examples", *_MEMBERS]
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    files += [path for root in roots for pattern in ("**/*.py", "**/*.md") for path in sorted(root.glob(pattern))]
+    for path in files:
+        for requirement in re.findall(
+            r"(?:modelexpress-core|mx-vllm)\[[a-z0-9,_-]+\]", path.read_text(encoding="utf-8")
+        ):
+            yield requirement, str(path.relative_to(ROOT))
+        for arguments in re.findall(r"pip install (?:-U )?([^`\n{}]+)", path.read_text(encoding="utf-8")):
+            for word in re.findall(r"\b(?:modelexpress-core|mx-[a-z0-9-]+)(?:\[[a-z0-9,_-]+\])?", arguments):
+                yield word, str(path.relative_to(ROOT))
+
+
+def test_every_hint_names_what_can_be_installed() -> None:
+    """Package and extras of every `pip install` and install hint exist in this repository."""
+    extras = {
+        pyproject(each)["project"]["name"]: pyproject(each)["project"].get("optional-dependencies", {})
+        for each in [*_FIRST_PARTY, ROOT / "examples" / "mx-hello"]
+    }
+    found = list(hints())
+
+    assert len(found) > 10
+    for requirement, path in found:
+        name, _, listed = requirement.rstrip("]").partition("[")
+        assert name in extras, (requirement, path)
+        assert set() == {extra for extra in listed.split(",") if extra} - set(extras[name]), (requirement, path)
 
 
 @pytest.mark.parametrize("directory", _FIRST_PARTY, ids=named)
@@ -90,7 +126,7 @@ def test_versions_move_together(directory: Path) -> None:
 
     assert version == pyproject(directory)["project"]["version"]
     assert [] == [pin for pin in pins if not pin.endswith(f"=={version}")]
-    assert directory == _ROOT or any(pin.startswith("modelexpress-core==") for pin in pins)
+    assert directory == ROOT or any(pin.startswith("modelexpress-core==") for pin in pins)
 
 
 @pytest.mark.parametrize("member", _PLUGINS, ids=named)
@@ -119,10 +155,18 @@ def test_every_plugin_is_announced_by_its_own_name(member: Path) -> None:
 
     assert name == (member.name if member.parent.name == "plugins" else f"mx-{member.name}")
     assert {name: f"{package(member).name}.plugin"} == project["entry-points"][ENTRY_POINT_GROUP]
-    assert name in _CORE["tool"]["uv"]["sources"]
 
 
-@pytest.mark.parametrize("path", [_ROOT / "modelexpress_core", *map(package, _PLUGINS)], ids=lambda path: path.name)
+@pytest.mark.parametrize("member", _PLUGINS, ids=named)
+def test_a_package_of_an_extra_comes_from_the_workspace(member: Path) -> None:
+    """What an extra of core requires is this repository's own, until it is released."""
+    name = pyproject(member)["project"]["name"]
+    required = any(each.startswith(f"{name}==") for each in requirements(ROOT))
+
+    assert required == (name in _CORE["tool"]["uv"]["sources"])
+
+
+@pytest.mark.parametrize("path", [ROOT / "modelexpress_core", *map(package, _PLUGINS)], ids=lambda path: path.name)
 def test_plugin_modules_hold_hooks_and_nothing_heavy(path: Path) -> None:
     """Every public function is a marked hook, and what is imported at the top is core or the standard library."""
     tree = ast.parse((path / "plugin.py").read_text(encoding="utf-8"))

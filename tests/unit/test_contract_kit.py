@@ -34,6 +34,8 @@ from modelexpress_core.storage.memory import MemoryStorage
 from modelexpress_core.testing import StorageContract
 from modelexpress_core.testing.checks import DIGESTS
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("contract kit")]
+
 SECRET = "hunter2-the-secret"
 
 #: Wrong storage -> tests of the contract that have to fail for it.
@@ -1062,7 +1064,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[tuple[str, 
     directory = tmp_path_factory.mktemp("wrong")
     (directory / "test_wrong.py").write_text(_RUN.format(path=__file__))
     (directory / "conftest.py").write_text(_SELECT)
-    return run_pytest(directory, "--tb=line")
+    return run_pytest(directory, "--tb=line", "--numprocesses=4")  # most of these storages wait for something
 
 
 def test_there_are_wrong_storages() -> None:

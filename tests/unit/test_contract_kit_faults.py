@@ -196,6 +196,7 @@ def test_latency_and_bandwidth_take_their_time() -> None:
     assert time.monotonic() - begun >= 0.15
 
 
+@pytest.mark.slow
 def test_reads_share_a_line() -> None:
     """Four reads at once take as long as one after another, where each alone would be as fast as all together."""
     whole = 4 * len(_CONTENT)

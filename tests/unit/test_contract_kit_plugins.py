@@ -13,6 +13,8 @@ from attrs import field, frozen
 
 from modelexpress_core.testing import PluginContract
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("contract kit of plugins")]
+
 _PLUGIN = """
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.providers import StorageProvider

@@ -26,6 +26,7 @@ from modelexpress_core.placement import pending_copies
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
 from modelexpress_core.storage.memory import MemoryStorage, store
 from modelexpress_core.uri import ModelURI
+from tests.support.properties import examples
 
 # -- what is stored ---------------------------------------------------------------------------------------------------
 
@@ -590,7 +591,10 @@ def _small_batches(copies: int) -> Iterator[None]:
         yield
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@pytest.mark.slow
+@settings(
+    deadline=None, max_examples=examples(300), suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 @given(
     names=chosen_names(),
     program=programs,

@@ -274,8 +274,8 @@ def test_the_loader_finds_peers_for_those_who_know_what_they_need() -> None:
     discovering = Discovering(lambda _: [peer("w")])
     loader = Loader({"MX_DISCOVERY": "test://"}, manager(discovering))
 
-    with_identity = loader.candidates(_URI, identity=_REQUEST.identity, worker_rank=1, reader="me")
-    without = loader.candidates(_URI)
+    with_identity = loader.candidates(loader.request(_URI, identity=_REQUEST.identity, worker_rank=1, reader="me"))
+    without = loader.candidates(loader.request(_URI))
 
     assert ["nixl", "memory"] == [candidate.uri.scheme for candidate in with_identity]
     assert ["memory"] == [candidate.uri.scheme for candidate in without]

@@ -36,10 +36,11 @@ from tests.support.checkpoints import (
     stored_bytes,
     tensor,
 )
+from tests.support.properties import examples
 
 FILE = "model.safetensors"
 
-thorough = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+thorough = settings(deadline=None, max_examples=examples(300), suppress_health_check=[HealthCheck.too_slow])
 
 
 def read(content: bytes) -> Header:
@@ -263,7 +264,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-@settings(thorough, max_examples=1000)
+@settings(thorough, max_examples=examples(1000))
 @given(damaged())
 def test_damaged_file(content: bytes) -> None:
     """A file with changed, lost or doubled bytes is refused, or is a sound file that the library reads alike."""
@@ -320,7 +321,7 @@ _WORDS = [
 ]
 
 
-@settings(thorough, max_examples=800)
+@settings(thorough, max_examples=examples(800))
 @given(st.data())
 def test_wrong_words(data: st.DataObject) -> None:
     """A sound header in which a word or two are other ones is refused, or read like the library reads it."""
@@ -357,7 +358,7 @@ _entries = st.fixed_dictionaries(
 _headers = st.dictionaries(_keys, _entries | _values, max_size=4)
 
 
-@settings(thorough, max_examples=500)
+@settings(thorough, max_examples=examples(500))
 @given(_values | _headers, st.sampled_from([0, 1, 4, 8]), st.booleans())
 def test_any_json(value: object, data_bytes: int, ascii_only: bool) -> None:
     """A header of any JSON is refused, or read like the library reads it."""
@@ -626,6 +627,7 @@ LARGE: Mapping[str, tuple[Callable[[], bytes], str, float]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("header", "words", "times"), LARGE.values(), ids=list(LARGE))
 def test_large_hostile_header(header: Callable[[], bytes], words: str, times: float) -> None:
@@ -645,6 +647,7 @@ def test_large_hostile_header(header: Callable[[], bytes], words: str, times: fl
     assert peak < times * len(text), f"{peak / len(text):.1f} times the header"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_many_tensors() -> None:
     """A real checkpoint of many experts is read with memory in proportion to its header."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from modelexpress_core.checkpoint.index import missing_shards, parse_index
 from modelexpress_core.errors import CheckpointError
 from tests.support.checkpoints import INDEX, index_text, shard_name
+from tests.support.properties import examples
 
 URI = "s3://bucket/model"
 
@@ -31,13 +32,13 @@ def refused(text: bytes) -> CheckpointError:
     st.dictionaries(st.text(), st.sampled_from(["a.safetensors", "b/c d.safetensors", "é%2e.safetensors"]), min_size=1)
 )
 def test_round_trip(weight_map: dict[str, str]) -> None:
-    """What an index says of its tensors is returned as it is, whatever else is in it."""
+    """The files of tensors are returned unchanged; other parts of an index are ignored."""
     assert weight_map == parse_index(index_text(weight_map, other=[1, {"x": None}]), file=INDEX)
 
 
 @pytest.mark.parametrize("number", ["1e400", "NaN", "-0", "9" * 10_000, "-" + "9" * 10_000, "0." + "9" * 10_000])
 def test_numbers_are_of_no_use(number: str) -> None:
-    """A number in the metadata, whatever its length, is no obstacle: nobody needs it."""
+    """A number in the metadata is ignored, even a long one."""
     text = f'{{"metadata":{{"total_size":{number}}},"weight_map":{{"a":"a.safetensors"}}}}'
 
     assert {"a": "a.safetensors"} == parse_index(text.encode(), file=INDEX)
@@ -120,7 +121,7 @@ def test_names_that_no_file_has(name: str) -> None:
     assert "which is no valid file name" in str(refused(index_text({"weight": name})))
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=examples(500))
 @given(
     st.binary(max_size=40)
     | st.recursive(
@@ -153,6 +154,7 @@ LARGE: Mapping[str, tuple[Callable[[], bytes], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("text", "times"), LARGE.values(), ids=list(LARGE))
 def test_large_hostile_index(text: Callable[[], bytes], times: int) -> None:

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelexpress_core.contracts.identity import WIRE_VERSION, Engine, SourceIdentity
+from modelexpress_core.contracts.transport import TensorLayout
 from modelexpress_core.sources.identity import own_identity
-from modelexpress_core.sources.layouts import TensorLayout, layout_digest, tensor_layouts
+from modelexpress_core.transport.layouts import layout_digest, tensor_layouts
 
 #: Few characters, so that texts are often alike but for where they end, and those that JSON writes in a special way.
 _TEXT = st.text(st.sampled_from('ab1,"[]\\ \ud83d\ude00\N{GRINNING FACE}'), max_size=5)

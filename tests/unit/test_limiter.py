@@ -1,4 +1,4 @@
-"""What limits a load, told from where time is spent."""
+"""What limits a load, judged by the time that it spends."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ def test_a_load_that_waits_for_bytes_says_network(memory: MemoryStorage) -> None
     assert "network" in limits_of(FaultyStorage(memory, FaultPolicy(latency_seconds=0.05)))
 
 
+@pytest.mark.slow
 def test_a_load_from_a_storage_that_fails_says_source(memory: MemoryStorage) -> None:
     """As long as failures are most of what comes."""
     faulty = FaultyStorage(memory, FaultPolicy(latency_seconds=0.02, unavailable=0.6, seed=3))

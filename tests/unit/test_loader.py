@@ -217,7 +217,7 @@ def test_nothing_is_written_after_a_load_has_failed(tmp_path: Path) -> None:
     ):
         for name, tensor in weights:
             target[name].copy_(tensor)
-        weights._recorder._pending.submit()  # type: ignore[union-attr]  # what a full batch does
+        weights._load.recorder._pending.submit()  # type: ignore[union-attr]  # what a full batch does
         assert inside.wait(30)
         raise RuntimeError("enough")
     before = {name: tensor.clone() for name, tensor in target.items()}

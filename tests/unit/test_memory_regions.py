@@ -15,6 +15,7 @@ from modelexpress_core.placement.memory import Region, has_memory, region_of
 from modelexpress_core.placement.pending_memory import PendingMemory
 from modelexpress_core.placement.strides import collapse_dims
 from tests.support.memory import addresses
+from tests.support.properties import examples
 
 _DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BUFFER = torch.zeros(1 << 13, dtype=torch.uint8)
@@ -49,7 +50,7 @@ def rectangles(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=examples(500))
 @given(tensors())
 def test_a_region_is_the_memory_of_its_tensor(t: torch.Tensor) -> None:
     """Start, end and gaplessness are those of the set of addresses; a tensor without elements has none."""
@@ -63,7 +64,7 @@ def test_a_region_is_the_memory_of_its_tensor(t: torch.Tensor) -> None:
     assert not region.gapless or len(exact) == region.end - region.start
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=examples(500))
 @given(tensors())
 def test_the_dimensions_of_a_region_name_its_bytes(t: torch.Tensor) -> None:
     """Sizes and strides in bytes lead to every address of the tensor and to no other."""
@@ -79,7 +80,7 @@ def test_the_dimensions_of_a_region_name_its_bytes(t: torch.Tensor) -> None:
     assert addresses(t) == reached
 
 
-@settings(deadline=None, max_examples=1500)
+@settings(deadline=None, max_examples=examples(1500))
 @given(tensors(), tensors())
 def test_regions_that_share_a_byte_overlap(a: torch.Tensor, b: torch.Tensor) -> None:
     """``overlaps`` is never False where a byte belongs to both, and does not depend on who asks."""
@@ -93,7 +94,7 @@ def test_regions_that_share_a_byte_overlap(a: torch.Tensor, b: torch.Tensor) -> 
     assert found == second.overlaps(first)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=examples(500))
 @given(rectangles())
 def test_parts_of_one_matrix_overlap_exactly_where_they_share_an_element(
     parts: tuple[torch.Tensor, torch.Tensor],
@@ -107,7 +108,7 @@ def test_parts_of_one_matrix_overlap_exactly_where_they_share_an_element(
     assert bool(addresses(a) & addresses(b)) == first.overlaps(second)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(st.lists(st.integers(1, 6), max_size=4).flatmap(st.permutations), st.permutations(range(4)))
 def test_a_dense_tensor_is_one_run(sizes: list[int], order: list[int]) -> None:
     """However its dimensions are permuted, merging leaves one, of stride 1."""
@@ -134,7 +135,7 @@ class _Pending:
         return [ticket for other, ticket in self.entries if other.overlaps(region)]
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=examples(400))
 @given(
     st.lists(st.tuples(st.sampled_from(["add", "ask", "done", "purge"]), tensors(), st.integers(0, 50)), max_size=60),
     st.sampled_from([3, 6, 24]),

@@ -16,6 +16,7 @@ from modelexpress_core.errors import CheckpointError
 from modelexpress_core.fetch import Range
 from modelexpress_core.placement.memory import bytes_at
 from modelexpress_core.placement.plan import Copy, ReadPlanner
+from tests.support.properties import examples
 
 _WORDS = {torch.uint8: "U8", torch.int16: "I16", torch.float32: "F32", torch.int64: "I64", torch.float64: "F64"}
 _HEADER_BYTES = 24
@@ -28,7 +29,7 @@ def content(length: int) -> bytes:
 
 @frozen
 class Stored:
-    """A file of tensors that lie one after another."""
+    """A file of tensors, one after another."""
 
     data: bytes
     tensors: tuple[tuple[TensorInfo, torch.Tensor], ...]
@@ -46,7 +47,7 @@ class Stored:
         return cls(data, tuple(found))
 
     def real(self, info: TensorInfo, meta: torch.Tensor) -> torch.Tensor:
-        """The plain tensor that ``info`` stands for."""
+        """The plain tensor of ``info``."""
         raw = bytearray(self.data[info.offset : info.offset + info.length])
         return torch.frombuffer(raw, dtype=torch.uint8).view(meta.dtype).view(info.shape)
 
@@ -143,7 +144,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-@settings(deadline=None, max_examples=800)
+@settings(deadline=None, max_examples=examples(800))
 @given(plans())
 def test_every_element_arrives_and_nothing_else_is_touched(
     plan: tuple[Stored, list[tuple[Copy, torch.Tensor]], int, int],
@@ -163,7 +164,7 @@ def test_every_element_arrives_and_nothing_else_is_touched(
     assert all(same(reference, buffer) for reference, (_, buffer) in zip(expected, copies, strict=True))
 
 
-@settings(deadline=None, max_examples=800)
+@settings(deadline=None, max_examples=examples(800))
 @given(plans())
 def test_reads_are_bounded(plan: tuple[Stored, list[tuple[Copy, torch.Tensor]], int, int]) -> None:
     """No read is longer than the chunk, leaves its file, begins or ends with waste, or reads through a wide gap."""
@@ -222,7 +223,7 @@ def test_gaps_are_read_through_up_to_what_a_request_costs(cost: int, expected: l
 
 
 def test_small_neighbours_share_a_read_and_large_ones_do_not() -> None:
-    """Tensors that lie side by side are read together while copying out of the read is the cheaper way."""
+    """Neighbouring tensors are read together as long as copying out of the read is cheaper."""
     small = Stored.of(*[(torch.float32, (4,))] * 6)
     large = Stored.of(*[(torch.float32, (400,))] * 3)
     planner = ReadPlanner(1 << 20, 64)
@@ -238,7 +239,7 @@ def test_small_neighbours_share_a_read_and_large_ones_do_not() -> None:
 
 
 def test_parts_of_other_ranks_are_not_read_between_small_ones() -> None:
-    """Halves of many small tensors are read apart: what lies between them is as large as they are."""
+    """Halves of many small tensors are read separately: the gaps between them are as large as they are."""
     stored = Stored.of(*[(torch.float32, (8,))] * 16)
     copies = [Copy(info, meta[:4], torch.zeros(4)) for info, meta in stored.tensors]
 

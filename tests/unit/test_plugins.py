@@ -790,6 +790,7 @@ def test_strict_mode_accepts_alternatives(site: Site, discover: Discover) -> Non
     assert "mx-a" == discover(MX_STRICT_PLUGINS="1").table(STORAGE).lookup("shout").plugin.name
 
 
+@pytest.mark.slow
 def test_the_order_on_the_path_does_not_matter(
     make_site: Callable[[str], Site], discover: Discover, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,6 @@ from modelexpress_core.errors import (
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.plugins import STORAGE, PluginManager, entry_points
-from modelexpress_core.plugins import manager as plugins_manager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.report import LoadReport
 from modelexpress_core.uri import ModelURI
@@ -47,11 +46,11 @@ def plugin(source: str) -> types.ModuleType:
     return made
 
 
-def manager(**sources: str | object) -> PluginManager:
+def manager(made: PluginManager | None = None, /, **sources: str | object) -> PluginManager:
     """Core and the given plugins, whose names are given with underscores."""
     from modelexpress_core import plugin as core
 
-    made = PluginManager()
+    made = PluginManager() if made is None else made
     for name, source in sources.items():
         made.register(plugin(source) if isinstance(source, str) else source, name=name.replace("_", "-"))
     made.register(core, name="modelexpress-core")
@@ -314,13 +313,10 @@ def test_an_observer_that_raises_harms_nobody(method: str, caplog: pytest.LogCap
         assert part in caplog.records[0].getMessage()
 
 
-def test_an_observer_that_keeps_raising_is_logged_once_a_minute(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_observer_that_keeps_raising_is_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     """Progress comes several times a second: the log must not fill. Each plugin has its own minute."""
     now = [1000.0]
-    monkeypatch.setattr(plugins_manager.time, "monotonic", lambda: now[0])
-    made = manager(mx_a=Failing(), mx_b=Failing())
+    made = manager(PluginManager(clock=lambda: now[0]), mx_a=Failing(), mx_b=Failing())
     event = _EVENTS["load_progress"]
 
     with caplog.at_level(logging.WARNING):

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 import modelexpress_core as mx
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.contracts.storage import ObjectInfo, Storage
-from modelexpress_core.copying import PullProgress, partial
+from modelexpress_core.copying import PullProgress
 from modelexpress_core.copying.hidden_directory import HiddenDirectory
+from modelexpress_core.copying.local import Disk
 from modelexpress_core.copying.partial import Spans
 from modelexpress_core.copying.selection import check_names
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
@@ -53,7 +54,7 @@ FIRST = "model-00001-of-00002.safetensors"
 
 
 class Watched:
-    """A storage that publishes digests where it is told to, keeps account of reads, and calls back before each."""
+    """A storage that can publish digests, counts reads, and calls back before each."""
 
     def __init__(
         self,
@@ -267,6 +268,7 @@ def test_files_get_the_mode_that_the_umask_allows(tmp_path: Path) -> None:
     assert 0o640 == stat.S_IMODE((tmp_path / "config.json").stat().st_mode)
 
 
+@pytest.mark.slow
 def test_progress_grows_to_all_of_it(tmp_path: Path) -> None:
     """Bytes never shrink, files under way are named, and the last event says that all is there."""
     events: list[PullProgress] = []
@@ -341,7 +343,7 @@ def test_unchanged_files_are_skipped(tmp_path: Path) -> None:
 
 
 def test_what_changed_on_either_side_is_copied_again(tmp_path: Path) -> None:
-    """A new version of an object, a file that somebody wrote to, one that was deleted; and nothing else."""
+    """A new version of an object, a file that was written to, a deleted one; and nothing else."""
     storage = memory()
     pull(storage, tmp_path)
     storage.put("model/config.json", b'{"a": 2}')
@@ -357,7 +359,7 @@ def test_what_changed_on_either_side_is_copied_again(tmp_path: Path) -> None:
 
 
 def test_a_link_in_place_of_a_file_is_replaced_and_not_followed(tmp_path: Path) -> None:
-    """What it leads to is somebody else's."""
+    """The file that it leads to belongs to another owner."""
     (tmp_path / "other").write_bytes(b"other")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").symlink_to(tmp_path / "other")
@@ -440,7 +442,7 @@ def test_an_unfinished_file_of_another_version_is_thrown_away(tmp_path: Path) ->
 
 
 def test_without_versions_nothing_is_taken_up(tmp_path: Path) -> None:
-    """Nobody could say that it is of the same content; and files in place cannot be told from others either."""
+    """Without versions, the bytes could be of other content; and files in place cannot be recognised either."""
 
     class Unversioned(Watched):
         def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -489,22 +491,17 @@ def test_what_is_no_longer_there_leaves_no_unfinished_file(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("synced", [False, True])
-def test_after_a_loss_of_power_only_what_was_synced_counts(
-    synced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The journal may have outlived bytes that it speaks of; a new start of the machine tells."""
-    if synced:
-        monkeypatch.setattr(partial, "_SYNC_SECONDS", 0.0)
+def test_after_a_loss_of_power_only_what_was_synced_counts(synced: bool, tmp_path: Path) -> None:
+    """The journal may have survived bytes that it lists, which a reboot shows."""
     storage = Watched(memory(), before_read=stop_after(8))
     with pytest.raises(mx.AccessDeniedError):
-        pull(storage, tmp_path)
+        pull(storage, tmp_path, disk=Disk(sync_seconds=0.0) if synced else Disk())
     assert journaled(tmp_path) > 0
-    monkeypatch.setattr(partial, "_boot_id", lambda: "another")
     if not synced:  # what the loss of power may do
         for path in (tmp_path / ".mx-pull").glob("*.part"):
             path.write_bytes(bytes(path.stat().st_size))
 
-    report = pull(storage.inner, tmp_path)
+    report = pull(storage.inner, tmp_path, disk=Disk(boot_id=lambda: "another"))
 
     assert FILES == files_in(tmp_path)
     assert synced == (report.bytes_resumed > 0)
@@ -551,6 +548,7 @@ KILLED = """
 import os, signal, sys
 import modelexpress_core as mx
 from modelexpress_core.copying import partial, hidden_directory
+from modelexpress_core.copying.local import Disk
 from modelexpress_core.storage.file import FileStorage
 
 where, count = sys.argv[3], int(sys.argv[4])
@@ -581,7 +579,7 @@ elif where == "unlink":
     os.unlink = dying(os.unlink)
 elif where == "fsync":
     os.fsync = dying(os.fsync)
-mx.pull(sys.argv[1], sys.argv[2])
+mx.pull(sys.argv[1], sys.argv[2], disk=Disk(fsync=os.fsync))
 """
 
 
@@ -594,6 +592,7 @@ def pull_killed(source: Path, directory: Path, where: str, count: int) -> int:
     return done.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["read", "written", "manifest", "rename", "renamed", "unlink", "fsync"])
 def test_kill_9_at_any_point_leaves_a_directory_that_the_next_pull_completes(where: str, tmp_path: Path) -> None:
     """No file is ever there in part; what was journaled is not read again; a pull that ends well leaves nothing."""
@@ -758,7 +757,7 @@ HOSTILE = [
 
 
 class Listing(Watched):
-    """Lists names of its own."""
+    """Lists the given names."""
 
     def __init__(self, *names: str) -> None:
         super().__init__(memory())
@@ -799,7 +798,7 @@ def test_names_that_cannot_both_be_there_are_refused(names: tuple[str, str], wor
 
 @given(st.lists(st.text(st.sampled_from("aA./\0\ud800é"), max_size=6), max_size=4))
 def test_names_that_are_not_refused_stay_below(names: list[str]) -> None:
-    """Whatever the names: those that pass lead to a place of their own below the directory."""
+    """For all names: each accepted one leads to a separate path below the directory."""
     try:
         check_names(names, mx.ModelURI.parse("test://host/model"))
     except mx.CheckpointError:
@@ -814,7 +813,7 @@ def test_names_that_are_not_refused_stay_below(names: list[str]) -> None:
 
 
 def test_what_is_listed_elsewhere_is_the_plugins_fault(tmp_path: Path) -> None:
-    """Objects that do not lie below the URI are never given a name by chance."""
+    """Objects that are not below the URI never get a name by chance."""
 
     class Elsewhere(Listing):
         def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -844,7 +843,7 @@ def test_what_is_in_the_way_is_named_before_anything_is_written(there: str, tmp_
 
 @pytest.mark.parametrize("directory", ["", "s3://bucket/model", "a\0b"])
 def test_what_is_no_directory_is_refused(directory: str) -> None:
-    """A URI in its place tells of arguments in the wrong order."""
+    """A URI instead of the directory means arguments in the wrong order."""
     with pytest.raises(mx.ModelExpressError, match="no directory"):
         mx.pull("test://host/model", directory, plugins=plugins_for(memory()), environ=ENVIRON)
 
@@ -909,7 +908,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def read_only_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system that nobody can write to, root neither."""
+    """A file system that even root cannot write to."""
     yield from mounted(tmp_path / "read-only", "ro")
 
 
@@ -925,29 +924,23 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_read(small_disk: Pa
     assert [] == left_behind(small_disk)
 
 
-def test_a_disk_that_lies_about_its_space_fails_before_anything_is_read(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_misreports_its_space_fails_before_anything_is_read(small_disk: Path) -> None:
     """Space is taken, not only asked for; what was taken is given back."""
-    monkeypatch.setattr("modelexpress_core.copying.puller.check_space", lambda directory, needed: None)
     storage = Watched(memory())
 
     with pytest.raises(mx.ModelExpressError, match="ENOSPC"):
-        pull(storage, small_disk)
+        pull(storage, small_disk, disk=Disk(check_space=lambda directory, needed: None))
 
     assert [] == storage.reads
     assert [] == left_behind(small_disk)
 
 
-def test_a_disk_that_fills_up_meanwhile_fails_the_pull_and_the_next_goes_on(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_meanwhile_fails_the_pull_and_the_next_goes_on(small_disk: Path) -> None:
     """Where space cannot be taken beforehand, the error comes with the write, and what is there is kept."""
-    monkeypatch.setattr("modelexpress_core.copying.puller.check_space", lambda directory, needed: None)
-    monkeypatch.setattr(partial, "allocate", os.ftruncate)
+    disk = Disk(check_space=lambda directory, needed: None, allocate=os.ftruncate)
 
     with pytest.raises(mx.ModelExpressError, match=r"could not write .*ENOSPC"):
-        pull(memory(), small_disk, environ={"MX_CONCURRENCY": "1"})
+        pull(memory(), small_disk, environ={"MX_CONCURRENCY": "1"}, disk=disk)
     kept = journaled(small_disk) + sum(map(len, files_in(small_disk).values()))
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
 
@@ -957,6 +950,7 @@ def test_a_disk_that_fills_up_meanwhile_fails_the_pull_and_the_next_goes_on(
     assert FILES == files_in(small_disk)
 
 
+@pytest.mark.slow
 def test_a_limit_on_the_size_of_files_is_an_error_that_says_so(tmp_path: Path) -> None:
     """As from ulimit -f."""
     source = write_files(tmp_path / "source", FILES)
@@ -1017,17 +1011,14 @@ def test_directories_on_several_disks_are_refused(small_disk: Path, tmp_path: Pa
     assert [] == storage.reads
 
 
-def test_a_failed_sync_leaves_nothing_that_would_be_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which bytes are on the disk, nobody can say then: the file is fetched anew. (fsync is made to fail.)"""
-    real = os.fsync
+def test_a_failed_sync_leaves_nothing_that_would_be_trusted(tmp_path: Path) -> None:
+    """It is unknown which bytes are on disk then: the file is fetched again. (fsync is made to fail.)"""
 
     def failing(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(mx.ModelExpressError, match="EIO"):
-        pull(memory({FIRST: FILES[FIRST]}), tmp_path)
-    monkeypatch.setattr(os, "fsync", real)
+        pull(memory({FIRST: FILES[FIRST]}), tmp_path, disk=Disk(fsync=failing))
 
     report = pull(memory({FIRST: FILES[FIRST]}), tmp_path)
 
@@ -1046,6 +1037,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     assert before == sorted(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 def test_many_files_need_few_descriptors(tmp_path: Path) -> None:
     """More files than a process may open."""
     import resource
@@ -1061,6 +1053,7 @@ def test_many_files_need_few_descriptors(tmp_path: Path) -> None:
     assert files == files_in(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_pull_needs_no_torch(tmp_path: Path) -> None:
     """A machine that only copies has none."""
     source = write_files(tmp_path / "source", FILES)

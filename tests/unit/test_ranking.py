@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer, Tier
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.sources.ranking import _uniform, rank
+from modelexpress_core.providers import StorageProvider, TransportProvider
+from modelexpress_core.sources.ranking import rank, uniform
 from modelexpress_core.sources.settings import SELECTORS
 from modelexpress_core.uri import ModelURI
 
@@ -25,12 +27,24 @@ _URI = ModelURI.parse("s3://bucket/model")
 _LOADS = st.none() | st.floats(-1, 2) | st.just(math.nan)
 
 
+#: As records of plugins may say it.
+_TIERS = {
+    "nixl": Tier.FABRIC_PEER,
+    "grpc": Tier.PEER,
+    "pigeon": Tier.OTHER_PEER,
+    "mx": Tier.CACHE,
+    "mxs": Tier.CACHE,
+}
+
+
 def peer(worker_id: str, load: float | None = None, scheme: str = "nixl") -> Candidate:
-    return Candidate(ModelURI(scheme, "server:8001", f"id/{worker_id}"), "server", Peer("id", worker_id, load=load))
+    uri = ModelURI(scheme, "worker:6555", f"id/{worker_id}")
+    return Candidate(uri, "server", Peer("id", worker_id, load=load), _TIERS[scheme])
 
 
 def place(text: str) -> Candidate:
-    return Candidate(ModelURI.parse(text))
+    uri = ModelURI.parse(text)
+    return Candidate(uri, tier=_TIERS.get(uri.scheme, Tier.ORIGIN))
 
 
 def request(reader: str, selector: str) -> LoadRequest:
@@ -50,11 +64,10 @@ _CANDIDATES = st.lists(_PEERS | st.builds(place, _PLACES), max_size=12)
 
 @given(_CANDIDATES, st.text(max_size=5), st.sampled_from(SELECTORS))
 def test_nothing_is_lost_and_kinds_come_in_their_order(candidates: list[Candidate], reader: str, selector: str) -> None:
-    """Peers over NIXL, over gRPC, over others, the server's cache, and the rest as it was found."""
+    """Tier by tier; caches and origins stay as they were found."""
 
     def kind(candidate: Candidate) -> int:
-        kinds = {"nixl": 0, "grpc": 1, "pigeon": 2, "mx": 3, "mxs": 3}
-        return kinds.get(candidate.uri.scheme, 4)
+        return [*Tier].index(candidate.tier)
 
     ranked = rank(request(reader, selector), candidates)
 
@@ -101,6 +114,7 @@ def test_where_a_peer_goes_the_others_stay_as_they_are(
         assert [each for each in before if each is not gone] == list(after)
 
 
+@pytest.mark.slow
 def test_readers_are_spread_evenly() -> None:
     """10,000 readers over 100 sources: as even as throwing them by chance, and no more uneven."""
     readers, sources = 10_000, 100
@@ -117,6 +131,7 @@ def test_readers_are_spread_evenly() -> None:
     assert min(counts.values()) > mean - 5 * deviation
 
 
+@pytest.mark.slow
 def test_busy_peers_are_chosen_in_proportion_to_what_they_spare() -> None:
     """And those that say nothing as if they were half busy; the busiest still are, now and then."""
     loads = {"idle": 0.0, "half": 0.5, "silent": None, "busy": 0.9, "full": 1.0, "beyond": 7.0}
@@ -148,6 +163,7 @@ def test_random_is_random() -> None:
     assert {"0", "1", "2", "3"} == {first(peers, "reader", "random") for _ in range(400)}
 
 
+@pytest.mark.slow
 def test_other_processes_come_to_the_same_order() -> None:
     """Whatever their seed of Python's own hash; and later versions do: this order was computed once."""
     code = (
@@ -168,7 +184,7 @@ def test_other_processes_come_to_the_same_order() -> None:
 
 def test_two_texts_are_not_one() -> None:
     """The reader ab of c is not the reader a of bc."""
-    assert _uniform("ab", "c") != _uniform("a", "bc")
+    assert uniform("ab", "c") != uniform("a", "bc")
 
 
 def test_an_unknown_selector_names_those_that_exist() -> None:
@@ -178,3 +194,11 @@ def test_an_unknown_selector_names_those_that_exist() -> None:
 
     for name in SELECTORS:
         assert name in str(raised.value)
+
+
+def test_a_record_has_a_tier_of_its_kind() -> None:
+    """A transport reads peers and a storage does not, so that the tier also says how a place is read."""
+    for tier in Tier:
+        for cls, own in ((TransportProvider, tier < Tier.CACHE), (StorageProvider, tier >= Tier.CACHE)):
+            with contextlib.nullcontext() if own else pytest.raises(ValueError, match=tier.name):
+                assert own == (tier == cls("mx-x", ("x",), lambda uri, settings: None, tier=tier).tier)

@@ -15,6 +15,7 @@ import modelexpress_core as mx
 from modelexpress_core.errors import BackendError, SourceChangedError, UnavailableError
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.storage.file import FileStorage
+from tests.support.properties import examples
 
 CONTENT = os.urandom(300_000)
 
@@ -30,7 +31,7 @@ def expected(offset: int, run: int, stride: int, count: int) -> bytes:
     return b"".join(CONTENT[start : start + run] for start in range(offset, offset + count * stride, stride))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2000), st.integers(1, 900), st.integers(1, 9000), st.integers(1, 30))
 def test_runs_are_read_exactly(path: str, offset: int, run: int, gap: int, count: int) -> None:
     """Whatever the gap: read along where it is short, skipped where it is long."""
@@ -115,7 +116,7 @@ def test_a_part_of_a_run_is_no_answer(path: str) -> None:
         retrying(Wrong()).read_runs(path, 0, 100, 200, memoryview(bytearray(1000)), version=None)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_columns_arrive_wherever_they_go(tmp_path: Path, data: st.DataObject) -> None:
     """Column slices into contiguous, strided, transposed and other-typed destinations, at any chunk size."""

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 import modelexpress_core as mx
 
+pytestmark = pytest.mark.slow
+
 #: A decoder layer of a usual size, and a vocabulary and experts that are small for one.
 _HIDDEN = 2048
 _FFN = 2816

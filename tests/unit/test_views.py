@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modelexpress_core.placement.views import LAYOUTS, is_plain_index
+from tests.support.properties import examples
 
 _MEMORY = torch.arange(400)
 
@@ -49,7 +50,7 @@ def layout_of(t: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     return tuple(t.shape), t.stride(), int(t.storage_offset())
 
 
-@settings(deadline=None, max_examples=800)
+@settings(deadline=None, max_examples=examples(800))
 @given(tensors(), st.sampled_from(_METHODS), st.data())
 def test_a_layout_that_is_worked_out_is_the_one_that_torch_gives(
     t: torch.Tensor, method: Any, data: st.DataObject
@@ -85,7 +86,7 @@ def test_what_loaders_do_is_worked_out(method: Any, args: Sequence[Any], expecte
     assert expected == LAYOUTS[method](layout_of(t), (t, *args))
 
 
-@settings(deadline=None, max_examples=800)
+@settings(deadline=None, max_examples=examples(800))
 @given(indexed())
 def test_an_item_that_is_worked_out_is_the_one_that_torch_gives(found: tuple[torch.Tensor, Any]) -> None:
     """As above, for all kinds of indices."""
@@ -97,7 +98,7 @@ def test_an_item_that_is_worked_out_is_the_one_that_torch_gives(found: tuple[tor
     assert layout_of(t[index]) == layout
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=examples(400))
 @given(indexed())
 @example((torch.zeros(3, 3), ((0, 1),)))
 def test_a_plain_index_looks_and_copies_nothing(found: tuple[torch.Tensor, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,11 @@ import pytest
 
 _GENERATE = Path(__file__).with_name("generate.py")
 _SECONDS = 900
+
+#: `make test-vllm` runs these, in an environment that has vLLM.
+_WITH_VLLM = ["test_failures.py", "test_register.py", "test_serve.py", "test_tokens.py"]
+
+collect_ignore = [] if importlib.util.find_spec("vllm") else _WITH_VLLM
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry
 
 from modelexpress_core import LoadReport
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
-from mx_vllm import _watch
 from mx_vllm._metrics import LoadMetrics
 from mx_vllm._watch import LoadWatch
 
@@ -56,25 +55,33 @@ _REPORT = LoadReport(
 _FAILED = LoadFailed("2", "file:///model", OSError(), seconds=2.0)
 
 
+Watching = Callable[..., LoadWatch]
+
+
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
-    registry = CollectorRegistry()
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def clock() -> list[float]:
+    """The time that watches see; tests move it on."""
+    return [100.0]
+
+
+@pytest.fixture
+def watching(registry: CollectorRegistry, clock: list[float]) -> Watching:
+    """Makes watches that write to ``registry`` and read ``clock``."""
     metrics = LoadMetrics(registry)
-    monkeypatch.setattr(_watch, "load_metrics", lambda: metrics)
-    return registry
 
+    def watching(**options: Any) -> LoadWatch:
+        options = {"first_rank": True, "bar": True, **options}
+        log = logging.getLogger("test_watch")
+        watch = LoadWatch(log, "llama", metrics=lambda: metrics, clock=lambda: clock[0], **options)
+        watch.why = "MX_MODEL_URI names it"
+        return watch
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    now = [100.0]
-    monkeypatch.setattr(_watch.time, "monotonic", lambda: now[0])
-    return now
-
-
-def _watching(**options: Any) -> LoadWatch:
-    watch = LoadWatch(logging.getLogger("test_watch"), "llama", **{"first_rank": True, "bar": True, **options})
-    watch.why = "MX_MODEL_URI names it"
-    return watch
+    return watching
 
 
 @pytest.fixture(autouse=True)
@@ -83,10 +90,10 @@ def _heard(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_choice_the_way_and_the_sum(
-    registry: CollectorRegistry, clock: list[float], caplog: pytest.LogCaptureFixture
+    watching: Watching, registry: CollectorRegistry, clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A line at the start, one every ten seconds, one at the end."""
-    watch = _watching()
+    watch = watching()
 
     watch.mx_load_started(_STARTED)
     for second in range(25):
@@ -105,10 +112,10 @@ def test_the_choice_the_way_and_the_sum(
 
 
 def test_other_ranks_say_only_what_is_their_own(
-    registry: CollectorRegistry, clock: list[float], caplog: pytest.LogCaptureFixture
+    watching: Watching, registry: CollectorRegistry, clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     """What each rank read differs; what was chosen does not."""
-    watch = _watching(first_rank=False)
+    watch = watching(first_rank=False)
 
     watch.mx_load_started(_STARTED)
     clock[0] += 60
@@ -120,6 +127,7 @@ def test_other_ranks_say_only_what_is_their_own(
 
 
 def test_a_terminal_gets_a_bar(
+    watching: Watching,
     registry: CollectorRegistry,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -127,7 +135,7 @@ def test_a_terminal_gets_a_bar(
 ) -> None:
     """In place of lines, unless vLLM was told to show none."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    for watch in (_watching(), _watching(bar=False)):
+    for watch in (watching(), watching(bar=False)):
         watch.mx_load_started(_STARTED)
         watch.mx_load_progress(_PROGRESS)
         watch.mx_load_failed(LoadFailed("1", "s3://bucket/model", OSError(), seconds=1.0))
@@ -137,9 +145,9 @@ def test_a_terminal_gets_a_bar(
     assert re.search(r"ModelExpress: +62%.*5\.00G/8\.00G.*limit: network", shown)
 
 
-def test_metrics(registry: CollectorRegistry) -> None:
+def test_metrics(watching: Watching, registry: CollectorRegistry) -> None:
     """Loads by scheme and result, phases, and bytes by kind."""
-    watch = _watching()
+    watch = watching()
 
     watch.mx_load_finished(LoadFinished("1", _REPORT))
     watch.mx_load_failed(_FAILED)
@@ -156,7 +164,7 @@ def test_metrics(registry: CollectorRegistry) -> None:
     assert 12e3 == value("mx_load_bytes_total", scheme="s3", kind="materialised")
 
 
-def test_every_metric_is_documented(registry: CollectorRegistry) -> None:
+def test_every_metric_is_documented(watching: Watching, registry: CollectorRegistry) -> None:
     """With its labels, in the README."""
     readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(mx_load_\w+)` \| (.*?) \|", readme, re.MULTILINE))

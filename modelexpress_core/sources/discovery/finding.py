@@ -6,12 +6,13 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
 
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
-from modelexpress_core.plugins import DISCOVERY, STORAGE, TRANSPORT, PluginManager
+from modelexpress_core.plugins import DISCOVERY, STORAGE, TRANSPORT, Kind, PluginManager
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.metrics import source_metrics
 from modelexpress_core.sources.settings import DiscoverySettings
@@ -41,17 +42,23 @@ def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request:
         SettingsError: A variable, or a URI in it, makes no sense.
         PluginError: The ranking of a plugin failed.
     """
-    own = Candidate(request.uri)
+    own = _with_tier(plugins, Candidate(request.uri)) or Candidate(request.uri)
     if request.identity is None:
         return plugins.rank_candidates(request, (own,))
     settings = from_env(DiscoverySettings, environ)
     reader = request.reader or f"{socket.gethostname()}/{os.getpid()}/{request.worker_rank}"
-    request = attrs.evolve(request, reader=reader, selector=settings.selector)
+    assumed = (record.provider for record in plugins.records(TRANSPORT) if record.provider.assumed)
+    request = attrs.evolve(
+        request,
+        reader=reader,
+        selector=settings.selector,
+        assumed_transports=tuple(scheme for provider in assumed for scheme in provider.schemes),
+    )
     found = [
-        candidate
+        readable
         for text in _asked(settings, environ)
         for candidate in _ask(plugins, environ, request, text)
-        if _is_readable(plugins, candidate)
+        if (readable := _with_tier(plugins, candidate)) is not None
     ]
     candidates: dict[ModelURI, Candidate] = {}
     for candidate in (*found, own):
@@ -119,12 +126,16 @@ def _is_candidate(candidate: object, uri: ModelURI) -> bool:
     return False
 
 
-def _is_readable(plugins: PluginManager, candidate: Candidate) -> bool:
-    """Whether a plugin is there for it."""
+def _with_tier(plugins: PluginManager, candidate: Candidate) -> Candidate | None:
+    """``candidate`` in the tier of the plugin that reads it; None if no installed plugin does."""
     scheme = candidate.uri.scheme
-    known = plugins.table(TRANSPORT).schemes
-    if candidate.peer is None:
-        known += plugins.table(STORAGE).schemes
-    if scheme not in known:
-        _log.debug("passing over %s, because no installed plugin handles %s", candidate.uri, scheme)
-    return scheme in known
+    kinds: tuple[Kind[Any, Any], ...] = (STORAGE, TRANSPORT) if candidate.peer is None else (TRANSPORT,)
+    for kind in kinds:
+        if scheme in plugins.table(kind).schemes:
+            try:
+                record = plugins.table(kind).lookup(scheme)
+            except ModelExpressError:  # a conflict, say: the load that tries it reports it
+                return candidate
+            return attrs.evolve(candidate, tier=record.provider.tier)
+    _log.debug("passing over %s, because no installed plugin handles %s", candidate.uri, scheme)
+    return None

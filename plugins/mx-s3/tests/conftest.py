@@ -59,10 +59,15 @@ def opened(server: SeaweedFS) -> Iterator[Callable[..., S3Storage]]:
     """Opens storages on the server; variables replace those of the user, None takes one away."""
     with contextlib.ExitStack() as stack:
 
-        def opened(uri: str = f"s3://{BUCKET}", user: str = "admin", **variables: str | None) -> S3Storage:
+        def opened(
+            uri: str = f"s3://{BUCKET}",
+            user: str = "admin",
+            clock: Callable[[], float] = time.monotonic,
+            **variables: str | None,
+        ) -> S3Storage:
             environ = {**server.environ(user), **variables}
             settings = {name: value for name, value in environ.items() if value is not None}
-            return stack.enter_context(contextlib.closing(open_s3(ModelURI.parse(uri), settings)))
+            return stack.enter_context(contextlib.closing(open_s3(ModelURI.parse(uri), settings, clock=clock)))
 
         yield opened
 

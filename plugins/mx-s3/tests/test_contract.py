@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Fault
 from modelexpress_core.testing import PluginContract, StorageContract
 from mx_s3._storage import S3Storage
+from tests.support.network import CLOSED_PORT
 
 
 class TestS3Storage(StorageContract):
@@ -37,8 +37,7 @@ class TestS3Storage(StorageContract):
 
     @pytest.fixture
     def unreachable(self, opened: Callable[..., S3Storage]) -> S3Storage:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            return opened(AWS_ENDPOINT_URL=f"http://127.0.0.1:{free.getsockname()[1]}")
+        return opened(AWS_ENDPOINT_URL=f"http://127.0.0.1:{CLOSED_PORT}")
 
     @pytest.fixture
     def denied(self, opened: Callable[..., S3Storage]) -> S3Storage:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import modelexpress_core as mx
 from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.errors import AccessDeniedError
 from mx_s3._storage import S3Storage
+from tests.support.network import CLOSED_PORT
 
 NO_KEYS = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
 
@@ -38,9 +38,9 @@ def test_credentials_of_a_profile(opened: Callable[..., S3Storage], tmp_path: Pa
     assert "access key ...MPLE, from the profile serving in the credentials file (shared-credentials-file)" == said
 
 
-def test_nobodys_credentials(opened: Callable[..., S3Storage]) -> None:
+def test_anonymous_requests_have_no_credentials(opened: Callable[..., S3Storage]) -> None:
     """Unsigned requests have no key."""
-    assert "nobody: requests are not signed (MX_S3_ANONYMOUS)" == opened(MX_S3_ANONYMOUS="1").credentials()
+    assert "none: requests are not signed (MX_S3_ANONYMOUS)" == opened(MX_S3_ANONYMOUS="1").credentials()
 
 
 def test_no_credentials(opened: Callable[..., S3Storage]) -> None:
@@ -195,22 +195,20 @@ def test_a_role_that_is_refused(
         assert error.hint
 
 
-def _closed_url() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        return f"http://127.0.0.1:{closed.getsockname()[1]}"
+_CLOSED_URL = f"http://127.0.0.1:{CLOSED_PORT}"
 
 
 @pytest.mark.parametrize(
     ("from_role", "changed", "retryable", "says"),
     [
         ("web identity", {"AWS_WEB_IDENTITY_TOKEN_FILE": "/no/token"}, False, ["/no/token", "not mounted"]),
-        ("web identity", {"AWS_ENDPOINT_URL_STS": _closed_url()}, True, ["no connection", "AWS_ENDPOINT_URL_STS"]),
+        ("web identity", {"AWS_ENDPOINT_URL_STS": _CLOSED_URL}, True, ["no connection", "AWS_ENDPOINT_URL_STS"]),
         ("web identity", {"AWS_ENDPOINT_URL_STS": "http://sts.invalid"}, False, ["does not resolve"]),
         ("web identity", {"AWS_ROLE_ARN": None}, False, ["AWS_ROLE_ARN"]),
         ("container", {"AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": "/no/token"}, False, ["/no/token", "not mounted"]),
-        ("container", {"AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{_closed_url()}/x"}, True, ["does not answer"]),
+        ("container", {"AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{_CLOSED_URL}/x"}, True, ["does not answer"]),
         ("container", {"AWS_CONTAINER_CREDENTIALS_FULL_URI": "http://example.com/x"}, False, ["may only name https"]),
-        ("metadata", {"AWS_EC2_METADATA_SERVICE_ENDPOINT": _closed_url()}, False, ["cannot be reached", "hop limit"]),
+        ("metadata", {"AWS_EC2_METADATA_SERVICE_ENDPOINT": _CLOSED_URL}, False, ["cannot be reached", "hop limit"]),
         ("metadata", {"AWS_EC2_METADATA_DISABLED": "1"}, False, ["AWS_EC2_METADATA_DISABLED"]),
     ],
     indirect=["from_role"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import http.client
 import os
 import socket
 import ssl
@@ -13,7 +12,6 @@ from email.utils import format_datetime
 from typing import Any
 
 import pytest
-import urllib3
 from botocore import exceptions as boto
 
 from modelexpress_core.errors import (
@@ -26,6 +24,12 @@ from modelexpress_core.errors import (
     ThrottledError,
     UnavailableError,
     UnsupportedError,
+)
+from modelexpress_core.storage.http.failures import (
+    AuthoritiesError,
+    BadAnswerError,
+    ConnectTimeoutError,
+    ProxyError,
 )
 from modelexpress_core.uri import ModelURI
 from mx_s3._errors import translated
@@ -96,7 +100,7 @@ def test_made_up_answers_are_classified(
     assert "mx-s3" == error.provider
 
 
-def test_a_made_up_answer_that_nobody_knows_is_quoted() -> None:
+def test_a_made_up_answer_that_is_in_no_table_is_quoted() -> None:
     """Code and words of the server are all there is to say."""
     error = _translated(_answer("StrangeThing", 400, "The moon is\n in the wrong phase"))
 
@@ -134,72 +138,36 @@ def test_made_up_retry_after_as_a_date() -> None:
     assert 50 < seconds <= 60
 
 
-def _caused(outer: Exception, inner: BaseException) -> Exception:
-    outer.__cause__ = inner
-    return outer
-
-
-_POOL: Any = urllib3.HTTPConnectionPool("s3.example.com")
-_CONNECTION: Any = urllib3.connection.HTTPConnection("s3.example.com")
-
-
 @pytest.mark.parametrize(
     ("exc", "expected", "retryable", "says"),
     [
         (
-            boto.EndpointConnectionError(
-                endpoint_url="https://s3.example.com",
-                error=_caused(
-                    urllib3.exceptions.NewConnectionError(_CONNECTION, "refused"),
-                    ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
-                ),
-            ),
+            ConnectionRefusedError(errno.ECONNREFUSED, "refused"),
             UnavailableError,
             True,
             "https://s3.example.com refused the connection [ConnectionRefusedError]",
         ),
-        (
-            boto.EndpointConnectionError(endpoint_url="u", error=socket.gaierror(socket.EAI_NONAME, "unknown")),
-            UnavailableError,
-            False,
-            "does not resolve",
-        ),
-        (
-            boto.EndpointConnectionError(endpoint_url="u", error=socket.gaierror(socket.EAI_AGAIN, "try again")),
-            UnavailableError,
-            True,
-            "resolv.conf",
-        ),
-        (boto.ConnectTimeoutError(endpoint_url="u", error=TimeoutError()), DeadlineError, True, "firewall"),
-        (boto.ReadTimeoutError(endpoint_url="u", error=TimeoutError()), DeadlineError, True, "READ_TIMEOUT"),
+        (socket.gaierror(socket.EAI_NONAME, "unknown"), UnavailableError, False, "does not resolve"),
+        (socket.gaierror(socket.EAI_AGAIN, "try again"), UnavailableError, True, "resolv.conf"),
+        (ConnectTimeoutError("timed out"), DeadlineError, True, "firewall"),
         (TimeoutError("timed out"), DeadlineError, True, "READ_TIMEOUT"),
+        (BadAnswerError("what was received is no answer"), UnavailableError, True, "broke [BadAnswerError]"),
+        (boto.IncompleteReadError(actual_bytes=1, expected_bytes=2), BackendError, False, "IncompleteReadError"),
         (
-            boto.ConnectionClosedError(
-                endpoint_url="u",
-                error=urllib3.exceptions.ProtocolError("Connection aborted.", ConnectionResetError(104, "reset")),
-            ),
+            ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)),
             UnavailableError,
             True,
             "broke [ConnectionResetError]",
         ),
-        (http.client.IncompleteRead(b"", 9), UnavailableError, True, "broke"),
-        (boto.IncompleteReadError(actual_bytes=1, expected_bytes=2), BackendError, False, "IncompleteReadError"),
-        (boto.ResponseStreamingError(error=OSError()), UnavailableError, True, "broke"),
-        (ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)), UnavailableError, True, "broke"),
-        (
-            boto.SSLError(endpoint_url="u", error=urllib3.exceptions.SSLError(ssl.SSLCertVerificationError(1, "self"))),
-            UnavailableError,
-            False,
-            "AWS_CA_BUNDLE",
-        ),
-        (
-            boto.SSLError(endpoint_url="u", error=urllib3.exceptions.SSLError(ssl.SSLEOFError(8, "EOF"))),
-            UnavailableError,
-            True,
-            "TLS connection",
-        ),
-        (boto.SSLError(endpoint_url="u", error=OSError(errno.ENOENT, "no file")), UnavailableError, False, "no usable"),
-        (boto.ProxyConnectionError(proxy_url="http://***@proxy"), UnavailableError, True, "HTTPS_PROXY"),
+        (ssl.SSLCertVerificationError(1, "self"), UnavailableError, False, "AWS_CA_BUNDLE"),
+        (ssl.SSLEOFError(8, "EOF"), UnavailableError, True, "TLS connection"),
+        (ssl.SSLError(1, "wrong version"), UnavailableError, False, "scheme and port of AWS_ENDPOINT_URL"),
+        (AuthoritiesError("no file"), UnavailableError, False, "AWS_CA_BUNDLE"),
+        (ProxyError("http://proxy:3128 cannot be reached"), UnavailableError, True, "HTTPS_PROXY"),
+        (ProxyError("http://proxy:3128 answered HTTP 502", 502), UnavailableError, True, "HTTPS_PROXY"),
+        (ProxyError("http://proxy:3128 answered HTTP 403", 403), UnavailableError, False, "NO_PROXY"),
+        (ProxyError("http://proxy:3128 answered HTTP 407", 407), AccessDeniedError, False, "HTTPS_PROXY"),
+        (boto.HTTPClientError(error=ValueError("header")), BackendError, False, "AWS_SESSION_TOKEN"),
         (boto.NoCredentialsError(), AccessDeniedError, False, "MX_S3_ANONYMOUS"),
         (boto.PartialCredentialsError(provider="env", cred_var="x"), AccessDeniedError, False, "set both"),
         (boto.CredentialRetrievalError(provider="p", error_msg="m"), AccessDeniedError, False, "get-caller-identity"),

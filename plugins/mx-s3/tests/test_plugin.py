@@ -48,7 +48,7 @@ def test_importing_the_plugin_imports_no_sdk() -> None:
     ("uri", "says"),
     [
         ("s3:///model", "no bucket"),
-        ("s3://key:secret@bucket/model", "credentials in an S3 URI"),
+        ("s3://key:secret@bucket/model", "credentials in the S3 URI"),
         ("s3://bucket/model?endpoint=http://host&token=abc", "endpoint, token"),
         ("s3://bucket/model?region=not/a/region", "no region"),
         ("s3://arn:aws:s3:eu-west-1:123456789012:accesspoint/name", "alias"),
@@ -104,7 +104,7 @@ def test_where_requests_go(environ: dict[str, str], expected: str) -> None:
         raise ConnectionAbortedError
 
     with contextlib.closing(open_s3(ModelURI.parse("s3://bucket"), {**KEYS, **environ})) as storage:
-        storage._client.meta.events.register("before-send.s3", stop)
+        storage._client.meta.events.register_first("before-send.s3", stop)
         with pytest.raises(UnavailableError):
             storage.stat("key")
 

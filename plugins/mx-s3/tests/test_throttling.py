@@ -21,6 +21,8 @@ from modelexpress_core.fetch.concurrency import SelfTunedConcurrency
 from modelexpress_core.uri import ModelURI
 from mx_s3._storage import open_s3
 
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3 throttling")]
+
 AT_ONCE = 6
 WEIGHTS = {f"weight.{i}": torch.full((1 << 20,), float(i)) for i in range(32)}
 

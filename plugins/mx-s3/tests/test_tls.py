@@ -18,6 +18,8 @@ from modelexpress_core.errors import BackendError, UnavailableError
 from modelexpress_core.uri import ModelURI
 from mx_s3._storage import open_s3
 
+pytestmark = [pytest.mark.server, pytest.mark.xdist_group("s3 over tls")]
+
 URI = ModelURI.parse("s3://models")
 CONTENT = bytes(range(256)) * 8192
 
@@ -132,8 +134,8 @@ def test_shutting_down_leaves_the_tls_layer_on(tls_server: SeaweedFS) -> None:
     """Otherwise a thread that reads at that moment would get the encrypted bytes that wait in the socket."""
     with contextlib.closing(open_s3(URI, tls_server.environ())) as storage:
         storage.stat("object")
-        (sock,) = storage._connections._sockets._sockets
+        (sock,) = storage._pool._sockets._sockets
 
-        storage._connections.shut_down()
+        storage._pool._sockets.shut_down()
 
         assert sock.version() is not None

@@ -93,7 +93,7 @@ def _candidates(model: str, settings: VllmSettings) -> Iterator[Explained]:
 
 
 def _opened(loader: Loader, uri: str, why: str) -> Iterator[Explained]:
-    for candidate in loader.candidates(uri):
+    for candidate in loader.candidates(loader.request(uri)):
         reason = why if candidate.origin == "caller" else f"{candidate.origin} found it"
         place = str(candidate.uri)
         try:

@@ -14,6 +14,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 import modelexpress_core as mx
 from modelexpress_core.errors import IncompleteLoadError, ModelExpressError, PlacementError
+from modelexpress_core.loads.destination import Destination, DestinationTouchedError
 from modelexpress_core.settings import from_env
 from mx_vllm._vllm import (
     Source,
@@ -41,10 +42,6 @@ __all__ = ["MxModelLoader"]
 _log = logging.getLogger("vllm.modelexpress")
 
 
-class _ModelTouchedError(Exception):
-    """Weights could not be loaded, and the model may hold some of them: it must be made anew."""
-
-
 class MxModelLoader(BaseModelLoader):
     """Reads weights through ModelExpress, from MX_MODEL_URI or from the files that vLLM finds.
 
@@ -63,7 +60,7 @@ class MxModelLoader(BaseModelLoader):
         self._own = own_loader(load_config)
         self._of_another_model = False
         self._may_fall_back = False
-        self._touched = False
+        self._destination = Destination()
         self._reason = ""
 
     def download_model(self, model_config: ModelConfig) -> None:
@@ -86,7 +83,7 @@ class MxModelLoader(BaseModelLoader):
         with forgotten_layers(vllm_config) as forget:
             try:
                 model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
-            except _ModelTouchedError:
+            except DestinationTouchedError:
                 pass
             else:
                 return model
@@ -113,17 +110,18 @@ class MxModelLoader(BaseModelLoader):
         except Exception as exc:  # noqa: BLE001 - whatever it is, vLLM's own loader may do better
             self._reason = str(exc) if isinstance(exc, ModelExpressError) else f"{type(exc).__name__}: {exc}"
         # All ranks take their weights from one place, and do the same steps.
-        failed, touched = any_rank([bool(self._reason), self._touched])
+        failed, touched = any_rank([bool(self._reason), self._destination.touched])
         if not failed:
             return
         self._say_that_it_failed(touched=touched)
         if touched:
-            raise _ModelTouchedError
+            self._destination.touch()  # also if it is another rank's: all of them make their models anew
+        self._destination.prepare_for_next()
         with self._both_reasons(model_config):
             self._own.load_weights(model, model_config)
 
     def _load(self, model: nn.Module, model_config: ModelConfig) -> None:
-        self._touched = False
+        self._destination = Destination()
         sources = sources_of(model, model_config)
         # What a checkpoint lacks may come from another, so only one that is alone has to hold everything.
         quantized = model_config.quantization is not None
@@ -144,7 +142,7 @@ class MxModelLoader(BaseModelLoader):
                 block = stack.enter_context(mx.deferred_weights(place, model=wanted, plugins=plugins))
                 blocks.append(block)
                 weights.append(_prefixed(source.prefix, block))
-            self._touched = True
+            self._destination.touch()
             try:
                 load: Any = model.load_weights
                 load(itertools.chain.from_iterable(weights))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.report import LoadReport, format_bytes, format_files
-from mx_vllm._metrics import load_metrics
+from mx_vllm._metrics import LoadMetrics, load_metrics
 
 __all__ = ["LoadWatch"]
 
@@ -26,9 +27,22 @@ class LoadWatch:
         model: What vLLM calls the model.
         first_rank: Whether to say what all ranks would say alike: the choice and the progress.
         bar: Whether a progress bar may be shown, where there is a terminal.
+        metrics: Returns the metrics to write to, if there are any.
+        clock: Seconds, for the time between two lines.
     """
 
-    def __init__(self, log: logging.Logger, model: str, *, first_rank: bool, bar: bool) -> None:
+    def __init__(
+        self,
+        log: logging.Logger,
+        model: str,
+        *,
+        first_rank: bool,
+        bar: bool,
+        metrics: Callable[[], LoadMetrics | None] = load_metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._metrics = metrics
+        self._clock = clock
         self._log = log
         self._model = model
         self._first_rank = first_rank
@@ -50,7 +64,7 @@ class LoadWatch:
             event.provider,
             self.why,
         )
-        self._said[event.load_id] = time.monotonic()
+        self._said[event.load_id] = self._clock()
         if self._bar_allowed and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -64,7 +78,7 @@ class LoadWatch:
             bar.set_postfix_str(f"limit: {event.limiter}" if event.limiter else "", refresh=False)
             bar.update(event.bytes_done - bar.n)
             return
-        now = time.monotonic()
+        now = self._clock()
         if now - self._said.get(event.load_id, now) < _LINE_SECONDS:
             return
         self._said[event.load_id] = now
@@ -84,14 +98,14 @@ class LoadWatch:
     def mx_load_finished(self, event: LoadFinished) -> None:
         self._ended(event.load_id)
         self._log.info("%s", _summary(event.report))
-        metrics = load_metrics()
+        metrics = self._metrics()
         if metrics is not None:
             metrics.loaded(self._model, event.report)
 
     @hookimpl
     def mx_load_failed(self, event: LoadFailed) -> None:
         self._ended(event.load_id)
-        metrics = load_metrics()
+        metrics = self._metrics()
         if metrics is not None:
             metrics.failed(self._model, event)
 

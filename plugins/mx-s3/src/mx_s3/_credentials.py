@@ -25,7 +25,10 @@ from botocore.utils import ContainerMetadataFetcher, InstanceMetadataFetcher, re
 from mx_s3._errors import RENEWED, CredentialsError, wants_other_credentials
 from mx_s3.settings import S3Settings
 
-__all__ = ["Identity", "new_session"]
+__all__ = ["RENEWAL_TRIED", "Identity", "new_session"]
+
+#: In the context of a request: other credentials were tried already.
+RENEWAL_TRIED = "mx_renewed"
 
 #: How botocore calls a place where it found credentials -> what people call it.
 _PLACES: Mapping[str, str] = {
@@ -125,10 +128,10 @@ class Identity:
 
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
         """The credentials of this moment; botocore fetches those that are about to expire anew."""
-        with self._lock:
-            if self._found is None:
-                self._found = self._find()
-            found = self._found
+        found = self._found
+        if found is None:  # without the lock, which a renewal holds for as long as its requests take
+            with self._lock:
+                found = self._found = self._found or self._find()
         frozen = self._last.signed_with = _frozen(found)
         return frozen
 
@@ -163,11 +166,11 @@ class Identity:
         code = str(parsed.get("Error", {}).get("Code", ""))
         if not wants_other_credentials(code, http.status_code, free=self._found.method in _FILES):
             return None
-        if "mx_renewed" not in context and self._renew(context.get("mx_signed_with")):
-            context["mx_renewed"] = True
+        if RENEWAL_TRIED not in context and self._renew(context.get("mx_signed_with")):
+            context[RENEWAL_TRIED] = True
             return 0
         if self._found.method not in _FIXED:
-            parsed["Error"][RENEWED] = "mx_renewed" in context
+            parsed["Error"][RENEWED] = RENEWAL_TRIED in context
         return None
 
     def _renew(self, refused: int | None) -> bool:
@@ -188,7 +191,7 @@ class Identity:
                 self._failure = exc
                 raise
             finally:
-                self._renewals += 1  # at the end, so that whoever came meanwhile sees that it was tried
+                self._renewals += 1  # at the end, so that threads that came meanwhile see that it was tried
             if hash(frozen) == refused:
                 self._final = frozen if found.method not in _FILES else None  # a file may be written any moment
                 return False

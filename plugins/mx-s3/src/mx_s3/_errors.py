@@ -1,4 +1,4 @@
-"""What S3's answers and botocore's exceptions mean for a load: one table for each, and the error made of it."""
+"""What S3's answers and botocore's exceptions mean for a load; completes core's tables for HTTP."""
 
 from __future__ import annotations
 
@@ -11,24 +11,32 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import attrs
-from attrs import frozen
 from botocore import exceptions as boto
-from botocore.parsers import ResponseParserError
+from botocore.parsers import ResponseParserError, create_parser
 from urllib3.exceptions import HTTPError
 
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
-    DeadlineError,
     NotFoundError,
     SourceChangedError,
     ThrottledError,
     UnavailableError,
     UnsupportedError,
 )
-from modelexpress_core.storage.http import retry_after_seconds
+from modelexpress_core.storage.http import Failures, Meaning, Refusal, SettingNames, meaning_of_answer
+from modelexpress_core.storage.http.failures import connection_error
 
-__all__ = ["FAILURES", "PROVIDER", "RENEWED", "CredentialsError", "translated", "wants_other_credentials"]
+__all__ = [
+    "FAILURES",
+    "NAMES",
+    "PROVIDER",
+    "RENEWED",
+    "CredentialsError",
+    "S3Failures",
+    "translated",
+    "wants_other_credentials",
+]
 
 PROVIDER = "mx-s3"
 
@@ -36,7 +44,13 @@ PROVIDER = "mx-s3"
 RENEWED = "x-mx-renewed"
 
 #: What reading from S3 may raise.
-FAILURES = (boto.BotoCoreError, boto.ClientError, ResponseParserError, HTTPError, HTTPException, OSError)
+FAILURES = (boto.BotoCoreError, boto.ClientError, ResponseParserError, OSError)
+
+NAMES = SettingNames(
+    endpoint="AWS_ENDPOINT_URL",
+    ca_bundle="AWS_CA_BUNDLE",
+    read_timeout="MX_S3_READ_TIMEOUT_SECONDS (or MX_STALL_SECONDS)",
+)
 
 
 class CredentialsError(boto.BotoCoreError):
@@ -45,39 +59,31 @@ class CredentialsError(boto.BotoCoreError):
     fmt = "the credentials could not be had"
 
 
-@frozen
-class _Meaning:
-    error: type[BackendError]
-    cause: str | None = None
-    hint: str | None = None
-    retryable: bool | None = None
-
-
 _CHECK_POLICY = "check the policies of the user, the role and the bucket for s3:GetObject and s3:ListBucket"
 _CHECK_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
 _WAIT = "try again later, or lower MX_CONCURRENCY"
 _RELOAD = "start the load again when nothing writes to the model"
 
-_BUSY = _Meaning(UnavailableError, "S3 has a passing fault", _WAIT)
-_SLOW_DOWN = _Meaning(ThrottledError, "S3 is asked more than it serves at a time", _WAIT)
-_CHANGED = _Meaning(SourceChangedError, "something replaced the object since the load began", _RELOAD)
-_CUT = _Meaning(
+_BUSY = Meaning(UnavailableError, "S3 has a passing fault", _WAIT)
+_SLOW_DOWN = Meaning(ThrottledError, "S3 is asked more than it serves at a time", _WAIT)
+_CHANGED = Meaning(SourceChangedError, "something replaced the object since the load began", _RELOAD)
+_CUT = Meaning(
     SourceChangedError,
     "the object is shorter than when the load began, or than its header says",
     "check that the upload was complete, and start the load again",
 )
-_DENIED = _Meaning(
+_DENIED = Meaning(
     AccessDeniedError,
     "these credentials may not read it, or it does not exist and they may not list the bucket",
     _CHECK_POLICY,
 )
-_EXPIRED = _Meaning(AccessDeniedError, "the temporary credentials ran out", "get new ones and start the load again")
-_BAD_TOKEN = _Meaning(
+_EXPIRED = Meaning(AccessDeniedError, "the temporary credentials ran out", "get new ones and start the load again")
+_BAD_TOKEN = Meaning(
     AccessDeniedError,
     "the session token is not the one of this access key",
     "set AWS_SESSION_TOKEN together with the keys that it came with, or unset it",
 )
-_RENEWED = _Meaning(
+_RENEWED = Meaning(
     AccessDeniedError,
     "new credentials were fetched in the middle of the load, and S3 refuses those too",
     "check the clock of this machine, and what the role or the user may do",
@@ -85,18 +91,18 @@ _RENEWED = _Meaning(
 _SAME = (
     "get new credentials into the place where these were found, which still gives the same, and start the load again"
 )
-_REGION = _Meaning(
+_REGION = Meaning(
     BackendError,
     "the bucket is in another region",
     "set AWS_REGION to the bucket's region, or add ?region= to the URI",
 )
 
-_MALFORMED = _Meaning(
+_MALFORMED = Meaning(
     BackendError,
     "the bucket is in another region, or the access key has a wrong form",
     "set AWS_REGION to the bucket's region, and check AWS_ACCESS_KEY_ID",
 )
-_BAD_REQUEST = _Meaning(
+_BAD_REQUEST = Meaning(
     BackendError,
     "a session token that ran out, or a bucket in another region (an answer without a body does not say)",
     "check AWS_SESSION_TOKEN and AWS_REGION",
@@ -104,24 +110,24 @@ _BAD_REQUEST = _Meaning(
 _MAYBE_REGION = (_REGION, _MALFORMED, _BAD_REQUEST)
 
 #: Error code of S3, or HTTP status where it sent no code that is known here (a HEAD has no body) -> what it means.
-_ANSWERS: Mapping[str | int, _Meaning] = {
-    "NoSuchBucket": _Meaning(
+_ANSWERS: Mapping[str | int, Meaning] = {
+    "NoSuchBucket": Meaning(
         NotFoundError,
         "the bucket's name is misspelt, or it belongs to another endpoint",
         "check it with aws s3 ls, and AWS_ENDPOINT_URL where one is set",
     ),
-    "NoSuchKey": _Meaning(NotFoundError, "the key is misspelt or was deleted", "check it with aws s3 ls"),
-    "KeyTooLongError": _Meaning(NotFoundError, "a key has at most 1024 bytes", "correct the URI"),
-    "InvalidBucketName": _Meaning(NotFoundError, "no bucket can have this name", "correct the URI"),
+    "NoSuchKey": Meaning(NotFoundError, "the key is misspelt or was deleted", "check it with aws s3 ls"),
+    "KeyTooLongError": Meaning(NotFoundError, "a key has at most 1024 bytes", "correct the URI"),
+    "InvalidBucketName": Meaning(NotFoundError, "no bucket can have this name", "correct the URI"),
     "AccessDenied": _DENIED,
     "AllAccessDisabled": _DENIED,
     "AccountProblem": _DENIED,
-    "InvalidAccessKeyId": _Meaning(
+    "InvalidAccessKeyId": Meaning(
         AccessDeniedError,
         "the access key was deleted, or it belongs to another endpoint",
         _CHECK_KEYS,
     ),
-    "SignatureDoesNotMatch": _Meaning(
+    "SignatureDoesNotMatch": Meaning(
         AccessDeniedError,
         "the secret does not belong to the access key, or a proxy changes the requests",
         _CHECK_KEYS,
@@ -131,17 +137,17 @@ _ANSWERS: Mapping[str | int, _Meaning] = {
     "TokenRefreshRequired": _EXPIRED,
     "InvalidToken": _BAD_TOKEN,
     "InvalidClientTokenId": _BAD_TOKEN,
-    "RequestTimeTooSkewed": _Meaning(
+    "RequestTimeTooSkewed": Meaning(
         AccessDeniedError,
         "the clock of this machine is wrong by more than 15 minutes",
         "set the clock (chronyc tracking, timedatectl)",
     ),
-    "InvalidObjectState": _Meaning(
+    "InvalidObjectState": Meaning(
         UnsupportedError,
         "the object is archived (Glacier)",
         "restore it, or copy it into a storage class that can be read at once",
     ),
-    "NotImplemented": _Meaning(UnsupportedError, "the server lacks this part of the S3 protocol", "use another server"),
+    "NotImplemented": Meaning(UnsupportedError, "the server lacks this part of the S3 protocol", "use another server"),
     "PreconditionFailed": _CHANGED,
     "InvalidRange": _CUT,
     "PermanentRedirect": _REGION,
@@ -156,13 +162,13 @@ _ANSWERS: Mapping[str | int, _Meaning] = {
     "ThrottlingException": _SLOW_DOWN,
     "TooManyRequests": _SLOW_DOWN,
     "RequestLimitExceeded": _SLOW_DOWN,
-    "RequestTimeout": _Meaning(UnavailableError, "the request reached S3 too slowly", _WAIT),
+    "RequestTimeout": Meaning(UnavailableError, "the request reached S3 too slowly", _WAIT),
     301: _REGION,
     307: _REGION,
     400: _BAD_REQUEST,
     401: _DENIED,
     403: _DENIED,
-    404: _Meaning(
+    404: Meaning(
         NotFoundError,
         "the bucket or the key is misspelt, or was deleted",
         "check it with aws s3 ls, and AWS_ENDPOINT_URL where one is set",
@@ -171,7 +177,8 @@ _ANSWERS: Mapping[str | int, _Meaning] = {
     412: _CHANGED,
     416: _CUT,
     429: _SLOW_DOWN,
-    501: _Meaning(UnsupportedError, "the server lacks this part of the S3 protocol", "use another server"),
+    500: _BUSY,
+    501: Meaning(UnsupportedError, "the server lacks this part of the S3 protocol", "use another server"),
     503: _SLOW_DOWN,
 }
 
@@ -206,35 +213,25 @@ def wants_other_credentials(code: str, status: int, *, free: bool) -> bool:
     return free and (code == "SignatureDoesNotMatch" or (status == 403 and code == "403"))
 
 
-_CHECK_ENDPOINT = "check AWS_ENDPOINT_URL and AWS_REGION"
-_CHECK_NETWORK = "check AWS_ENDPOINT_URL, firewalls, and HTTPS_PROXY and NO_PROXY"
-_NO_CREDENTIALS = _Meaning(
+_NO_CREDENTIALS = Meaning(
     AccessDeniedError,
     "neither variables nor a profile give any, and AWS_EC2_METADATA_DISABLED keeps from asking for the machine's role",
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket MX_S3_ANONYMOUS=1",
 )
-_NO_MACHINE_CREDENTIALS = _Meaning(
+_NO_MACHINE_CREDENTIALS = Meaning(
     AccessDeniedError,
     "neither variables nor a profile give any, and this machine has no role, or its metadata service cannot be reached "
     "(from a container that takes a hop limit of 2)",
     _NO_CREDENTIALS.hint,
 )
-_LOGIN = _Meaning(AccessDeniedError, "the login of the profile ran out", "run aws sso login, and start the load again")
-_BROKE = _Meaning(
-    UnavailableError,
-    "the server, a proxy or the network dropped the connection",
-    "try again; if it stays, check that AWS_ENDPOINT_URL says http or https as the server does, and the network",
-)
-
-_DNS_FAULT = _Meaning(UnavailableError, "the DNS of this machine does not answer", "check /etc/resolv.conf")
-
+_LOGIN = Meaning(AccessDeniedError, "the login of the profile ran out", "run aws sso login, and start the load again")
 #: Exceptions of places where credentials are looked for -> what was seen, and what it means.
-_NO_USE: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = (
+_NO_USE: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
     ((boto.NoCredentialsError,), "no credentials were found", _NO_CREDENTIALS),
     (
         (boto.PartialCredentialsError,),
         "only a part of the credentials was found",
-        _Meaning(
+        Meaning(
             AccessDeniedError,
             "one of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY is not set",
             "set both, or neither (MX_S3_ANONYMOUS=1 reads public buckets without)",
@@ -250,7 +247,7 @@ _NO_USE: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = (
     (
         (boto.CredentialRetrievalError, boto.MetadataRetrievalError),
         "the credentials could not be fetched",
-        _Meaning(
+        Meaning(
             AccessDeniedError,
             "what the profile or the role names for it fails",
             "run aws sts get-caller-identity on this machine",
@@ -259,7 +256,7 @@ _NO_USE: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = (
     (
         (boto.ProfileNotFound,),
         "the profile is not in the configuration files",
-        _Meaning(
+        Meaning(
             AccessDeniedError,
             "AWS_PROFILE is misspelt, or the files are elsewhere",
             "check AWS_PROFILE, AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE",
@@ -268,7 +265,7 @@ _NO_USE: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = (
     (
         (boto.InvalidConfigError,),
         "the configuration of the credentials lacks something, or contradicts itself",
-        _Meaning(
+        Meaning(
             AccessDeniedError,
             "AWS_WEB_IDENTITY_TOKEN_FILE without AWS_ROLE_ARN, or a profile with a role and no source for it",
             "check AWS_ROLE_ARN, and the profile in AWS_CONFIG_FILE",
@@ -277,145 +274,98 @@ _NO_USE: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = (
     (
         (boto.ConfigParseError, boto.ConfigNotFound),
         "the AWS configuration files cannot be read",
-        _Meaning(AccessDeniedError, "a syntax error in them", "check AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE"),
+        Meaning(AccessDeniedError, "a syntax error in them", "check AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE"),
     ),
 )
 
-#: Exceptions that came up before S3 could answer -> what was seen, and what it means. The first line counts that fits
-#: the exception or one of those behind it.
-_EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = (
-    (
-        (socket.gaierror,),
-        "the name of the endpoint {endpoint} does not resolve",
-        _Meaning(UnavailableError, "it is misspelt, or this machine has no DNS for it", _CHECK_ENDPOINT, False),
-    ),
-    (
-        (ssl.SSLCertVerificationError,),
-        "the certificate of the endpoint {endpoint} is not trusted",
-        _Meaning(
-            UnavailableError,
-            "it was signed by an authority that this machine does not know",
-            "set AWS_CA_BUNDLE to a file with the certificate of that authority",
-            False,
-        ),
-    ),
-    ((ssl.SSLEOFError, ssl.SSLZeroReturnError), "the TLS connection to the endpoint {endpoint} broke", _BROKE),
-    (
-        (ssl.SSLError, boto.SSLError),
-        "no TLS connection to the endpoint {endpoint}",
-        _Meaning(
-            UnavailableError,
-            "it serves plain HTTP there, its certificate is for another host, or AWS_CA_BUNDLE is no usable file",
-            "check the scheme and port of AWS_ENDPOINT_URL, and AWS_CA_BUNDLE",
-            False,
-        ),
-    ),
-    (
-        (boto.ProxyConnectionError,),
-        "no connection to the proxy",
-        _Meaning(UnavailableError, "the proxy is down, or its variable is wrong", "check HTTPS_PROXY and NO_PROXY"),
-    ),
-    (
-        (boto.ConnectTimeoutError,),
-        "no connection to the endpoint {endpoint} in time",
-        _Meaning(DeadlineError, "a firewall swallows the packets, or the host is down", _CHECK_NETWORK),
-    ),
-    (
-        (boto.ReadTimeoutError, TimeoutError),
-        "the endpoint {endpoint} sent nothing {silence}",
-        _Meaning(
-            DeadlineError,
-            "the server or the network is overloaded, or the connection went dead",
-            f"{_WAIT}; MX_S3_READ_TIMEOUT_SECONDS and MX_STALL_SECONDS say how long to wait at most",
-        ),
-    ),
-    (
-        (ConnectionRefusedError,),
-        "the endpoint {endpoint} refused the connection",
-        _Meaning(UnavailableError, "nothing listens there, or not yet", "check AWS_ENDPOINT_URL and the server"),
-    ),
+#: Exceptions before S3 could answer, that are not of a connection -> what was seen, and what it means.
+_EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
     *_NO_USE,
     (
         (boto.ParamValidationError,),
         "S3 allows no such name",
-        _Meaning(NotFoundError, "the bucket or the key in the URI is misspelt", "correct the URI"),
+        Meaning(NotFoundError, "the bucket or the key in the URI is misspelt", "correct the URI"),
     ),
     (
         (ResponseParserError,),
         "what the endpoint {endpoint} answered is not of the S3 protocol",
-        _Meaning(
+        Meaning(
             UnavailableError,
             "something in front of the server answers, or the answer was cut",
             "check AWS_ENDPOINT_URL",
         ),
     ),
     (
-        (boto.ConnectionError, boto.HTTPClientError, HTTPError, HTTPException, OSError),
-        "the connection to the endpoint {endpoint} broke",
-        _BROKE,
+        (boto.HTTPClientError,),
+        "the request cannot be sent as HTTP",
+        Meaning(
+            BackendError,
+            "a credential, or another setting, holds a line break or a control character",
+            "check AWS_SESSION_TOKEN and the AWS configuration files",
+        ),
     ),
 )
 
 
 #: Code with which STS (or the service of a single sign-on) refuses credentials -> what it means.
-_STS_ANSWERS: Mapping[str, _Meaning] = {
-    "AccessDenied": _Meaning(
+_STS_ANSWERS: Mapping[str, Meaning] = {
+    "AccessDenied": Meaning(
         AccessDeniedError,
         "the trust policy of the role does not allow it to this token or user",
         "check the trust policy of AWS_ROLE_ARN (or the profile's role_arn): provider, and conditions on sub and aud",
     ),
-    "InvalidIdentityToken": _Meaning(
+    "InvalidIdentityToken": Meaning(
         AccessDeniedError,
-        "the account has no OIDC provider for whoever issued the token, or the token is meant for another audience",
+        "the account has no OIDC provider for the issuer of the token, or the token is meant for another audience",
         "check the OIDC provider in IAM, and that the audience of the service account's token is sts.amazonaws.com",
     ),
-    "IDPRejectedClaim": _Meaning(
-        AccessDeniedError, "whoever issued the token says it is no longer valid", "get a new token"
+    "IDPRejectedClaim": Meaning(
+        AccessDeniedError, "the issuer of the token says it is no longer valid", "get a new token"
     ),
-    "IDPCommunicationError": _Meaning(
-        AccessDeniedError, "STS cannot reach whoever issued the token", "try again later", retryable=True
+    "IDPCommunicationError": Meaning(
+        AccessDeniedError, "STS cannot reach the issuer of the token", "try again later", retryable=True
     ),
-    "ExpiredTokenException": _Meaning(
+    "ExpiredTokenException": Meaning(
         AccessDeniedError,
         "the token in AWS_WEB_IDENTITY_TOKEN_FILE, or what else the role is assumed with, ran out",
         "check that something renews the token's file (in Kubernetes: a projected volume), or log in again",
     ),
-    "ValidationError": _Meaning(
+    "ValidationError": Meaning(
         AccessDeniedError,
         "the name of the role or of the session has a wrong form",
         "check AWS_ROLE_ARN and AWS_ROLE_SESSION_NAME, or role_arn in the profile",
     ),
-    "RegionDisabledException": _Meaning(
+    "RegionDisabledException": Meaning(
         AccessDeniedError,
         "the account has STS switched off in this region",
         "switch it on, or set AWS_ENDPOINT_URL_STS to another region's",
     ),
-    "InvalidClientTokenId": _Meaning(
+    "InvalidClientTokenId": Meaning(
         AccessDeniedError, "the keys that the role is assumed with are not valid", _CHECK_KEYS
     ),
-    "SignatureDoesNotMatch": _Meaning(
+    "SignatureDoesNotMatch": Meaning(
         AccessDeniedError, "the secret that the role is assumed with is not that of its key", _CHECK_KEYS
     ),
     "UnauthorizedException": _LOGIN,
-    "ForbiddenException": _Meaning(
+    "ForbiddenException": Meaning(
         AccessDeniedError, "the single sign-on does not give this user the role of the profile", "check sso_role_name"
     ),
 }
-_STS_BUSY = _Meaning(
+_STS_BUSY = Meaning(
     AccessDeniedError, "it has a passing fault, or is asked too much", "try again later", retryable=True
 )
-_AGENT = _Meaning(
+_AGENT = Meaning(
     AccessDeniedError,
     "the agent that AWS_CONTAINER_CREDENTIALS_FULL_URI names does not answer",
     "check that the agent runs (for EKS Pod Identity: the add-on on this node)",
     retryable=True,
 )
-_AGENT_REFUSES = _Meaning(
+_AGENT_REFUSES = Meaning(
     AccessDeniedError,
     "it does not know this container, or AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE does not hold the token that it gave",
     "check the association of the service account (or the task) with a role, and the file with the token",
 )
-_STS_UNKNOWN = _Meaning(
+_STS_UNKNOWN = Meaning(
     AccessDeniedError,
     "what the variables or the profile name for it is not accepted",
     "run aws sts get-caller-identity on this machine",
@@ -424,11 +374,11 @@ _CHECK_STS = "check AWS_ENDPOINT_URL_STS, AWS_REGION, firewalls, and HTTPS_PROXY
 
 #: Exceptions on the way to credentials, where none in _NO_USE fits. "The service" may be STS or a single sign-on;
 #: connections to agents of containers and machines never come here, because botocore keeps them to itself.
-_NO_ANSWER: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = (
+_NO_ANSWER: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
     (
         (FileNotFoundError, PermissionError, IsADirectoryError),
         "a file that the credentials need cannot be read: {file}",
-        _Meaning(
+        Meaning(
             AccessDeniedError,
             "the token is not mounted here, or is readable for another user only",
             "check AWS_WEB_IDENTITY_TOKEN_FILE, AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE, and what the profile names",
@@ -437,22 +387,22 @@ _NO_ANSWER: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = 
     (
         (socket.gaierror, ssl.SSLError, boto.SSLError, boto.InvalidRegionError),
         "no connection to the service that gives the credentials",
-        _Meaning(AccessDeniedError, "its name does not resolve, or its certificate is not trusted", _CHECK_STS),
+        Meaning(AccessDeniedError, "its name does not resolve, or its certificate is not trusted", _CHECK_STS),
     ),
     (
         (boto.ConnectionError, boto.HTTPClientError, HTTPError, HTTPException, OSError),
         "no connection to the service that gives the credentials",
-        _Meaning(AccessDeniedError, "it cannot be reached from here, or not now", _CHECK_STS, retryable=True),
+        Meaning(AccessDeniedError, "it cannot be reached from here, or not now", _CHECK_STS, retryable=True),
     ),
     (
         (boto.InvalidIMDSEndpointError,),
         "the URL of the instance metadata service cannot be used",
-        _Meaning(AccessDeniedError, "it is misspelt", "correct AWS_EC2_METADATA_SERVICE_ENDPOINT"),
+        Meaning(AccessDeniedError, "it is misspelt", "correct AWS_EC2_METADATA_SERVICE_ENDPOINT"),
     ),
     (
         (RuntimeError,),
         "the credentials that were fetched had already run out",
-        _Meaning(
+        Meaning(
             AccessDeniedError,
             "the clock of this machine is wrong, or what gives them is stuck",
             "set the clock (chronyc tracking, timedatectl)",
@@ -461,7 +411,7 @@ _NO_ANSWER: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = 
     (
         (ValueError, LookupError, TypeError),
         "what gives the credentials was asked, or answered, in a form that cannot be used",
-        _Meaning(
+        Meaning(
             AccessDeniedError,
             "AWS_CONTAINER_CREDENTIALS_FULL_URI may only name https, this machine, or the agents of ECS and EKS; its "
             "token is one line; its answer has AccessKeyId, SecretAccessKey, Token and Expiration",
@@ -471,13 +421,39 @@ _NO_ANSWER: tuple[tuple[tuple[type[BaseException], ...], str, _Meaning], ...] = 
 )
 
 
+#: What the content of a proper answer looks like, which errors do not.
+_NO_SHAPE: Any = None
+
+
+class S3Failures(Failures):
+    """Explains what goes wrong with one bucket."""
+
+    caught = FAILURES
+
+    def of_answer(self, refusal: Refusal, path: str, operation: str) -> BackendError:
+        """The error for an answer, whose body has S3's own code and words."""
+        answer = {"status_code": refusal.status, "headers": refusal.headers, "body": refusal.content}
+        parsed = create_parser("rest-xml").parse(answer, _NO_SHAPE)
+        return _answered(boto.ClientError(parsed, "GetObject"), str(self._uri.with_path(path)), operation)
+
+    def unanswered(self, exc: Exception, path: str, operation: str, silence_seconds: float | None) -> BackendError:
+        """The error for an exception of botocore's or of a connection."""
+        return translated(
+            exc,
+            uri=str(self._uri.with_path(path)),
+            operation=operation,
+            endpoint=self._endpoint(),
+            silence_seconds=silence_seconds,
+        )
+
+
 def translated(
     exc: Exception, *, uri: str, operation: str, endpoint: str = "", silence_seconds: float | None = None
 ) -> BackendError:
-    """The error of ours that stands for ``exc``; to be raised from it.
+    """``exc`` as an error of ModelExpress; to be raised from it.
 
     Args:
-        exc: What botocore, urllib3 or the operating system raised.
+        exc: What botocore, a connection or the operating system raised.
         uri: Of the object.
         operation: What was tried.
         endpoint: URL of the server.
@@ -489,13 +465,17 @@ def translated(
         return _answered(exc, uri, operation)
     chain = tuple(_chain(exc))
     for types, seen, meaning in _EXCEPTIONS:
-        found = next((link for link in chain if isinstance(link, types)), None)
-        if found is not None:
-            silence = "in time" if silence_seconds is None else f"for {silence_seconds:.3g} s"
-            reason = f"{seen.format(endpoint=_shown(endpoint), silence=silence)} [{_name(chain)}]"
-            passing = isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN
-            return _error(_DNS_FAULT if passing else meaning, reason, uri, operation)
-    return _error(_Meaning(BackendError), f"botocore raised {type(exc).__name__}", uri, operation)
+        if any(isinstance(link, types) for link in chain):
+            return _error(meaning, f"{seen.format(endpoint=_shown(endpoint))} [{_name(chain)}]", uri, operation)
+    return connection_error(
+        exc,
+        uri=uri,
+        operation=operation,
+        provider=PROVIDER,
+        endpoint=_shown(endpoint),
+        names=NAMES,
+        silence_seconds=silence_seconds,
+    ) or _error(Meaning(BackendError), f"botocore raised {type(exc).__name__}", uri, operation)
 
 
 def _without_credentials(exc: CredentialsError, uri: str, operation: str) -> BackendError:
@@ -517,7 +497,7 @@ def _without_credentials(exc: CredentialsError, uri: str, operation: str) -> Bac
                 reason += f"; the instance metadata service was asked at {_shown(exc.kwargs['metadata'])}"
                 return _error(_NO_MACHINE_CREDENTIALS, reason, uri, operation)
             if details.get("provider") == "container-role":
-                # The status is only in the text, behind which there is the agent's own, which nobody vouches for.
+                # Only the text has the status. The agent's own words follow it, and may hold anything.
                 answer = re.search(r"non 200 response (\d{3})", str(details.get("error_msg", "")))
                 reason += f"; the agent of the container answered HTTP {answer[1]}" if answer else ""
                 refused = answer is not None and answer[1].startswith("4")
@@ -526,25 +506,8 @@ def _without_credentials(exc: CredentialsError, uri: str, operation: str) -> Bac
     return _error(_STS_UNKNOWN, f"the credentials could not be fetched [{type(error).__name__}]", uri, operation)
 
 
-def _error(
-    meaning: _Meaning,
-    reason: str,
-    uri: str,
-    operation: str,
-    *,
-    hint: str | None = None,
-    retry_after_seconds: float | None = None,
-) -> BackendError:
-    return meaning.error(
-        reason,
-        uri=uri,
-        operation=operation,
-        provider=PROVIDER,
-        retryable=meaning.retryable,
-        retry_after_seconds=retry_after_seconds,
-        cause=meaning.cause,
-        hint=hint or meaning.hint,
-    )
+def _error(meaning: Meaning, reason: str, uri: str, operation: str) -> BackendError:
+    return meaning.described(reason, uri=uri, operation=operation, provider=PROVIDER)
 
 
 def _said(exc: boto.ClientError) -> tuple[str, int, list[str]]:
@@ -562,8 +525,7 @@ def _answered(exc: boto.ClientError, uri: str, operation: str) -> BackendError:
     error = response.get("Error", {})
     headers: Mapping[str, str] = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     code, status, parts = _said(exc)
-    meaning = _ANSWERS.get(code) or (_ANSWERS.get(status) if not code or status != 400 else None)
-    meaning = meaning or (_BUSY if status >= 500 else _Meaning(BackendError))
+    meaning = meaning_of_answer(status, code, _ANSWERS)
     if RENEWED in error:
         meaning = _RENEWED if error[RENEWED] else attrs.evolve(meaning, hint=_SAME)
     reason = f"S3 answered {', '.join(parts)}"
@@ -578,8 +540,10 @@ def _answered(exc: boto.ClientError, uri: str, operation: str) -> BackendError:
         hint = f"set AWS_REGION={region}, or add ?region={region} to the URI"
         if response["ResponseMetadata"].get("RetryAttempts"):  # signing for that region was tried, at the same endpoint
             hint += ", and set AWS_ENDPOINT_URL to an endpoint of that region, or unset it"
-    after = retry_after_seconds(headers.get("retry-after", "")) if meaning.error.default_retryable else None
-    return _error(meaning, reason, uri, operation, hint=hint, retry_after_seconds=after)
+    retry_after = headers.get("retry-after")
+    return meaning.described(
+        reason, uri=uri, operation=operation, provider=PROVIDER, hint=hint, retry_after=retry_after
+    )
 
 
 def _quoted(text: str) -> str:
@@ -589,7 +553,7 @@ def _quoted(text: str) -> str:
 
 
 def _chain(exc: BaseException) -> Iterator[BaseException]:
-    """``exc`` and what lies behind it, in its cause and where botocore and urllib3 keep it."""
+    """``exc`` and its causes, also where botocore and urllib3 keep them."""
     pending, seen = [exc], set()
     while pending:
         link = pending.pop(0)

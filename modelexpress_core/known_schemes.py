@@ -1,0 +1,55 @@
+"""URI schemes that first-party packages handle, and what to install for them: data for messages, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from attrs import frozen
+
+__all__ = ["KNOWN_SCHEMES", "SYNONYMS", "KnownScheme"]
+
+
+@frozen
+class KnownScheme:
+    """A scheme of a first-party package.
+
+    Attributes:
+        distribution: The package that handles it.
+        extra: The extra of modelexpress-core that installs the package; empty for core itself, None while the package
+            is not published.
+    """
+
+    distribution: str
+    extra: str | None = None
+
+    @property
+    def install_hint(self) -> str | None:
+        """What ``pip install`` takes; None if there is nothing to install."""
+        return f"modelexpress-core[{self.extra}]" if self.extra else None
+
+
+KNOWN_SCHEMES: Mapping[str, KnownScheme] = {
+    "file": KnownScheme("modelexpress-core", ""),
+    "memory": KnownScheme("modelexpress-core", ""),
+    "inproc": KnownScheme("modelexpress-core", ""),
+    "s3": KnownScheme("mx-s3", "s3"),
+    "gs": KnownScheme("mx-gcs"),
+    "az": KnownScheme("mx-azure"),
+    "hf": KnownScheme("mx-hf"),
+    "mx": KnownScheme("mx-grpc-stream"),
+    "mxs": KnownScheme("mx-grpc-stream"),
+    "grpc": KnownScheme("mx-grpc-stream"),
+    "nixl": KnownScheme("mx-nixl"),
+}
+
+#: Schemes that other tools use, and ours for the same.
+SYNONYMS: Mapping[str, str] = {
+    "s3a": "s3",
+    "s3n": "s3",
+    "gcs": "gs",
+    "azure": "az",
+    "abfs": "az",
+    "huggingface": "hf",
+    "mem": "memory",
+    "local": "file",
+}

@@ -1,0 +1,1 @@
+"""One attempt to load from one candidate: from a checkpoint, or from the memory of a peer."""

@@ -1,0 +1,122 @@
+"""A load from the files of a checkpoint: any rank of any layout reads just its bytes."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from modelexpress_core.checkpoint import Checkpoint
+from modelexpress_core.contracts.candidates import Candidate
+from modelexpress_core.events import LoadProgress
+from modelexpress_core.fetch import FetchEngine
+from modelexpress_core.loads.context import LoadContext, redacted_uris
+from modelexpress_core.loads.destination import Destination
+from modelexpress_core.loads.load import Load, peak_rss_bytes
+from modelexpress_core.plugins import STORAGE
+from modelexpress_core.report import LoadReport
+
+if TYPE_CHECKING:
+    from modelexpress_core.placement import Recorder
+
+__all__ = ["CheckpointLoad"]
+
+
+class CheckpointLoad(Load):
+    """Copies to the destination become reads of the files, which go straight into place.
+
+    Attributes:
+        checkpoint: The checkpoint, once the load is open.
+        recorder: Records the copies, once the load is open.
+    """
+
+    checkpoint: Checkpoint
+    recorder: Recorder
+
+    def __init__(self, candidate: Candidate, context: LoadContext, destination: Destination) -> None:
+        super().__init__(candidate, context, destination)
+        self._engine: FetchEngine | None = None
+
+    def open(self) -> None:
+        """Read the headers of all files, in parallel: which tensor lies where, in which version of which file."""
+        self._registered, storage = self._plugins.open(STORAGE, self._uri, self._context.environ)
+        self._closing.callback(storage.close)
+        budget = self._context.new_budget()
+        self.checkpoint = self._context.read_headers(self._uri, self._registered, storage, budget, to_load=True)
+        provider = self._registered.provider
+        self.engine = self._engine = FetchEngine(
+            storage,
+            self._context.settings,
+            provider.capabilities,
+            on_arrival=self._progress.arrived,
+            budget=budget,
+            uri_of=redacted_uris(self._uri),
+        )
+        self._announce(
+            provider=provider.name,
+            files=len(self.checkpoint.files),
+            tensors=len(self.checkpoint.tensors),
+            size_bytes=self.checkpoint.tensor_bytes,
+        )
+        self.destination.check_checkpoint(self.checkpoint)
+        self.recorder = self.destination.new_recorder(self.checkpoint, self.engine)
+
+    def fetch(self) -> None:
+        """Record the copies, and read while later ones are still being recorded."""
+        self.destination.touch()
+        self.destination.copy_from(self.checkpoint, self.recorder)
+        self._planning_done = True
+        self.recorder.finish()
+
+    def _stop(self, exc: BaseException) -> bool:
+        if self._engine is None:
+            self._closing.close()
+            return True
+        return self._engine.abort(exc)
+
+    def _progress_event(self) -> LoadProgress:
+        ledger = self.engine.ledger
+        rate = ledger.rate()
+        left = ledger.planned_bytes - ledger.arrived_bytes
+        return LoadProgress(
+            load_id=self._id,
+            uri=str(self._uri),
+            bytes_done=ledger.arrived_bytes,
+            bytes_planned=ledger.planned_bytes,
+            planning_done=self._planning_done,
+            seconds=time.monotonic() - self._begun,
+            bytes_per_second=rate,
+            eta_seconds=left / rate if rate and self._planning_done else None,
+            retries=ledger.retries,
+            limiter=self.engine.usage.limiter(),
+        )
+
+    def _account(self) -> LoadReport:
+        ended = time.monotonic()
+        recorder, ledger = self.recorder, self.engine.ledger
+        files = self.checkpoint.files
+        return LoadReport(
+            uri=str(self._uri),
+            storage={"plugin": self._registered.plugin.name, "version": self._registered.plugin.version},
+            tensors=recorder.tensors_used,
+            tensors_in_checkpoint=len(self.checkpoint.tensors),
+            files=recorder.files_used,
+            bytes_needed=recorder.needed_bytes,
+            bytes_fetched=ledger.arrived_bytes,
+            bytes_reread=ledger.reread_bytes,
+            bytes_materialised=recorder.materialised_bytes,
+            header_bytes=self.checkpoint.opened_bytes,
+            seconds=ended - self._begun,
+            phase_seconds={"open": self._opened - self._begun, "load": ended - self._opened},
+            goodput_bytes_per_second=recorder.needed_bytes / (ended - self._begun),
+            requests=ledger.requests,
+            retries=ledger.retries,
+            concurrency=ledger.most_in_flight,
+            verified={
+                "versions": sum(file.version is not None for file in files),
+                "sizes": len(files),
+                "digests": ledger.verified_files,
+            },
+            materialised_operations=dict(recorder.materialised_operations),
+            meta_destinations=recorder.meta_destinations,
+            peak_rss_bytes=peak_rss_bytes(),
+        )

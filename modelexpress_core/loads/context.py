@@ -1,0 +1,77 @@
+"""What every load needs: settings, plugins, and how a checkpoint is opened with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+
+from modelexpress_core.checkpoint import Checkpoint, open_files
+from modelexpress_core.contracts.storage import Storage
+from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
+from modelexpress_core.plugins import PluginManager
+from modelexpress_core.providers import StorageProvider
+from modelexpress_core.registry import Registered
+from modelexpress_core.settings import LoadSettings, from_env
+from modelexpress_core.uri import ModelURI
+
+__all__ = ["LoadContext", "redacted_uris"]
+
+
+def redacted_uris(uri: ModelURI) -> Callable[[str], str]:
+    """A function from the path of an object in the storage of ``uri`` to its redacted URI."""
+    return lambda path: str(uri.with_path(path))
+
+
+@cache
+def _default_plugins() -> PluginManager:
+    return PluginManager.discover()
+
+
+class LoadContext:
+    """Settings and plugins of one call.
+
+    Args:
+        environ: Variables to read settings from; by default the process's.
+        plugins: Plugins to use; by default all that are installed and allowed.
+
+    Attributes:
+        environ: The variables.
+        settings: How loads read and verify.
+        plugins: The plugins.
+    """
+
+    def __init__(self, environ: Mapping[str, str] | None, plugins: PluginManager | None) -> None:
+        self.environ = os.environ if environ is None else environ
+        self.settings = from_env(LoadSettings, self.environ)
+        if plugins is None:
+            plugins = _default_plugins() if environ is None else PluginManager.discover(environ)
+        self.plugins = plugins
+
+    def new_budget(self) -> RetryBudget:
+        """The waiting time of one load."""
+        return RetryBudget(self.settings.retry_budget_seconds)
+
+    def read_headers(
+        self,
+        uri: ModelURI,
+        registered: Registered[StorageProvider],
+        storage: Storage,
+        budget: RetryBudget,
+        *,
+        to_load: bool = False,
+    ) -> Checkpoint:
+        """The checkpoint at ``uri`` in an open storage, with the retries that the user set.
+
+        Args:
+            uri: Where it is.
+            registered: The record of the storage.
+            storage: The storage.
+            budget: Waiting time for retries.
+            to_load: Whether its files come with the digests that they are compared with.
+        """
+        policy = RetryPolicy.from_settings(self.settings)
+        retrying = RetryingStorage(storage, policy, budget, uri_of=redacted_uris(uri))
+        provider = registered.provider
+        ask_digests = to_load and self.settings.verify_digests and provider.capabilities.stat_digests
+        return open_files(retrying, uri, provider=provider.name, ask_digests=ask_digests)

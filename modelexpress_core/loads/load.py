@@ -1,0 +1,136 @@
+"""The steps and events that loads from checkpoints and from peers share."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+import uuid
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from modelexpress_core.contracts.candidates import Candidate
+from modelexpress_core.errors import ModelExpressError
+from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
+from modelexpress_core.fetch import ProgressReporter
+from modelexpress_core.loads.context import LoadContext
+from modelexpress_core.loads.destination import Destination
+from modelexpress_core.report import LoadReport
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Load", "peak_rss_bytes"]
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Load(ABC):
+    """One attempt to load from one candidate: ``open``, ``fetch``, ``complete``, or ``abort`` after any of them.
+
+    As a context manager it aborts on an error, and gives up what it holds open in any case.
+
+    Args:
+        candidate: Where to load from.
+        context: Settings and plugins.
+        destination: What is written. Touched before the first byte may be written to it.
+    """
+
+    def __init__(self, candidate: Candidate, context: LoadContext, destination: Destination) -> None:
+        self._uri = candidate.uri
+        self._context = context
+        self._plugins = context.plugins
+        self.destination = destination
+        self._id = uuid.uuid4().hex
+        self._begun = time.monotonic()
+        self._opened = self._begun
+        self._planning_done = False
+        self._progress = ProgressReporter(lambda: self._plugins.load_progress(self._progress_event()))
+        self._closing = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if exc is not None:
+                self.abort(exc)
+        finally:
+            self._closing.close()
+
+    # -- the steps ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def open(self) -> None:
+        """Find out what is there, and compare it with the destination. No weight byte moves.
+
+        Raises:
+            BackendError: It cannot be read.
+            CheckpointError: What is there is no valid checkpoint.
+            PlacementError, IncompleteLoadError: It does not fit the destination.
+        """
+
+    @abstractmethod
+    def fetch(self) -> None:
+        """Touch the destination, and move every byte into place.
+
+        Raises:
+            BackendError: Bytes did not arrive, or are not the right ones.
+        """
+
+    def complete(self) -> LoadReport:
+        """Check the account, make the result the owner's, and report.
+
+        Raises:
+            IncompleteLoadError: Something was not written.
+        """
+        report = self._account()
+        self.destination.complete(report)
+        self._progress.report_now()
+        self._plugins.load_finished(LoadFinished(load_id=self._id, report=report))
+        return report
+
+    def abort(self, exc: BaseException) -> None:
+        """End a load that failed with ``exc``.
+
+        Raises:
+            ModelExpressError: Something still writes to the destination, so that no other candidate may follow.
+        """
+        stopped = self._stop(exc)
+        seconds = time.monotonic() - self._begun
+        self._plugins.load_failed(LoadFailed(load_id=self._id, uri=str(self._uri), error=exc, seconds=seconds))
+        if not stopped:
+            message = f"reads of {self._uri} go on after the load has failed, so its destination must not be used"
+            raise ModelExpressError(message, hint="end this process") from exc
+
+    # -- what the two kinds tell --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _account(self) -> LoadReport:
+        """The figures of this load, once everything that it needs was checked."""
+
+    @abstractmethod
+    def _stop(self, exc: BaseException) -> bool:
+        """Stop reading; whether nothing is written to the destination any more."""
+
+    @abstractmethod
+    def _progress_event(self) -> LoadProgress:
+        """How far this load is."""
+
+    def _announce(self, *, provider: str, files: int, tensors: int, size_bytes: int) -> None:
+        """Tell observers that the load is open."""
+        self._opened = time.monotonic()
+        self._plugins.load_started(
+            LoadStarted(
+                load_id=self._id,
+                uri=str(self._uri),
+                provider=provider,
+                files=files,
+                tensors=tensors,
+                checkpoint_bytes=size_bytes,
+            )
+        )

@@ -1,0 +1,146 @@
+"""The destinations of the public functions: a dictionary of new tensors, a model, and code that copies by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from modelexpress_core.checkpoint import Checkpoint
+from modelexpress_core.errors import IncompleteLoadError, PlacementError
+from modelexpress_core.fetch import FetchEngine
+from modelexpress_core.loads.destination import Destination
+from modelexpress_core.messages import listed
+from modelexpress_core.placement import Recorder
+from modelexpress_core.placement.coverage import Coverage
+from modelexpress_core.placement.destinations import Destinations
+from modelexpress_core.placement.dtypes import torch_dtype, torch_shape
+from modelexpress_core.report import LoadReport
+
+__all__ = ["DeferredTarget", "NewTensors", "Target"]
+
+
+class NewTensors(Destination):
+    """New tensors with the shapes and dtypes of the checkpoint.
+
+    Args:
+        names: Names of the tensors that are wanted; None for all.
+        device: Where they are made.
+
+    Attributes:
+        tensors: The tensors by name.
+    """
+
+    def __init__(self, names: Sequence[str] | None, device: str | torch.device) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        super().__init__(renew=self.tensors.clear)
+        self._names = names
+        self._device = device
+
+    def check_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Raise unless ``checkpoint`` has every tensor that is wanted."""
+        for name in self._names or ():
+            if name not in checkpoint.tensors:
+                message = f"{checkpoint.uri} has no tensor {name!r}"
+                raise PlacementError(message, tensor=name, hint="`mx inspect` lists those it has")
+
+    def new_recorder(self, checkpoint: Checkpoint, engine: FetchEngine) -> Recorder:
+        """A recorder for memory that nothing else uses yet."""
+        return Recorder(checkpoint, engine, fresh=True)
+
+    def copy_from(self, checkpoint: Checkpoint, recorder: Recorder) -> None:
+        """Make each tensor, and record its copy."""
+        for name in checkpoint.tensors if self._names is None else self._names:
+            info = checkpoint.tensors[name]
+            tensor = torch.empty(torch_shape(info), dtype=torch_dtype(info), device=self._device)
+            self.tensors[name] = tensor
+            recorder.copy_whole(info, tensor)
+
+
+def _overwritten_by_the_next() -> None:
+    """Nothing of a load that failed is left once the next has written every tensor."""
+
+
+class Target(Destination):
+    """The tensors of a model, or of a mapping.
+
+    Args:
+        tensors: The tensors, and whether a checkpoint fits them.
+        strict: Refuse a checkpoint that holds tensors without a destination.
+        cast: Convert to the destination's dtype where it differs.
+        renew: Makes them anew after a load that failed; by default nothing, since the next load writes all of them.
+            None if only the owner can.
+    """
+
+    def __init__(
+        self,
+        tensors: Destinations,
+        *,
+        strict: bool,
+        cast: bool,
+        renew: Callable[[], None] | None = _overwritten_by_the_next,
+    ) -> None:
+        super().__init__(renew)
+        self._destinations = tensors
+        self._strict = strict
+        self._cast = cast
+
+    def check_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Raise unless names, shapes and dtypes fit."""
+        self._destinations.check(checkpoint, strict=self._strict, cast=self._cast)
+
+    def copy_from(self, checkpoint: Checkpoint, recorder: Recorder) -> None:
+        """Record the copy of each tensor that has a destination."""
+        for name, info in checkpoint.tensors.items():
+            if name in self._destinations.tensors:
+                recorder.copy_whole(info, self._destinations.tensors[name])
+
+    def run_time_tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors that are written."""
+        return self._destinations.tensors
+
+    def complete(self, report: LoadReport) -> None:  # noqa: ARG002 - of the base
+        """Give the model the memory of its tensors that were on the meta device."""
+        self._destinations.adopt()
+
+
+class DeferredTarget(Destination):
+    """Whatever code copies deferred tensors to. It cannot be made anew: only its owner knows what it is.
+
+    Args:
+        model: Where given, every parameter and persistent buffer of it must be written.
+    """
+
+    def __init__(self, model: nn.Module | Mapping[str, torch.Tensor] | None) -> None:
+        super().__init__()
+        self._coverage = None if model is None else Coverage(_named_tensors(model))
+
+    def new_recorder(self, checkpoint: Checkpoint, engine: FetchEngine) -> Recorder:
+        """A recorder that also keeps account of what of the model was written."""
+        return Recorder(checkpoint, engine, self._coverage)
+
+    def complete(self, report: LoadReport) -> None:
+        """Raise if a tensor of the model was not written, or nothing of the checkpoint was used."""
+        missing = () if self._coverage is None else self._coverage.missing()
+        if missing:
+            raise IncompleteLoadError(
+                f"{len(missing)} tensors of the model were not wholly written: {listed(missing)}",
+                missing=missing,
+                cause="the checkpoint is of another model, the code that loads skips what it does not know, or the "
+                "model is on the meta device, which has no memory",
+                hint="compare the names with `mx inspect`; give a model on the meta device memory with to_empty",
+            )
+        if not report.tensors and report.tensors_in_checkpoint:
+            raise IncompleteLoadError(
+                f"nothing of {report.uri} was used",
+                cause="the code that loads knows none of its names",
+                hint="compare the names with `mx inspect`",
+            )
+
+
+def _named_tensors(model: nn.Module | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    if isinstance(model, Mapping):
+        return model
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}

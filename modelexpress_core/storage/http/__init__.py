@@ -1,0 +1,53 @@
+"""Reading objects over HTTP/1.1: what storages over HTTP share.
+
+- ``requests``: what a request says, and the contract of the code that signs it.
+- ``proxies``: which HTTP proxy leads to a server.
+- ``connections``: opening, keeping and ending connections; ``nested_tls`` for those through a TLS proxy.
+- ``answers``: reading an answer, within bounds.
+- ``ranges``: byte ranges into memory, each answer checked.
+- ``failures``: what goes wrong, and what it means for a load.
+- ``digests``, ``opening``: published digests, and URIs.
+"""
+
+from __future__ import annotations
+
+from modelexpress_core.storage.http.answers import Answer
+from modelexpress_core.storage.http.connections import ConnectionPool, OpenSockets
+from modelexpress_core.storage.http.digests import hex_of_base64, md5_of_etag
+from modelexpress_core.storage.http.failures import (
+    BadAnswerError,
+    Failures,
+    Meaning,
+    SettingNames,
+    http_error,
+    meaning_of_answer,
+    retry_after_seconds,
+)
+from modelexpress_core.storage.http.opening import check_uri
+from modelexpress_core.storage.http.proxies import Proxies, Proxy
+from modelexpress_core.storage.http.ranges import RangeReader, VersionHeaders
+from modelexpress_core.storage.http.requests import Origin, Refusal, Request, Signer
+
+__all__ = [
+    "Answer",
+    "BadAnswerError",
+    "ConnectionPool",
+    "Failures",
+    "Meaning",
+    "OpenSockets",
+    "Origin",
+    "Proxies",
+    "Proxy",
+    "RangeReader",
+    "Refusal",
+    "Request",
+    "SettingNames",
+    "Signer",
+    "VersionHeaders",
+    "check_uri",
+    "hex_of_base64",
+    "http_error",
+    "md5_of_etag",
+    "meaning_of_answer",
+    "retry_after_seconds",
+]

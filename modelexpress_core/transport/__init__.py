@@ -1,0 +1,1 @@
+"""Transports that need nothing installed: ``inproc``."""
