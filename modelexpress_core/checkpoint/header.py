@@ -231,7 +231,7 @@ class _Objects:
                 raise _Fault(f"{_METADATA} is not an object of texts")
         elif isinstance(value, dict):
             if value.keys() == _FIELDS:
-                raise _Fault(f"the tensor {shown(name)} has texts where a shape and byte positions belong")
+                raise _Fault(f"the tensor {shown(name)} has texts instead of a shape and byte positions")
             names = shown([*islice(value, 9)])
             raise _Fault(f"the tensor {shown(name)} has the fields {names}, and a tensor has {_FIELDS_SHOWN}")
         elif isinstance(value, _Wrong):

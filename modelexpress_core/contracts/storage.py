@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import attrs
 from attrs import field, frozen
 
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.immutable import unmodifiable
 
 __all__ = ["DiagnosableStorage", "Endpoint", "ObjectInfo", "PatientStorage", "RunStorage", "Storage"]
@@ -136,25 +137,6 @@ class PatientStorage(Storage, Protocol):
     """
 
     patience_seconds: float
-
-
-@frozen
-class Endpoint:
-    """Where a storage connects to.
-
-    Attributes:
-        host: Name or address.
-        port: TCP port.
-        tls: Whether the connection is encrypted.
-        ca_bundle: File with the authorities that are trusted; None for those of the SDK.
-        proxy: URL of the proxy that connections go through, without credentials; None for a direct connection.
-    """
-
-    host: str
-    port: int
-    tls: bool
-    ca_bundle: str | None = None
-    proxy: str | None = None
 
 
 class DiagnosableStorage(Storage, Protocol):

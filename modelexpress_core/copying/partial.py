@@ -200,7 +200,7 @@ class Partial:
             os.unlink(self._journal_path)
 
     def close(self) -> None:
-        """Write no more. The bytes stay for the next pull, if there are any and their version is known."""
+        """Stop writing. The bytes stay for the next pull, if there are any and their version is known."""
         with self._lock:
             self._closed = True
             if not self._users:

@@ -194,6 +194,6 @@ def _refused(uri: ModelURI, name: str, reason: str) -> CheckpointError:
         f"{uri} cannot be copied into a directory: {reason}",
         uri=str(uri),
         file=name,
-        cause="a program stored the objects without a view to files, or somebody means harm",
+        cause="the program that stored the objects does not treat them as files, or is malicious",
         hint="rename the object, or pull the files one by one",
     )

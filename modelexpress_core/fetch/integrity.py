@@ -6,7 +6,7 @@ kept for a moment. Digests are taken of the bytes at their destination (or in th
 from), so they cover the network and the libraries.
 
 A digest covers a whole file, so it can be compared if the pieces of a load make up the whole file. If it differs, the
-file is read again, piece by piece, which shows what is wrong: pieces that differ from the first reading were damaged in
+file is read again, piece by piece, which shows the cause: pieces that differ from the first reading were damaged in
 transfer. They are delivered again, unless something may have used them. Otherwise, and if the stored file itself is
 damaged, the load fails.
 """

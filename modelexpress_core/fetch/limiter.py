@@ -1,4 +1,4 @@
-"""What limits a load at the moment, from where its threads and the processors spend their time."""
+"""What limits a load at the moment, judged by the time that its threads and the processors spend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Limiter", "Usage", "UsageMeter"]
 
 #: What limits a load; empty while that is unknown.
 #: source: the storage throttles, or fails so often that retries are most of the work.
-#: network: reads wait for bytes, from the network or from what is behind it.
+#: network: reads wait for bytes, from the network or the storage behind it.
 #: cpu: the processors are busy.
 #: destination: bytes wait for staging buffers, or for being copied to their destination.
 #: planning: the loading code asks for weights more slowly than they arrive.

@@ -1,4 +1,4 @@
-"""Where bytes go: deferred tensors, what is done with them, and the reads that follow from it."""
+"""Where bytes go: deferred tensors, the operations on them, and the reads that follow."""
 
 from __future__ import annotations
 

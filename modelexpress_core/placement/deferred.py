@@ -24,13 +24,13 @@ _CPU = torch.device("cpu")
 
 
 class Interceptor(Protocol):
-    """Does the operations of a load, as deferred tensors and torch's modes need it."""
+    """Executes the operations of a load, for deferred tensors and torch's modes."""
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do ``func``, an operation of the thread that records."""
+        """Execute ``func``, an operation of the thread that records."""
 
     def dispatch_elsewhere(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do ``func`` where no mode sees operations: in another thread, or after the load."""
+        """Execute ``func`` if no mode sees operations: in another thread, or after the load."""
 
     def prepare_escape(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Arguments for ``func``, which hands out memory past dispatch."""
@@ -50,7 +50,7 @@ class Source:
 
     Attributes:
         info: Where its bytes are.
-        interceptor: Does the operations of its load.
+        interceptor: Executes the operations of its load.
         dtype: Its dtype in torch.
         shape: Its shape in torch.
         used: Whether anything was read or copied from it.

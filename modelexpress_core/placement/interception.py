@@ -4,7 +4,7 @@ An operation is one of three kinds:
 
 - a view of a deferred tensor (``narrow``, ``view``, ``t``): the operation runs on the meta tensor, and nothing is read;
 - a copy of a deferred tensor to a destination: the copy is recorded and fetched in the background;
-- any other operation: what it reads or writes is made real first. Deferred tensors among its arguments are read, and
+- any other operation: what it reads or writes is completed first. Deferred tensors among its arguments are read, and
   copies to memory that it touches are completed. Correctness does not depend on knowing the operation.
 
 The operations that loading performs on every weight have shortcuts, with the same results.
@@ -34,7 +34,7 @@ _COPY = torch.ops.aten.copy_.default
 
 
 class OperationInterceptor:
-    """Does the operations of one load. Thread-safe.
+    """Executes the operations of one load. Thread-safe.
 
     Args:
         pending: The copies of the load.
@@ -72,7 +72,7 @@ class OperationInterceptor:
     # -- dispatch -----------------------------------------------------------------------------------------------------
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do ``func``, an operation of the thread that records."""
+        """Execute ``func``, an operation of the thread that records."""
         if func is _COPY and isinstance(args[1], DeferredTensor) and not isinstance(args[0], DeferredTensor):
             with self._lock:
                 return self._copy(args, kwargs)
@@ -87,7 +87,7 @@ class OperationInterceptor:
             return self._compute(func, what, args, kwargs)
 
     def dispatch_elsewhere(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do ``func`` where no mode sees operations: later ones cannot wait for its copies, so they are completed."""
+        """Execute ``func`` if no mode sees operations. Later ones cannot wait for its copies, so they are completed."""
         result = self.dispatch(func, args, kwargs)
         with self._lock:
             self._pending.settle_all()
@@ -160,29 +160,29 @@ class OperationInterceptor:
         if what.reshapes_in_place:  # it may move the storage, which other tensors share
             self._pending.settle_all()
         for name in what.written_names & kwargs.keys():  # before the others: they may be views of the same tensor
-            self._made_real(kwargs[name], what, written=True)
-        new_args = tuple(self._made_real(value, what, position in what.written) for position, value in enumerate(args))
-        new_kwargs = {key: self._made_real(value, what, key in what.written_names) for key, value in kwargs.items()}
+            self._make_plain(kwargs[name], what, written=True)
+        new_args = tuple(self._make_plain(value, what, position in what.written) for position, value in enumerate(args))
+        new_kwargs = {key: self._make_plain(value, what, key in what.written_names) for key, value in kwargs.items()}
         result = func(*new_args, **new_kwargs)
         for position in what.written:
             if position < len(new_args):
-                self._was_written(args[position], new_args[position], what)
+                self._note_written(args[position], new_args[position], what)
         for name in what.written_names:
             if name in kwargs:
-                self._was_written(kwargs[name], new_kwargs[name], what)
+                self._note_written(kwargs[name], new_kwargs[name], what)
         return result
 
-    def _was_written(self, value: Any, made: Any, what: Operation) -> None:
+    def _note_written(self, value: Any, plain: Any, what: Operation) -> None:
         if isinstance(value, (list, tuple)):
-            for item, made_item in zip(value, made, strict=True):
-                self._was_written(item, made_item, what)
+            for item, plain_item in zip(value, plain, strict=True):
+                self._note_written(item, plain_item, what)
         elif isinstance(value, DeferredTensor):
-            if value.shape != made.shape:
+            if value.shape != plain.shape:
                 raise _reshaped(what, value)
         elif isinstance(value, torch.Tensor) and not what.reshapes_in_place:
             self._pending.wrote(value)
 
-    def _made_real(self, value: Any, what: Operation, written: bool) -> Any:
+    def _make_plain(self, value: Any, what: Operation, written: bool) -> Any:
         if isinstance(value, DeferredTensor):
             source = value.mx_source
             if written and what.reshapes_in_place:
@@ -197,7 +197,7 @@ class OperationInterceptor:
             self._pending.settle(value)
             return value
         if isinstance(value, (list, tuple)):
-            return type(value)([self._made_real(item, what, written) for item in value])
+            return type(value)([self._make_plain(item, what, written) for item in value])
         return value
 
     def _shape_only(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -221,7 +221,7 @@ class OperationInterceptor:
 
 
 def _with_memory(value: Any) -> Any:
-    """``value``, or the memory that it stands for if it is deferred."""
+    """``value``, or its memory if it is deferred."""
     return value.mx_source.interceptor.shared_memory(value) if isinstance(value, DeferredTensor) else value
 
 

@@ -50,7 +50,7 @@ class Region:
 
     @property
     def dims(self) -> tuple[tuple[int, int], ...]:
-        """``(size, stride)`` in bytes, by falling stride; one of stride 1 where the region has no gaps."""
+        """``(size, stride)`` in bytes, by falling stride; one of stride 1 if the region has no gaps."""
         return ((self.end - self.start, 1),) if self._dims is None else self._dims
 
     def overlaps(self, other: Region) -> bool:
@@ -126,7 +126,7 @@ def has_memory(tensor: torch.Tensor) -> bool:
 
 
 def region_of(tensor: torch.Tensor) -> Region | None:
-    """The memory of ``tensor``; None where it has no element."""
+    """The memory of ``tensor``; None if it has no element."""
     length = tensor.nbytes
     if not length:
         return None

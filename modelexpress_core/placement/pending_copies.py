@@ -37,7 +37,7 @@ _BATCH_COPIES = 256
 #: Completed copies keep their destinations alive. They are forgotten when this many copies or bytes are kept ...
 _PURGE_COPIES = 1024
 _PURGE_BYTES = 256 << 20
-#: ... or this many times what was left the last time, so that copies under way are seldom searched.
+#: ... or this many times the rest of the last time, so that copies under way are seldom searched.
 _PURGE_GROWTH = 2
 
 
@@ -203,7 +203,7 @@ class PendingCopies:
         self._engine.wait([copy])
 
     def wait(self, ticket: Ticket) -> None:
-        """Return when everything that ``ticket`` stands for arrived."""
+        """Return when every byte of ``ticket`` arrived."""
         if not ticket.done:
             self._engine.wait([ticket])
 

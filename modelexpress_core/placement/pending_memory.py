@@ -15,9 +15,9 @@ _T = TypeVar("_T", bound=Ticket)
 
 
 class PendingMemory(Generic[_T]):
-    """What is still to be written where: regions with their owners, looked up by overlap.
+    """Regions of memory that are still to be written, with their owners, looked up by overlap.
 
-    Memory is cut into buckets, so that a lookup sees only what lies near; within a bucket regions are sorted.
+    Memory is cut into buckets, so that a lookup sees only near regions; within a bucket regions are sorted.
     """
 
     _BUCKET_BITS = 24
@@ -74,7 +74,7 @@ class PendingMemory(Generic[_T]):
 
 
 class _Bucket:
-    """The keys of regions that touch one piece of memory, sorted by where they start."""
+    """The keys of regions that touch one piece of memory, sorted by start."""
 
     __slots__ = ("keys", "longest", "starts")
 

@@ -24,7 +24,7 @@ from modelexpress_core.checkpoint import CheckpointFile, TensorInfo
 from modelexpress_core.errors import CheckpointError
 from modelexpress_core.fetch import Range, Segment, Ticket
 from modelexpress_core.placement.memory import bytes_at
-from modelexpress_core.placement.strides import collapse_dims
+from modelexpress_core.placement.strides import collapse_dims, extent_of
 from modelexpress_core.placement.torch_private import DisableTorchFunctionSubclass
 
 __all__ = ["Copy", "ReadPlanner"]
@@ -120,12 +120,12 @@ class ReadPlanner:
             span = copy.needed_bytes
         else:
             dims = collapse_dims(source.shape, source.stride(), destination.stride())
-            span = _span(dims) * item
+            span = extent_of(dims) * item
         if first + span > copy.info.length:
             raise CheckpointError(
                 f"a view of {copy.info.name} reaches to byte {first + span} of {copy.info.length}",
                 file=copy.info.file.name,
-                hint="the code that makes the view is wrong",
+                hint="fix the code that makes the view",
             )
         start = copy.info.offset + first
         if whole and direct and span <= self._chunk_bytes:  # a fast path with the same result
@@ -142,10 +142,10 @@ class ReadPlanner:
             yield from self._many_runs(pieces, dims, start, target, item)
             return
         if self._readable_through(dims, item):
-            if _span(dims) * item <= self._chunk_bytes:
+            if extent_of(dims) * item <= self._chunk_bytes:
                 yield pieces.staged(dims, start, target)
                 return
-            step = max(1, (self._chunk_bytes - _span(dims[1:]) * item) // (stride * item) + 1)
+            step = max(1, (self._chunk_bytes - extent_of(dims[1:]) * item) // (stride * item) + 1)
         else:
             step = 1
         for index in range(0, size, step):
@@ -158,7 +158,7 @@ class ReadPlanner:
         run = dims[1:]
         if len(run) > 1 or (run and run[0][1] != 1):
             return False
-        short = _span(run) * item <= min(_MAX_RUN_BYTES, self._chunk_bytes)
+        short = extent_of(run) * item <= min(_MAX_RUN_BYTES, self._chunk_bytes)
         return short and not self._readable_through(dims, item)
 
     def _many_runs(self, pieces: _Pieces, dims: _Dims, start: int, target: int, item: int) -> Iterator[Segment]:
@@ -174,7 +174,7 @@ class ReadPlanner:
     def _readable_through(self, dims: _Dims, item: int) -> bool:
         """Whether every gap between these elements costs less to read than to skip."""
         for level, (_, stride, _) in enumerate(dims):
-            gap = (stride - _span(dims[level + 1 :])) * item
+            gap = (stride - extent_of(dims[level + 1 :])) * item
             if gap > self._request_cost_bytes:
                 return False
         return True
@@ -202,13 +202,13 @@ class ReadPlanner:
             if segment.length > self._small_bytes or segment.runs is not None:
                 yield Range(file, segment.offset, segment.length, (segment,))
                 continue
-            reaches = max(end, segment.offset + segment.length)
+            stop = max(end, segment.offset + segment.length)
             needed += segment.length
             gap = segment.offset - end
             joins = gap <= min(self._request_cost_bytes, needed // _MIN_NEEDED_PER_GAP)
-            if shared and joins and reaches - begin <= self._chunk_bytes:
+            if shared and joins and stop - begin <= self._chunk_bytes:
                 shared.append(segment)
-                end = reaches
+                end = stop
                 continue
             if shared:
                 yield Range(file, begin, end - begin, shared)
@@ -220,11 +220,6 @@ class ReadPlanner:
 
 def _by_offset(segment: Segment) -> int:
     return segment.offset
-
-
-def _span(dims: _Dims) -> int:
-    """Elements of the file from the first to the last of ``dims``."""
-    return sum((size - 1) * stride for size, stride, _ in dims) + 1
 
 
 class _Pieces:
@@ -254,7 +249,7 @@ class _Pieces:
 
     def staged(self, dims: _Dims, start: int, target: int) -> Segment:
         """The elements ``dims``, copied from a staging buffer to element ``target`` of the destination's memory."""
-        length = _span(dims) * self._item
+        length = extent_of(dims) * self._item
         return Segment(start, length, self._copy, consume=self._scatter(dims, target))
 
     def _scatter(self, dims: _Dims, target: int) -> Callable[[memoryview], None]:

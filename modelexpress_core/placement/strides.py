@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["collapse_dims", "contiguous_strides", "extent", "once", "repeats_elements"]
+__all__ = ["collapse_dims", "contiguous_strides", "extent", "extent_of", "once", "repeats_elements"]
 
 
 def collapse_dims(sizes: Sequence[int], strides: Sequence[int], other: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -13,8 +13,8 @@ def collapse_dims(sizes: Sequence[int], strides: Sequence[int], other: Sequence[
     Args:
         sizes: Sizes of the dimensions.
         strides: Strides of the same dimensions.
-        other: Their strides in a second tensor of the same sizes; two dimensions become one only where they can in
-            both. The same as ``strides`` where there is one tensor.
+        other: Their strides in a second tensor of the same sizes; two dimensions become one only if they can in
+            both. The same as ``strides`` for one tensor.
 
     Returns:
         ``(size, stride, other stride)``; dimensions of size 1 are left out.
@@ -50,6 +50,11 @@ def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:
 def extent(sizes: Sequence[int], strides: Sequence[int]) -> int:
     """Elements from the first to the last, both included, of a tensor that has any."""
     return sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) + 1
+
+
+def extent_of(dims: Sequence[tuple[int, int, int]]) -> int:
+    """The same for dimensions as ``collapse_dims`` returns them."""
+    return sum((size - 1) * stride for size, stride, _ in dims) + 1
 
 
 def repeats_elements(sizes: Sequence[int], strides: Sequence[int]) -> bool:

@@ -1,7 +1,7 @@
 """How settings are declared and read: frozen attrs classes whose fields name their variable.
 
-A settings class is read once, where the program is put together, from a mapping that is usually the process
-environment. Nothing is read at import, and nothing changes later::
+A program reads each settings class once, when it starts, from a mapping that is usually the process environment.
+Nothing is read at import, and nothing changes later::
 
     @frozen
     class MySettings:

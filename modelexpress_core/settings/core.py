@@ -28,7 +28,7 @@ class PluginSettings:
         "MX_PLUGINS",
         default=None,
         converter=names,
-        help="Use only these plugins (distribution names, comma-separated); built-ins always stay.",
+        help="Use only these plugins (distribution names, comma-separated); built-ins are always used.",
     )
     disabled: tuple[str, ...] = env(
         "MX_DISABLED_PLUGINS",
@@ -40,13 +40,13 @@ class PluginSettings:
         "MX_PREFER",
         default=attrs.Factory(dict),
         converter=pairs,
-        help="Which plugin handles a scheme that several claim: s3=mx-s3-fast,gs=...",
+        help="The plugin for a scheme that several claim: s3=mx-s3-fast,gs=...",
     )
     strict: bool = env(
         "MX_STRICT_PLUGINS",
         default=False,
         converter=boolean,
-        help="Stop at the first broken plugin or conflict instead of going on without it.",
+        help="Stop at the first broken plugin or conflict, instead of continuing without it.",
     )
 
 
@@ -59,7 +59,7 @@ class LoadSettings:
         "RUNAI_STREAMER_CONCURRENCY",
         default=None,
         converter=positive_integer,
-        help="Upper bound on concurrent reads, which are tuned below it; unset: the storage's own bound.",
+        help="Upper bound on concurrent reads; the number is tuned below it. Unset: the bound of the storage.",
     )
     chunk_bytes: int = env(
         "MX_CHUNK_BYTES",
@@ -71,37 +71,37 @@ class LoadSettings:
         "MX_STAGING_BYTES",
         default=256 << 20,
         converter=buffer_bytes,
-        help="Memory for bytes that cannot be read straight into place.",
+        help="Memory for bytes that cannot be read directly into place.",
     )
     retry_attempts: int = env(
         "MX_RETRY_ATTEMPTS",
         default=8,
         converter=positive_integer,
-        help="How often one read is tried before the load fails; progress starts the count anew.",
+        help="Attempts of one read before the load fails; progress resets the count.",
     )
     retry_budget_seconds: float = env(
         "MX_RETRY_BUDGET_SECONDS",
         default=120.0,
         converter=seconds,
-        help="Total time that all reads of one load may spend waiting between tries.",
+        help="Total time that all reads of one load may wait between attempts.",
     )
     stall_seconds: float = env(
         "MX_STALL_SECONDS",
         default=30.0,
         converter=seconds,
-        help="How long a read may go without a byte at most; less as soon as it is known how long reads take here.",
+        help="Longest time that a read may go without a byte; shorter once the usual duration of reads is known.",
     )
     verify_digests: bool = env(
         "MX_VERIFY_DIGESTS",
         default=True,
         converter=boolean,
-        help="Compare what was read with the digests that the storage publishes, where whole files are read.",
+        help="Compare files that are read as a whole with the digests that the storage publishes.",
     )
     force_staging: bool = env(
         "MX_FORCE_STAGING",
         default=False,
         converter=boolean,
-        help="Read everything through staging buffers, as for devices that need them; for tests of that path.",
+        help="Read everything through staging buffers, as for devices that need them; for tests.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Showing settings: every one with its value, where that comes from, and what is wrong with it."""
+"""Showing settings: each with its value, the source of the value, and its problem if it cannot be used."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SettingValue:
 
 
 def describe(cls: type, environ: Mapping[str, str] | SettingSources, *, owner: str) -> tuple[SettingValue, ...]:
-    """Every setting of ``cls`` with its value in ``environ``, where that comes from, and what is wrong with it."""
+    """Every setting of ``cls`` with its value in ``environ``, the source of the value, and its problem, if any."""
     reading = read(cls, environ if isinstance(environ, SettingSources) else SettingSources(environ))
     problems = {name: reading.problem(name) for name in field_names(cls)}
     settings: Any
@@ -51,7 +51,7 @@ def describe(cls: type, environ: Mapping[str, str] | SettingSources, *, owner: s
     rows = []
     for attribute, variable in fields(cls):
         problem = problems[attribute.name]
-        # The source of a value that cannot be used is where it was found.
+        # Of a value that cannot be used, the source is its variable or line.
         source = next((location for name, location in reading.problems if name == attribute.name), None)
         source = source or reading.origins.get(attribute.name)
         hidden = variable.secret or problem  # a value that cannot be read may be a misplaced secret

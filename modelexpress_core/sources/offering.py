@@ -11,14 +11,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from modelexpress_core.contracts.identity import SourceIdentity
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import ModelExpressError, PlacementError, SettingsError
+from modelexpress_core.plugins import PluginManager
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.discovery.server import ENDPOINT_KEY, TRANSPORTS_KEY
 from modelexpress_core.sources.publishing import Publisher, PublishingState, withdraw_on_exit
 from modelexpress_core.sources.settings import PublishingSettings, ServerAddress, WorkerSettings
 from modelexpress_core.sources.worker_service import Leases, WorkerServer
-from modelexpress_core.wire.channel import Endpoint
+from modelexpress_core.wire.authentication import open_authenticator
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
 
@@ -76,6 +78,7 @@ class Offer:
         load: How busy the worker is, from 0 to 1, or None where it cannot say; called for each heartbeat.
         worker_id: A name that no other process uses; by default one is made.
         environ: Variables: the server, certificates, tokens, ports; by default the process's.
+        plugins: Plugins, one of which may offer the authenticator; by default those that are installed and allowed.
 
     Attributes:
         worker_id: The name.
@@ -99,10 +102,14 @@ class Offer:
         load: Callable[[], float | None] | None = None,
         worker_id: str | None = None,
         environ: Mapping[str, str] | None = None,
+        plugins: PluginManager | None = None,
     ) -> None:
         environ = os.environ if environ is None else environ
         settings = from_env(WorkerSettings, environ)
         tls, auth = from_env(TlsSettings, environ), from_env(AuthSettings, environ)
+        authenticator = None
+        if auth.mode != "off":
+            authenticator = open_authenticator(auth, plugins or PluginManager.discover(environ), environ)
         self._drain_seconds = settings.drain_seconds
         self.worker_id = worker_id or uuid.uuid4().hex
         manifest = p2p_pb2.GetTensorManifestResponse(
@@ -117,7 +124,13 @@ class Offer:
             client = opened.enter_context(ServerClient.from_env(environ))
             port = _port(settings, device)
             self._server = opened.enter_context(
-                WorkerServer(manifest, f"{_ANY}:{port}", tls=tls, auth=auth, lease_seconds=settings.lease_seconds)
+                WorkerServer(
+                    manifest,
+                    f"{_ANY}:{port}",
+                    tls=tls,
+                    authenticator=authenticator,
+                    lease_seconds=settings.lease_seconds,
+                )
             )
             host = settings.host or _own_address(Endpoint.parse(from_env(ServerAddress, environ).url))
             scheme = "https://" if tls.certificate else ""  # without it, other programs understand it, too

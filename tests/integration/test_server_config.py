@@ -45,7 +45,7 @@ def test_a_file_configures_the_server(start: Start, config: Callable[[str], str]
             assert "ok" == client.health().status
         _, said = serving.ended()
         assert said.startswith("{")
-        assert '"answered: everybody; TLS: no"' in said
+        assert '"authentication: off; TLS: no"' in said
 
 
 def test_a_wrong_file_stops_the_server(mx: Command, config: Callable[[str], str]) -> None:

@@ -18,7 +18,7 @@ _BUFFER = torch.zeros(512, dtype=torch.uint8)
 
 @st.composite
 def tensors(draw: st.DrawFn) -> torch.Tensor:
-    """Tensors in a small buffer, so that they often overlap, lie within each other, or are the same."""
+    """Tensors in a small buffer, so that they often overlap, contain each other, or are the same."""
     whole = _BUFFER.view(_DTYPES[draw(st.sampled_from([1, 2, 4]))])[:48]
     kind = draw(st.integers(0, 3))
     if kind == 0:
@@ -37,7 +37,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 def test_a_tensor_is_missing_unless_every_byte_was_written(
     model: list[torch.Tensor], writes: list[torch.Tensor]
 ) -> None:
-    """However tensors and writes lie in memory: tied, nested, overlapping, with gaps."""
+    """For every arrangement of tensors and writes in memory: tied, nested, overlapping, with gaps."""
     named = {f"t{number}": t for number, t in enumerate(model)}
     coverage = Coverage(named)
 
@@ -63,7 +63,7 @@ def test_a_tensor_beside_one_that_contains_it_is_found() -> None:
     assert () == missing({"fused": fused, "part": fused[10:20]}, fused[:50], fused[50:])
 
 
-def test_tensors_with_the_same_ends_and_other_gaps_are_told_apart() -> None:
+def test_tensors_with_the_same_ends_and_other_gaps_are_distinguished() -> None:
     """The outer columns of a matrix end where the matrix ends, and are not all of it."""
     matrix = torch.zeros(4, 4)
     outer = matrix[:, ::3]

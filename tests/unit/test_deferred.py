@@ -53,7 +53,7 @@ class Gated(MemoryStorage):
         if offset:  # the header is at 0
             self.reads.append((offset, len(buffer)))
             time.sleep(self.slow.get(offset, 0))
-            assert self.gate.wait(20) or self.closed, "nobody opened the gate"
+            assert self.gate.wait(20) or self.closed, "the gate stayed closed"
             if offset in self.faults:
                 raise self.faults[offset]
             if self.closed:
@@ -352,7 +352,7 @@ def test_reading_a_deferred_tensor_gives_the_weights(read: str) -> None:
 
 
 def test_reading_one_tensor_does_not_wait_for_others() -> None:
-    """While the bytes of one destination are on their way, other tensors can be computed with."""
+    """While the bytes of one destination are being fetched, code can compute with other tensors."""
     c = case(w=numbered(6))
     destination, other = torch.zeros(6), torch.ones(6)
 
@@ -384,7 +384,7 @@ def test_moving_into_shared_memory_waits_for_all_of_the_storage(monkeypatch: pyt
 
 
 def test_growing_a_storage_waits_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``resize_`` of one tensor moves the bytes that are on their way to another."""
+    """``resize_`` of one tensor moves the bytes that are being fetched to another."""
     monkeypatch.setattr(pending_copies, "_BATCH_COPIES", 1)  # so that the read is under way when the storage moves
     c = case(w=numbered(6))
     c.storage.slow[c.offsets["w"]] = 0.03
@@ -660,7 +660,7 @@ def test_an_error_in_the_block_ends_the_load_and_is_the_one_that_is_raised(kind:
 
 
 def test_a_failed_read_fails_the_load_though_the_code_that_loads_goes_on() -> None:
-    """An error that somebody swallows is raised again at the end."""
+    """An error that the loading code swallows is raised again at the end."""
     c = case(w=numbered(4), v=numbered(4))
     c.storage.faults[c.offsets["w"]] = mx.AccessDeniedError("no")
 
@@ -673,7 +673,7 @@ def test_a_failed_read_fails_the_load_though_the_code_that_loads_goes_on() -> No
 
 
 def test_an_error_while_reads_are_planned_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies that were recorded and cannot be planned fail the load, whoever swallows the error, and nothing hangs."""
+    """Copies that were recorded and cannot be planned fail the load even if code swallows the error; nothing hangs."""
     c = case(w=numbered(4), v=numbered(4))
     destination = torch.zeros(4)
     planned = ReadPlanner.batches
@@ -1197,8 +1197,8 @@ def test_copies_in_one_batch_to_the_same_memory_are_done_in_order() -> None:
     assert torch.equal(expected, destination)
 
 
-def test_an_interrupt_while_copies_are_placed_ends_the_load() -> None:
-    """Copies that code was told of as done are not lost without a word when it catches what stopped them."""
+def test_an_interrupt_while_copies_are_scheduled_ends_the_load() -> None:
+    """If code catches the interrupt that stopped its copies, the load still raises: they are not lost silently."""
     c = case(w=numbered(4000), v=numbered(4000))
     destination = torch.zeros(4000)
 
@@ -1250,7 +1250,7 @@ def test_destinations_are_let_go_when_their_bytes_are_in_place(monkeypatch: pyte
 
 
 def test_recording_stays_cheap_while_nothing_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a storage that is slower than the recording, copies on their way are not looked through again and again."""
+    """With a storage that is slower than the recording, pending copies are not searched again and again."""
     monkeypatch.setattr(pending_copies, "_PURGE_COPIES", 16)
     looked: list[int] = []
     purge = PendingMemory.purge

@@ -12,7 +12,10 @@ from safetensors.torch import save
 from torch import nn
 
 import modelexpress_core as mx
+from modelexpress_core import plugin as core
+from modelexpress_core.hooks import hookimpl
 from modelexpress_core.placement import DeferredTensor
+from modelexpress_core.plugins import PluginManager
 from modelexpress_core.storage.memory import store
 
 _numbers = itertools.count()
@@ -140,7 +143,7 @@ class Renamed(nn.Module):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_parameters_on_the_meta_device_that_no_name_leads_to_are_an_error(keep: bool) -> None:
-    """A module that hides or copies its parameters in its state is not given memory that nobody fills."""
+    """A module that hides or copies its parameters in its state gets no memory that stays unfilled."""
     module = Renamed(keep=keep)
 
     with pytest.raises((mx.IncompleteLoadError, mx.PlacementError), match="on the meta device"):
@@ -177,20 +180,18 @@ def test_a_load_whose_bytes_do_not_come_leaves_a_meta_module_as_it_was() -> None
         module = Tied()
     module.table = torch.ones(5)
     uri = stored(state())
-    storage = store(uri.removeprefix("memory://"))
-    content = storage._objects["model.safetensors"]
 
-    class Vanishing(dict[str, Any]):
-        reads = 0
+    class Deleting:
+        @hookimpl
+        def mx_load_started(self) -> None:
+            store(uri.removeprefix("memory://")).delete("model.safetensors")
 
-        def get(self, key: str, default: Any = None) -> Any:
-            self.reads += 1
-            return content if self.reads <= 1 else default
-
-    storage._objects = Vanishing({"model.safetensors": content})
+    plugins = PluginManager()
+    plugins.register(core, name="modelexpress-core")
+    plugins.register(Deleting(), name="mx-deleting")
 
     with pytest.raises(mx.NotFoundError):
-        into(module, uri)
+        into(module, uri, plugins=plugins)
 
     assert all(parameter.is_meta for parameter in module.parameters())
 
@@ -340,7 +341,7 @@ def test_nothing_is_written_where_one_of_many_does_not_fit() -> None:
 
 
 def test_scalars_and_tensors_without_elements_are_loaded() -> None:
-    """Shapes [] and [0, 3] are shapes like others, also where an element is missing to tell memory apart by."""
+    """Shapes [] and [0, 3] are treated like others, even though an empty tensor has no memory to compare."""
     uri = stored({"scalar": torch.tensor(7.0), "none": torch.zeros(0, 3)})
     target = {"scalar": torch.zeros(()), "none": torch.ones(0, 3)}
 

@@ -65,7 +65,7 @@ class Blocks:
 
 
 def direct(offset: int, length: int) -> tuple[Range, Ticket, bytearray]:
-    """A range that is read straight into memory of its own."""
+    """A range that is read directly into its memory."""
     memory, ticket = bytearray(length), Ticket()
     return Range(FILE, offset, length, [Segment(offset, length, ticket, memory=memoryview(memory))]), ticket, memory
 
@@ -126,7 +126,7 @@ def test_no_more_reads_are_under_way_than_the_limit_allows() -> None:
 
 
 def test_urgent_ranges_go_first() -> None:
-    """What somebody waits for overtakes what was queued before."""
+    """Urgent ranges overtake ranges that were queued before."""
     storage = Blocks()
     fetch = engine(storage, reads=1)
     fetch.submit([[direct(0, 10)[0]]])
@@ -226,7 +226,7 @@ def test_an_error_in_a_delivery_ends_the_load() -> None:
 
 
 def test_the_ledger_refuses_a_load_that_misses_bytes() -> None:
-    """Even where nobody noticed a failure, planned and arrived bytes must agree."""
+    """Planned and arrived bytes must agree even if no failure was noticed."""
     ledger = Ledger()
     ledger.plan(100)
     ledger.begin(1)
@@ -288,7 +288,7 @@ def test_threads_end_with_the_load() -> None:
 
 
 def test_staging_buffers_come_from_where_they_are_asked_for() -> None:
-    """Devices want buffers of their own kind; those that there are are used on."""
+    """Devices need pinned buffers; existing buffers stay in use."""
     pool, made = StagingPool(3000, 1000), []
 
     def allocate(length: int) -> memoryview:

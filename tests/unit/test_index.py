@@ -32,13 +32,13 @@ def refused(text: bytes) -> CheckpointError:
     st.dictionaries(st.text(), st.sampled_from(["a.safetensors", "b/c d.safetensors", "é%2e.safetensors"]), min_size=1)
 )
 def test_round_trip(weight_map: dict[str, str]) -> None:
-    """What an index says of its tensors is returned as it is, whatever else is in it."""
+    """The files of tensors are returned unchanged; other parts of an index are ignored."""
     assert weight_map == parse_index(index_text(weight_map, other=[1, {"x": None}]), file=INDEX)
 
 
 @pytest.mark.parametrize("number", ["1e400", "NaN", "-0", "9" * 10_000, "-" + "9" * 10_000, "0." + "9" * 10_000])
 def test_numbers_are_of_no_use(number: str) -> None:
-    """A number in the metadata, whatever its length, is no obstacle: nobody needs it."""
+    """A number in the metadata is ignored, even a long one."""
     text = f'{{"metadata":{{"total_size":{number}}},"weight_map":{{"a":"a.safetensors"}}}}'
 
     assert {"a": "a.safetensors"} == parse_index(text.encode(), file=INDEX)

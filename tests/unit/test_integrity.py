@@ -172,7 +172,7 @@ def test_digests_that_are_listed_are_not_asked_for() -> None:
 
 @pytest.mark.parametrize("algorithm", DIGESTS)
 @pytest.mark.parametrize("place", [HEADER_BYTES, len(CONTENT) - 1, HEADER_BYTES + 20_000])
-def test_a_byte_that_was_damaged_on_its_way_is_fetched_again(algorithm: str, place: int) -> None:
+def test_a_byte_that_was_damaged_in_transfer_is_fetched_again(algorithm: str, place: int) -> None:
     """The tensors are right in the end, and the report says what it took."""
     storage = Publishing(algorithm)
     storage.damage[place] = 1
@@ -185,7 +185,7 @@ def test_a_byte_that_was_damaged_on_its_way_is_fetched_again(algorithm: str, pla
 
 @pytest.mark.parametrize("algorithm", ["crc64nvme", "sha256"])
 @pytest.mark.parametrize("other", [HEADER_BYTES + 10, len(CONTENT) - 9])
-def test_damage_while_reading_again_is_mended_too(algorithm: str, other: int) -> None:
+def test_damage_while_reading_again_is_repaired_too(algorithm: str, other: int) -> None:
     """Whether it strikes what was right before or what was wrong before: nothing wrong stays where it was delivered."""
     storage = Publishing(algorithm)
     storage.damage[len(CONTENT) - 9] = 1
@@ -202,7 +202,7 @@ def test_damage_while_reading_again_is_mended_too(algorithm: str, other: int) ->
 @pytest.mark.parametrize("algorithm", ["crc64nvme", "sha256"])
 @pytest.mark.parametrize("place", [HEADER_BYTES + 20_000, 30])
 def test_damage_that_stays_fails_the_load(algorithm: str, place: int) -> None:
-    """A place that arrives wrong each time cannot be told from a damaged object: never a wrong tensor."""
+    """Bytes that arrive wrong each time look like a damaged object: the load fails."""
     storage = Publishing(algorithm)
     storage.damage[place] = 1000
     target = {name: torch.empty_like(tensor) for name, tensor in STATE.items()}
@@ -237,7 +237,7 @@ def test_a_header_that_cannot_be_read_is_read_again() -> None:
     assert (storage.damage[9], report.verified["digests"], report.bytes_reread) == (0, 1, 0)
 
 
-def test_what_may_have_been_used_is_not_mended_behind_the_back_of_who_uses_it() -> None:
+def test_bytes_that_may_have_been_used_are_not_replaced() -> None:
     """Deferred weights: code may have computed from the damaged bytes, so the load fails."""
     storage = Publishing()
     storage.damage[len(CONTENT) - 5] = 1
@@ -293,8 +293,8 @@ def test_digests_are_not_compared_where_the_user_says_so() -> None:
     assert (report.verified["digests"], storage.calls["stat"]) == (0, 0)
 
 
-def test_an_object_that_is_stored_damaged_is_told_from_one_damaged_on_its_way() -> None:
-    """Read again, it has the wrong digest again: upload it anew."""
+def test_damage_in_the_store_is_distinguished_from_damage_in_transfer() -> None:
+    """Read again, its digest is wrong again: the hint is to upload it again."""
     storage = Publishing()
     storage.digests = {"crc32": "00000000"}
 
@@ -304,7 +304,7 @@ def test_an_object_that_is_stored_damaged_is_told_from_one_damaged_on_its_way() 
     assert "upload it again" in str(error.value)
 
 
-def test_tensors_that_share_memory_are_not_mended_in_the_wrong_order() -> None:
+def test_tensors_that_share_memory_are_not_repaired_in_the_wrong_order() -> None:
     """The first of two tied tensors arrives damaged and is then overwritten: its bytes must not come back."""
     content = save({"a": torch.arange(100), "b": torch.arange(100) + 1})
     storage = Publishing(content=content)

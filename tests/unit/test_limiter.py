@@ -1,4 +1,4 @@
-"""What limits a load, told from where time is spent."""
+"""What limits a load, judged by the time that it spends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a URI to a checkpoint: which files are taken, what is read of them, and what is said when they do not fit."""
+"""From a URI to a checkpoint: which files are used, what is read of them, and the messages if they do not fit."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_single_file(name: str) -> None:
 
 
 def test_uri_of_one_shard() -> None:
-    """The URI of a shard is that file alone, whatever lies beside it."""
+    """The URI of a shard means that file alone, even next to others."""
     checkpoint = opened(WHOLE, SECOND)
 
     assert tensors_of(SECOND) == content(checkpoint, WHOLE)
@@ -335,7 +335,7 @@ def test_index_in_a_directory_below_is_not_taken() -> None:
 
 
 def test_at_the_root_of_a_storage() -> None:
-    """A checkpoint may lie directly below the authority."""
+    """A checkpoint may be directly below the authority."""
     storage = memory_storage(WHOLE, below="")
     root = ModelURI("memory", "tests")
 
@@ -367,7 +367,7 @@ def test_missing_shard(index: bool) -> None:
 
 
 def test_many_missing_shards() -> None:
-    """Of many missing shards the number and the first few are told."""
+    """Of many missing shards the message has the number and the first few."""
     error = refused({shard_name(1, 500): safetensors_file({})})
 
     assert f"499 of 500 shards missing: {shard_name(2, 500)}, {shard_name(3, 500)}" in str(error)
@@ -395,7 +395,7 @@ def test_index_names_a_tensor_that_no_shard_has() -> None:
 
 
 def test_index_names_the_wrong_shard() -> None:
-    """The tensor lies in another shard than the index says: both are named."""
+    """The tensor is in another shard than the index says: both are named."""
     error = refused(sharded(SHARDS, weight_map={"z": SECOND, "b": FIRST}))
 
     assert f"the index has the tensor 'z' in {SECOND}, but it is in {FIRST}" in str(error)
@@ -450,7 +450,7 @@ def test_tensor_in_two_files(index: bool) -> None:
 
 
 def test_two_layouts_without_an_index() -> None:
-    """One checkpoint in two layouts and no index to tell them apart is refused with a hint."""
+    """One checkpoint in two layouts and no index to choose one is refused with a hint."""
     error = refused(NO_INDEX | {"consolidated.safetensors": safetensors_file(tensors_of(FIRST))})
 
     assert f"is in two files: consolidated.safetensors and {FIRST}" in str(error)
@@ -458,7 +458,7 @@ def test_two_layouts_without_an_index() -> None:
 
 
 def test_subdirectory_is_suggested() -> None:
-    """Where the files lie one directory further down, the message says so."""
+    """If the files are one directory further down, the message says so."""
     error = refused({"README.md": b"", "fp16/model.safetensors": b"", "fp32/model.safetensors": b""})
 
     assert "in directories below it" in str(error)
@@ -796,7 +796,7 @@ def test_failing_read_is_passed_on(error: type[BackendError]) -> None:
 
 
 def test_file_and_memory_are_the_same(tmp_path: Path) -> None:
-    """The same files give the same checkpoint, wherever they lie: versions and places apart."""
+    """The same files give the same checkpoint, in every storage, except for versions and paths."""
     environ = {"MX_PLUGINS": "modelexpress-core"}
     write_files(tmp_path, WHOLE)
     for name, data in WHOLE.items():

@@ -19,7 +19,7 @@ def _faults() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux makes pages ahead")
 def test_memory_whose_pages_were_made_is_written_without_a_fault_for_each() -> None:
-    """What lies wholly in it: a page that it shares with others is left to whoever touches it."""
+    """Only pages that are completely inside; a page shared with other memory is left alone."""
     with mmap.mmap(-1, 9 * MIB) as memory, memoryview(memory) as view:
         make_pages(view[100 : 8 * MIB + 100])
 

@@ -29,7 +29,7 @@ def content(length: int) -> bytes:
 
 @frozen
 class Stored:
-    """A file of tensors that lie one after another."""
+    """A file of tensors, one after another."""
 
     data: bytes
     tensors: tuple[tuple[TensorInfo, torch.Tensor], ...]
@@ -47,7 +47,7 @@ class Stored:
         return cls(data, tuple(found))
 
     def real(self, info: TensorInfo, meta: torch.Tensor) -> torch.Tensor:
-        """The plain tensor that ``info`` stands for."""
+        """The plain tensor of ``info``."""
         raw = bytearray(self.data[info.offset : info.offset + info.length])
         return torch.frombuffer(raw, dtype=torch.uint8).view(meta.dtype).view(info.shape)
 
@@ -223,7 +223,7 @@ def test_gaps_are_read_through_up_to_what_a_request_costs(cost: int, expected: l
 
 
 def test_small_neighbours_share_a_read_and_large_ones_do_not() -> None:
-    """Tensors that lie side by side are read together while copying out of the read is the cheaper way."""
+    """Neighbouring tensors are read together as long as copying out of the read is cheaper."""
     small = Stored.of(*[(torch.float32, (4,))] * 6)
     large = Stored.of(*[(torch.float32, (400,))] * 3)
     planner = ReadPlanner(1 << 20, 64)
@@ -239,7 +239,7 @@ def test_small_neighbours_share_a_read_and_large_ones_do_not() -> None:
 
 
 def test_parts_of_other_ranks_are_not_read_between_small_ones() -> None:
-    """Halves of many small tensors are read apart: what lies between them is as large as they are."""
+    """Halves of many small tensors are read separately: the gaps between them are as large as they are."""
     stored = Stored.of(*[(torch.float32, (8,))] * 16)
     copies = [Copy(info, meta[:4], torch.zeros(4)) for info, meta in stored.tensors]
 

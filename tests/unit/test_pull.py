@@ -54,7 +54,7 @@ FIRST = "model-00001-of-00002.safetensors"
 
 
 class Watched:
-    """A storage that publishes digests where it is told to, keeps account of reads, and calls back before each."""
+    """A storage that can publish digests, counts reads, and calls back before each."""
 
     def __init__(
         self,
@@ -343,7 +343,7 @@ def test_unchanged_files_are_skipped(tmp_path: Path) -> None:
 
 
 def test_what_changed_on_either_side_is_copied_again(tmp_path: Path) -> None:
-    """A new version of an object, a file that somebody wrote to, one that was deleted; and nothing else."""
+    """A new version of an object, a file that was written to, a deleted one; and nothing else."""
     storage = memory()
     pull(storage, tmp_path)
     storage.put("model/config.json", b'{"a": 2}')
@@ -359,7 +359,7 @@ def test_what_changed_on_either_side_is_copied_again(tmp_path: Path) -> None:
 
 
 def test_a_link_in_place_of_a_file_is_replaced_and_not_followed(tmp_path: Path) -> None:
-    """What it leads to is somebody else's."""
+    """The file that it leads to belongs to another owner."""
     (tmp_path / "other").write_bytes(b"other")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").symlink_to(tmp_path / "other")
@@ -442,7 +442,7 @@ def test_an_unfinished_file_of_another_version_is_thrown_away(tmp_path: Path) ->
 
 
 def test_without_versions_nothing_is_taken_up(tmp_path: Path) -> None:
-    """Nobody could say that it is of the same content; and files in place cannot be told from others either."""
+    """Without versions, the bytes could be of other content; and files in place cannot be recognised either."""
 
     class Unversioned(Watched):
         def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -492,7 +492,7 @@ def test_what_is_no_longer_there_leaves_no_unfinished_file(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("synced", [False, True])
 def test_after_a_loss_of_power_only_what_was_synced_counts(synced: bool, tmp_path: Path) -> None:
-    """The journal may have outlived bytes that it speaks of; a new start of the machine tells."""
+    """The journal may have survived bytes that it lists, which a reboot shows."""
     storage = Watched(memory(), before_read=stop_after(8))
     with pytest.raises(mx.AccessDeniedError):
         pull(storage, tmp_path, disk=Disk(sync_seconds=0.0) if synced else Disk())
@@ -757,7 +757,7 @@ HOSTILE = [
 
 
 class Listing(Watched):
-    """Lists names of its own."""
+    """Lists the given names."""
 
     def __init__(self, *names: str) -> None:
         super().__init__(memory())
@@ -798,7 +798,7 @@ def test_names_that_cannot_both_be_there_are_refused(names: tuple[str, str], wor
 
 @given(st.lists(st.text(st.sampled_from("aA./\0\ud800é"), max_size=6), max_size=4))
 def test_names_that_are_not_refused_stay_below(names: list[str]) -> None:
-    """Whatever the names: those that pass lead to a place of their own below the directory."""
+    """For all names: each accepted one leads to a separate path below the directory."""
     try:
         check_names(names, mx.ModelURI.parse("test://host/model"))
     except mx.CheckpointError:
@@ -813,7 +813,7 @@ def test_names_that_are_not_refused_stay_below(names: list[str]) -> None:
 
 
 def test_what_is_listed_elsewhere_is_the_plugins_fault(tmp_path: Path) -> None:
-    """Objects that do not lie below the URI are never given a name by chance."""
+    """Objects that are not below the URI never get a name by chance."""
 
     class Elsewhere(Listing):
         def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -843,7 +843,7 @@ def test_what_is_in_the_way_is_named_before_anything_is_written(there: str, tmp_
 
 @pytest.mark.parametrize("directory", ["", "s3://bucket/model", "a\0b"])
 def test_what_is_no_directory_is_refused(directory: str) -> None:
-    """A URI in its place tells of arguments in the wrong order."""
+    """A URI instead of the directory means arguments in the wrong order."""
     with pytest.raises(mx.ModelExpressError, match="no directory"):
         mx.pull("test://host/model", directory, plugins=plugins_for(memory()), environ=ENVIRON)
 
@@ -908,7 +908,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def read_only_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system that nobody can write to, root neither."""
+    """A file system that even root cannot write to."""
     yield from mounted(tmp_path / "read-only", "ro")
 
 
@@ -924,7 +924,7 @@ def test_a_disk_that_is_too_small_is_seen_before_anything_is_read(small_disk: Pa
     assert [] == left_behind(small_disk)
 
 
-def test_a_disk_that_lies_about_its_space_fails_before_anything_is_read(small_disk: Path) -> None:
+def test_a_disk_that_misreports_its_space_fails_before_anything_is_read(small_disk: Path) -> None:
     """Space is taken, not only asked for; what was taken is given back."""
     storage = Watched(memory())
 
@@ -1012,7 +1012,7 @@ def test_directories_on_several_disks_are_refused(small_disk: Path, tmp_path: Pa
 
 
 def test_a_failed_sync_leaves_nothing_that_would_be_trusted(tmp_path: Path) -> None:
-    """Which bytes are on the disk, nobody can say then: the file is fetched anew. (fsync is made to fail.)"""
+    """It is unknown which bytes are on disk then: the file is fetched again. (fsync is made to fail.)"""
 
     def failing(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")

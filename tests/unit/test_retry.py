@@ -112,7 +112,7 @@ def test_attempts_without_progress_are_bounded_and_counted_in_the_message() -> N
 
 @pytest.mark.parametrize("error", [AccessDeniedError("no"), SourceChangedError("other"), BackendError("broken")])
 def test_permanent_errors_are_raised_at_once(error: BackendError) -> None:
-    """Trying again cannot help, so nobody waits."""
+    """A retry cannot help, so there is no wait."""
     storage = Scripted([error, 100])
 
     with pytest.raises(type(error)):
@@ -218,10 +218,10 @@ def test_a_listing_that_breaks_is_taken_up_without_doubles() -> None:
 
 
 def test_requests_that_repeat_one_are_counted() -> None:
-    """Each is told once, whether the first was cut short or failed."""
-    told: list[None] = []
+    """Each is counted once, whether the first request was cut short or failed."""
+    retries: list[None] = []
     storage = Scripted([30, UnavailableError("reset")])
 
-    read(retrying(storage, on_retry=lambda: told.append(None)))
+    read(retrying(storage, on_retry=lambda: retries.append(None)))
 
-    assert len(told) == 2
+    assert len(retries) == 2

@@ -90,7 +90,7 @@ class Example:
         (pairs, "k=a=b", {"k": "a=b"}),
     ],
 )
-def test_a_converter_understands(converter: Callable[[str], Any], text: str, expected: object) -> None:
+def test_a_converter_accepts(converter: Callable[[str], Any], text: str, expected: object) -> None:
     """Every way of writing a value that the reference promises."""
     assert expected == converter(text)
 
@@ -114,7 +114,7 @@ def test_a_converter_refuses_with_a_reason(converter: Callable[[str], Any], text
 @settings(deadline=None)
 @given(st.text(max_size=30), st.sampled_from([boolean, positive_integer, seconds, byte_count, names, pairs]))
 def test_a_converter_never_fails_in_another_way(text: str, converter: Callable[[str], Any]) -> None:
-    """Whatever stands in a variable: a value or a ``ValueError``, which becomes a ``SettingsError``."""
+    """Every text of a variable gives a value or a ``ValueError``, which becomes a ``SettingsError``."""
     try:
         converter(text)
     except ValueError:
@@ -163,7 +163,7 @@ def test_the_process_environment_is_read_by_default(monkeypatch: pytest.MonkeyPa
 
 
 def test_all_bad_variables_are_reported_at_once() -> None:
-    """Nobody wants to correct them one run at a time; each is named with its value and the reason."""
+    """All can be corrected in one run: each is named with its value and the reason."""
     environ = {"OLD_BOUND": "many", "MX_FLAG": "perhaps", "MX_PAIRS": "s3", "MX_WORD": "fine"}
 
     with pytest.raises(SettingsError) as caught:
@@ -339,7 +339,7 @@ def test_the_other_streamers_bound_on_concurrency_is_understood() -> None:
 
 
 def test_an_unknown_variable_earns_a_warning_with_the_nearest_name(caplog: pytest.LogCaptureFixture) -> None:
-    """A misspelt variable would otherwise do nothing, and nobody would know."""
+    """A misspelt variable would otherwise be ignored silently."""
     environ = {"MX_CONCURENCY": "4", "MX_QQQQ": "1", "PATH": "/bin", "MX_WORD": "x", "OTHER_MX_X": "1"}
 
     with caplog.at_level(logging.WARNING):
@@ -485,8 +485,8 @@ def test_values_of_another_type_are_refused(field: str, value: object, reason: s
 
 @pytest.mark.parametrize("field", ["token", "url"])
 @pytest.mark.parametrize("value", [[_SECRET], {_SECRET: _SECRET}])
-def test_secrets_of_files_are_not_told(field: str, value: object) -> None:
-    """Neither by what is wrong with them nor by a list of settings."""
+def test_secrets_of_files_are_not_shown(field: str, value: object) -> None:
+    """Neither in their problems nor in a list of settings."""
     sources = SettingSources({}, file_values=file_values(**{field: value}))
     with pytest.raises(SettingsError) as raised:
         from_sources(Filed, sources)
@@ -495,7 +495,7 @@ def test_secrets_of_files_are_not_told(field: str, value: object) -> None:
     assert _SECRET not in str(raised.value) + str(describe(Filed, sources, owner="x")) + repr(sources)
 
 
-def test_what_is_wrong_is_told_though_another_value_wins() -> None:
+def test_problems_are_reported_even_if_another_value_wins() -> None:
     """All of it, of files, variables and several fields."""
     sources = SettingSources(
         {"MX_COUNT": "none", "MX_SHARE": "much"},

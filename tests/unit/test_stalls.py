@@ -97,7 +97,7 @@ def ranges(count: int, length: int = 1000) -> list[list[Range]]:
 
 @pytest.mark.slow
 def test_a_stalled_read_costs_seconds_once_it_is_known_how_long_reads_take() -> None:
-    """The storage is told, by the engine, and the read is sent again."""
+    """The engine lowers the patience of the storage, and the read is sent again."""
     storage = Silent(50)
     capabilities = StorageCapabilities(patience=True)
     engine = FetchEngine(storage, LoadSettings(), capabilities, limit=FixedConcurrency(2))
@@ -123,7 +123,7 @@ def test_a_storage_that_is_not_patient_is_not_touched() -> None:
 
 
 class Hung(Silent):
-    """A storage whose client never notices that nobody answers, until it is closed."""
+    """A storage whose client never notices that no answer comes, until it is closed."""
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         self.closed.wait()
@@ -132,7 +132,7 @@ class Hung(Silent):
 
 @pytest.mark.slow
 def test_a_read_that_never_ends_ends_the_load() -> None:
-    """With an error that names it; nobody waits for ever."""
+    """With an error that names it; no thread waits for ever."""
     engine = FetchEngine(
         Hung(),
         LoadSettings(stall_seconds=0.1),
