@@ -1,4 +1,4 @@
-"""Putting the command line together: our own commands, those of plugins, logging, exit codes."""
+"""Builds the command line: core's commands, those of plugins, logging, exit codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modelexpress_core.plugins import COMMAND, CORE, PluginManager
 
 __all__ = ["build_app"]
 
-_HELP = "ModelExpress: model weights from wherever they are, straight to where they belong."
+_HELP = "Load model weights from storages and peers straight into place."
 _EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong usage."
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -47,14 +47,14 @@ def _begin(
     ] = False,
 ) -> None:
     logging.basicConfig(level="WARNING", stream=sys.stderr, format="%(levelname)s %(message)s", force=True)
-    # Ours alone: what SDKs log in detail holds credentials.
+    # Only our loggers: detailed logs of SDKs contain credentials.
     logging.getLogger("modelexpress_core").setLevel(log_level)
-    # Ours needs no numpy, and whoever installs nothing but us has none.
+    # We do not need numpy, and it may not be installed.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def build_app() -> typer.Typer:
-    """The application, with the commands that plugins add. Their trouble never stops ours."""
+    """The application, with the commands of plugins. A failing plugin does not affect core's commands."""
     app = typer.Typer(
         name="mx",
         help=_HELP,
@@ -75,7 +75,7 @@ def build_app() -> typer.Typer:
 
 
 def _add_plugin_commands(app: typer.Typer) -> None:
-    logging.getLogger("modelexpress_core").setLevel(logging.ERROR)  # broken plugins: each command says so itself
+    logging.getLogger("modelexpress_core").setLevel(logging.ERROR)  # each command reports broken plugins itself
     try:
         found = tuple(each.provider for each in PluginManager.discover(os.environ).records(COMMAND))
     except ModelExpressError:  # reported by the command that needs the setting or the plugin
@@ -85,11 +85,13 @@ def _add_plugin_commands(app: typer.Typer) -> None:
     ours = {command.name for command in app.registered_commands}
     for provider in found:
         if provider.name in ours:
-            logging.getLogger(__name__).warning("a plugin's command %s is left out: mx has its own", provider.name)
+            logging.getLogger(__name__).warning(
+                "the command %s of a plugin is ignored: mx has a command of that name", provider.name
+            )
             continue
         try:
             command = provider.factory()
-        except Exception as exc:  # noqa: BLE001 - somebody else's code
+        except Exception as exc:  # noqa: BLE001 - code of a plugin
             logging.getLogger(__name__).warning("the command %s of a plugin cannot be used: %s", provider.name, exc)
             continue
         if isinstance(command, typer.Typer):

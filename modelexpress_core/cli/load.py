@@ -1,4 +1,4 @@
-"""``mx load``: load a checkpoint into memory and say what it took."""
+"""``mx load``: load a checkpoint into memory and report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["load"]
 
 
 class _Watch:
-    """Observes the load: keeps the report, and moves a bar where there is one."""
+    """Observes the load: keeps the report, and updates the progress bar if there is one."""
 
     def __init__(self, bar: Progress | None) -> None:
         self._bar = bar
@@ -66,7 +66,7 @@ def load(
         Path | None,
         typer.Option(help="Write a JSON object, tensor name to SHA-256 (hex) of its bytes.", metavar="FILE"),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the tensors are made.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device of the tensors.")] = "cpu",
 ) -> None:
     """Load a checkpoint into memory and report."""
     plugins = PluginManager.discover()
@@ -98,7 +98,7 @@ def _checked(device: str) -> torch.device:
         torch.empty(1, device=checked)
     except (RuntimeError, AssertionError) as exc:  # torch built without CUDA asserts
         reason = str(exc).split("\n")[0]
-        raise PlacementError(f"no tensors can be made on {device!r}: {reason}", hint="use --device cpu") from exc
+        raise PlacementError(f"cannot create tensors on {device!r}: {reason}", hint="use --device cpu") from exc
     if checked.type == "meta":
         raise PlacementError("the meta device has no memory to load into", hint="use --device cpu")
     return checked
@@ -106,7 +106,7 @@ def _checked(device: str) -> torch.device:
 
 @contextmanager
 def _digest_file(path: Path | None) -> Iterator[_DigestWriter]:
-    """Opened before the load, so that a wrong path does not cost one; in place only when it is whole."""
+    """Open the file before the load, so that a wrong path fails early. It is in place only when it is complete."""
     if path is None:
         yield _DigestWriter(None)
         return
@@ -126,7 +126,7 @@ def _digest_file(path: Path | None) -> Iterator[_DigestWriter]:
                 temporary.unlink(missing_ok=True)
     except OSError as exc:
         raise ModelExpressError(
-            f"cannot write the digests to {path}: {exc.strerror}", hint="check directory, rights and space"
+            f"cannot write the digests to {path}: {exc.strerror}", hint="check directory, permissions and space"
         ) from exc
 
 

@@ -1,1 +1,1 @@
-"""Who has a model: identities, servers that know, and workers that tell them."""
+"""Which worker holds which model: identities, publishing, discoveries, ranking, and clients of servers and workers."""

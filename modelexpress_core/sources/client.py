@@ -1,4 +1,4 @@
-"""Calls to a server that speaks the protocol, ours or another: with deadlines, retries, and errors of our own."""
+"""Calls to a server of the protocol, ours or another, with deadlines, retries and our errors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["ServerClient"]
 
 
 class ServerClient(Client):
-    """A connection to one server; thread-safe. Made without a word sent.
+    """A connection to one server. Thread-safe. The constructor sends nothing.
 
     Args:
-        url: Where it is: ``host:port``, or a URL; ``https://`` is TLS.
+        url: Address of the server: ``host:port``, or a URL; ``https://`` is TLS.
         deadline_seconds: How long each call may take, retries included.
-        security: Certificates and token; by default those of this system, and the token at the usual place.
-        retries: Whether calls that find no server are made again, within their deadline.
+        security: Certificates and token; by default the system's certificates, and the token in its default file.
+        retries: Whether calls that reach no server are retried within their deadline.
 
     Raises:
-        InvalidURIError: By the constructor, where ``url`` is no address.
-        SettingsError: By the constructor, where certificates cannot be used.
+        InvalidURIError: By the constructor: ``url`` is no address.
+        SettingsError: By the constructor: certificates cannot be used.
         BackendError: By each call: unavailable, access denied, deadline, unsupported.
     """
 
@@ -39,20 +39,20 @@ class ServerClient(Client):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, *, url: str | None = None) -> ServerClient:
-        """As the variables say; to the server at ``url``, where one is given.
+        """A client with the settings in ``environ``, for the server at ``url`` if one is given.
 
         Raises:
             SettingsError: Variables, or files that they name, cannot be used.
-            InvalidURIError: The address is none.
+            InvalidURIError: The address is invalid.
         """
         address = from_env(ServerAddress, environ)
         security = Security.from_env(environ)
         return cls(url or address.url, deadline_seconds=address.deadline_seconds, security=security)
 
     def another(self) -> ServerClient:
-        """A connection of its own to the same server, for who tries again by themselves.
+        """A separate connection to the same server, without retries, for callers that retry themselves.
 
-        It shares no lock with this one, and is closed by itself.
+        It shares no lock with this one, and is closed separately.
         """
         return ServerClient(
             str(self._endpoint), deadline_seconds=self._deadline_seconds, security=self._security, retries=False
@@ -66,7 +66,7 @@ class ServerClient(Client):
     def publish(
         self, identity: SourceIdentity, worker: p2p_pb2.WorkerMetadata, worker_id: str
     ) -> p2p_pb2.PublishMetadataResponse:
-        """Tell what a worker holds. Whether the server took it is in the response."""
+        """Publish the record of a worker. The response says whether the server accepted it."""
         request = p2p_pb2.PublishMetadataRequest(
             identity=identity_to_message(identity), worker=worker, worker_id=worker_id
         )
@@ -74,17 +74,17 @@ class ServerClient(Client):
         return response
 
     def list_sources(self, request: p2p_pb2.ListSourcesRequest | None = None) -> Sequence[p2p_pb2.SourceInstanceRef]:
-        """The sources that fit; all by default. Those that spoke last come first."""
+        """The sources that match, all by default. The latest heartbeat comes first."""
         response: p2p_pb2.ListSourcesResponse = self._call(P2P, "ListSources", request or p2p_pb2.ListSourcesRequest())
         return response.instances
 
     def metadata(self, source_id: str, worker_id: str) -> p2p_pb2.GetMetadataResponse:
-        """All that a worker published; ``found`` says whether the server knows it."""
+        """The complete record of a worker; ``found`` is false if the server has none."""
         request = p2p_pb2.GetMetadataRequest(mx_source_id=source_id, worker_id=worker_id)
         response: p2p_pb2.GetMetadataResponse = self._call(P2P, "GetMetadata", request)
         return response
 
     def update_status(self, request: p2p_pb2.UpdateStatusRequest) -> p2p_pb2.UpdateStatusResponse:
-        """A heartbeat. Whoever is told that the server does not know the worker publishes again."""
+        """Send a heartbeat. If the server does not know the worker, publish it again."""
         response: p2p_pb2.UpdateStatusResponse = self._call(P2P, "UpdateStatus", request)
         return response

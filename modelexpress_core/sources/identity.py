@@ -1,4 +1,4 @@
-"""The identity under which a worker publishes its tensors, and by which it looks for others like it."""
+"""The identity under which a worker publishes its tensors and finds equal ones."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def own_identity(
     engine_version: str,
     **details: Any,  # noqa: ANN401 - fields of SourceIdentity
 ) -> SourceIdentity:
-    """The identity under which an engine of ours publishes ``tensors``, and by which it looks for others like it.
+    """The identity under which an engine publishes ``tensors`` and finds workers with equal ones.
 
-    Whoever has an equal one has tensors of the same names, shapes, strides and dtypes, made by the same versions of
-    engine, torch and CUDA for the same accelerator: the bytes of one can take the place of the other's.
+    Workers with equal identities have tensors of the same names, shapes, strides and dtypes, created by the same
+    versions of engine, torch and CUDA for the same accelerator. Their bytes are interchangeable.
 
     Args:
         model_name: Name of the model.
-        tensors: What is published, by name: parameters and buffers, on the device where they are used.
+        tensors: Parameters and buffers by name, on the device where they are used.
         engine: Number of the engine, see ``Engine``.
-        engine_version: Its version.
+        engine_version: Version of the engine.
         **details: Other fields of ``SourceIdentity``: ``tensor_parallel_size``, ``dtype``, ``revision`` and so on. Keys
-            in ``extra_parameters`` stand beside ``layout_signature``.
+            in ``extra_parameters`` are added to ``layout_signature``.
     """
     import torch
 
@@ -41,7 +41,7 @@ def own_identity(
     given = details.pop("extra_parameters", {})
     taken = sorted(key for key in given if key.lower() == "layout_signature")
     if taken:
-        message = f"extra_parameters has {', '.join(taken)}, which is made of the tensors"
+        message = f"extra_parameters has {', '.join(taken)}, which is derived from the tensors"
         raise ValueError(message)
     extra = {**given, "layout_signature": layout_digest(tensor_layouts(tensors))}
     return SourceIdentity(
@@ -57,7 +57,7 @@ def own_identity(
 
 
 def _architecture(device: torch.device) -> str:
-    """``"sm_90"`` for an accelerator of NVIDIA, ``"gfx942"`` for one of AMD, and else what torch calls the device."""
+    """``"sm_90"`` for an NVIDIA accelerator, ``"gfx942"`` for one of AMD, else torch's name of the device type."""
     import torch
 
     if device.type != "cuda":

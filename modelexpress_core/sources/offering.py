@@ -1,4 +1,4 @@
-"""A worker that offers what it holds: its manifest is served, its record published, both are taken back in order."""
+"""A worker that serves its tensors: it publishes its record, and withdraws it before it stops serving."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ __all__ = ["Offer", "tensor_descriptors"]
 
 
 def tensor_descriptors(tensors: Mapping[str, torch.Tensor]) -> Sequence[p2p_pb2.TensorDescriptor]:
-    """Where tensors lie, in the words of the protocol: first byte, bytes up to the last element, device, dtype.
+    """Addresses of tensors as messages of the protocol: first byte, bytes up to the last element, device, dtype.
 
     Raises:
-        PlacementError: One has no memory (it is on the meta device, say).
+        PlacementError: A tensor has no memory, for example on the meta device.
     """
     import torch
 
     described = []
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_conj() or tensor.is_neg():
-            message = f"{name} does not lie in memory as it is read: {tensor.layout}, or a conjugate or negative view"
+            message = f"{name} is not stored as it is read: {tensor.layout}, or a conjugate or negative view"
             raise PlacementError(
                 message, tensor=name, hint="offer dense tensors; resolve_conj and resolve_neg make them"
             )
@@ -49,8 +49,8 @@ def tensor_descriptors(tensors: Mapping[str, torch.Tensor]) -> Sequence[p2p_pb2.
         if elements:
             elements += sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         if elements and (tensor.is_meta or not tensor.data_ptr()):
-            message = f"{name} has no memory that could be offered: it is on the device {tensor.device}"
-            raise PlacementError(message, tensor=name, hint="offer tensors once they are on the device where they stay")
+            message = f"{name} has no memory: it is on the device {tensor.device}"
+            raise PlacementError(message, tensor=name, hint="offer tensors after they have been moved to their device")
         descriptor = p2p_pb2.TensorDescriptor(
             name=name,
             addr=tensor.data_ptr() if elements else 0,
@@ -65,24 +65,24 @@ def tensor_descriptors(tensors: Mapping[str, torch.Tensor]) -> Sequence[p2p_pb2.
 class Offer:
     """Offers the tensors of one worker from ``start`` until the end of the ``with`` block.
 
-    Its record says that it is initializing until ``ready`` is called. At the end the record becomes stale first, then
-    readers that are under way are waited for, and only then does the service end: the memory is the worker's own again.
+    Its record has the state initializing until ``ready`` is called. At the end, the offer marks the record as stale,
+    waits for readers, and then stops the service. Afterwards no reader uses the memory.
 
     Args:
-        identity: What the tensors are; see ``own_identity``.
-        tensors: Parameters and buffers by name, on the device where they stay.
-        worker_rank: Which part of the model they are.
+        identity: Identity of the tensors; see ``own_identity``.
+        tensors: Parameters and buffers by name, on their device.
+        worker_rank: Rank of the worker.
         device: Number of the device, added to ``MX_WORKER_GRPC_PORT``.
-        transports: Schemes that they can be read by.
-        record: What else is published about the worker, as its transports need it; by default nothing.
-        load: How busy the worker is, from 0 to 1, or None where it cannot say; called for each heartbeat.
-        worker_id: A name that no other process uses; by default one is made.
-        environ: Variables: the server, certificates, tokens, ports; by default the process's.
-        plugins: Plugins, one of which may offer the authenticator; by default those that are installed and allowed.
+        transports: Schemes of the transports that can read them.
+        record: Further fields of the worker's record, for its transports; by default none.
+        load: Returns the load of the worker, from 0 to 1, or None if it is unknown; called for each heartbeat.
+        worker_id: A name that no other process uses; by default a new one.
+        environ: Environment variables (server, certificates, tokens, ports); by default those of the process.
+        plugins: Plugins, which may offer the authenticator; by default those that are installed and allowed.
 
     Attributes:
-        worker_id: The name.
-        endpoint: Where the manifest is served.
+        worker_id: Name of the worker.
+        endpoint: Address of its service.
 
     Raises:
         SettingsError: Variables, or files that they name, cannot be used.
@@ -133,7 +133,7 @@ class Offer:
                 )
             )
             host = settings.host or _own_address(Endpoint.parse(from_env(ServerAddress, environ).url))
-            scheme = "https://" if tls.certificate else ""  # without it, other programs understand it, too
+            scheme = "https://" if tls.certificate else ""  # existing programs expect an address without a scheme
             self.endpoint = f"{scheme}{host}:{self._server.port}"
             published = p2p_pb2.WorkerMetadata()
             if record is not None:
@@ -161,39 +161,36 @@ class Offer:
         self.close()
 
     def start(self) -> None:
-        """Publish; also see to it that the record is withdrawn when the process ends otherwise.
-
-        Does nothing a second time.
-        """
+        """Publish the record, and withdraw it if the process ends. Later calls do nothing."""
         withdraw_on_exit(self._publisher)
         self._publisher.start()
 
     def ready(self) -> None:
-        """Others may read from now on.
+        """Let others read from now on.
 
         Raises:
             ModelExpressError: The offer was drained.
         """
         if self.leases.draining:
             message = f"the offer of worker {self.worker_id} was drained, and cannot be read again"
-            raise ModelExpressError(message, hint="make a new Offer once the weights are as they stay")
+            raise ModelExpressError(message, hint="create a new Offer when the weights do not change any more")
         self._publisher.ready()
 
     @property
     def state(self) -> PublishingState:
-        """What was told to the server."""
+        """State of the publication."""
         return self._publisher.state
 
     @property
     def leases(self) -> Leases:
-        """Who reads now."""
+        """The leases of current readers."""
         return self._server.leases
 
     def drain(self) -> bool:
-        """Take the record back, and wait for readers; whether all have ended within ``MX_WORKER_DRAIN_SECONDS``.
+        """Withdraw the record, wait for readers, and return whether all ended within ``MX_WORKER_DRAIN_SECONDS``.
 
-        Those that have not are told that what they read cannot be trusted. In a forked child nothing is done: the
-        parent goes on.
+        Readers that did not end get an error, so that they do not trust what they read. Does nothing in a forked child:
+        the parent continues.
         """
         if os.getpid() != self._pid:
             return True
@@ -201,7 +198,7 @@ class Offer:
         return self._server.drain(self._drain_seconds)
 
     def close(self) -> None:
-        """Drain, and end."""
+        """Drain, and stop serving."""
         if os.getpid() != self._pid:
             return
         try:
@@ -211,21 +208,21 @@ class Offer:
 
 
 def _port(settings: WorkerSettings, device: int) -> int:
-    """Where the service of ``device`` listens; 0 for any free port."""
+    """Port of the service of ``device``; 0 for any free port."""
     port = settings.port + device if settings.port else 0
     if device < 0 or port > _LAST_PORT:
-        message = f"there is no port for device {device}: MX_WORKER_GRPC_PORT is {settings.port}"
-        raise SettingsError(message, hint="set MX_WORKER_GRPC_PORT so that those of all devices come before 65536")
+        message = f"device {device} has no port: MX_WORKER_GRPC_PORT is {settings.port}"
+        raise SettingsError(message, hint="set MX_WORKER_GRPC_PORT so that the ports of all devices are below 65536")
     return port
 
 
 _LAST_PORT = 65535
 
-_ANY = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - workers of other hosts call it
+_ANY = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - workers on other hosts connect to it
 
 
 def _own_address(server: Endpoint) -> str:
-    """The address of this machine that the server, and so other workers, can reach: that of the way to it."""
+    """The local address of connections to the server, which other workers can probably reach."""
     with contextlib.suppress(OSError):
         family, kind, _, _, address = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as sock:

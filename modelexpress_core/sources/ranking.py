@@ -1,9 +1,9 @@
-"""Which place is tried first: kinds of places in a fixed order, and peers of a kind spread over those who ask.
+"""The order in which places are tried: by tier, with the peers of a tier spread over their readers.
 
 Peers are put in order by rendezvous hashing (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates",
-1998): each reader has its own order of all peers, evenly spread, which every process computes alike and without talking
-to others. Where a peer comes or goes, only its own readers move. With weights (Schindelhauer and Schomaker, "Weighted
-Distributed Hash Tables", 2005) a peer is chosen in proportion to what it has to spare.
+1998): each reader has its own order of all peers, evenly distributed. Every process computes it alike, without
+communication. If a peer comes or goes, only its own readers move. With weights (Schindelhauer and Schomaker, "Weighted
+Distributed Hash Tables", 2005) a peer is chosen in proportion to its spare capacity.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from modelexpress_core.sources.settings import SELECTORS
 
 __all__ = ["rank", "uniform"]
 
-#: A peer that says nothing of its load is taken for half busy.
+#: Assumed load of a peer that reports none.
 _UNKNOWN_LOAD = 0.5
 
-#: What even the busiest peer has to spare, so that it is not left out where all are busy.
+#: Least weight of a peer, so that busy peers still share the readers if all are busy.
 _LEAST_WEIGHT = 0.05
 
 #: The random numbers of the operating system: engines seed Python's own, all with the same number.
 _RANDOM = random.SystemRandom()
 
-#: A float holds this many bits exactly, and one more for the half that keeps it from 0 and 1.
+#: Bits of the random integer: a float holds them exactly, with one more bit for the half that excludes 0 and 1.
 _BITS = 52
 
 
 def rank(request: LoadRequest, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """All ``candidates``, best first: by tier, those of the lowest first.
+    """All ``candidates``, best first: the lowest tier first.
 
-    Peers of a tier are in the order that ``request.selector`` gives this reader; other places stay as they were found.
+    Peers of a tier are in the order of ``request.selector`` for this reader. Other places keep their order.
 
     Raises:
-        SettingsError: There is no such selector.
+        SettingsError: The selector is unknown.
     """
     try:
         order = _ORDERS[request.selector]
     except KeyError:
-        message = f"no way to choose a peer: {request.selector!r}"
+        message = f"unknown selector of peers: {request.selector!r}"
         raise SettingsError(message, hint=f"set MX_P2P_SOURCE_SELECTOR to one of {', '.join(SELECTORS)}") from None
     ranked: list[Candidate] = []
     for tier in sorted({candidate.tier for candidate in candidates}):
@@ -84,14 +84,14 @@ def _by_score(
 
 
 def _name(candidate: Candidate) -> str:
-    """What tells one peer from others, whoever found it."""
+    """A name that identifies a peer, independent of the discovery that found it."""
     if candidate.peer is not None and candidate.peer.worker_id:
         return candidate.peer.worker_id
     return f"{candidate.uri.authority}/{candidate.uri.path}"
 
 
 def _spare(candidate: Candidate) -> float:
-    """What a peer has to spare, from 0.05 to 1."""
+    """Spare capacity of a peer, from 0.05 to 1."""
     load = candidate.peer.load if candidate.peer is not None else None
     if load is None or math.isnan(load):
         load = _UNKNOWN_LOAD
@@ -99,7 +99,7 @@ def _spare(candidate: Candidate) -> float:
 
 
 def uniform(reader: str, name: str) -> float:
-    """A number between 0 and 1, both excluded, that looks drawn at random; the same in every process."""
+    """A pseudo-random number between 0 and 1, both excluded; the same in every process."""
     digest = hashlib.blake2b(digest_size=8)
     for text in (reader, name):
         encoded = text.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""Which server workers and commands ask, how workers tell it what they hold, and how they find others."""
+"""Settings of clients and workers: the server, publishing, serving, and the search for peers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from modelexpress_core.uri import redacted
 
 __all__ = ["SELECTORS", "DiscoverySettings", "PublishingSettings", "ServerAddress", "StaticSources", "WorkerSettings"]
 
-#: How one of several peers may be chosen; see ``modelexpress_core.sources.ranking``.
+#: Ways to choose one of several peers; see ``modelexpress_core.sources.ranking``.
 SELECTORS = ("load_aware", "random", "rendezvous_hash")
 
-#: What existing deployments call the server's stores, and what is asked then: the server is, whatever store it has.
+#: Values of existing deployments, which name the server's store: the server is queried, independent of its store.
 _BACKENDS = {
     "server": "server://",
     "redis": "server://",
@@ -29,7 +29,7 @@ _BACKENDS = {
 
 
 def _backend(text: str) -> str:
-    """The discovery that a value of ``MX_METADATA_BACKEND`` stands for."""
+    """The discovery for a value of ``MX_METADATA_BACKEND``."""
     try:
         return _BACKENDS[text.strip().lower()]
     except KeyError:
@@ -49,7 +49,7 @@ def _shown(uris: tuple[str, ...]) -> str:
 
 
 def _host(text: str) -> str:
-    """A name or an address, IPv6 with brackets, as it stands before a port."""
+    """A name or an address, IPv6 with brackets, as written before a port."""
     host = text.strip()
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if ":" in bare:
@@ -65,7 +65,7 @@ def _host(text: str) -> str:
 
 @frozen
 class ServerAddress:
-    """The server that knows who holds what."""
+    """The server that lists which worker holds which model."""
 
     url: str = env(
         "MODEL_EXPRESS_URL",
@@ -74,69 +74,69 @@ class ServerAddress:
         help="The server: host:port, http://host:port, or https://host:port for TLS.",
     )
     deadline_seconds: float = env(
-        "MX_SERVER_DEADLINE_SECONDS", default=10.0, converter=seconds, help="How long one call to the server may take."
+        "MX_SERVER_DEADLINE_SECONDS", default=10.0, converter=seconds, help="Time limit of one call to the server."
     )
 
 
 @frozen
 class PublishingSettings:
-    """How workers say that they are alive."""
+    """Heartbeats of workers."""
 
     interval_seconds: float = env(
         "MX_HEARTBEAT_INTERVAL_SECS",
         default=30.0,
         converter=seconds,
-        help="How often a worker says that it is alive; well below MX_HEARTBEAT_TIMEOUT_SECS of the server.",
+        help="Time between heartbeats of a worker; well below MX_HEARTBEAT_TIMEOUT_SECS of the server.",
     )
 
 
 @frozen
 class WorkerSettings:
-    """Where a worker offers what it holds."""
+    """How a worker serves its tensors."""
 
     host: str | None = env(
         "MX_WORKER_HOST",
         default=None,
         converter=_host,
-        help="Name or address by which other workers reach this one; unset: the address of the way to the server.",
+        help="Name or address by which other workers reach this one; unset: the local address towards the server.",
     )
     port: int = env(
         "MX_WORKER_GRPC_PORT",
         default=6555,
         converter=tcp_port,
-        help="Port of the first device's WorkerService; the others follow it. 0: any free one.",
+        help="Port of the first device's WorkerService; other devices use the next ones. 0: any free port.",
     )
     lease_seconds: float = env(
         "MX_WORKER_LEASE_SECONDS",
         default=600.0,
         converter=seconds,
-        help="How long a reader may take; what it read after that is not trusted.",
+        help="Time limit of a reader; bytes that it read later are not trusted.",
     )
     drain_seconds: float = env(
         "MX_WORKER_DRAIN_SECONDS",
         default=30.0,
         converter=seconds,
-        help="How long a worker that ends, or changes its weights, waits for readers.",
+        help="How long a worker waits for readers before it ends or changes its weights.",
     )
 
 
 @frozen
 class DiscoverySettings:
-    """Where peers are looked for, and which of them is chosen."""
+    """The search for peers, and the choice among them."""
 
     uris: tuple[str, ...] = env(
         "MX_DISCOVERY",
         default=(),
         converter=names,
         shown=_shown,
-        help="Who is asked (URIs, comma-separated): server://, server://host:port, static://, or a plugin's.",
+        help="Discoveries (URIs, comma-separated): server://, server://host:port, static://, or a plugin's.",
     )
     backend: str | None = env(
         "MX_METADATA_BACKEND",
         default=None,
         converter=_backend,
-        help="The same in the words of existing deployments: server, redis and kubernetes mean server://. If neither "
-        "is set, server:// is asked if MODEL_EXPRESS_URL is set, and nobody otherwise.",
+        help="The discovery in the terms of existing deployments: server, redis and kubernetes mean server://. If "
+        "neither is set, server:// is used if MODEL_EXPRESS_URL is set, else none.",
     )
     selector: str = env(
         "MX_P2P_SOURCE_SELECTOR",
@@ -148,12 +148,12 @@ class DiscoverySettings:
 
 @frozen
 class StaticSources:
-    """Places that are known beforehand."""
+    """Places that are listed in a variable."""
 
     uris: tuple[str, ...] = env(
         "MX_STATIC_SOURCES",
         default=(),
         converter=names,
         shown=_shown,
-        help="Peers and checkpoints that static:// names: grpc://10.0.0.5:6555,s3://bucket/model.",
+        help="Peers and checkpoints that static:// lists: grpc://10.0.0.5:6555,s3://bucket/model.",
     )

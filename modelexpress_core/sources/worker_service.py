@@ -1,7 +1,7 @@
-"""``WorkerService``: a worker tells readers what lies where in its memory, and keeps it there while they read.
+"""``WorkerService``: a worker serves the addresses of its tensors, and keeps its memory unchanged under leases.
 
-A reader leases the source before it reads, and gives the lease back. A worker that wants to change or free its memory
-drains first: it grants no more leases, and waits for those that are out.
+A reader takes a lease before it reads, and releases it afterwards. A worker drains before it changes or frees its
+memory: it grants no more leases, and waits for those that are held.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ _R = TypeVar("_R")
 
 
 class Leases:
-    """Who reads now. Thread-safe.
+    """The leases of current readers. Thread-safe.
 
     Args:
-        seconds: A lease that is not given back in this time ends by itself: its reader is gone.
-        clock: Seconds that never go back.
+        seconds: A lease that is not released within this time expires: its reader is gone.
+        clock: Monotonic time in seconds.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
         self._until: dict[str, float] = {}
-        #: Those that were given back, until they would have ended: whoever gives one back twice is answered alike.
+        #: Released leases, until they would have expired: a repeated release gets the same answer.
         self._returned: dict[str, float] = {}
         self._draining = False
         self._changed = threading.Condition()
 
     @property
     def draining(self) -> bool:
-        """Whether no more are granted."""
+        """Whether no more leases are granted."""
         return self._draining
 
     def grant(self) -> str | None:
@@ -66,9 +66,9 @@ class Leases:
             return lease
 
     def release(self, lease: str) -> bool:
-        """It is given back; False where it had ended before that, or never was: its reader cannot trust what it read.
+        """Release a lease. False if it had expired or never existed: its reader cannot trust what it read.
 
-        A call that is made again, because its answer was lost, gets the same answer.
+        A call that is repeated because its answer was lost gets the same answer.
         """
         with self._changed:
             self._count()
@@ -79,14 +79,14 @@ class Leases:
             return lease in self._returned
 
     def out(self) -> int:
-        """How many are out."""
+        """Number of leases that are held."""
         with self._changed:
             return self._count()
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Grant no more, and wait for those that are out; whether all came back in time.
+        """Grant no more leases, wait for those that are held, and return whether all were released in time.
 
-        Those that did not have ended: their readers are told so when they give them back.
+        The others expire: their readers get an error when they release them.
         """
         deadline = self._clock() + timeout_seconds
         with self._changed:
@@ -107,7 +107,7 @@ class Leases:
 
 
 class _WorkerService:
-    """What a worker answers, in the words of the protocol."""
+    """The methods of the protocol that a worker answers."""
 
     def __init__(self, manifest: p2p_pb2.GetTensorManifestResponse, leases: Leases) -> None:
         self._manifest = manifest
@@ -116,14 +116,14 @@ class _WorkerService:
     async def get_tensor_manifest(
         self, request: p2p_pb2.GetTensorManifestRequest, context: _Context
     ) -> p2p_pb2.GetTensorManifestResponse:
-        """What lies where."""
+        """Return the tensors and their addresses."""
         await self._check(request, context)
         return self._manifest
 
     async def prepare_tensor_read(
         self, request: p2p_pb2.PrepareTensorReadRequest, context: _Context
     ) -> p2p_pb2.PrepareTensorReadResponse:
-        """The same, and a promise that it stays there."""
+        """Return the same, with a lease."""
         await self._check(request, context)
         lease = self._leases.grant()
         if lease is None:
@@ -133,10 +133,10 @@ class _WorkerService:
     async def release_tensor_read(
         self, request: p2p_pb2.ReleaseTensorReadRequest, context: _Context
     ) -> p2p_pb2.ReleaseTensorReadResponse:
-        """A reader is done; also a worker that drains hears that."""
+        """Release the lease of a reader, also while the worker drains."""
         await self._check_ids(request, context)
         if not self._leases.release(request.lease_id):
-            await context.abort(_Code.NOT_FOUND, "no such lease: it has ended, and the memory may have changed since")
+            await context.abort(_Code.NOT_FOUND, "no such lease: it has expired, and the memory may have changed since")
         return p2p_pb2.ReleaseTensorReadResponse()
 
     async def _check(self, request: Any, context: _Context) -> None:  # noqa: ANN401 - one of two messages
@@ -166,34 +166,34 @@ class _WorkerHealth:
         self._leases = leases
 
     async def check(self, request: health_pb2.HealthCheckRequest, context: _Context) -> health_pb2.HealthCheckResponse:
-        """Whether readers are welcome."""
+        """Report whether the worker serves readers."""
         if request.service not in {"", WORKER.name}:
-            await context.abort(_Code.NOT_FOUND, f"no service is called {request.service!r}")
+            await context.abort(_Code.NOT_FOUND, f"unknown service: {request.service!r}")
         status = health_pb2.HealthCheckResponse
         return status(status=status.NOT_SERVING if self._leases.draining else status.SERVING)
 
     async def watch(self, _: health_pb2.HealthCheckRequest, context: _Context) -> None:
-        """Not offered: a probe asks again."""
-        await context.abort(_Code.UNIMPLEMENTED, "watching is not offered by workers")
+        """Refuse: probes poll instead."""
+        await context.abort(_Code.UNIMPLEMENTED, "workers do not support watching")
 
 
 class WorkerServer:
-    """Serves ``WorkerService`` in a thread of its own, so that it can be used from any program.
+    """Serves ``WorkerService`` in a separate thread, so that any program can use it.
 
     Args:
-        manifest: What the worker holds, with its ids.
-        address: Where to listen: ``host:port``; port 0 is any free one.
-        tls: Files of TLS, which is spoken where there is a certificate among them.
+        manifest: The tensors of the worker, with its ids.
+        address: Address to listen on: ``host:port``; port 0 is any free port.
+        tls: Files of TLS; the service uses TLS if they have a certificate.
         authenticator: Names the callers; None to answer every caller.
-        lease_seconds: How long a reader may keep a lease.
+        lease_seconds: Time limit of a lease.
 
     Attributes:
-        port: Where it listens.
-        leases: Who reads now.
+        port: Port that it listens on.
+        leases: The leases of current readers.
 
     Raises:
-        ModelExpressError: It cannot listen there.
-        SettingsError: Files of TLS or of tokens make no sense.
+        ModelExpressError: It cannot listen on the address.
+        SettingsError: Files of TLS cannot be used.
     """
 
     def __init__(
@@ -226,11 +226,11 @@ class WorkerServer:
         self.close()
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Grant no more leases, and wait for those that are out; whether all came back in time."""
+        """Grant no more leases, wait for those that are held, and return whether all were released in time."""
         return self.leases.drain(timeout_seconds)
 
     def close(self) -> None:
-        """Answer no more. Whoever wants readers to end first drains."""
+        """Stop serving at once. Call ``drain`` first to wait for readers."""
         if self._thread.is_alive():
             self._wait(self._server.stop(0))
             self._end_loop()
@@ -243,7 +243,7 @@ class WorkerServer:
             port = listen(server, self._address, tls=self._tls, authenticator=self._authenticator)
         except RuntimeError as exc:
             message = f"the worker cannot listen on {self._address}: {exc}"
-            hint = "end the program that has the port, or set MX_WORKER_GRPC_PORT"
+            hint = "stop the program that uses the port, or set MX_WORKER_GRPC_PORT"
             raise ModelExpressError(message, hint=hint) from exc
         await server.start()
         return port, server

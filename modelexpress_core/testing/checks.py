@@ -1,4 +1,4 @@
-"""Calls of a storage that are looked at closely, and comparisons that say to its author what is wrong."""
+"""Checked calls of a storage, and comparisons whose messages explain the mistake to its author."""
 
 from __future__ import annotations
 
@@ -51,36 +51,36 @@ __all__ = [
     "with_runs",
 ]
 
-#: What buffers hold before a read; whatever else is found outside of the bytes that were read was written there.
+#: The content of buffers before a read. Other bytes outside of the range of the read were written by mistake.
 _FILL = 0xA5
 _MARGIN_BYTES = 64
 
-#: How long a silent read may last beyond the patience that was set, on a busy machine.
+#: How much longer than its patience a silent read may take on a busy machine.
 _OVERTIME_SECONDS = 3.0
 
-#: The digests that core knows.
+#: Names of the digests that core supports.
 DIGESTS = ("crc32", "crc32c", "crc64nvme", "md5", "sha1", "sha256")
 
 
 def random_content(size: int, seed: int = 0) -> bytes:
-    """Bytes in which every place is recognised."""
+    """Pseudo-random bytes, so that a piece identifies its position."""
     return random.Random(seed).randbytes(size)  # noqa: S311 - no secret
 
 
 def same(expected: object, got: object, what: str) -> None:
-    """``got`` is what was expected; ``what`` is the sentence that ends with it."""
+    """Check that ``got`` equals ``expected``; ``what`` begins the message, and ``got`` follows."""
     __tracebackhide__ = True
     if expected != got:
         violated(f"{what} {got!r}; expected {expected!r}")
 
 
 def listed_paths(storage: Storage, prefix: str) -> list[str]:
-    """What ``list`` gives."""
+    """The paths that ``list`` returns."""
     return [info.path for info in storage.list(prefix)]
 
 
 def calls_of(storage: Storage) -> Mapping[str, Callable[[], object]]:
-    """One call of each operation, on an object that may or may not be there."""
+    """One call of each operation, on an object that may not exist."""
     return {
         "list": lambda: list(storage.list("model")),
         "stat": lambda: storage.stat("model/object"),
@@ -97,9 +97,9 @@ def checked_read(
     *,
     broken: bool = False,
 ) -> bytes:
-    """What ``read_into`` put into a buffer of ``length`` bytes, after a look at what it did beside that.
+    """The bytes that ``read_into`` wrote to a buffer of ``length`` bytes, after a check that it wrote no others.
 
-    Where the connection is ``broken``, more may lie in the buffer than was counted: core reads it again.
+    If the connection is ``broken``, the buffer may have more bytes than were counted: core reads them again.
     """
     call = f"read_into({path!r}, {offset}, <buffer of {length} bytes>, version={version!r})"
     return _filled(call, length, lambda buffer: storage.read_into(path, offset, buffer, version=version), broken=broken)
@@ -107,13 +107,13 @@ def checked_read(
 
 @frozen
 class Runs:
-    """What ``read_runs`` is asked for.
+    """The arguments of ``read_runs``.
 
     Attributes:
         offset: First byte of the first run.
         run_bytes: Length of a run.
-        stride_bytes: From the start of a run to the start of the next.
-        number: Runs.
+        stride_bytes: Distance from the start of a run to the start of the next.
+        number: Number of runs.
     """
 
     offset: int
@@ -126,9 +126,9 @@ class Runs:
 
 
 def checked_runs(storage: RunStorage, path: str, runs: Runs, version: str | None = None) -> bytes:
-    """What ``read_runs`` put into a buffer, after a look at what it did beside that.
+    """The bytes that ``read_runs`` wrote to a buffer, after a check that it wrote no others.
 
-    A part of a run may lie behind those that were counted.
+    A part of a run may follow the counted runs.
     """
     call = f"read_runs({path!r}, {runs.offset}, {runs.run_bytes}, {runs.stride_bytes}, ..., version={version!r})"
 
@@ -142,7 +142,7 @@ def checked_runs(storage: RunStorage, path: str, runs: Runs, version: str | None
 
 
 def _filled(call: str, length: int, read: Callable[[memoryview], object], *, broken: bool) -> bytes:
-    """What ``read`` put into a buffer of ``length`` bytes; where ``broken``, more than was counted may lie there."""
+    """The bytes that ``read`` wrote to a buffer of ``length`` bytes. If ``broken``, uncounted bytes may follow."""
     memory = bytearray([_FILL]) * (length + 2 * _MARGIN_BYTES)
     count = read(memoryview(memory)[_MARGIN_BYTES : _MARGIN_BYTES + length])
     if not isinstance(count, int) or not 0 <= count <= length:
@@ -155,7 +155,7 @@ def _filled(call: str, length: int, read: Callable[[memoryview], object], *, bro
 
 
 def check_bytes(content: bytes, offset: int, got: bytes, path: str, length: int | None = None) -> None:
-    """Compare ``got`` with what stands at ``offset`` of ``content``; its length only where ``length`` is given."""
+    """Compare ``got`` with ``content`` at ``offset``, and its length with ``length`` if given."""
     __tracebackhide__ = True
     expected = content[offset : offset + len(got)]
     if expected != got:
@@ -173,7 +173,7 @@ def check_bytes(content: bytes, offset: int, got: bytes, path: str, length: int 
 
 
 def check_runs(content: bytes, runs: Runs, got: bytes, path: str, number: int | None = None) -> None:
-    """Compare ``got`` with runs of ``content``; their number only where ``number`` is given."""
+    """Compare ``got`` with runs of ``content``, and their number with ``number`` if given."""
     __tracebackhide__ = True
     for index in range(len(got) // runs.run_bytes):
         position = runs.offset + index * runs.stride_bytes
@@ -187,10 +187,10 @@ def check_runs(content: bytes, runs: Runs, got: bytes, path: str, number: int | 
 
 
 def check_digest(content: bytes, algorithm: str, digest: str) -> None:
-    """A published digest is one that core knows, and that of ``content``."""
+    """Check that core supports the digest, and that it is the digest of ``content``."""
     __tracebackhide__ = True
     if algorithm not in DIGESTS:
-        violated(f"a digest is called {algorithm!r}, which core passes over in silence; it knows {', '.join(DIGESTS)}")
+        violated(f"a digest is called {algorithm!r}, which core ignores; it supports {', '.join(DIGESTS)}")
     hasher = new_hasher(algorithm)
     hasher.update(memoryview(content))
     expected = hasher.hexdigest()
@@ -205,21 +205,21 @@ def check_digest(content: bytes, algorithm: str, digest: str) -> None:
 
 
 def with_runs(storage: Storage) -> RunStorage:
-    """``storage``, if it reads runs; otherwise the test is skipped."""
+    """``storage``, if it reads runs; else skips the test."""
     if not hasattr(storage, "read_runs"):
         pytest.skip("the storage has no read_runs (see RunStorage)")
     return cast("RunStorage", storage)
 
 
 def with_patience(storage: Storage) -> PatientStorage:
-    """``storage``, if it can be made impatient; otherwise the test is skipped."""
+    """``storage``, if it has ``patience_seconds``; else skips the test."""
     if not hasattr(storage, "patience_seconds"):
         pytest.skip("the storage has no patience_seconds (see PatientStorage)")
     return cast("PatientStorage", storage)
 
 
 def with_diagnosis(storage: Storage) -> DiagnosableStorage:
-    """``storage``, if it says where it connects and as whom; otherwise the test is skipped."""
+    """``storage``, if it reports endpoint and credentials; else skips the test."""
     lacking = [name for name in ("endpoint", "credentials") if not callable(getattr(storage, name, None))]
     if len(lacking) == 1:
         violated(f"the storage has no {lacking[0]}; a DiagnosableStorage has endpoint and credentials")
@@ -229,7 +229,7 @@ def with_diagnosis(storage: Storage) -> DiagnosableStorage:
 
 
 def check_waiting(storage: PatientStorage, path: str) -> None:
-    """Read what never comes, and see when and how that ends."""
+    """Read bytes that never arrive, and check when and how the read ends."""
     patience, begun = storage.patience_seconds, time.monotonic()
     try:
         got = checked_read(storage, path, 0, 1000, broken=True)
@@ -239,14 +239,14 @@ def check_waiting(storage: PatientStorage, path: str) -> None:
             violated("the DeadlineError is not retryable, so that one dead connection would end a load", exc)
     else:
         if not got:
-            violated("a read to which no byte came returned 0; DeadlineError belongs there")
+            violated("a read to which no byte came returned 0; it must raise DeadlineError")
     waited = time.monotonic() - begun
     if not 0.8 * patience <= waited <= patience + _OVERTIME_SECONDS:
         violated(f"with patience_seconds = {patience:g}, a read to which no byte came ended after {waited:.1f} s")
 
 
 def check_patience(storage: PatientStorage, most: float | None) -> None:
-    """The patience is a number of seconds, and no more than ``most``."""
+    """Check that the patience is a number of seconds, and at most ``most``."""
     __tracebackhide__ = True
     seconds: object = storage.patience_seconds
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0:
@@ -256,7 +256,7 @@ def check_patience(storage: PatientStorage, most: float | None) -> None:
 
 
 def check_endpoint(endpoint: object) -> None:
-    """An Endpoint of which each field can be used as it is."""
+    """Check the fields of an Endpoint."""
     __tracebackhide__ = True
     if not isinstance(endpoint, Endpoint):
         violated(f"endpoint returned {type(endpoint).__name__}, no Endpoint")
@@ -272,33 +272,33 @@ def check_endpoint(endpoint: object) -> None:
 
 
 def check_class(error: BackendError, kinds: tuple[type[BackendError], ...], what: str) -> None:
-    """``error`` is one of ``kinds``, and not retryable where its class never is."""
+    """Check that ``error`` is one of ``kinds``, and not retryable if its class never is."""
     __tracebackhide__ = True
     if not isinstance(error, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
-        violated(f"{what} raised {type(error).__name__} ({error}); {names} belongs there", error)
+        violated(f"{what} raised {type(error).__name__} ({error}); it must raise {names}", error)
     if isinstance(error, (NotFoundError, SourceChangedError, AccessDeniedError)):
         check_final(error, what)
 
 
 def check_final(error: BackendError, what: str) -> None:
-    """Core does not try again."""
+    """Check that core does not retry."""
     __tracebackhide__ = True
     if error.retryable:
         violated(
-            f"{what} raised a {type(error).__name__} that is retryable, so that core would try in vain: {error}", error
+            f"{what} raised a {type(error).__name__} that is retryable, so core would retry in vain: {error}", error
         )
 
 
 def check_error(error: BackendError, secrets: Sequence[str]) -> None:
-    """What is true of every error of a storage."""
+    """Check the fields of an error of a storage, its pickling, and that it hides credentials."""
     __tracebackhide__ = True
     for name in ("provider", "uri", "operation"):
         if not getattr(error, name):
             violated(f"{type(error).__name__} without {name}=...: {error}", error)
     if "://" not in error.uri:
         violated(f"the error's uri is {error.uri!r}; give str(ModelURI(...)), which hides credentials", error)
-    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - of our own making
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled here
     same((type(error), str(error)), (type(copy), str(copy)), "after pickling, the error is")
     for link in _chain(error):
         text = "".join(traceback.TracebackException.from_exception(link).format_exception_only())
@@ -306,7 +306,7 @@ def check_error(error: BackendError, secrets: Sequence[str]) -> None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and what a traceback shows before it."""
+    """``error`` and the errors that a traceback shows before it."""
     link: BaseException | None = error
     while link is not None:
         yield link
@@ -314,20 +314,20 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def check_hidden(text: str, secrets: Sequence[str], where: str) -> None:
-    """None of ``secrets`` is in ``text``."""
+    """Check that none of ``secrets`` is in ``text``."""
     __tracebackhide__ = True
     for number, secret in enumerate(secrets):
         if secret in text:
             violated(f"{where} shows a credential (number {number} of the fixture `secrets`)")
 
 
-#: What sockets were asked for since somebody watches; None while nobody does.
+#: Socket operations while they are recorded; None otherwise.
 _deeds: list[str] | None = None
 
 
 @functools.cache
 def _audit_sockets() -> None:
-    """Note connections and look-ups in ``_deeds`` from now on. A hook cannot be taken back, so there is one for all."""
+    """Record connections and look-ups in ``_deeds``. An audit hook cannot be removed, so it is installed once."""
 
     def note(event: str, args: tuple[Any, ...]) -> None:
         deeds = _deeds
@@ -340,8 +340,8 @@ def _audit_sockets() -> None:
 
 @contextmanager
 def watched_sockets() -> Iterator[Sequence[str]]:
-    """What this process asks of sockets meanwhile, as far as Python sees it."""
-    global _deeds  # noqa: PLW0603 - the hook lives as long as the process
+    """The socket operations of this process during the block, as far as Python sees them."""
+    global _deeds  # noqa: PLW0603 - the hook is never removed
     _audit_sockets()
     deeds: list[str] = []
     _deeds = deeds

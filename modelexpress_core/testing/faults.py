@@ -1,4 +1,4 @@
-"""A storage that wraps another and fails the way networks and servers do, on a plan that can be repeated."""
+"""A storage that wraps another and injects faults of networks and servers, reproducibly."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from modelexpress_core.messages import byte_range
 
 __all__ = ["Fault", "FaultPolicy", "FaultyStorage"]
 
-#: What can happen to a call; :class:`FaultPolicy` says what each is.
+#: Faults of a call; :class:`FaultPolicy` explains each.
 Fault = Literal["reset", "truncation", "unavailable", "throttled", "stall", "flipped_bit", "changed"]
 
 _FAULTS: tuple[Fault, ...] = get_args(Fault)
 
-#: Faults that a call without bytes can have.
+#: Faults of calls that return no bytes of an object.
 _WITHOUT_BYTES = frozenset({"reset", "unavailable", "throttled", "stall", "changed"})
 
 _INVERTED = bytes(255 - value for value in range(256))
@@ -40,35 +40,34 @@ def _share() -> float:
 
 @frozen(kw_only=True)
 class FaultPolicy:
-    """What goes wrong, and how often.
+    """The faults to inject, and how often.
 
-    A share is a probability from 0 to 1. What happens to a call depends on ``seed``, the operation, the path, the
-    offset and how often just this was asked for before, and on nothing else: the same load meets the same faults,
-    however its threads are scheduled.
+    A share is a probability from 0 to 1. The fault of a call depends only on ``seed``, the operation, the path, the
+    offset, and the number of equal calls before. The same load has the same faults in any order of threads.
 
-    Reads are those of ``read_into`` and of ``read_runs``, where the storage has that; of the latter what is short ends
-    with a whole run.
+    Reads are calls of ``read_into`` and of ``read_runs``, if the storage has it. A short ``read_runs`` ends after a
+    whole run.
 
     Attributes:
-        reset: Share of reads whose connection breaks: they are short, and the read that goes on where they end fails
-            with UnavailableError. One that breaks before its first byte fails itself.
-        truncation: Share of reads whose stream ends early, as if all had been sent: they are short.
-        unavailable: Share of calls that the server refuses as HTTP 503 does.
-        throttled: Share of calls that the server refuses as HTTP 429 does: with ThrottledError.
-        stall: Share of calls that wait for ``stall_seconds``, or until the storage is closed; reads only for the
-            storage's ``patience_seconds``, and then fail with DeadlineError.
-        flipped_bit: Share of reads with one wrong bit, and no word about it.
-        changed: Share of calls before which the object is replaced by another of the same size: its bytes are
-            inverted, its version is another, and reads of the old one fail with SourceChangedError.
-        first: What happens to the first calls, in order; None is no fault. The shares hold for those after.
-        operations: The calls that faults happen to.
-        most: Faults in all, after which everything works; None for no end.
-        stall_seconds: How long a stall is; None for one that only closing ends.
-        retry_after_seconds: What a throttling server asks for.
-        latency_seconds: What every call waits before anything comes.
-        bytes_per_second: What each read gets at most; None for no limit.
-        total_bytes_per_second: What all reads together get at most; None for no limit.
-        seed: Another one gives other faults.
+        reset: Share of reads whose connection breaks: they are short, and the read that continues at their end fails
+            with UnavailableError. A read that breaks before its first byte fails itself.
+        truncation: Share of reads whose stream ends early, without an error: they are short.
+        unavailable: Share of calls that fail as with HTTP 503: UnavailableError.
+        throttled: Share of calls that fail as with HTTP 429: ThrottledError.
+        stall: Share of calls that wait for ``stall_seconds``, or until the storage is closed. Reads wait at most for
+            ``patience_seconds``, and then fail with DeadlineError.
+        flipped_bit: Share of reads with one wrong bit, without an error.
+        changed: Share of calls before which another object of the same size replaces the object: its bytes are
+            inverted, its version differs, and reads of the old version fail with SourceChangedError.
+        first: Faults of the first calls, in order; None is no fault. The shares apply to later calls.
+        operations: The operations that have faults.
+        most: Largest number of faults in all; None for no limit.
+        stall_seconds: Length of a stall; None for one that only ``close`` ends.
+        retry_after_seconds: Wait that a throttling server asks for.
+        latency_seconds: Delay of every call.
+        bytes_per_second: Bandwidth of each read; None for no limit.
+        total_bytes_per_second: Bandwidth of all reads together; None for no limit.
+        seed: Seed of the random choices.
     """
 
     reset: float = _share()
@@ -95,30 +94,30 @@ class FaultPolicy:
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        """Refuse what cannot be drawn."""
+        """Check the shares and the operations."""
         if math.fsum(self.shares.values()) > 1:
             message = f"the shares of a FaultPolicy add up to more than 1: {dict(self.shares)}"
             raise ValueError(message)
         known = get_args(_Operation)
         unknown = sorted(self.operations - {*known})
         if unknown:
-            message = f"a FaultPolicy knows the operations {', '.join(known)}, not {', '.join(unknown)}"
+            message = f"unknown operations of a FaultPolicy: {', '.join(unknown)}; it supports {', '.join(known)}"
             raise ValueError(message)
 
     @property
     def shares(self) -> Mapping[Fault, float]:
-        """Each fault's share."""
+        """The share of each fault."""
         return {fault: getattr(self, fault) for fault in _FAULTS}
 
 
 @frozen
 class _Read:
-    """A read of runs; of one range, all of whose bytes are runs of one byte without gaps.
+    """A read of runs. A range is a read of runs of one byte without gaps.
 
     Attributes:
         kind: The method.
-        operation: What it does, for people.
-        path: Of the object.
+        operation: Description of the operation, for messages.
+        path: Path of the object.
         offset: First byte.
         run_bytes: Length of a run.
         stride_bytes: From the start of a run to the start of the next.
@@ -150,8 +149,8 @@ class FaultyStorage:
         Counter({'truncation': 1})
 
     Args:
-        inner: Where the bytes come from; closed with this one.
-        policy: What goes wrong.
+        inner: The storage to wrap; it is closed with this one.
+        policy: The faults to inject.
     """
 
     def __init__(self, inner: Storage, policy: FaultPolicy) -> None:
@@ -172,7 +171,7 @@ class FaultyStorage:
 
     @property
     def patience_seconds(self) -> float:
-        """How long reads wait for a server that says nothing: those of the inner storage, too, if it is patient."""
+        """Longest wait of a read for a silent server; also that of the inner storage, if it has this attribute."""
         return self._patience_seconds
 
     @patience_seconds.setter
@@ -183,18 +182,18 @@ class FaultyStorage:
 
     @property
     def injected(self) -> Counter[Fault]:
-        """How often each fault happened so far."""
+        """Number of each injected fault so far."""
         with self._lock:
             return self._injected.copy()
 
     @property
     def calls(self) -> Counter[str]:
-        """How often each operation was called so far."""
+        """Number of calls of each operation so far."""
         with self._lock:
             return self._calls.copy()
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """As the inner storage's; a reset ends it after some objects."""
+        """List as the inner storage does; a reset ends the list after some objects."""
         fault, chance = self._draw("list", prefix, 0)
         self._wait("list", prefix, fault)
         found = [self._seen(info) for info in self._inner.list(prefix)]
@@ -204,7 +203,7 @@ class FaultyStorage:
         yield from found
 
     def stat(self, path: str) -> ObjectInfo:
-        """As the inner storage's."""
+        """Return the result of the inner storage, or fail."""
         fault, _ = self._draw("stat", path, 0)
         self._wait("stat", path, fault)
         if fault == "reset":
@@ -212,7 +211,7 @@ class FaultyStorage:
         return self._seen(self._inner.stat(path))
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
-        """As the inner storage's, or with a fault."""
+        """Read from the inner storage, or inject a fault."""
         operation = f"read {byte_range(offset, len(buffer))}"
 
         def read(wanted: int, inner_version: str | None) -> int:
@@ -224,7 +223,7 @@ class FaultyStorage:
     def _read_runs(
         self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
     ) -> int:
-        """As the inner storage's, or with a fault."""
+        """Read from the inner storage, or inject a fault."""
         inner = cast("RunStorage", self._inner)
         operation = f"read runs of {run_bytes} bytes from {offset} on"
 
@@ -237,7 +236,7 @@ class FaultyStorage:
     def _read(
         self, call: _Read, buffer: memoryview, version: str | None, read: Callable[[int, str | None], int]
     ) -> int:
-        """What ``read`` brings of a number of bytes and of a version, or less, or something else."""
+        """Call ``read`` with a number of bytes and a version, and inject the fault of the call."""
         operation, path = call.operation, call.path
         with self._lock:
             broken = (path, call.offset) in self._broken
@@ -277,10 +276,10 @@ class FaultyStorage:
         with self._lock:
             self._replaced[path] += 1
 
-    # -- what happens -------------------------------------------------------------------------------------------------
+    # -- choice of faults ---------------------------------------------------------------------------------------------
 
     def _draw(self, operation: _Operation, path: str, offset: int) -> tuple[Fault | None, random.Random]:
-        """The fault that happens to this call, and the source of whatever else is left to chance in it."""
+        """The fault of this call, and the random generator for its details."""
         policy = self._policy
         with self._lock:
             self._calls[operation] += 1
@@ -306,7 +305,7 @@ class FaultyStorage:
             return fault, chance
 
     def _wait(self, operation: str, path: str, fault: Fault | None, patience_seconds: float = math.inf) -> None:
-        """What a call has to go through before it reaches the inner storage."""
+        """Inject latency, stalls and refusals before a call of the inner storage."""
         silence = self._policy.latency_seconds
         if fault == "stall":
             silence += math.inf if self._policy.stall_seconds is None else self._policy.stall_seconds
@@ -321,7 +320,7 @@ class FaultyStorage:
             raise self._error(ThrottledError, reason, operation, path, retry_after_seconds=after)
 
     def _arrives_at(self, count: int, begun: float) -> float:
-        """When the last of ``count`` bytes is here, which are sent from ``begun`` on, or when the line is free."""
+        """Arrival time of the last of ``count`` bytes, which are sent at ``begun``, or as soon as the line is free."""
         alone, together = self._policy.bytes_per_second, self._policy.total_bytes_per_second
         arrival = begun if alone is None else begun + count / alone
         if together is None:
@@ -331,12 +330,12 @@ class FaultyStorage:
             return max(arrival, self._line_free_at)
 
     def _sleep(self, seconds: float, operation: str, path: str) -> None:
-        """Wait, but no longer than until the storage is closed."""
+        """Wait, at most until the storage is closed."""
         if seconds > 0 and self._closed.wait(None if math.isinf(seconds) else seconds):
             raise self._error(BackendError, "the storage was closed", operation, path)
 
     def _pinned(self, path: str, version: str | None, operation: str) -> tuple[str | None, int]:
-        """The inner storage's version that is meant by ``version``, and how often the object was replaced since."""
+        """The inner storage's version for ``version``, and how often the object was replaced."""
         with self._lock:
             replaced = self._replaced[path]
         if version is None or not replaced:
@@ -348,7 +347,7 @@ class FaultyStorage:
         return start, replaced
 
     def _seen(self, info: ObjectInfo) -> ObjectInfo:
-        """``info`` as this storage tells it."""
+        """``info`` with the version of this storage."""
         with self._lock:
             replaced = self._replaced[info.path]
         if not replaced:

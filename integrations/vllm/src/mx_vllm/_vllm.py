@@ -1,4 +1,4 @@
-"""All that is used of vLLM beyond its public ways to register and to be a model loader, of the versions named here.
+"""All use of vLLM beyond its public API for model loaders, for the versions listed here.
 
 Whoever supports another version looks here, and nowhere else.
 """
@@ -37,11 +37,11 @@ _USUAL_INDEX = "model.safetensors.index.json"
 
 
 class UnsupportedVllmError(RuntimeError):
-    """This version of vLLM is not known to work."""
+    """This version of vLLM is not supported."""
 
 
 def version() -> str:
-    """The version of vLLM that is installed; ``unknown`` where no distribution says so."""
+    """The installed version of vLLM; ``unknown`` without a distribution."""
     for name in _DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -49,7 +49,7 @@ def version() -> str:
 
 
 def check_version() -> None:
-    """Refuse versions that this was never tried with.
+    """Refuse versions that were not tested.
 
     Raises:
         UnsupportedVllmError: It is one.
@@ -67,7 +67,7 @@ def check_version() -> None:
 
 
 def register_load_format(load_format: str, loader: type) -> None:
-    """Have vLLM use ``loader``, whoever had the name before; vLLM's warning about that is left out."""
+    """Register ``loader`` with vLLM, also if the name is taken, without vLLM's warning."""
     from vllm.model_executor import model_loader
 
     known: dict[str, Any] = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
@@ -76,7 +76,7 @@ def register_load_format(load_format: str, loader: type) -> None:
 
 
 def own_loader(load_config: Any) -> Any:
-    """The loader that vLLM uses by itself, for the same files."""
+    """The loader of vLLM for the same files."""
     from vllm.model_executor.model_loader import DefaultModelLoader
 
     own = dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={})
@@ -85,7 +85,7 @@ def own_loader(load_config: Any) -> Any:
 
 @dataclasses.dataclass
 class Source:
-    """One of the places that vLLM reads the weights of a model from.
+    """One of the places from which vLLM reads the weights of a model.
 
     Attributes:
         of_vllm: As vLLM describes it.
@@ -97,12 +97,12 @@ class Source:
 
     @property
     def prefix(self) -> str:
-        """What is put before the names of its tensors."""
+        """Prefix of the names of its tensors."""
         return str(self.of_vllm.prefix)
 
 
 def sources_of(model: Any, model_config: Any) -> list[Source]:
-    """Where vLLM would read the weights of ``model`` from."""
+    """The places from which vLLM would read the weights of ``model``."""
     from vllm.model_executor.model_loader import DefaultModelLoader
 
     given = {
@@ -119,7 +119,7 @@ def sources_of(model: Any, model_config: Any) -> list[Source]:
 
 
 def safetensors_of(own: Any, source: Source) -> str | None:
-    """What to open to read just the files that vLLM chose for ``source``, downloaded if need be.
+    """The files that vLLM chose for ``source``, downloaded if necessary.
 
     Returns:
         A folder, an index or a file; None where vLLM has to read them, which are no safetensors or no whole checkpoint.
@@ -144,7 +144,7 @@ def safetensors_of(own: Any, source: Source) -> str | None:
 
 
 def own_weights(own: Any, source: Source) -> Iterable[tuple[str, Any]]:
-    """The weights of ``source`` as vLLM's own loader reads them, with their prefix."""
+    """The weights of ``source`` from vLLM's own loader, with their prefix."""
     weights: Iterable[tuple[str, Any]] = own._get_weights_iterator(source.of_vllm)
     return weights
 
@@ -202,7 +202,7 @@ def _put_back(value: Any, before: Iterable[Any]) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is to say what all ranks would say alike."""
+    """Whether this process logs the messages that are equal on all ranks."""
     from vllm.distributed.parallel_state import get_world_group
 
     return bool(get_world_group().is_first_rank)
@@ -216,13 +216,13 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
     group = get_world_group()
     if group.world_size == 1:
         return list(flags)
-    # On the CPU, whatever device models are made on.
+    # On the CPU, independent of the device of the model.
     votes = torch.tensor(flags, dtype=torch.int32, device="cpu")
     torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group)
     return [bool(vote) for vote in votes]
 
 
 def share_log_handlers(logger: logging.Logger) -> None:
-    """Have what ``logger`` says appear as vLLM's own messages do, unless somebody configured it otherwise."""
+    """Log messages of ``logger`` like vLLM's own, unless it is configured."""
     if not logger.hasHandlers():
         logger.handlers = list(logging.getLogger("vllm").handlers)

@@ -1,4 +1,4 @@
-"""What users see of a load: what was chosen and why, progress, a summary; and what Prometheus sees."""
+"""Reports loads to users and Prometheus: the choice of the place, progress, a summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mx_vllm._metrics import LoadMetrics, load_metrics
 
 __all__ = ["LoadWatch"]
 
-#: Where no terminal shows a bar, a line says this often how far the load is.
+#: Time between log lines about progress, without a terminal.
 _LINE_SECONDS = 10.0
 
 

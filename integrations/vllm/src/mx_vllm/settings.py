@@ -1,4 +1,4 @@
-"""What can be set of the integration."""
+"""Settings of the integration."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["VllmSettings"]
 
 @frozen
 class VllmSettings:
-    """Where vLLM's weights come from."""
+    """The source of vLLM's weights."""
 
     model_uri: str | None = env(
         "MX_MODEL_URI",
         default=None,
         shown=redacted,
-        help="Where the weights are: any URI or path. Unset: the files that vLLM itself finds for its --model.",
+        help="The weights: any URI or path. Unset: the files that vLLM finds for its --model.",
     )
     fallback: bool = env(
         "MX_FALLBACK",
         default=True,
         converter=boolean,
-        help="Whether vLLM's own loader loads the weights, on every rank, where ours fails on any.",
+        help="Whether vLLM's own loader loads the weights on every rank if ours fails on any.",
     )
