@@ -19,8 +19,8 @@ import modelexpress_core as mx
 from devtools import settings_reference
 from modelexpress_core import errors, events, hookspecs, providers
 from modelexpress_core.cli.app import build_app
-from modelexpress_core.contracts import candidates as candidate_contract
 from modelexpress_core.contracts import authenticator, metadata_store, service
+from modelexpress_core.contracts import candidates as candidate_contract
 from modelexpress_core.contracts import storage as protocol
 from modelexpress_core.fetch import limiter
 from modelexpress_core.plugins import PluginManager
