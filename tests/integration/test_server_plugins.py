@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import doctest
+import inspect
 import types
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import pytest
 import torch
 from prometheus_client import Counter
 
-from modelexpress_core import hookimpl
+from modelexpress_core import hookimpl, hookspecs
 from modelexpress_core.contracts.authenticator import Refusal, RefusedError
 from modelexpress_core.contracts.identity import Engine, SourceIdentity
 from modelexpress_core.contracts.metadata_store import StoreUnavailableError
@@ -41,7 +42,6 @@ from modelexpress_core.wire.rpc import API, HEALTH, P2P, STANDARD_HEALTH, Servic
 from modelexpress_core.wire.settings import AuthSettings, TokenSettings
 from tests.support.plugins import core_and
 
-_PAGE = Path(__file__).parents[2] / "docs" / "hooks.md"
 _SETTINGS = ServerSettings(host="127.0.0.1", port=0, metrics_port=0, drain_seconds=5.0)
 
 Call = Callable[[grpc.Channel, str], None]
@@ -83,10 +83,10 @@ def metrics_at(url: str) -> str:
 
 
 def test_the_example_is_served() -> None:
-    """That of the page on hooks, which asks the server's store; its health and its calls are told as others' are."""
-    section = _PAGE.read_text().partition("### mx_register_server_services\n")[2].partition("\n### ")[0]
+    """The example of the hook, which asks the server's store; its health and its calls are reported like others."""
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(hookspecs.mx_register_server_services) or "")
     plugin = types.ModuleType("example")
-    exec("\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)), vars(plugin))
+    exec("".join(part.source for part in examples), vars(plugin))
     counted = []
 
     def call(channel: grpc.Channel, metrics: str) -> None:
