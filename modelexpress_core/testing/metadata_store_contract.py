@@ -1,4 +1,4 @@
-"""The contract of every metadata store: what the server relies on, as tests that run against the real thing."""
+"""The contract of metadata stores: the rules that the server relies on, as tests that run against a real store."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class MetadataStoreContract(Contract, contract=True):
 
     @pytest.fixture
     def open_store(self) -> Callable[[], MetadataStore]:
-        """What opens the store; called within an event loop. What it opens may hold what others have put there."""
+        """A function that opens the store; called within an event loop. The store may contain records of others."""
         raise NotImplementedError
 
     @pytest.fixture
     def run(self, open_store: Callable[[], MetadataStore]) -> _Run:
-        """Runs a scenario with a store that is open, and closes it."""
+        """Open a store, run a scenario with it, and close it."""
 
         def run(scenario: Callable[[MetadataStore], Awaitable[None]]) -> None:
             async def opened() -> None:
@@ -69,11 +69,11 @@ class MetadataStoreContract(Contract, contract=True):
 
     @pytest.fixture
     def source_id(self) -> str:
-        """An id that no other test has."""
+        """An id that no other test uses."""
         return uuid4().hex[:16]
 
     def test_what_was_published_is_found(self, run: _Run, source_id: str) -> None:
-        """With all its fields and bytes, as of the store's clock."""
+        """A published record is found with all its fields and bytes, and with the time of the store's clock."""
         published = _source(
             source_id,
             "a",
@@ -102,7 +102,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_what_was_not_published_is_not_found(self, run: _Run, source_id: str) -> None:
-        """None, an empty list and False, and no error."""
+        """For an unknown record, get returns None, list nothing and update False, without an error."""
 
         async def scenario(store: MetadataStore) -> None:
             assert await store.get(source_id, "a") is None
@@ -112,7 +112,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_publishing_again_replaces(self, run: _Run, source_id: str) -> None:
-        """Everything, so that a worker that started anew is not taken for the one before; indexes follow."""
+        """A second publication replaces the whole record and its index entries, as for a restarted worker."""
 
         async def scenario(store: MetadataStore) -> None:
             await store.publish(_source(source_id, "a", model_name=f"old-{source_id}", source_load=0.5, worker_rank=1))
@@ -127,7 +127,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_every_combination_of_filters(self, run: _Run, source_id: str) -> None:
-        """Source, model and state, each of them or none."""
+        """Filters by source, model and status work in every combination."""
         other_id = uuid4().hex[:16]
         model, other_model = f"m-{source_id}", f"n-{source_id}"
         sources = [
@@ -151,14 +151,14 @@ class MetadataStoreContract(Contract, contract=True):
                             and wanted_model in {None, source.record.model_name}
                             and status in {None, source.record.status}
                         ]
-                        # A store that others use holds more.
+                        # A shared store may contain other records.
                         ours = [each for each in listing.records if each.source_id in {source_id, other_id}]
                         assert expected == sorted(record.worker_id for record in ours)
 
         run(scenario)
 
     def test_updates(self, run: _Run, source_id: str) -> None:
-        """State and time change; the load too where it is given, and nothing else."""
+        """An update changes status and time, and the load if it is given; nothing else."""
 
         async def scenario(store: MetadataStore) -> None:
             await store.publish(_source(source_id, "a", status=SourceStatus.INITIALIZING, accelerator="cuda"))
@@ -181,7 +181,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_a_record_belongs_to_its_publisher(self, run: _Run, source_id: str) -> None:
-        """Neither an update nor a new record by another; one that was published by nobody belongs to all."""
+        """Only its publisher may update or replace a record; a record without a publisher belongs to all."""
 
         async def scenario(store: MetadataStore) -> None:
             await store.publish(_source(source_id, "a", publisher="alice"))
@@ -202,7 +202,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_silent_sources_become_stale_and_go(self, run: _Run, source_id: str) -> None:
-        """Whatever state they are in, but not those that spoke; stale ones are removed, from every index."""
+        """Silent sources of any status become stale, later they are removed from every index; others stay."""
         states = [SourceStatus.UNKNOWN, SourceStatus.INITIALIZING, _READY]
 
         async def scenario(store: MetadataStore) -> None:
@@ -229,7 +229,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_a_stale_source_that_speaks_is_ready_again(self, run: _Run, source_id: str) -> None:
-        """Its worker was only slow."""
+        """A heartbeat makes a stale source ready again: its worker was only slow."""
 
         async def scenario(store: MetadataStore) -> None:
             await store.publish(_source(source_id, "a"))
@@ -245,7 +245,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_counts(self, run: _Run, source_id: str) -> None:
-        """By state; a change of state moves one from here to there."""
+        """Counts are by status, and follow changes of status."""
 
         async def scenario(store: MetadataStore) -> None:
             before = await store.counts()
@@ -260,7 +260,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_one_leads_at_a_time(self, run: _Run, source_id: str) -> None:
-        """Whoever leads goes on leading while it asks in time; another leads once it has stopped asking."""
+        """A leader stays leader while it renews in time; another can lead once it has stopped renewing."""
 
         async def scenario(store: MetadataStore) -> None:
             assert await store.lead(source_id, "first", 2.0)
@@ -277,7 +277,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_many_at_once(self, run: _Run, source_id: str) -> None:
-        """Calls that overlap neither lose a record nor leave an index behind."""
+        """Concurrent calls lose no record, and leave no stale index entry."""
 
         async def scenario(store: MetadataStore) -> None:
             names = [f"worker-{number}" for number in range(40)]
@@ -292,8 +292,8 @@ class MetadataStoreContract(Contract, contract=True):
 
         run(scenario)
 
-    def test_it_can_be_asked(self, run: _Run) -> None:
-        """And says so."""
+    def test_check_succeeds(self, run: _Run) -> None:
+        """``check`` of a reachable store raises nothing."""
 
         async def scenario(store: MetadataStore) -> None:
             await store.check()
