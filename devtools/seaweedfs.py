@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from devtools.processes import end_with_parent
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
@@ -167,6 +169,7 @@ class SeaweedFS:
                 stderr=subprocess.STDOUT,
                 cwd=self._directory,
                 start_new_session=True,
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls nothing that takes a lock
             )
 
     def _wait_till_ready(self) -> None:

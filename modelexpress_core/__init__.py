@@ -1,6 +1,6 @@
-"""ModelExpress: model weights from wherever they are, straight to where they belong.
+"""ModelExpress loads model weights from storages and peers straight into place.
 
-Everything public is here, and is imported at first use: importing this package imports no torch and no SDK.
+This package has the public API. Names are imported at first use: importing the package imports no torch and no SDK.
 """
 
 from __future__ import annotations

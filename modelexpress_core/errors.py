@@ -1,31 +1,31 @@
-"""Every error that ModelExpress raises, and how its message is put together.
+"""Every error that ModelExpress raises, and the parts of its message.
 
 ::
 
     ModelExpressError
     ├── SettingsError                 a variable or option has a value that cannot be used
     ├── PluginError                   a plugin cannot be used (.plugin names its distribution)
-    │   ├── PluginLoadError           it does not import, or does not keep to the hook contract
-    │   ├── PluginConflictError       two plugins claim one scheme and nothing settles it
-    │   └── PluginApiError            it was built for another version of the hook contract
-    ├── ResolveError                  a URI leads nowhere
+    │   ├── PluginLoadError           it does not import, or breaks the hook contract
+    │   ├── PluginConflictError       two plugins claim one scheme, and no setting selects one
+    │   └── PluginApiError            it was written for another version of the hook contract
+    ├── ResolveError                  a URI has no place to load from
     │   ├── InvalidURIError           it is not a URI
     │   └── UnknownSchemeError        no installed plugin handles its scheme
-    ├── CheckpointError               the files are there, but are no valid checkpoint (.uri .file)
+    ├── CheckpointError               the files are no valid checkpoint (.uri .file)
     ├── PlacementError                the destination does not fit the checkpoint (.tensor)
-    ├── IncompleteLoadError           something that had to be written was not (.missing .unexpected)
+    ├── IncompleteLoadError           part of the model was not written (.missing .unexpected)
     └── BackendError                  a storage or a peer failed (.uri .provider .retryable .peer_at_fault)
         ├── NotFoundError
         ├── AccessDeniedError
-        ├── UnavailableError          a passing fault, unreachable, connection lost: trying again may help
-        │   └── ThrottledError        it is asked too much: trying again helps later, and fewer at a time
+        ├── UnavailableError          a temporary fault, unreachable, connection lost: a retry may help
+        │   └── ThrottledError        it receives too many requests: retry later, with fewer at a time
         ├── DeadlineError             no answer in time
-        ├── IntegrityError            the bytes are not the bytes that were stored
-        ├── SourceChangedError        the object is no longer the version that the load began with
-        └── UnsupportedError          the backend cannot do this
+        ├── IntegrityError            the bytes differ from those that were stored
+        ├── SourceChangedError        the object has another version than at the start of the load
+        └── UnsupportedError          the backend does not support this
 
-A backend classifies: it picks the class and says whether trying again can help.
-Only ``modelexpress_core.fetch.retry`` acts on that.
+A backend classifies errors: its class and ``.retryable`` say whether a retry can help.
+Only ``modelexpress_core.fetch.retry`` retries.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ __all__ = [
 
 
 class ModelExpressError(Exception):
-    """Base of all errors raised on purpose.
+    """Base of all our errors.
 
     Args:
         message: What happened, naming the object and the operation.
-        cause: The likely cause, where it is not plain from the message.
+        cause: The likely cause, if the message does not show it.
         hint: What to do next.
     """
 
@@ -89,22 +89,22 @@ class ModelExpressError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickle would call the class with the message alone, and engines hand errors from process to process.
-        return _rebuilt, (type(self), self.args, self.__dict__)
+        # Engines pass errors between processes; by default pickle would call the class with the message alone.
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
 def _sentence(text: str) -> str:
     return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
-def _rebuilt(cls: type[ModelExpressError], args: tuple[Any, ...], state: dict[str, Any]) -> ModelExpressError:
+def _rebuild(cls: type[ModelExpressError], args: tuple[Any, ...], state: dict[str, Any]) -> ModelExpressError:
     error = cls.__new__(cls, *args)
     error.__dict__.update(state)
     return error
 
 
 class SettingsError(ModelExpressError):
-    """A variable or option has a value that cannot be used; all bad ones are named at once."""
+    """Variables or options have values that cannot be used. The message names all of them."""
 
 
 class PluginError(ModelExpressError):
@@ -112,7 +112,7 @@ class PluginError(ModelExpressError):
 
     Args:
         message: What happened.
-        plugin: Name of the distribution that is at fault.
+        plugin: Name of the distribution that caused the error.
         cause: The likely cause.
         hint: What to do next.
     """
@@ -130,19 +130,19 @@ class PluginError(ModelExpressError):
 
 
 class PluginLoadError(PluginError):
-    """A plugin does not import, or does not keep to the hook contract."""
+    """A plugin does not import, or breaks the hook contract."""
 
 
 class PluginConflictError(PluginError):
-    """Two plugins claim one scheme, and no setting says which is meant."""
+    """Two plugins claim one scheme, and no setting selects one."""
 
 
 class PluginApiError(PluginError):
-    """A plugin was built for another version of the hook contract."""
+    """A plugin was written for another version of the hook contract."""
 
 
 class ResolveError(ModelExpressError):
-    """A URI leads nowhere."""
+    """A URI has no place to load from."""
 
 
 class InvalidURIError(ResolveError):
@@ -154,12 +154,12 @@ class UnknownSchemeError(ResolveError):
 
 
 class CheckpointError(ModelExpressError):
-    """The files were read, but they are no valid checkpoint.
+    """The files were read, and are no valid checkpoint.
 
     Args:
         message: What is wrong.
         uri: Redacted URI of the checkpoint.
-        file: The file at fault, relative to the checkpoint.
+        file: The invalid file, relative to the checkpoint.
         cause: The likely cause.
         hint: What to do next.
     """
@@ -179,11 +179,11 @@ class CheckpointError(ModelExpressError):
 
 
 class PlacementError(ModelExpressError):
-    """A destination does not fit what the checkpoint holds.
+    """A destination does not fit the tensors of the checkpoint.
 
     Args:
         message: What does not fit.
-        tensor: Name of the tensor concerned.
+        tensor: Name of the tensor.
         cause: The likely cause.
         hint: What to do next.
     """
@@ -201,12 +201,12 @@ class PlacementError(ModelExpressError):
 
 
 class IncompleteLoadError(ModelExpressError):
-    """A load ended without everything being where it belongs.
+    """A load ended before everything was in place.
 
     Args:
         message: What is incomplete.
-        missing: Names of the tensors that were not (or not wholly) written.
-        unexpected: Names in the checkpoint that have no destination.
+        missing: Names of the destinations that were not written, or only in part.
+        unexpected: Names of the tensors in the checkpoint that have no destination.
         cause: The likely cause.
         hint: What to do next.
     """
@@ -226,16 +226,16 @@ class IncompleteLoadError(ModelExpressError):
 
 
 class BackendError(ModelExpressError):
-    """A storage or a peer did not do what it was asked.
+    """A storage or a peer failed.
 
     Args:
-        reason: What came back, without the URI (it is put in front).
+        reason: What came back, without the URI, which the message puts in front.
         uri: Redacted URI of the object.
-        operation: What was tried, as a verb phrase: ``"read bytes 0-99"``.
-        provider: Name of the plugin that was asked.
-        retryable: Whether the same request may succeed later; by default what the class says.
-        peer_at_fault: Whether the other side is to blame, so that other loads should avoid it.
-        retry_after_seconds: How long the other side asked to be left alone.
+        operation: The operation that failed, as a verb phrase: ``"read bytes 0-99"``.
+        provider: Name of the plugin.
+        retryable: Whether the same request may succeed later; by default a property of the class.
+        peer_at_fault: Whether the peer caused the error, so that other loads should avoid it.
+        retry_after_seconds: Time that the server asked to wait before a retry.
         cause: The likely cause.
         hint: What to do next.
     """
@@ -262,12 +262,12 @@ class BackendError(ModelExpressError):
         self.retryable = self.default_retryable if retryable is None else retryable
         self.peer_at_fault = peer_at_fault
         self.retry_after_seconds = retry_after_seconds
-        #: How often the operation was tried in all; set by the retry policy when it gives up.
+        #: Number of attempts in all; the retry policy sets it when it gives up.
         self.attempts = 1
 
     @property
     def headline(self) -> str:
-        """What was tried, of what, how often, and what came back."""
+        """The operation, its object, the number of attempts, and what came back."""
         tried = f"could not {self.operation}" if self.operation else ""
         tried = " of ".join(part for part in (tried, self.uri) if part)
         attempts = f" after {self.attempts} attempts" if self.attempts > 1 else ""
@@ -279,17 +279,17 @@ class NotFoundError(BackendError):
 
 
 class AccessDeniedError(BackendError):
-    """Credentials are missing, wrong, expired, or not allowed to do this."""
+    """Credentials are missing, wrong or expired, or do not allow this."""
 
 
 class UnavailableError(BackendError):
-    """The other side has a passing fault or cannot be reached, or the connection broke."""
+    """The server has a temporary fault or cannot be reached, or the connection broke."""
 
     default_retryable = True
 
 
 class ThrottledError(UnavailableError):
-    """The other side is asked too much (HTTP 429, or 503 with SlowDown); concurrency is lowered."""
+    """The server receives too many requests (HTTP 429, or 503 with SlowDown). Concurrency is lowered."""
 
 
 class DeadlineError(BackendError):
@@ -299,12 +299,12 @@ class DeadlineError(BackendError):
 
 
 class IntegrityError(BackendError):
-    """The bytes that arrived are not the bytes that were stored."""
+    """The bytes that arrived differ from those that were stored."""
 
 
 class SourceChangedError(BackendError):
-    """The object is no longer the version that the load began with; versions are never mixed."""
+    """The object has another version than at the start of the load. Versions are never mixed."""
 
 
 class UnsupportedError(BackendError):
-    """The backend cannot do what was asked."""
+    """The backend does not support the operation."""

@@ -1,4 +1,4 @@
-"""What observers are told: one frozen event per call, so that fields can be added without breaking them."""
+"""The events that observe hooks get: frozen objects, to which fields can be added without breaking plugins."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["LoadFailed", "LoadFinished", "LoadProgress", "LoadStarted"]
 
 @frozen
 class LoadStarted:
-    """A load begins: the checkpoint is open, no weight byte has moved.
+    """A load begins: the checkpoint is open, and no weight has been fetched.
 
     Attributes:
-        load_id: Tells the events of concurrent loads apart.
+        load_id: Identifies the load among concurrent ones.
         uri: Redacted URI of the checkpoint.
         provider: Name of the storage plugin.
         files: Number of checkpoint files.
         tensors: Number of tensors in them.
-        checkpoint_bytes: Bytes of all tensors in them.
+        checkpoint_bytes: Bytes of these tensors.
     """
 
     load_id: str
@@ -38,18 +38,18 @@ class LoadProgress:
     """Some of the planned bytes have arrived; sent a few times a second at most.
 
     Attributes:
-        load_id: Tells the events of concurrent loads apart.
+        load_id: Identifies the load among concurrent ones.
         uri: Redacted URI of the checkpoint.
         bytes_done: Bytes that arrived.
-        bytes_planned: Bytes planned so far; grows while the engine still records.
+        bytes_planned: Bytes planned so far; grows while copies are still recorded.
         planning_done: Whether ``bytes_planned`` is final.
-        seconds: Since the load began.
-        bytes_per_second: Goodput over the last few seconds.
-        eta_seconds: Time left at that rate; None while it cannot be said.
-        retries: Reads tried again so far.
-        limiter: What limits the load now: ``"source"`` (the storage asks for less, or fails), ``"network"`` (or what is
-            behind it), ``"cpu"``, ``"destination"`` (copying to where the bytes belong), ``"planning"`` (the code that
-            loads); empty while that cannot be said.
+        seconds: Time since the load began.
+        bytes_per_second: Goodput of the last few seconds.
+        eta_seconds: Time left at that rate; None while it is unknown.
+        retries: Number of reads that were retried so far.
+        limiter: What limits the load now: ``"source"`` (the storage throttles or fails), ``"network"`` (the network, or
+            the disk or server behind it), ``"cpu"``, ``"destination"`` (copies to the destination), ``"planning"`` (the
+            code that loads); empty while it is unknown.
     """
 
     load_id: str
@@ -66,11 +66,11 @@ class LoadProgress:
 
 @frozen
 class LoadFinished:
-    """Every planned byte is where it belongs.
+    """A load has ended well: every planned byte is in place and verified.
 
     Attributes:
-        load_id: Tells the events of concurrent loads apart.
-        report: What was done.
+        load_id: Identifies the load among concurrent ones.
+        report: Figures of the load.
     """
 
     load_id: str
@@ -79,13 +79,13 @@ class LoadFinished:
 
 @frozen
 class LoadFailed:
-    """A load ended with an error.
+    """A load has failed.
 
     Attributes:
-        load_id: Tells the events of concurrent loads apart.
+        load_id: Identifies the load among concurrent ones.
         uri: Redacted URI of the checkpoint.
         error: The exception.
-        seconds: Since the load began.
+        seconds: Time since the load began.
     """
 
     load_id: str

@@ -1,20 +1,22 @@
-"""The hook contract: every function that a plugin may implement, and nothing else.
+"""The hook contract: every function that a plugin may implement.
 
 A plugin is a distribution with one entry point in the group ``modelexpress.plugins``. The entry point has the
-distribution's name and points to a module (by convention ``plugin``) that holds functions marked with
-``modelexpress_core.hooks.hookimpl``::
+distribution's name and points to a module (by convention ``plugin``). The module holds functions that are marked with
+``modelexpress_core.hookimpl``::
 
     [project.entry-points."modelexpress.plugins"]
     mx-hello = "mx_hello.plugin"
 
 There are three kinds of hook:
 
-- **register** hooks (``mx_register_*``) take no arguments, do no I/O and return records. They are called once, when
-  plugins are loaded. Core checks the records and looks schemes up in tables from then on.
-- **policy** hooks decide. The first plugin that returns something other than None settles the matter.
-- **observe** hooks (``mx_load_*``) are told what happens. Their result is ignored and their exceptions are contained.
+- **Register** hooks (``mx_register_*``) take no arguments, do no I/O and return records. They are called once, when
+  plugins are loaded. Core checks the records and builds tables from them.
+- **Policy** hooks decide. The first result other than None counts. An exception fails the load and names the plugin.
+- **Observe** hooks (``mx_load_*``) get one frozen event. Core ignores their result, and catches and logs their
+  exceptions.
 
-Tensors and bytes never pass through a hook. Importing a plugin module must not import torch or an SDK.
+A function takes as many of a hook's arguments as it needs, by name. Tensors and bytes never pass through a hook.
+Importing a plugin module must not import torch or an SDK: factories import them.
 """
 
 from __future__ import annotations
@@ -41,20 +43,21 @@ if TYPE_CHECKING:
 
 @hookspec
 def mx_register_storages() -> Iterable[StorageProvider]:  # type: ignore[empty-body]  # a specification
-    """Storages that this plugin offers.
+    """Register storages, which read checkpoints.
 
-    Not called again after plugins are loaded, and never once per URI: schemes are looked up in a table.
+    Called once, when plugins are loaded. Never called for a URI: core looks up its scheme in a table of the records.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
-        >>> from modelexpress_core.providers import StorageProvider
+        >>> from modelexpress_core import hookimpl
+        >>> from modelexpress_core.providers import StorageCapabilities, StorageProvider
         >>> def open_hello(uri, settings):
-        ...     from mx_hello._storage import HelloStorage
+        ...     from mx_hello._storage import HelloStorage  # imports the SDK, at first use
         ...
         ...     return HelloStorage(uri.authority)
         >>> @hookimpl
         ... def mx_register_storages():
-        ...     return [StorageProvider("mx-hello", ("hello",), open_hello)]
+        ...     capabilities = StorageCapabilities(concurrency=16, request_cost_bytes=1 << 20)
+        ...     return [StorageProvider("mx-hello", ("hello",), open_hello, capabilities=capabilities)]
         >>> mx_register_storages()[0].schemes
         ('hello',)
     """
@@ -62,33 +65,42 @@ def mx_register_storages() -> Iterable[StorageProvider]:  # type: ignore[empty-b
 
 @hookspec
 def mx_register_transports() -> Iterable[TransportProvider]:  # type: ignore[empty-body]  # a specification
-    """Ways to pull tensors out of a peer's memory.
+    """Register transports, which read tensors from the memory of other workers.
 
-    Not called to open a connection: that is the factory's part, when a candidate of the scheme is tried.
+    Called once, when plugins are loaded. Not called to open a connection: core calls the record's factory for that.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
+        >>> from modelexpress_core import hookimpl
         >>> from modelexpress_core.providers import TransportProvider
+        >>> def open_rdma(uri, settings):
+        ...     from mx_rdma._transport import RdmaTransport
+        ...
+        ...     return RdmaTransport(uri)
         >>> @hookimpl
         ... def mx_register_transports():
-        ...     return [TransportProvider("mx-carrier-pigeon", ("pigeon",), lambda uri, settings: ...)]
+        ...     return [TransportProvider("mx-rdma", ("rdma",), open_rdma)]
         >>> mx_register_transports()[0].name
-        'mx-carrier-pigeon'
+        'mx-rdma'
     """
 
 
 @hookspec
 def mx_register_discoveries() -> Iterable[DiscoveryProvider]:  # type: ignore[empty-body]  # a specification
-    """Ways to find who holds a model now.
+    """Register discoveries, which find the workers and places that hold a model.
 
-    Not called during a load: the factory's product is asked then.
+    Called once, when plugins are loaded. Not called during a load: core calls the record's factory, and the discovery
+    that it returns.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
+        >>> from modelexpress_core import hookimpl
         >>> from modelexpress_core.providers import DiscoveryProvider
+        >>> def open_consul(uri, settings):
+        ...     from mx_consul._discovery import ConsulDiscovery
+        ...
+        ...     return ConsulDiscovery(uri.authority)
         >>> @hookimpl
         ... def mx_register_discoveries():
-        ...     return [DiscoveryProvider("mx-consul", ("consul",), lambda uri, settings: ...)]
+        ...     return [DiscoveryProvider("mx-consul", ("consul",), open_consul)]
         >>> mx_register_discoveries()[0].schemes
         ('consul',)
     """
@@ -96,16 +108,21 @@ def mx_register_discoveries() -> Iterable[DiscoveryProvider]:  # type: ignore[em
 
 @hookspec
 def mx_register_metadata_stores() -> Iterable[MetadataStoreProvider]:  # type: ignore[empty-body]  # a specification
-    """Places where a server may keep its metadata.
+    """Register metadata stores, in which a server keeps its metadata.
 
-    Not called in workers' loads to any effect: only a server opens a metadata store.
+    Called once, when plugins are loaded. Not used by loads: only a server opens a metadata store.
+    ``modelexpress_core.testing.MetadataStoreContract`` tests one.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
+        >>> from modelexpress_core import hookimpl
         >>> from modelexpress_core.providers import MetadataStoreProvider
+        >>> def open_etcd(uri, settings):
+        ...     from mx_etcd._store import EtcdStore
+        ...
+        ...     return EtcdStore(uri.authority)
         >>> @hookimpl
         ... def mx_register_metadata_stores():
-        ...     return [MetadataStoreProvider("mx-etcd", ("etcd",), lambda uri, settings: ...)]
+        ...     return [MetadataStoreProvider("mx-etcd", ("etcd",), open_etcd)]
         >>> mx_register_metadata_stores()[0].schemes
         ('etcd',)
     """
@@ -113,40 +130,52 @@ def mx_register_metadata_stores() -> Iterable[MetadataStoreProvider]:  # type: i
 
 @hookspec
 def mx_register_authenticators() -> Iterable[AuthenticatorProvider]:  # type: ignore[empty-body]  # a specification
-    """Ways to authenticate the calls that servers and workers answer.
+    """Register authenticators, which name the callers of servers and workers.
 
-    Not called for a call: ``MX_AUTH_MODE`` selects one by its name, and its factory is called once, at the start.
+    Called once, when plugins are loaded. Not called for each call: ``MX_AUTH_MODE`` selects an authenticator by its
+    name, and core calls its factory once, when the server starts.
 
     Example:
+        >>> from modelexpress_core import hookimpl
         >>> from modelexpress_core.contracts.authenticator import Refusal, RefusedError
-        >>> from modelexpress_core.hooks import hookimpl
         >>> from modelexpress_core.providers import AuthenticatorProvider
-        >>> class Doorbell:
+        >>> class PasswordAuthenticator:
         ...     by_certificate = False
         ...
+        ...     def __init__(self, password):
+        ...         self._password = password
+        ...
         ...     async def authenticate(self, call):
-        ...         if call.token != "knock knock":
-        ...             raise RefusedError(Refusal.UNAUTHENTICATED, "wrong token")
-        ...         return "visitor"
+        ...         if call.token != self._password:
+        ...             raise RefusedError(Refusal.UNAUTHENTICATED, "wrong password")
+        ...         return "worker"
         >>> @hookimpl
         ... def mx_register_authenticators():
-        ...     return [AuthenticatorProvider("doorbell", lambda settings: Doorbell())]
+        ...     return [AuthenticatorProvider("password", lambda settings: PasswordAuthenticator(settings["PASSWORD"]))]
         >>> mx_register_authenticators()[0].name
-        'doorbell'
+        'password'
     """
 
 
 @hookspec
 def mx_register_server_services() -> Iterable[ServerServiceProvider]:  # type: ignore[empty-body]  # a specification
-    """GRPC services that ``mx serve`` offers beside its own.
+    """Register gRPC services that ``mx serve`` offers in addition to its own.
 
-    Not used where no server runs in the process. The factory is called once, when the server starts.
+    Called once, when plugins are loaded. Not used unless a server runs in the process; then core calls the record's
+    factory once, when the server starts.
+
+    The factory gets a ``ServiceContext`` and returns a ``grpc.GenericRpcHandler``: the result of
+    ``grpc.method_handlers_generic_handler``, or ``context.handler(add_AuditServicer_to_server, servicer)`` for a
+    service that protoc generated. Methods are coroutines or asynchronous generators. The server lists the service in
+    ``grpc.health.v1.Health``, and logs, traces and counts its calls as those of its own services. An exception is
+    logged and answered with INTERNAL. Methods under other service names are not served. The server does not start if
+    the factory fails, or if the server or another plugin has a service of the same name; the message names the plugin.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
+        >>> from modelexpress_core import hookimpl
         >>> from modelexpress_core.providers import ServerServiceProvider
         >>> def make_audit(context):
-        ...     import grpc
+        ...     import grpc  # at first use, like an SDK
         ...
         ...     async def count(request, rpc):
         ...         return str(sum((await context.store.counts()).values())).encode()
@@ -163,12 +192,13 @@ def mx_register_server_services() -> Iterable[ServerServiceProvider]:  # type: i
 
 @hookspec
 def mx_register_commands() -> Iterable[CommandProvider]:  # type: ignore[empty-body]  # a specification
-    """Subcommands of ``mx``.
+    """Register subcommands of ``mx``.
 
-    Not used where the library is called from Python.
+    Called once, when plugins are loaded. Not used if the library is called from Python. If ``mx`` itself has a command
+    of that name, it ignores the plugin's and warns.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
+        >>> from modelexpress_core import hookimpl
         >>> from modelexpress_core.providers import CommandProvider
         >>> def greet():
         ...     print("hello")
@@ -182,13 +212,13 @@ def mx_register_commands() -> Iterable[CommandProvider]:  # type: ignore[empty-b
 
 @hookspec(firstresult=True)
 def mx_rewrite_uri(uri: ModelURI) -> ModelURI | None:
-    """Another URI to use in place of ``uri``, or None to leave it.
+    """Return another URI to load from in place of ``uri``, or None to keep it.
 
-    Not called for the candidates that a discovery returns, nor again for the URI that it returned.
+    Called once for each load, with the URI that the caller passed. Not called for the candidates that a discovery
+    returns, nor again for the URI that this hook returned.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
-        >>> from modelexpress_core.uri import ModelURI
+        >>> from modelexpress_core import ModelURI, hookimpl
         >>> @hookimpl
         ... def mx_rewrite_uri(uri):
         ...     if uri.scheme == "models":
@@ -200,17 +230,17 @@ def mx_rewrite_uri(uri: ModelURI) -> ModelURI | None:
 
 @hookspec(firstresult=True)
 def mx_rank_candidates(request: LoadRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate] | None:
-    """The candidates to try, best first, or None to leave that to the next plugin.
+    """Return the candidates to try, best first, or None to leave the decision to the next plugin.
 
-    Leaving a candidate out means that it is not tried. Not called where there is no candidate at all.
+    Called once for each load, with the places that may hold the model. A candidate that is missing from the result is
+    not tried. Not called if there is no candidate at all.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
+        >>> from modelexpress_core import ModelURI, hookimpl
         >>> from modelexpress_core.contracts.candidates import Candidate, LoadRequest
-        >>> from modelexpress_core.uri import ModelURI
         >>> @hookimpl
         ... def mx_rank_candidates(request, candidates):
-        ...     return sorted(candidates, key=lambda candidate: candidate.uri.scheme != "file")
+        ...     return sorted(candidates, key=lambda candidate: candidate.uri.scheme != "file")  # local files first
         >>> both = [Candidate(ModelURI.parse("s3://bucket/model")), Candidate(ModelURI.parse("/models/model"))]
         >>> [str(c.uri) for c in mx_rank_candidates(LoadRequest(both[0].uri), both)]
         ['file:///models/model', 's3://bucket/model']
@@ -219,12 +249,13 @@ def mx_rank_candidates(request: LoadRequest, candidates: Sequence[Candidate]) ->
 
 @hookspec
 def mx_load_started(event: LoadStarted) -> None:
-    """A checkpoint is open and its weights are about to be fetched.
+    """Observe that a load begins.
 
-    Not called where the checkpoint could not be opened; ``mx_load_failed`` is then.
+    Called when a checkpoint is open, before its weights are fetched. Not called if the checkpoint cannot be opened:
+    ``mx_load_failed`` is called then.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
+        >>> from modelexpress_core import hookimpl
         >>> @hookimpl
         ... def mx_load_started(event):
         ...     print(f"loading {event.tensors} tensors from {event.uri}")
@@ -233,41 +264,44 @@ def mx_load_started(event: LoadStarted) -> None:
 
 @hookspec
 def mx_load_progress(event: LoadProgress) -> None:
-    """Bytes arrived. Called a few times a second, from a thread that fetches: be quick.
+    """Observe the progress of a load.
 
-    Not called for every chunk, and not at all in a load that ends at once.
+    Called a few times a second while bytes arrive, and once at the end, from a thread that fetches: return quickly.
+    Not called for every chunk.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
+        >>> from modelexpress_core import hookimpl
         >>> @hookimpl
         ... def mx_load_progress(event):
-        ...     print(f"{event.bytes_done}/{event.bytes_planned} bytes, {event.eta_seconds} s left")
+        ...     print(f"{event.bytes_done} of {event.bytes_planned} bytes, limited by {event.limiter or 'unknown'}")
     """
 
 
 @hookspec
 def mx_load_finished(event: LoadFinished) -> None:
-    """Every planned byte is in place.
+    """Observe that a load has ended well.
 
-    Not called where anything is missing; ``mx_load_failed`` is then.
+    Called when every planned byte is in place and verified. Not called if anything is missing: ``mx_load_failed`` is
+    called then.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
+        >>> from modelexpress_core import hookimpl
         >>> @hookimpl
         ... def mx_load_finished(event):
-        ...     print(event.report)
+        ...     print(f"{event.report.goodput_bytes_per_second:.0f} bytes/s from {event.report.uri}")
     """
 
 
 @hookspec
 def mx_load_failed(event: LoadFailed) -> None:
-    """A load ended with an error, which is raised to the caller after this.
+    """Observe that a load has failed.
 
-    Not called for errors in the arguments of a call, before any load began.
+    Called before the error is raised to the caller. If several candidates are tried, it is called for each that failed.
+    Not called for errors in the arguments of a call, before any load begins.
 
     Example:
-        >>> from modelexpress_core.hooks import hookimpl
+        >>> from modelexpress_core import hookimpl
         >>> @hookimpl
         ... def mx_load_failed(event):
-        ...     print(f"{event.uri}: {event.error}")
+        ...     print(f"{event.uri}: {type(event.error).__name__} after {event.seconds:.1f} s")
     """

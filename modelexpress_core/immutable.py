@@ -1,4 +1,4 @@
-"""Read-only mappings for frozen records: changes to the mapping that a caller passed in do not reach the record."""
+"""Read-only mappings for frozen records. Later changes of the caller's mapping do not affect the record."""
 
 from __future__ import annotations
 

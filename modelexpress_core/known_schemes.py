@@ -1,4 +1,4 @@
-"""URI schemes that first-party packages handle, and what to install for them: data for messages, nothing else."""
+"""URI schemes that first-party packages handle, and how to install them. Only messages use this data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class KnownScheme:
 
     @property
     def install_hint(self) -> str | None:
-        """What ``pip install`` takes; None if there is nothing to install."""
+        """Argument of ``pip install``; None if there is nothing to install."""
         return f"modelexpress-core[{self.extra}]" if self.extra else None
 
 
@@ -42,7 +42,7 @@ KNOWN_SCHEMES: Mapping[str, KnownScheme] = {
     "nixl": KnownScheme("mx-nixl"),
 }
 
-#: Schemes that other tools use, and ours for the same.
+#: Schemes of other tools, and our schemes for the same storages.
 SYNONYMS: Mapping[str, str] = {
     "s3a": "s3",
     "s3n": "s3",

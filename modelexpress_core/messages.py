@@ -1,4 +1,4 @@
-"""How messages give lists, byte ranges and hints: one way each."""
+"""The format of lists, byte ranges and hints in messages."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Collection
 
 __all__ = ["byte_range", "listed", "with_hint"]
 
-#: Names that a message lists before it says how many more there are.
+#: Number of names that a message lists; it counts the others.
 _LISTED = 8
 
 
 def listed(names: Collection[str], *, most: int = _LISTED, separator: str = ", ") -> str:
-    """``names``, but no more than ``most`` of them: ``"a, b and 3 more"``."""
+    """``names``, or the first ``most`` of them and the number of the others: ``"a, b and 3 more"``."""
     shown = separator.join(list(names)[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def byte_range(offset: int, length: int) -> str:
-    """``length`` bytes from ``offset`` on, with the last one included as in HTTP: ``"bytes 0-99"``."""
+    """The range of ``length`` bytes from ``offset``, with the last byte included, as in HTTP: ``"bytes 0-99"``."""
     return f"bytes {offset}-{offset + length - 1}"
 
 

@@ -1,22 +1,25 @@
-"""What core itself offers, registered the way any plugin's offers are."""
+"""Core's own plugins, registered with the hooks that all plugins use."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.providers import (
+    AuthenticatorProvider,
     CommandProvider,
     DiscoveryProvider,
     MetadataStoreProvider,
+    ServerServiceProvider,
     StorageCapabilities,
     StorageProvider,
     TransportProvider,
 )
 from modelexpress_core.server.settings import ConfigPath, LogSettings, ServerSettings, SpanSettings, StoreVariables
+from modelexpress_core.settings import from_env
 from modelexpress_core.sources.ranking import rank
 from modelexpress_core.sources.settings import (
     DiscoverySettings,
@@ -28,8 +31,10 @@ from modelexpress_core.sources.settings import (
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings, TokenSettings
 
 if TYPE_CHECKING:
+    from modelexpress_core.contracts.authenticator import Authenticator
     from modelexpress_core.contracts.discovery import Discovery
     from modelexpress_core.contracts.metadata_store import MetadataStore
+    from modelexpress_core.contracts.service import ServiceContext
     from modelexpress_core.contracts.storage import Storage
     from modelexpress_core.contracts.transport import Transport
     from modelexpress_core.uri import ModelURI
@@ -174,6 +179,58 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
             settings=(DiscoverySettings, PublishingSettings, WorkerSettings),
         ),
         DiscoveryProvider("static", ("static",), _open_static_discovery, settings=StaticSources),
+    ]
+
+
+def _open_tokens(settings: Mapping[str, str]) -> Authenticator:
+    from modelexpress_core.wire.authentication import TokenAuthenticator
+
+    tokens = from_env(AuthSettings, settings).tokens
+    assert tokens is not None  # noqa: S101 - for the type checker: with the mode token, the settings require them
+    return TokenAuthenticator(tokens)
+
+
+def _open_certificates(settings: Mapping[str, str]) -> Authenticator:  # noqa: ARG001 - a factory's signature
+    from modelexpress_core.wire.authentication import CertificateAuthenticator
+
+    return CertificateAuthenticator()
+
+
+@hookimpl
+def mx_register_authenticators() -> list[AuthenticatorProvider]:
+    """``token`` and ``mtls``."""
+    hint = "modelexpress-core[server]"
+    return [
+        AuthenticatorProvider("token", _open_tokens, install_hint=hint, settings=AuthSettings),
+        AuthenticatorProvider("mtls", _open_certificates, install_hint=hint, settings=TlsSettings),
+    ]
+
+
+def _make_health(context: ServiceContext) -> Any:  # noqa: ANN401 - of gRPC, which is imported within
+    from modelexpress_core.server.services.basic import make_health
+
+    return make_health(context)
+
+
+def _make_api(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
+    from modelexpress_core.server.services.basic import make_api
+
+    return make_api(context)
+
+
+def _make_p2p(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
+    from modelexpress_core.server.services.p2p import make_p2p
+
+    return make_p2p(context)
+
+
+@hookimpl
+def mx_register_server_services() -> list[ServerServiceProvider]:
+    """Health, pings, and the metadata of sources."""
+    return [
+        ServerServiceProvider("model_express.health.HealthService", _make_health),
+        ServerServiceProvider("model_express.api.ApiService", _make_api),
+        ServerServiceProvider("model_express.p2p.P2pService", _make_p2p, settings=ServerSettings),
     ]
 
 

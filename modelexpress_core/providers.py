@@ -1,6 +1,6 @@
-"""The records that register hooks return: what a plugin offers, and how to get it.
+"""The records that register hooks return: each describes one thing that a plugin offers, and holds its factory.
 
-A record is data. Building one does no I/O and imports no SDK; the factory in it does, at first use.
+Records are frozen. Creating one does no I/O and imports no SDK; its factory does, at first use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "TransportProvider",
 ]
 
-#: Version of the hook contract. Raised when a plugin written for the old one would misbehave.
+#: Version of the hook contract. It grows with each change that breaks existing plugins.
 API_VERSION = 1
 
 
@@ -50,13 +50,13 @@ def _scheme_tuple(schemes: object) -> tuple[str, ...]:
     listed: tuple[str, ...] = tuple(schemes)  # type: ignore[arg-type]  # checked next
     for scheme in listed:
         if not isinstance(scheme, str) or not SCHEME_PATTERN.fullmatch(scheme):
-            message = f"{scheme!r} is no URI scheme: lower-case letters, digits, + . - after a letter"
+            message = f"{scheme!r} is no URI scheme: use lower-case letters, digits, + . - and begin with a letter"
             raise ValueError(message)
     if not listed:
         message = "a record needs at least one scheme"
         raise ValueError(message)
     if len(set(listed)) < len(listed):
-        message = f"a scheme stands twice in {listed!r}"
+        message = f"a scheme is listed twice in {listed!r}"
         raise ValueError(message)
     return listed
 
@@ -69,7 +69,7 @@ def _check_factory(_record: object, _attribute: attrs.Attribute[Any], factory: o
 
 def _check_peer_tier(_record: object, _attribute: attrs.Attribute[Tier], tier: Tier) -> None:
     if tier >= Tier.CACHE:
-        message = f"the tier of a transport is that of a kind of peer, not {tier.name}"
+        message = f"the tier of a transport is FABRIC_PEER, PEER or OTHER_PEER, not {tier.name}"
         raise ValueError(message)
 
 
@@ -81,18 +81,18 @@ def _check_file_tier(_record: object, _attribute: attrs.Attribute[Tier], tier: T
 
 @frozen
 class StorageCapabilities:
-    """What a storage can do beyond the required, and what its reads cost.
+    """The optional methods of a storage, and the cost of its reads.
 
     Attributes:
-        read_batch: It has an engine of its own, behind ``read_batch``.
-        read_runs: It reads many short runs in one call, with ``read_runs`` (see ``RunStorage``).
-        patience: Its reads give up on a silent connection after ``patience_seconds`` (see ``PatientStorage``).
-        diagnosis: It says where it connects and as whom (see ``DiagnosableStorage``).
-        stat_digests: ``stat`` may tell digests that ``list`` leaves out: asking is worth a request for each file.
-        concurrency: Reads in flight to begin with.
-        most_concurrency: Reads in flight that are never exceeded, however much more they would bring.
-        request_cost_bytes: What one more request costs, in bytes that could be read in the same time.
-            Gaps up to this size are read through and thrown away rather than skipped.
+        read_batch: Has its own engine, with a method ``read_batch``.
+        read_runs: Reads many short runs in one call: a ``RunStorage``.
+        patience: Gives up a read after ``patience_seconds`` without a byte: a ``PatientStorage``.
+        diagnosis: Reports its endpoint and its credentials to ``mx doctor``: a ``DiagnosableStorage``.
+        stat_digests: ``stat`` may return digests that ``list`` does not: core sends one request per file for them.
+        concurrency: Number of concurrent reads at the start of a load.
+        most_concurrency: Upper bound of concurrent reads.
+        request_cost_bytes: Cost of one more request, as the bytes that could be read in the same time.
+            Gaps up to this size are read and discarded, rather than skipped.
     """
 
     read_batch: bool = False
@@ -107,17 +107,17 @@ class StorageCapabilities:
 
 @frozen
 class SchemeProvider:
-    """Fields that all records resolved by URI scheme have.
+    """The base of the records that are selected by URI scheme.
 
     Attributes:
-        name: Name of the provider, usually the distribution's.
+        name: Name of the provider, usually that of the distribution.
         schemes: Lower-case URI schemes that it handles.
         factory: Called as ``factory(uri, settings)`` at first use, with the parsed URI and a mapping of
-            environment variables. SDKs are imported there.
-        alternative: Only used where ``MX_PREFER`` names it, so it never conflicts.
-        install_hint: What to install if the factory finds its SDK missing.
-        api_version: The hook contract that it was written for.
-        settings: Settings class that the factory reads, or several, for ``mx settings``.
+            environment variables. It imports the SDK.
+        alternative: Whether it is used only if ``MX_PREFER`` names it. An alternative never conflicts with others.
+        install_hint: Argument of ``pip install`` for a missing SDK.
+        api_version: Version of the hook contract that the plugin was written for.
+        settings: Settings class that the factory reads, or a tuple of several: ``mx settings`` shows its variables.
     """
 
     name: str = field(validator=_check_name)
@@ -131,10 +131,11 @@ class SchemeProvider:
 
 @frozen
 class StorageProvider(SchemeProvider):
-    """A place that checkpoint files are read from; the factory returns a ``Storage``.
+    """Reads checkpoint files: a ``SchemeProvider`` whose factory returns a ``Storage``.
 
     Attributes:
-        tier: When it is tried.
+        tier: Position of its candidates in the order of attempts: ``CACHE`` or ``ORIGIN``.
+        capabilities: The optional methods of the storage, and the cost of its reads.
     """
 
     factory: Callable[[ModelURI, Mapping[str, str]], Storage] = field(validator=_check_factory)
@@ -144,11 +145,11 @@ class StorageProvider(SchemeProvider):
 
 @frozen
 class TransportProvider(SchemeProvider):
-    """A way to read tensors from the memory of a worker; the factory returns a ``Transport``.
+    """Reads tensors from the memory of a worker: a ``SchemeProvider`` whose factory returns a ``Transport``.
 
     Attributes:
-        tier: When its peers are tried.
-        assumed: Workers that do not say which transports they speak are taken to speak this one.
+        tier: Position of its peers in the order of attempts: ``FABRIC_PEER``, ``PEER`` or ``OTHER_PEER``.
+        assumed: Whether it reads workers that do not publish which transports they support.
     """
 
     factory: Callable[[ModelURI, Mapping[str, str]], Transport] = field(validator=_check_factory)
@@ -158,29 +159,29 @@ class TransportProvider(SchemeProvider):
 
 @frozen
 class DiscoveryProvider(SchemeProvider):
-    """Finds the peers and places that hold a model now; the factory returns a ``Discovery``."""
+    """Finds the workers and places that hold a model: a ``SchemeProvider`` whose factory returns a ``Discovery``."""
 
     factory: Callable[[ModelURI, Mapping[str, str]], Discovery] = field(validator=_check_factory)
 
 
 @frozen
 class MetadataStoreProvider(SchemeProvider):
-    """Keeps the server's metadata; the factory returns a ``MetadataStore``."""
+    """Keeps a server's metadata: a ``SchemeProvider`` whose factory returns a ``MetadataStore``."""
 
     factory: Callable[[ModelURI, Mapping[str, str]], MetadataStore] = field(validator=_check_factory)
 
 
 @frozen
 class AuthenticatorProvider:
-    """A way to authenticate the calls that servers and workers answer.
+    """Names the callers of servers and workers.
 
     Attributes:
         name: The value of ``MX_AUTH_MODE`` that selects it.
         factory: Called as ``factory(settings)`` when a server starts, with a mapping of environment variables. Returns
-            an ``Authenticator``. SDKs are imported there.
-        install_hint: What to install if the factory finds its SDK missing.
-        api_version: The hook contract that it was written for.
-        settings: Settings class that the factory reads, or several, for ``mx settings``.
+            an ``Authenticator``. It imports the SDK.
+        install_hint: Argument of ``pip install`` for a missing SDK.
+        api_version: Version of the hook contract that the plugin was written for.
+        settings: Settings class that the factory reads, or a tuple of several: ``mx settings`` shows its variables.
     """
 
     name: str = field(validator=_check_name)
@@ -192,17 +193,17 @@ class AuthenticatorProvider:
 
 @frozen
 class ServerServiceProvider:
-    """A gRPC service that ``mx serve`` also offers.
+    """A gRPC service that ``mx serve`` offers in addition to its own.
 
-    It is offered in the standard health service, and its calls are logged, traced and counted as the server's own are.
+    The standard health service lists it. Its calls are logged, traced and counted like those of the server's services.
 
     Attributes:
         name: Full gRPC service name.
         factory: Called once as ``factory(context)`` when the server starts, in its event loop, with a
             ``ServiceContext``. Returns a ``grpc.GenericRpcHandler`` for methods of ``name``, which are coroutines or
-            asynchronous generators. If it fails, the server does not start. SDKs are imported there.
-        api_version: The hook contract that it was written for.
-        settings: Settings class that the factory reads, or several, for ``mx settings``.
+            asynchronous generators. If it fails, the server does not start. It imports the SDK.
+        api_version: Version of the hook contract that the plugin was written for.
+        settings: Settings class that the factory reads, or a tuple of several: ``mx settings`` shows its variables.
     """
 
     name: str = field(validator=_check_name)
@@ -217,11 +218,11 @@ class CommandProvider:
 
     Attributes:
         name: The word after ``mx``.
-        factory: Called without arguments when the command line is built; returns a ``typer.Typer`` (a group)
-            or a function that typer turns into a command.
+        factory: Called without arguments when the command line is built. Returns a ``typer.Typer`` (a group of
+            commands) or a function that typer turns into a command.
         help: One line for ``mx --help``.
-        api_version: The hook contract that it was written for.
-        settings: Settings class that it reads, or several, for ``mx settings``.
+        api_version: Version of the hook contract that the plugin was written for.
+        settings: Settings class that it reads, or a tuple of several: ``mx settings`` shows its variables.
     """
 
     name: str = field(validator=_check_name)

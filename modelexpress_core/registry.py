@@ -1,4 +1,4 @@
-"""Which plugin handles which scheme: tables built once from all records, then only looked up in."""
+"""Which plugin handles which scheme: tables that are built once from all records."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from modelexpress_core.errors import PluginConflictError, PluginLoadError, Setti
 from modelexpress_core.known_schemes import KNOWN_SCHEMES, SYNONYMS
 from modelexpress_core.providers import SchemeProvider
 
-__all__ = ["PluginInfo", "Registered", "SchemeTable", "the_one_named"]
+__all__ = ["PluginInfo", "Registered", "SchemeTable", "record_named"]
 
 
 @frozen
 class PluginInfo:
-    """One plugin, usable or not.
+    """One installed plugin, usable or not.
 
     Attributes:
         name: Name of the distribution, normalised as pip does it (PEP 503).
         version: Version of the distribution; empty for plugins registered from code.
         status: ``"loaded"``, ``"broken"`` or ``"disabled"``.
-        reason: Why it is broken or disabled; empty for one that is loaded.
+        reason: Why it is broken or disabled; empty if it is loaded.
         schemes: Schemes of its records, by kind: ``{"storage": ("s3",)}``.
     """
 
@@ -40,14 +40,14 @@ R = TypeVar("R")
 
 @frozen
 class Registered(Generic[R]):
-    """A record and the plugin that it came from."""
+    """A record with its plugin."""
 
     provider: R
     plugin: PluginInfo
 
     @property
     def label(self) -> str:
-        """The distribution, and the record's name where that says more."""
+        """The distribution, and the record's name if it adds something."""
         name = getattr(self.provider, "name", "")
         if name in {self.plugin.name, *getattr(self.provider, "schemes", ())}:
             return self.plugin.name
@@ -72,18 +72,18 @@ class SchemeTable(Generic[P]):
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """Every scheme that some record handles, sorted."""
+        """Every scheme that a record handles, sorted."""
         return tuple(sorted({scheme for record in self.records for scheme in record.provider.schemes}))
 
     def conflicts(self) -> tuple[PluginConflictError, ...]:
-        """One error for each scheme that several plugins claim and ``MX_PREFER`` does not settle."""
+        """One error for each scheme that several plugins claim and ``MX_PREFER`` does not assign."""
         found = []
         for scheme in self.schemes:
             try:
                 self.lookup(scheme)
             except PluginConflictError as exc:
                 found.append(exc)
-            except UnknownSchemeError:  # only alternatives: an error when it is used, not before
+            except UnknownSchemeError:  # only alternatives: an error at use
                 continue
         return tuple(found)
 
@@ -91,7 +91,7 @@ class SchemeTable(Generic[P]):
         """The record that handles ``scheme``. Does not depend on the order in which plugins were found.
 
         Raises:
-            PluginConflictError: Several plugins claim it.
+            PluginConflictError: Several plugins claim the scheme.
             SettingsError: ``MX_PREFER`` names a plugin that does not handle it.
             PluginLoadError: ``MX_PREFER`` names a plugin that is broken or disabled.
             UnknownSchemeError: No usable plugin handles it.
@@ -101,7 +101,7 @@ class SchemeTable(Generic[P]):
             key=lambda record: (record.plugin.name, record.provider.name),
         )
         preferred = self.prefer.get(scheme)
-        if preferred is not None and (claims or self._knows(preferred)):
+        if preferred is not None and (claims or self._is_installed(preferred)):
             return self._preferred(scheme, preferred, claims)
         regular = [record for record in claims if not record.provider.alternative]
         if len(regular) == 1:
@@ -113,7 +113,7 @@ class SchemeTable(Generic[P]):
             raise PluginConflictError(message, plugin=labels, hint=f"set {hint}, or uninstall one")
         raise self._unknown(scheme, claims)
 
-    def _knows(self, name: str) -> bool:
+    def _is_installed(self, name: str) -> bool:
         return any(plugin.name == name for plugin in self.plugins)
 
     def _preferred(self, scheme: str, preferred: str, claims: Iterable[Registered[P]]) -> Registered[P]:
@@ -128,7 +128,7 @@ class SchemeTable(Generic[P]):
         for plugin in self.plugins:
             if plugin.name == preferred and plugin.status != "loaded":
                 message = f"MX_PREFER names {preferred} for {scheme}, which is {plugin.status}: {plugin.reason}"
-                remedy = "mend it" if plugin.status == "broken" else "let it be used"
+                remedy = "fix it" if plugin.status == "broken" else "enable it"
                 raise PluginLoadError(message, plugin=preferred, hint=f"{remedy}, or choose among: {options}")
         message = f"MX_PREFER={scheme}={preferred}: no such {self.kind} plugin for {scheme}"
         raise SettingsError(message, hint=f"choose among: {options}")
@@ -145,23 +145,23 @@ class SchemeTable(Generic[P]):
             return UnknownSchemeError(message, hint=hint)
         if alternatives:
             plugins = [record.plugin.name for record in alternatives]
-            # The name of the distribution will do, unless it offers several.
+            # The name of the distribution is enough, unless it offers several.
             choices = (r.provider.name if plugins.count(r.plugin.name) > 1 else r.plugin.name for r in alternatives)
             choice = " or ".join(f"MX_PREFER={scheme}={name}" for name in choices)
             return UnknownSchemeError(
                 message,
-                cause=f"what is installed for it is used only on request: {', '.join(r.label for r in alternatives)}",
+                cause=f"only alternatives are installed for it: {', '.join(r.label for r in alternatives)}",
                 hint=f"set {choice}",
             )
         message += f"; installed {self.kind} schemes: {usable}"
-        # What a plugin that is not loaded would have handled is not known: it may be this one.
+        # A plugin that is not loaded may handle this scheme.
         for plugin in self.plugins:
             if plugin.status != "loaded":
                 message += f"; {plugin.name} is {plugin.status}: {plugin.reason}"
         return UnknownSchemeError(message, hint=self._next_step(scheme))
 
     def _next_step(self, scheme: str) -> str:
-        """What to do where nothing that is installed handles ``scheme``."""
+        """The next step if no installed plugin handles ``scheme``."""
         near = SYNONYMS.get(scheme)
         if near is None and scheme not in KNOWN_SCHEMES:
             guesses = difflib.get_close_matches(scheme, {*self.schemes, *KNOWN_SCHEMES}, n=1)
@@ -169,11 +169,11 @@ class SchemeTable(Generic[P]):
         install = "" if near in self.schemes else _install_step(near or scheme)
         if near is not None:
             return f"write {near}:// instead{install and f'; for that, {install}'}"
-        return install or f"install the plugin that handles {scheme}; `mx plugins` lists what is there"
+        return install or f"install the plugin that handles {scheme}; `mx plugins` lists what is installed"
 
 
 def _install_step(scheme: str) -> str:
-    """How to install what handles ``scheme``; empty if that is not known, or core has it for another kind."""
+    """How to install the plugin for ``scheme``; empty if it is unknown, or if core has it for another kind."""
     known = KNOWN_SCHEMES.get(scheme)
     if known is None or known.extra == "":
         return ""
@@ -182,20 +182,20 @@ def _install_step(scheme: str) -> str:
     return f"pip install '{known.install_hint}'"
 
 
-def the_one_named(
+def record_named(
     name: str, records: Iterable[Registered[R]], word: str, plugins: Iterable[PluginInfo]
 ) -> Registered[R]:
-    """The one of ``records`` that is called ``name``.
+    """The record with the name ``name``.
 
     Args:
-        name: Its name.
-        records: All of one kind.
-        word: What messages call the kind.
+        name: Name of the record.
+        records: All records of one kind.
+        word: Name of the kind in messages.
         plugins: Every plugin found, for messages.
 
     Raises:
-        PluginConflictError: Several plugins offer one of that name.
-        SettingsError: None does.
+        PluginConflictError: Several plugins offer a record of that name.
+        SettingsError: No usable plugin offers one.
     """
     records = sorted(records, key=lambda record: (_name(record), record.plugin.name))
     found = [record for record in records if _name(record) == name]

@@ -1,4 +1,4 @@
-"""What a load or a pull did, in figures."""
+"""Figures of a load or a pull."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ __all__ = ["LoadReport", "PullReport", "PulledFile", "format_bytes", "format_fil
 
 @frozen
 class LoadReport:
-    """The account of one load.
+    """Figures of one load.
 
     Attributes:
         uri: Redacted URI of the checkpoint.
         storage: Plugin that read it: ``{"plugin": distribution, "version": ...}``.
-        tensors: Tensors of the checkpoint of which anything was used.
+        tensors: Tensors of the checkpoint that were used, in whole or in part.
         tensors_in_checkpoint: Tensors in the checkpoint.
-        files: Files read from.
-        bytes_needed: Bytes of the tensors (or parts of tensors) asked for, each counted once per use.
+        files: Files that were read.
+        bytes_needed: Bytes of the requested tensors or parts of tensors, counted once per use.
         bytes_fetched: Weight bytes read from the storage, gaps between merged reads included.
-        bytes_reread: Bytes read once more, because a digest was wrong, to find and mend what was damaged on its way.
-        bytes_materialised: Bytes turned into plain tensors because code computed with them.
+        bytes_reread: Bytes read again after a wrong digest, to find and replace bytes that were damaged in transit.
+        bytes_materialised: Bytes that became plain tensors because code computed with them.
         header_bytes: Bytes read to open the checkpoint.
-        seconds: From opening to the last byte in place.
-        phase_seconds: The same, by phase: ``open``, ``load``.
+        seconds: Time from opening to the last byte in place.
+        phase_seconds: This time by phase: ``open``, ``load``.
         goodput_bytes_per_second: ``bytes_needed`` over ``seconds``.
-        requests: Reads sent to the storage, headers not included.
+        requests: Reads sent to the storage, without headers.
         retries: Reads sent again.
         concurrency: Most reads in flight at once.
-        verified: Files of which was checked: ``versions``, ``sizes``, ``digests`` (published ones, of files that were
-            read as a whole).
-        materialised_operations: Operations that made bytes into plain tensors, and how often.
-        meta_destinations: Copies onto the meta device, which has no memory: nothing moved for them.
+        verified: Number of files whose ``versions``, ``sizes`` and ``digests`` were checked (digests: those that the
+            storage publishes, of files that were read as a whole).
+        materialised_operations: Operations that turned bytes into plain tensors, and how often.
+        meta_destinations: Copies to the meta device, which has no memory: no byte moved for them.
         peak_rss_bytes: Largest resident memory of the process so far.
     """
 
@@ -79,10 +79,10 @@ class PulledFile:
     Attributes:
         name: Path below the directory.
         size: Length in bytes.
-        version: Version of the object; None where the storage has nothing of the kind.
-        status: ``"copied"``, ``"resumed"`` (bytes of an earlier pull were used), or ``"skipped"`` (it was there).
-        digest: Algorithm and value that its bytes were compared with, in this pull or when it was put in place; None
-            where the storage publishes none.
+        version: Version of the object; None if the storage has no versions.
+        status: ``"copied"``, ``"resumed"`` (bytes of an earlier pull were used), or ``"skipped"`` (it was in place).
+        digest: Algorithm and value of the digest that its bytes were compared with, in this pull or an earlier one;
+            None if the storage publishes none.
     """
 
     name: str
@@ -94,24 +94,24 @@ class PulledFile:
 
 @frozen
 class PullReport:
-    """The account of one pull.
+    """Figures of one pull.
 
     Attributes:
-        uri: Redacted URI of what was copied.
-        directory: Where to.
+        uri: Redacted URI of the copied files.
+        directory: Directory of the copies.
         storage: Plugin that read it: ``{"plugin": distribution, "version": ...}``.
         files: Files that are in place now.
         bytes: Bytes of all of them.
-        bytes_copied: Bytes read from the storage; those that had to be read again count each time.
-        bytes_skipped: Bytes of files that were there already.
-        bytes_resumed: Bytes that an earlier pull, which did not end, had left.
-        left_out: Objects that were not copied, and how many: ``hidden``, ``weights``.
-        seconds: From opening the storage to the last file in place.
+        bytes_copied: Bytes read from the storage; bytes that were read again count each time.
+        bytes_skipped: Bytes of files that were already in place.
+        bytes_resumed: Bytes that an unfinished earlier pull had copied.
+        left_out: Number of objects that were not copied, by reason: ``hidden``, ``weights``.
+        seconds: Time from opening the storage to the last file in place.
         bytes_per_second: ``bytes_copied`` over ``seconds``.
-        requests: Reads sent to the storage, listing not included.
+        requests: Reads sent to the storage, without listings.
         retries: Reads sent again.
         concurrency: Most reads in flight at once.
-        verified_digests: Files whose bytes were compared with a published digest in this pull, by algorithm.
+        verified_digests: Number of files whose bytes were compared with a published digest in this pull, by algorithm.
         file_list: Each file, sorted by name.
     """
 
@@ -145,12 +145,12 @@ class PullReport:
 
 
 def format_files(count: int) -> str:
-    """``count`` files for people: ``"1 file"``."""
+    """``count`` files as text: ``"1 file"``."""
     return "1 file" if count == 1 else f"{count} files"
 
 
 def format_bytes(count: float) -> str:
-    """``count`` bytes for people, in powers of 1000: ``"1.23 GB"``."""
+    """``count`` bytes as text, in powers of 1000: ``"1.23 GB"``."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"

@@ -1,14 +1,14 @@
-"""What OpenSSL's objections to a certificate mean, and what to do about them."""
+"""Why OpenSSL does not accept a certificate, and what to do about it."""
 
 from __future__ import annotations
 
 import ssl
 from collections.abc import Mapping
 
-__all__ = ["objection"]
+__all__ = ["explain_verification_error"]
 
 #: OpenSSL's verification error -> (what is wrong, likely cause, next step).
-_OBJECTIONS: Mapping[int, tuple[str, str, str]] = {
+_EXPLANATIONS: Mapping[int, tuple[str, str, str]] = {
     9: ("is not valid yet", "the clock of this machine is slow", "set the clock (chronyc tracking, timedatectl)"),
     10: ("has expired", "it was not renewed, or the clock of this machine is fast", "renew it, and check the clock"),
     62: ("is for another host", "the name in the endpoint is not one that the certificate has", "use one that it has"),
@@ -21,6 +21,6 @@ _UNTRUSTED = (
 )
 
 
-def objection(exc: ssl.SSLCertVerificationError) -> tuple[str, str, str]:
+def explain_verification_error(exc: ssl.SSLCertVerificationError) -> tuple[str, str, str]:
     """What is wrong with the certificate ("has expired"), the likely cause, and the next step."""
-    return _OBJECTIONS.get(exc.verify_code, _UNTRUSTED)
+    return _EXPLANATIONS.get(exc.verify_code, _UNTRUSTED)

@@ -1,4 +1,4 @@
-"""What a model URI says: scheme, authority, path, query. Parsing only, no I/O."""
+"""The parts of a model URI: scheme, authority, path, query. Parses only, without I/O."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _URI = re.compile(
 )
 _ONE_SLASH = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?:/(?!/)|(?=[^/]+/))(?P<rest>.*)")
 
-#: What may be shown of a text before an at sign.
+#: The part before an at sign that may be shown.
 _SCHEME_AND_SLASHES = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+")
 
-#: Shown as they are in a path: all but the percent sign, what ends a path, and control characters.
+#: Shown as they are in a path: all but the percent sign, the characters that end a path, and control characters.
 _PLAIN_IN_PATH = "/ :@!$&'()*+,;=~[]{}|^<>\"`\\"
 
 #: The same for an authority, where an at sign, a slash or a question mark would end it.
@@ -38,19 +38,19 @@ _PUBLIC_QUERY = frozenset({"region", "revision", "version", "versionId"})
 
 
 def _without_secrets(text: str) -> str:
-    """``text``, which is no valid URI, without whatever in it may be user information or a query."""
+    """``text``, an invalid URI, without the parts that may be user information or a query."""
     before, at, rest = text.rpartition("@")
     if at:
         scheme = _SCHEME_AND_SLASHES.match(before)
         text = f"{scheme[0] if scheme else ''}***"
-        # What stands behind an at sign in a query is of a query.
+        # Behind an at sign in a query, the query continues.
         text += "" if "?" in before or "#" in before else f"@{rest}"
     start, mark, _ = text.partition("?")
     return start.partition("#")[0] + (f"{mark}***" if mark else "")
 
 
 def _is_unsafe(text: str) -> bool:
-    """Whether it holds what could forge a line of a log."""
+    """Whether ``text`` has characters that could forge a line of a log."""
     return any(ord(c) < 32 or ord(c) == 127 for c in text)
 
 
@@ -60,15 +60,15 @@ def _is_unicode(text: str) -> bool:
 
 @frozen
 class ModelURI:
-    """Where a checkpoint, a directory or a single file is.
+    """The address of a checkpoint, a directory or a file.
 
     Attributes:
-        scheme: Lower-case scheme, which picks the plugin (``"s3"``).
+        scheme: Lower-case scheme, which selects the plugin (``"s3"``).
         authority: Host, bucket or account, without user information (``"bucket"``).
-        path: Path below the authority, percent-decoded. Without a leading slash where there is an
-            authority (a key), absolute where there is none (a file).
-        query: Decoded query parameters. Their meaning is the plugin's.
-        userinfo: What stands before ``@`` in the authority; never shown.
+        path: Path below the authority, percent-decoded. With an authority it has no leading slash (a key); without
+            one it is absolute (a file).
+        query: Decoded query parameters. The plugin defines their meaning.
+        userinfo: The part before ``@`` in the authority; never shown.
     """
 
     scheme: str
@@ -79,13 +79,13 @@ class ModelURI:
 
     @classmethod
     def parse(cls, text: str | os.PathLike[str] | ModelURI) -> ModelURI:
-        """The URI that ``text`` stands for; a plain path becomes a ``file`` URI.
+        """The URI in ``text``. A plain path becomes a ``file`` URI.
 
-        Percent-encoding is decoded in URIs and left alone in plain paths.
+        Percent-encoding is decoded in URIs, but not in plain paths.
         ``~`` at the start of a plain path is the user's home.
 
         Raises:
-            InvalidURIError: No text, empty, malformed, or a control character in it.
+            InvalidURIError: ``text`` is no text, empty or malformed, or has a control character.
         """
         if isinstance(text, ModelURI):
             return text
@@ -99,14 +99,14 @@ class ModelURI:
             message = "the model URI is empty"
             raise InvalidURIError(message, hint="give a URI such as s3://bucket/model, or a path")
         if _is_unsafe(text):
-            message = f"a control character in the model URI: {_without_secrets(text)!r}"
+            message = f"the model URI has a control character: {_without_secrets(text)!r}"
             raise InvalidURIError(message, hint="look for a stray newline in the variable or argument")
         try:
             os.fsencode(text)
         except UnicodeEncodeError:
-            message = f"text that cannot be encoded: {_without_secrets(text)!r}"
-            hint = "look for half a character in the variable or argument"
-            raise InvalidURIError(message, hint=hint) from None  # the other error holds the whole text
+            message = f"the model URI cannot be encoded: {_without_secrets(text)!r}"
+            hint = "look for a truncated character in the variable or argument"
+            raise InvalidURIError(message, hint=hint) from None  # the cause contains the whole text
         match = None if is_path else _URI.fullmatch(text)
         if match is not None:
             return cls._from_match(match)
@@ -118,17 +118,17 @@ class ModelURI:
     def _from_match(cls, match: re.Match[str]) -> ModelURI:
         scheme = match["scheme"].lower()
         if match["fragment"]:
-            message = f"a fragment (what follows a #) in a {scheme} URI"
+            message = f"the {scheme} URI has a fragment (the part after #)"
             raise InvalidURIError(message, hint="if the # is part of the name, write it as %23")
         userinfo, _, authority = match["authority"].rpartition("@")
         authority = unquote(authority, errors="surrogateescape")
         path = unquote(match["path"], errors="surrogateescape")
         if scheme == "file":
             if authority not in {"", "localhost"}:
-                message = f"a file URI with the host {authority!r}"
+                message = f"the file URI has the host {authority!r}"
                 raise InvalidURIError(
                     message,
-                    cause="two slashes where three belong",
+                    cause="it has two slashes in place of three",
                     hint=f"write file:///{authority}{path}, or the plain path",
                 )
             authority = ""
@@ -136,25 +136,25 @@ class ModelURI:
         elif authority:
             path = path.strip("/")
         if _is_unsafe(authority + path):
-            message = f"an encoded control character in the {scheme} URI"
-            raise InvalidURIError(message, hint="look for %0A and the like")
-        # Names of files may be any bytes.
+            message = f"the {scheme} URI has an encoded control character"
+            raise InvalidURIError(message, hint="look for %0A, %0D or %00")
+        # Names of files may have any bytes.
         if not _is_unicode(authority + (match["query"] or "") + ("" if scheme == "file" else path)):
-            message = f"something in the {scheme} URI that is not UTF-8"
+            message = f"the {scheme} URI is not UTF-8"
             raise InvalidURIError(message, hint="percent-encode names as UTF-8")
         if scheme != "file" and any(part in {".", ".."} for part in path.split("/")):
-            message = f"'.' or '..' in the path of a URI: {path!r}"
-            raise InvalidURIError(message, hint="write the path out")
+            message = f"the path of the URI has '.' or '..': {path!r}"
+            raise InvalidURIError(message, hint="write the path without them")
         query = dict(parse_qsl(match["query"] or "", keep_blank_values=True))
         return cls(scheme, authority, path, query, userinfo)
 
     @property
     def name(self) -> str:
-        """The last part of the path, or the authority where the path is empty."""
+        """The last part of the path, or the authority if the path is empty."""
         return self.path.rstrip("/").rpartition("/")[2] or self.authority
 
     def with_path(self, path: str) -> ModelURI:
-        """The same place with another path."""
+        """The same URI with another path."""
         return ModelURI(self.scheme, self.authority, path, self.query, self.userinfo)
 
     def join(self, relative: str) -> ModelURI:
@@ -179,8 +179,8 @@ class ModelURI:
 def redacted(text: str) -> str:
     """``text`` as a URI with every possible credential hidden.
 
-    ``"***"`` where it is none, and where an at sign stands in something without an authority: such as a URI that lacks
-    its slashes, which would be taken for a path.
+    ``"***"`` if it is no URI, or if it has an at sign and no authority: for example a URI without its slashes, which
+    would be parsed as a path.
     """
     try:
         uri = ModelURI.parse(text)
@@ -191,19 +191,19 @@ def redacted(text: str) -> str:
 
 
 def host_and_port(host: str, port: int) -> str:
-    """``host:port``, with brackets where the host has colons and no brackets yet."""
+    """``host:port``, with brackets if the host has colons and no brackets yet."""
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def _refuse_slips(text: str) -> None:
-    """Raise for what was meant as a URI and would be taken for the path of a file that is not there."""
+    """Raise for a misspelt URI that would be parsed as the path of a missing file."""
     slip = _ONE_SLASH.match(text)
     if slip is not None:
         scheme, rest = slip["scheme"], slip["rest"]
         start = f"{scheme}:///" if scheme.lower() == "file" else f"{scheme}://"
-        message = f"fewer than two slashes after the scheme: {_without_secrets(text)!r}"
+        message = f"the URI has fewer than two slashes after its scheme: {_without_secrets(text)!r}"
         raise InvalidURIError(message, hint=f"write {start}{_without_secrets(rest)}")
     if "://" in text:
-        message = f"neither a URI nor a file: {_without_secrets(text)!r}"
+        message = f"the text is neither a URI nor a file: {_without_secrets(text)!r}"
         cause = "a URI starts with its scheme: a letter, then letters, digits, + . -"
         raise InvalidURIError(message, cause=cause, hint="look for quotes, spaces or a misspelt scheme before ://")

@@ -1,4 +1,4 @@
-"""``mx serve``: the server that knows which worker holds which model."""
+"""``mx serve``: runs the server, which keeps which worker holds which model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.text import Text
 from modelexpress_core.cli.output import console, exit_code, package_missing, silence_grpc
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
 from modelexpress_core.messages import with_hint
-from modelexpress_core.plugins import CORE, METADATA_STORE, SERVER_SERVICE, PluginManager
+from modelexpress_core.plugins import CORE, METADATA_STORE, PluginManager
 from modelexpress_core.server.logs import announce, write_log
 from modelexpress_core.server.settings import (
     ConfigPath,
@@ -62,7 +62,7 @@ def serve(
         bool, typer.Option("--check", help="Show all settings and where each came from, and serve nothing.")
     ] = False,
 ) -> None:
-    """Run a server: workers publish what they hold, and others find it. Ends on SIGTERM or Ctrl-C."""
+    """Run a server: workers publish the models that they hold, and others find them. Ends on SIGTERM or Ctrl-C."""
     overrides = {
         key: Override(value, f"--{key.replace('_', '-')}")
         for key, value in {
@@ -121,7 +121,7 @@ def _settings(path: str | None, overrides: dict[str, Override]) -> Config:
 
 
 def _complete(config: Config) -> tuple[Config, list[str]]:
-    """``config`` with the metadata that variables of existing deployments give, and what is wrong with all together."""
+    """``config`` with the metadata URI from the variables of existing deployments, and problems of several settings."""
     problems: list[str] = []
     if "metadata" in config.defaults(ServerSettings) and not find_problems(StoreVariables, SettingSources(os.environ)):
         try:
@@ -135,7 +135,7 @@ def _complete(config: Config) -> tuple[Config, list[str]]:
     problems += [f"metadata (from {source}): {wrong}"] if wrong else []
     try:
         auth, tls = config.get(AuthSettings), config.get(TlsSettings)
-    except SettingsError:  # which is told as it is
+    except SettingsError:  # which is reported by itself
         return config, problems
     try:
         auth.check(tls)
@@ -145,7 +145,7 @@ def _complete(config: Config) -> tuple[Config, list[str]]:
 
 
 def _wrong_with_uri(metadata: str) -> str:
-    """Why ``metadata`` names no metadata store, without secrets; empty where it may name one."""
+    """Why ``metadata`` names no metadata store, without secrets; empty if it may name one."""
     if has_stray_password(metadata):
         hint = "percent-encode the password: / is %2F, ? is %3F, # is %23, @ is %40"
         return f"an at sign after the host (the value is not shown); {hint}"
@@ -156,38 +156,42 @@ def _wrong_with_uri(metadata: str) -> str:
     return "" if "://" in metadata else "no URI (the value is not shown); write it as redis://host:6379/0 is written"
 
 
-def _look_at_files(tls: TlsSettings, auth: AuthSettings) -> None:
-    """Return where the server could use the files that settings name.
+def _check_files(tls: TlsSettings, auth: AuthSettings, plugins: PluginManager) -> None:
+    """Check the authenticator, and the files that settings name.
 
     Raises:
-        SettingsError: One cannot be read, or makes no sense; all such are named.
+        SettingsError: Some cannot be used; all of them are named.
     """
     try:
-        from modelexpress_core.wire.authentication import authenticator
+        from modelexpress_core.server.environment import with_settings
+        from modelexpress_core.wire.authentication import open_authenticator
         from modelexpress_core.wire.tls import ClientTls, server_credentials
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
     problems = []
+    by_certificate = False
+    try:
+        authenticator = open_authenticator(auth, plugins, with_settings(os.environ, tls, auth))
+        by_certificate = authenticator is not None and authenticator.by_certificate
+    except SettingsError as exc:
+        problems.append(with_hint(exc.message, exc.hint))
     try:
         if tls.certificate is not None:
-            server_credentials(tls, clients_prove=auth.mode == "mtls")
+            server_credentials(tls, require_client_certificate=by_certificate)
         elif tls.files:
             ClientTls(tls)
     except SettingsError as exc:
         problems.append(with_hint(exc.message, exc.hint))
-    try:
-        authenticator(auth)
-    except SettingsError as exc:
-        problems.append(with_hint(exc.message, exc.hint))
     if problems:
-        message = "files that cannot be used:\n  " + "\n  ".join(problems)
+        message = "settings that cannot be used:\n  " + "\n  ".join(problems)
         raise SettingsError(message, hint="correct the files, or the settings that name them")
 
 
 def _print(config: Config) -> None:
-    """Every setting, its value and where that came from, where the server could use them all."""
-    PluginManager.discover().table(METADATA_STORE).lookup(ModelURI.parse(config.get(ServerSettings).metadata).scheme)
-    _look_at_files(config.get(TlsSettings), config.get(AuthSettings))
+    """Print each setting with its value and its source, if the server can use all of them."""
+    plugins = PluginManager.discover()
+    plugins.table(METADATA_STORE).lookup(ModelURI.parse(config.get(ServerSettings).metadata).scheme)
+    _check_files(config.get(TlsSettings), config.get(AuthSettings), plugins)
     out = console()
     for key, value in config.describe(CORE):
         source = "" if value.source == "default" else f" (from {value.source})"
@@ -209,18 +213,11 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -
         from modelexpress_core.server.app import Server
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
-    end = _told_to_end()
+    end = _end_signal()
     uri = ModelURI.parse(settings.metadata)
     plugins = PluginManager.discover()
     _, store = plugins.open(METADATA_STORE, uri, os.environ)
-    async with Server(
-        settings,
-        store,
-        tls=tls,
-        auth=auth,
-        services=[(each.plugin.name, each.provider) for each in plugins.records(SERVER_SERVICE)],
-        environ=os.environ,
-    ) as server:
+    async with Server(settings, store, plugins, tls=tls, auth=auth, environ=os.environ) as server:
         grpc = host_and_port(settings.host, server.port)
         metrics = f"{host_and_port(settings.host, server.metrics_port)}/metrics"
         health = host_and_port(settings.host, server.health_port) if server.health_port else ""
@@ -232,15 +229,14 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -
             health=health or None,
         )
         if auth.mode == "token" and tls.certificate is None:
-            _log.warning("tokens come in without TLS: whoever listens on the network reads them")
-        whom = {"off": "everybody", "token": "callers with a token", "mtls": "callers with a certificate"}[auth.mode]
-        _log.info("answered: %s; TLS: %s", whom, "no" if tls.certificate is None else "yes")
+            _log.warning("callers send tokens without TLS: others on the network can read them")
+        _log.info("authentication: %s; TLS: %s", auth.mode, "no" if tls.certificate is None else "yes")
         await end.wait()
-        announce("ending: calls that are under way may end first")
+        announce("ending: calls in flight may end first")
 
 
-def _told_to_end() -> asyncio.Event:
-    """Set once SIGTERM or SIGINT comes, from now on: also while the server is only being started."""
+def _end_signal() -> asyncio.Event:
+    """Set when SIGTERM or SIGINT comes, from now on: also while the server starts."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""The contracts: what plugin authors implement, and the records and requests that travel through it.
+"""The contracts that plugin authors implement, and the records that travel through them.
 
 | module | contract |
 |---|---|
@@ -6,10 +6,10 @@
 | ``transport`` | reads tensors from the memory of a worker |
 | ``discovery`` | finds the workers and places that hold a model |
 | ``metadata_store`` | keeps the metadata of a server |
-| ``service`` | a gRPC service of a server |
-| ``authenticator`` | authenticates the calls that a server answers |
+| ``service`` | answers the calls of a gRPC service of a server |
+| ``authenticator`` | names the callers of servers and workers |
 | ``candidates`` | the request of a load, and the places that it may read from |
-| ``identity`` | what makes the weights of two workers interchangeable |
+| ``identity`` | the identity of weights in memory; workers of one identity can read from each other |
 
 Importing them imports neither torch nor gRPC nor an SDK.
 """

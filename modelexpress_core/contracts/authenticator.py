@@ -1,4 +1,4 @@
-"""What authenticates the calls that a server or a worker answers."""
+"""What every authenticator does: it names the caller of a call that a server or a worker answers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Refusal(Enum):
 
     UNAUTHENTICATED = "the caller is unknown"
     PERMISSION_DENIED = "the caller is known and may not make this call"
-    UNAVAILABLE = "the authority that knows the callers cannot be reached"
+    UNAVAILABLE = "the service that authenticates callers does not answer"
 
 
 @frozen
 class Call:
-    """What a call says of who makes it.
+    """The credentials of a call.
 
     Attributes:
-        token: What came after ``Bearer``; None where there is no such header.
-        names: Names in the certificate that the client proved to have, the subject's last.
+        token: The bearer token of its metadata; None if it has none.
+        names: Names in the client's certificate, which TLS has verified, the subject's last.
     """
 
     token: str | None = None
@@ -37,11 +37,11 @@ class Call:
 
 
 class RefusedError(Exception):
-    """The call is not answered.
+    """Raised by an authenticator that refuses a call.
 
     Args:
-        refusal: Why, as a status of gRPC.
-        reason: The text of the answer. Holds no token.
+        refusal: The status of the answer.
+        reason: The text of the answer, without the token.
     """
 
     def __init__(self, refusal: Refusal, reason: str) -> None:
@@ -51,18 +51,18 @@ class RefusedError(Exception):
 
 
 class Authenticator(Protocol):
-    """Says who a call is from.
+    """Names the caller of a call, or refuses the call.
 
     Attributes:
-        by_certificate: Whether it looks at the names in the certificate, which are there only once a call is taken up.
-            One that does not is asked before anything of a request is read.
+        by_certificate: Whether it uses the names in the client's certificate. If so, TLS asks clients for a
+            certificate, and the server needs one, too. If not, it is called before anything of a request is read.
     """
 
     by_certificate: bool
 
     async def authenticate(self, call: Call) -> str:
-        """The name of whoever makes the call: records that they publish belong to that name. Never empty.
+        """The name of the caller, never empty. Records that it publishes belong to that name.
 
         Raises:
-            RefusedError: It is not known, or they may not.
+            RefusedError: The caller is unknown, or may not make the call.
         """

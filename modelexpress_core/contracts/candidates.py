@@ -1,4 +1,4 @@
-"""What a load is asked for, and the places that may hold it."""
+"""The request of a load, and the places that it may read from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Candidate", "LoadRequest", "Peer", "Tier"]
 
 
 class Tier(IntEnum):
-    """When a place is tried: those of a lower tier first. The record of a plugin says which tier its places have."""
+    """Position of a place in the order of attempts, lowest first. The record of its plugin sets it."""
 
     FABRIC_PEER = 10
     PEER = 20
@@ -27,15 +27,16 @@ class Tier(IntEnum):
 
 @frozen
 class LoadRequest:
-    """What a load is asked for, as discoveries and ranking see it.
+    """The request of a load, as discoveries and ranking get it.
 
     Attributes:
         uri: The checkpoint, after ``mx_rewrite_uri``.
-        identity: The model as it will be in this worker's memory; None where peers are of no use.
-        worker_rank: Which part of it this worker holds: only peers of the same rank have the same bytes.
-        reader: Who asks: the worker's id, or anything that tells it from others. Readers are spread by it.
+        identity: The model as it will be in this worker's memory. None if the load cannot read from peers; then no
+            discovery is called.
+        worker_rank: Rank of this worker. Only peers of the same rank hold the same bytes.
+        reader: Id of the reading worker, or another text that identifies it. Readers are spread over peers by it.
         selector: How one of several peers is chosen: ``"random"``, ``"rendezvous_hash"`` or ``"load_aware"``.
-        assumed_transports: Schemes of the transports by which workers are read that do not say which they speak.
+        assumed_transports: Schemes of the transports that read workers that do not publish which they support.
     """
 
     uri: ModelURI
@@ -48,16 +49,16 @@ class LoadRequest:
 
 @frozen
 class Peer:
-    """A worker that holds what the load needs, as a discovery knows it.
+    """A worker that holds the weights, as a discovery found it.
 
     Attributes:
-        source_id: What it holds: the ``mx_source_id`` of its identity.
-        worker_id: Who it is.
-        worker_rank: Which part it holds.
-        accelerator: What holds it.
-        load: How busy it says it is, from 0 to 1; None where it does not say.
-        updated_at_ms: When it last said something, in milliseconds since 1970, by the clock of whoever was told.
-        topology: Where it is, and what else it says of itself.
+        source_id: The ``mx_source_id`` of the weights that it holds.
+        worker_id: Id of the worker.
+        worker_rank: Rank of the worker.
+        accelerator: Architecture of the device that holds the weights.
+        load: Load that the worker reports, from 0 to 1; None if it reports none.
+        updated_at_ms: Time of its last publication or heartbeat, in milliseconds since 1970 by the server's clock.
+        topology: Location of the worker, and other facts that it publishes.
     """
 
     source_id: str = field(validator=attrs.validators.instance_of(str))
@@ -71,13 +72,13 @@ class Peer:
 
 @frozen
 class Candidate:
-    """A place that may hold what the load needs.
+    """A place that may hold the weights.
 
     Attributes:
-        uri: Where; its scheme picks the plugin.
-        origin: Who named it: ``"caller"``, or the name of a discovery.
-        peer: The worker whose memory it is; None for all other places.
-        tier: When it is tried; core sets it from the record of the plugin that reads it.
+        uri: Address of the place; its scheme selects the plugin.
+        origin: Where the candidate comes from: ``"caller"``, or the name of a discovery.
+        peer: The worker whose memory is read; None for a place that holds files.
+        tier: Position in the order of attempts; core sets it from the record of the plugin that reads it.
     """
 
     uri: ModelURI = field(validator=attrs.validators.instance_of(ModelURI))
@@ -87,5 +88,5 @@ class Candidate:
 
     @property
     def is_peer(self) -> bool:
-        """Whether a transport reads it from the memory of a worker, and not a storage from files."""
+        """Whether a transport reads it from the memory of a worker; else a storage reads files."""
         return self.peer is not None or self.tier < Tier.CACHE

@@ -1,4 +1,4 @@
-"""What every discovery does."""
+"""What every discovery does: it finds the workers and places that hold a model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ __all__ = ["Discovery"]
 
 
 class Discovery(Protocol):
-    """Knows who holds models now. One is opened for each load, and closed when it has answered.
+    """Finds the workers and places that hold a model. Core opens one for each load, and closes it after its answer.
 
     The URI of a peer is ``<transport>://<endpoint of the worker>/<source id>/<worker id>``, with ``?tls=1`` if it
-    speaks TLS; its scheme picks the transport. Other places that hold the model have the URI of a checkpoint.
+    uses TLS; its scheme selects the transport. A place that holds files has the URI of a checkpoint, and no peer.
     """
 
     def candidates(self, request: LoadRequest) -> Sequence[Candidate]:
-        """The places that hold what ``request`` asks for, in any order; none is no error.
+        """The places that may serve ``request``, in any order; an empty list is no error.
 
         Raises:
-            BackendError: It cannot be told who holds it. Other places are tried then.
+            BackendError: The discovery has no answer. Core logs the error and continues with other places.
         """
         ...
 
     def close(self) -> None:
-        """Give up connections."""
+        """Close connections."""
         ...

@@ -1,4 +1,4 @@
-"""What makes two sources interchangeable, and the id that all programs that speak the protocol derive from it."""
+"""The identity of weights in a worker's memory, and the id that all programs of the protocol derive from it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from modelexpress_core.immutable import unmodifiable
 
 __all__ = ["WIRE_VERSION", "Engine", "SourceIdentity", "SourceType"]
 
-#: What our identities carry as ``mx_version``. It changes with the protocol, not with the package, so that workers of
-#: two releases find one another while a fleet is upgraded.
+#: The ``mx_version`` of our identities. It changes with the protocol, not with the package, so that workers of two
+#: releases find each other while a fleet is upgraded.
 WIRE_VERSION = "0.7"
 
 _ID_DIGITS = 16
 
-#: Where one of these is empty, it is left out of what is hashed.
+#: The hash leaves these out if they are empty.
 _OPTIONAL = (
     "backend_framework_version",
     "compile_config_digest",
@@ -41,7 +41,7 @@ class Engine(IntEnum):
 
 
 class SourceType(IntEnum):
-    """What a source holds, by its number in the protocol."""
+    """Kinds of data that a source holds, by their number in the protocol."""
 
     WEIGHTS = 0
     LORA = 1
@@ -57,20 +57,20 @@ class SourceType(IntEnum):
 
 @frozen
 class SourceIdentity:
-    """A model as an engine holds it in memory: workers with equal identities can read from one another.
+    """A model as an engine holds it in memory. Workers with equal identities can read from each other.
 
     Attributes:
         model_name: Name of the model.
         mx_version: Version of the protocol.
-        mx_source_type: What is held (a number that this version does not know is kept).
-        backend_framework: The engine (likewise).
+        mx_source_type: The kind of data; an unknown number is kept as it is.
+        backend_framework: The engine; an unknown number is kept as it is.
         tensor_parallel_size: Ranks that tensors are split over.
         pipeline_parallel_size: Ranks that layers are split over.
-        expert_parallel_size: Ranks that experts are split over; 0 where they are not.
-        dtype: Of the weights: ``"bfloat16"``.
-        quantization: How the weights are quantised; empty where they are not.
-        extra_parameters: Anything else that tells sources apart.
-        revision: Of the model; empty for whatever is newest.
+        expert_parallel_size: Ranks that experts are split over; 0 if they are not split.
+        dtype: Data type of the weights: ``"bfloat16"``.
+        quantization: How the weights are quantised; empty if they are not.
+        extra_parameters: Other parameters that distinguish sources.
+        revision: Revision of the model; empty for the newest.
         backend_framework_version: Version of the engine.
         torch_version: Version of torch.
         cuda_version: Version of CUDA.
@@ -101,7 +101,7 @@ class SourceIdentity:
     def source_id(self) -> str:
         """The ``mx_source_id``: 16 lower-case hex digits; sources with equal ids are interchangeable.
 
-        They begin the SHA-256 of compact JSON with sorted keys, in which every text is lower-case.
+        The digits are the start of the SHA-256 of compact JSON with sorted keys and lower-case texts.
         """
         values: dict[str, object] = {}
         for name in attrs.fields_dict(type(self)):
@@ -118,7 +118,7 @@ class SourceIdentity:
 
 
 def _lowered(parameters: Mapping[str, str]) -> dict[str, str]:
-    """Keys and values in lower case; of keys that become one, the first in the order of the original keys counts."""
+    """Keys and values in lower case. If keys become equal, the first of them in sorted order counts."""
     lowered: dict[str, str] = {}
     for key in sorted(parameters):
         lowered.setdefault(key.lower(), parameters[key].lower())

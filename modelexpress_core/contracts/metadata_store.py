@@ -1,4 +1,19 @@
-"""What a metadata store has to do: keep who holds which model, and tell it fast."""
+"""What every metadata store does: it keeps which worker holds which model, and elects leaders among servers.
+
+What a store promises:
+
+- **Each record is atomic.** A call changes a record as a whole or not at all, and no change between its look at the
+  record and its own change is lost. A call that concerns many records (``list``, ``reap``, ``counts``) takes them one
+  by one: together they are of no single moment.
+- **A call sees what earlier calls wrote** through the same store object. What another server wrote may take a moment.
+- **Times are of one clock, the store's**, in milliseconds since 1970. A store has a clock (Redis), or is given one when
+  it is made (``MemoryStore(clock)``), such as the clock of the server's machine. Where servers that share a store give
+  it their own clocks, these must differ by much less than the time-out of heartbeats.
+- **A lease** (``lead``) has one holder at a time, and its token grows with each change of holder.
+
+It promises no more: a store may be a database with transactions, or an API server that has conflicts for each object
+and no clock to ask.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +26,7 @@ from attrs import field, frozen
 from modelexpress_core.immutable import unmodifiable
 
 __all__ = [
+    "LeaderLease",
     "Listing",
     "MetadataStore",
     "NotPublisherError",
@@ -33,11 +49,11 @@ class SourceStatus(IntEnum):
 
 
 class StoreUnavailableError(Exception):
-    """The store cannot be asked now. Never told as an empty answer."""
+    """The store does not answer. An empty answer never stands for this error."""
 
 
 class NotPublisherError(Exception):
-    """Somebody wants to change a record that another published.
+    """The record belongs to another publisher, who alone may change it.
 
     Args:
         worker_id: The worker of the record.
@@ -49,21 +65,21 @@ class NotPublisherError(Exception):
 
 @frozen
 class SourceRecord:
-    """What lists show of a source.
+    """The part of a source that lists return.
 
     Attributes:
         source_id: The ``mx_source_id`` of its identity.
         worker_id: The worker that holds it.
-        model_name: Of its identity.
+        model_name: Name of the model, from its identity.
         worker_rank: Rank of the worker.
-        status: What state it is in (a number that this version does not know is kept).
-        updated_at_ms: When the worker last spoke, in milliseconds since 1970 by the clock of the store.
-        accelerator: What the worker's tensors are on.
-        topology: Where the worker is.
-        training_step: Of the weights, where the identity tells it.
-        layout_signature: Of the tensors, where the identity tells it.
-        source_load: How busy the worker is, where it says so.
-        publisher: Who published it; empty where nobody has to prove who they are.
+        status: Its state; an unknown number is kept as it is.
+        updated_at_ms: Time of the last publication or heartbeat, in milliseconds since 1970 by the store's clock.
+        accelerator: Architecture of the device that holds the tensors.
+        topology: Location of the worker, and other facts that it publishes.
+        training_step: Training step of the weights; None if the identity has none.
+        layout_signature: Digest of the tensors' layout; None if the identity has none.
+        source_load: Load of the worker, from 0 to 1; None if it reports none.
+        publisher: Name of the authenticated publisher; empty if the server authenticates no callers.
     """
 
     source_id: str
@@ -82,13 +98,13 @@ class SourceRecord:
 
 @frozen
 class StoredSource:
-    """A source with all that its worker published.
+    """A source with everything that its worker published.
 
     Attributes:
-        record: What lists show.
+        record: The part that lists return.
         identity: The serialised identity.
-        worker: The serialised metadata of the worker, but for status and time, which the record has.
-        as_of_ms: When the store said so, in milliseconds since 1970 by its clock.
+        worker: The serialised metadata of the worker, without status and time, which the record has.
+        as_of_ms: Time of the answer, in milliseconds since 1970 by the store's clock; ignored by ``publish``.
     """
 
     record: SourceRecord
@@ -99,11 +115,11 @@ class StoredSource:
 
 @frozen
 class Listing:
-    """What a store has found.
+    """The answer to a query.
 
     Attributes:
-        records: In any order.
-        as_of_ms: When the store said so, in milliseconds since 1970 by its clock.
+        records: The records that match, in any order.
+        as_of_ms: Time of the answer, in milliseconds since 1970 by the store's clock.
     """
 
     records: Sequence[SourceRecord]
@@ -112,12 +128,12 @@ class Listing:
 
 @frozen
 class SourceQuery:
-    """Which sources are asked for; all by default.
+    """A filter for sources; by default every source matches.
 
     Attributes:
-        source_id: Only those with this id.
-        model_name: Only those of this model.
-        status: Only those in this state.
+        source_id: Only sources with this id.
+        model_name: Only sources of this model.
+        status: Only sources in this state.
     """
 
     source_id: str | None = None
@@ -127,59 +143,106 @@ class SourceQuery:
 
 @frozen
 class Reaped:
-    """What a reaper did.
+    """The result of one run of the reaper.
 
     Attributes:
-        stale: Sources that became stale.
-        removed: Sources that were removed.
+        stale: Number of sources that became stale.
+        removed: Number of sources that were removed.
     """
 
     stale: int = 0
     removed: int = 0
 
 
-class MetadataStore(Protocol):
-    """Keeps sources. Each method is atomic, for all servers that share the store.
+@frozen
+class LeaderLease:
+    """A role that one holder has for a limited time.
 
-    Times are the store's own, so that servers and workers may have clocks that differ.
+    The holder may act for as many seconds as it asked for, counted on its own monotonic clock from just before it
+    called ``lead``. A holder that is slow may still act after that, when another has the role: therefore whatever it
+    writes to carries the token along, and refuses a token smaller than the largest that it has seen (a *fencing
+    token*).
+
+    Attributes:
+        role: The role.
+        holder: Its holder.
+        token: Grows with each change of holder. A renewal in time keeps it. It is a number from 1 to 2**63 - 1; it says
+            nothing beyond the order.
+    """
+
+    role: str
+    holder: str
+    token: int
+
+
+class MetadataStore(Protocol):
+    """Keeps sources, and leases of leaders. See the top of this module for what is promised of each call.
 
     Raises:
-        StoreUnavailableError: By each method, where the store cannot be asked.
+        StoreUnavailableError: By each method, if the store does not answer.
     """
 
     async def publish(self, source: StoredSource) -> None:
-        """Keep ``source`` in place of what was there under its ids, as of now.
+        """Store ``source``, with the present time, in place of any record with the same ids.
 
         Raises:
-            NotPublisherError: Another publisher's record is there.
+            NotPublisherError: That record belongs to another publisher.
         """
 
     async def get(self, source_id: str, worker_id: str) -> StoredSource | None:
-        """The source with these ids, if there is one."""
+        """The source with these ids; None if there is none."""
 
     async def list(self, query: SourceQuery) -> Listing:
-        """The sources that ``query`` asks for. Those that it does not ask for cost nothing."""
+        """The sources that match ``query``. Sources that do not match should cost little."""
 
     async def update(
         self, source_id: str, worker_id: str, status: int, source_load: float | None, publisher: str
     ) -> bool:
-        """Set the state of a source (and its load, where given), as of now; False where there is no such source.
+        """Set the state of a source, its time to the present, and its load unless that is None.
+
+        Returns:
+            Whether there is such a source.
 
         Raises:
-            NotPublisherError: Another publisher's record it is.
+            NotPublisherError: The record belongs to another publisher.
         """
 
     async def reap(self, stale_after_seconds: float, removed_after_seconds: float) -> Reaped:
-        """Make sources stale whose worker has been silent so long, and remove stale ones after so long a silence."""
+        """Mark silent sources as stale, and remove stale sources that have been silent for longer.
+
+        It may take record by record, and pass over a record that changes meanwhile: the next run finds it again. Two
+        servers may reap at once; no source is marked or removed that was not silent for so long.
+
+        Args:
+            stale_after_seconds: Seconds without a heartbeat after which a source is stale.
+            removed_after_seconds: Seconds without a heartbeat after which a stale source is removed.
+        """
 
     async def counts(self) -> Mapping[int, int]:
-        """How many sources are in each state."""
+        """The number of sources in each state."""
 
-    async def lead(self, role: str, holder: str, seconds: float) -> bool:
-        """Whether ``holder`` has ``role`` for the next ``seconds``: it had it already, or nobody else has it."""
+    async def lead(self, role: str, holder: str, seconds: float) -> LeaderLease | None:
+        """Take or renew the lease of ``role``.
+
+        The holder keeps the role by asking again in time. If it does not, another holder that keeps asking gets the
+        role at the earliest ``seconds`` after the holder's last successful call, and at the latest a small multiple of
+        that: a store without a clock to ask may first have to watch for ``seconds`` that the lease is not renewed.
+
+        A larger token than all before it is given with each change of holder, also after the lease expired and after
+        the store was restarted, as far as the store kept its data. If a holder takes the role again that it let expire,
+        and none had it in between, the token stays or grows.
+
+        Args:
+            role: Name of the role.
+            holder: Name of the holder, which no other server uses.
+            seconds: How long the lease lasts.
+
+        Returns:
+            The lease; None if another holder has the role.
+        """
 
     async def check(self) -> None:
-        """Return where the store can be asked."""
+        """Return if the store answers."""
 
     async def close(self) -> None:
-        """Give up what it holds open."""
+        """Close connections and files."""

@@ -1,4 +1,4 @@
-"""What core asks of a storage, and what a storage tells of an object."""
+"""What every storage does: it lists objects and reads byte ranges of them into memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import attrs
 from attrs import field, frozen
 
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.immutable import unmodifiable
 
 __all__ = ["DiagnosableStorage", "Endpoint", "ObjectInfo", "PatientStorage", "RunStorage", "Storage"]
@@ -15,13 +16,13 @@ __all__ = ["DiagnosableStorage", "Endpoint", "ObjectInfo", "PatientStorage", "Ru
 
 @frozen
 class ObjectInfo:
-    """One object as the storage knows it, without its content.
+    """Metadata of one object.
 
     Attributes:
-        path: Path below the authority, as ``stat`` and ``read_into`` take it.
+        path: Path below the authority, decoded, as ``stat`` and ``read_into`` take it.
         size: Length in bytes.
-        version: What pins this content: an ETag, a generation, a modification stamp. None where the storage
-            has nothing of the kind.
+        version: Version of the content: an ETag, a generation, a modification time. None if the storage has no
+            versions.
         digests: Digests of the whole object that the storage publishes, by algorithm
             (``"crc32"``, ``"crc32c"``, ``"crc64nvme"``, ``"md5"``, ``"sha1"``, ``"sha256"``), in lower-case hex.
     """
@@ -38,17 +39,18 @@ class ObjectInfo:
 
 @runtime_checkable
 class Storage(Protocol):
-    """Reads byte ranges of objects. Thread-safe; one instance serves one authority (bucket, host, account).
+    """Reads byte ranges of objects. Thread-safe. One instance serves one authority (bucket, host, account).
 
-    Retries, splitting, concurrency, progress and verification belong to core: a storage does one request
-    per call, and raises a ``BackendError`` that says whether trying again can help.
+    A storage sends one request per call, and raises a ``BackendError`` whose class says whether a retry can help. Core
+    does retries, splitting, concurrency, progress and verification.
     """
 
     def list(self, prefix: str) -> Iterable[ObjectInfo]:
-        """The objects below the directory ``prefix``, at any depth, in any order; none where it is empty.
+        """The objects below the directory ``prefix``, at any depth, in any order; none if it is empty.
 
         Raises:
-            BackendError: NotFoundError where the authority itself does not exist.
+            NotFoundError: The authority itself does not exist.
+            BackendError: Any other failure.
         """
         ...
 
@@ -56,125 +58,107 @@ class Storage(Protocol):
         """The object at ``path``.
 
         Raises:
-            NotFoundError: There is none.
+            NotFoundError: There is no object at ``path``.
+            BackendError: Any other failure.
         """
         ...
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read ``len(buffer)`` bytes from ``offset`` of the object at ``path`` straight into ``buffer``.
 
-        Where the connection breaks after some bytes, return their number: core goes on at the first missing
-        byte. Raise only where nothing of this call arrived. A read that begins at or after the end of the object
-        returns 0 or raises SourceChangedError.
+        If the connection breaks after some bytes, return their number: core continues at the first missing byte. Raise
+        an error only if no byte of this call arrived. A read that begins at or after the end of the object returns 0 or
+        raises SourceChangedError.
 
         Args:
             path: As in ``ObjectInfo.path``.
             offset: First byte.
-            buffer: Writable, one-dimensional, of bytes, and never empty.
-            version: As in ``ObjectInfo.version``; None takes any one.
+            buffer: Writable, one-dimensional, with the format of bytes, never empty.
+            version: As in ``ObjectInfo.version``; None reads any version.
 
         Returns:
-            Number of bytes written to the start of ``buffer``; fewer than asked for where the stream ended early.
+            Number of bytes written to the start of ``buffer``; fewer than its length if the stream ended early.
 
         Raises:
-            SourceChangedError: The object is no longer ``version``, and its old content cannot be read any more.
-            UnavailableError, DeadlineError: The other side cannot be reached, or the connection broke; retryable.
+            SourceChangedError: The object has another version now, and its old content cannot be read.
+            UnavailableError, DeadlineError: The server cannot be reached, or the connection broke; retryable.
             BackendError: Any other failure.
         """
         ...
 
     def close(self) -> None:
-        """Give up connections and files; called once or more often.
+        """Close connections and files. May be called more than once.
 
-        May be called while reads run in other threads: those end soon, with their bytes or with a BackendError that is
+        May be called while reads run in other threads. They end soon, with their bytes or with a BackendError that is
         not retryable, as does every later call.
         """
         ...
 
 
 class RunStorage(Storage, Protocol):
-    """A storage to which a read of a few hundred bytes costs little more than the call: it takes many at a time.
+    """A storage that reads many short runs in one call, for storages where each call costs little.
 
-    Offered by declaring the capability ``read_runs``. Rows of a matrix that is split by columns are such runs.
+    Declared with the capability ``read_runs``. The rows of a matrix that is split by columns are such runs.
     """
 
     def read_runs(
         self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
     ) -> int:
-        """Read runs of ``run_bytes``, each ``stride_bytes`` after the one before, one after another into ``buffer``.
+        """Read runs of ``run_bytes``, which begin ``stride_bytes`` apart, one after another into ``buffer``.
 
         Args:
             path: As in ``ObjectInfo.path``.
             offset: First byte of the first run.
-            run_bytes: Length of a run; that of ``buffer`` is a multiple of it.
+            run_bytes: Length of a run. The length of ``buffer`` is a multiple of it.
             stride_bytes: From the start of a run to the start of the next; more than ``run_bytes``.
-            buffer: Writable, one-dimensional, of bytes, and never empty.
-            version: As in ``ObjectInfo.version``; None takes any one.
+            buffer: Writable, one-dimensional, with the format of bytes, never empty.
+            version: As in ``ObjectInfo.version``; None reads any version.
 
         Returns:
-            Number of bytes written to the start of ``buffer``, of whole runs; fewer than asked for where the object
+            Number of bytes written to the start of ``buffer``, in whole runs; fewer than its length if the object
             ended early.
 
         Raises:
-            SourceChangedError: The object is no longer ``version``, and its old content cannot be read any more.
+            SourceChangedError: The object has another version now, and its old content cannot be read.
             BackendError: Any other failure.
         """
         ...
 
 
 class PatientStorage(Storage, Protocol):
-    """A storage whose reads give up on a connection that has gone silent, after a time that core sets.
+    """A storage whose reads give up a silent connection after a time that core sets.
 
-    Offered by declaring the capability ``patience``. Core learns how long a read takes when all is well, and lowers the
-    time from what the storage begins with, so that a stalled connection costs seconds instead of a long time-out.
+    Declared with the capability ``patience``. Core measures how long successful reads take, and lowers the time that
+    the storage begins with. A stalled connection then costs seconds instead of a long time-out.
 
     Attributes:
-        patience_seconds: A read that has waited so long for its next byte ends: with the bytes that have arrived, or
-            with DeadlineError where none has. Core sets it while reads run; it holds for waits that begin afterwards.
+        patience_seconds: Longest wait for the next byte of a read. After it, the read ends with the bytes that have
+            arrived, or with DeadlineError if none has. Core sets it while reads run; it applies to later waits.
     """
 
     patience_seconds: float
 
 
-@frozen
-class Endpoint:
-    """Where a storage connects to.
-
-    Attributes:
-        host: Name or address.
-        port: TCP port.
-        tls: Whether the connection is encrypted.
-        ca_bundle: File with the authorities that are trusted; None for those of the SDK.
-        proxy: URL of the proxy that connections go through, without credentials; None for a direct connection.
-    """
-
-    host: str
-    port: int
-    tls: bool
-    ca_bundle: str | None = None
-    proxy: str | None = None
-
-
 class DiagnosableStorage(Storage, Protocol):
-    """A storage that says where it connects and as whom, so that ``mx doctor`` can test one step after the other.
+    """A storage that reports its endpoint and its credentials, so that ``mx doctor`` can test one step at a time.
 
-    Offered by declaring the capability ``diagnosis``.
+    Declared with the capability ``diagnosis``.
     """
 
     def endpoint(self) -> Endpoint:
-        """Where requests go. Connects to nothing.
+        """The address of requests. Opens no connection.
 
         Raises:
-            BackendError: That cannot be said.
+            BackendError: The address is unknown.
         """
         ...
 
     def credentials(self) -> str:
-        """Who asks, and where that was found, for people: ``"access key ...X4TQ, from the profile default"``.
+        """The credentials in use and their source, for people: ``"access key ...X4TQ, from the profile default"``.
 
-        Fetches the credentials where that takes a request; shows no secret.
+        Fetches the credentials if that takes a request. Contains no secret.
 
         Raises:
-            AccessDeniedError: There are none, or they cannot be had.
+            AccessDeniedError: There are no credentials, or they cannot be fetched.
         """
         ...

@@ -1,6 +1,7 @@
-"""What core asks of a transport: to make the tensors of a worker readable, and to read those of another.
+"""What every transport does: it makes the tensors of a worker readable, and reads those of another worker.
 
-A reader compares, leases, reads and releases, in this order. A draft: transports to other processes may change it.
+A reader compares, leases, reads and releases, in this order. This contract is a draft: it may change with the first
+transport between processes.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ def _integers(values: Iterable[int]) -> tuple[int, ...]:
 
 @frozen(order=True)
 class TensorLayout:
-    """One tensor, without its content.
+    """Metadata of one tensor.
 
     Attributes:
         name: Name of the tensor.
-        shape: Elements along each dimension.
-        stride: Elements from one index to the next, along each dimension.
-        dtype: Of the elements: ``"bfloat16"``.
-        same_memory_as: The first name, in order, of the tensors that begin at the same byte; empty for that one itself.
+        shape: Number of elements along each dimension.
+        stride: Distance between neighbours along each dimension, in elements.
+        dtype: Data type of the elements: ``"bfloat16"``.
+        same_memory_as: Name of the first tensor that begins at the same byte, if it is another one; else empty.
     """
 
     name: str
@@ -43,12 +44,12 @@ class TensorLayout:
 
     def __attrs_post_init__(self) -> None:
         if len(self.shape) != len(self.stride):
-            message = f"{self.name} has {len(self.shape)} dimensions, and {len(self.stride)} strides"
+            message = f"{self.name} has {len(self.shape)} dimensions and {len(self.stride)} strides"
             raise ValueError(message)
 
     @property
     def canonical(self) -> tuple[str, tuple[int, ...], tuple[int, ...], str, str]:
-        """The layout with a stride of 0 in each dimension whose stride has no effect: layouts compare equal by it."""
+        """The form in which layouts are compared: a stride that has no effect is 0."""
         empty = 0 in self.shape
         stride = tuple(0 if size <= 1 or empty else step for size, step in zip(self.shape, self.stride, strict=True))
         return self.name, self.shape, stride, self.dtype, self.same_memory_as
@@ -59,9 +60,9 @@ class TensorTable:
     """The tensors that a worker makes readable.
 
     Attributes:
-        source_id: The ``mx_source_id`` of their identity.
+        source_id: The ``mx_source_id`` of the tensors' identity.
         worker_id: The worker that holds them.
-        tensors: Parameters and buffers by name, on the device where they stay.
+        tensors: Parameters and buffers by name, on their device.
     """
 
     source_id: str
@@ -74,8 +75,8 @@ class TensorRead:
     """One tensor to read.
 
     Attributes:
-        name: Its name at the peer.
-        destination: A tensor of the same layout, whose memory is written.
+        name: Name of the tensor at the peer.
+        destination: Tensor of the same layout; the read writes to its memory.
     """
 
     name: str
@@ -84,11 +85,11 @@ class TensorRead:
 
 @frozen
 class Completion:
-    """One read that has ended well.
+    """One successful read.
 
     Attributes:
-        name: Name of the tensor, every byte of which is in place.
-        bytes: Bytes that were moved for it.
+        name: Name of the tensor. Every byte of it is in place.
+        bytes: Number of bytes that were moved.
     """
 
     name: str
@@ -99,19 +100,19 @@ class ServedTensors(Protocol):
     """Tensors that peers may read, until ``close``.
 
     Attributes:
-        endpoint: Where peers connect to: the authority of the worker's URI.
-        topology: What the worker's record says about this transport, by key.
+        endpoint: Address that peers connect to: the authority of the worker's URI.
+        topology: Entries that the worker publishes about this transport.
     """
 
     endpoint: str
     topology: Mapping[str, str]
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Grant no more leases, and wait for those that are held; whether all were released in time."""
+        """Grant no more leases, wait for those that are held, and return whether all were released in time."""
         ...
 
     def close(self) -> None:
-        """Serve no more: afterwards no peer reads this memory."""
+        """Stop serving. Afterwards no peer reads this memory."""
         ...
 
 
@@ -119,13 +120,13 @@ class PeerSession(Protocol):
     """The connection of one reader to one worker.
 
     Attributes:
-        layouts: Layouts of the tensors that the worker holds, which the reader compares with its own.
+        layouts: Layouts of the worker's tensors. The reader compares them with its own.
     """
 
     layouts: Sequence[TensorLayout]
 
     def lease(self) -> None:
-        """Have the worker keep its memory as it is until ``release`` or ``close``.
+        """Take a lease: until ``release`` or ``close``, the worker does not change its memory.
 
         Raises:
             UnavailableError: The worker is about to change its memory.
@@ -134,24 +135,24 @@ class PeerSession(Protocol):
         ...
 
     def read(self, reads: Sequence[TensorRead]) -> Iterator[Completion]:
-        """Read tensors straight into their destinations; each is yielded once, in any order, when it is in place.
+        """Read tensors straight into their destinations. Yields each once, in any order, when it is in place.
 
         Raises:
-            BackendError: While it is iterated; destinations that were not yielded are undefined then. An error that is
-                the worker's own has ``peer_at_fault``.
+            BackendError: During iteration. The content of destinations that were not yielded is undefined then. The
+                error has ``peer_at_fault`` if the worker caused it.
         """
         ...
 
     def release(self) -> None:
-        """Give the lease back.
+        """Release the lease.
 
         Raises:
-            BackendError: The lease had ended before: what was read under it cannot be trusted.
+            BackendError: The lease had ended before, so the bytes that were read under it cannot be trusted.
         """
         ...
 
     def close(self) -> None:
-        """End the connection, and the lease with it; called once or more often. No read writes to memory afterwards."""
+        """Close the connection and end the lease. May be called more than once. Afterwards no read writes to memory."""
         ...
 
 
@@ -163,7 +164,7 @@ class Transport(Protocol):
         """Make ``table`` readable for peers.
 
         Raises:
-            BackendError: That is not possible.
+            BackendError: The memory cannot be made readable.
         """
         ...
 
@@ -171,14 +172,14 @@ class Transport(Protocol):
         """Connect to the worker that the URI of the transport names.
 
         Args:
-            peer: What it is expected to hold. An empty ``worker_id`` takes any worker.
+            peer: The worker, and the weights that it should hold. An empty ``worker_id`` accepts any worker.
 
         Raises:
             NotFoundError: The worker holds another source, or is another worker.
-            BackendError: It cannot be reached.
+            BackendError: The worker cannot be reached.
         """
         ...
 
     def close(self) -> None:
-        """Give up what the transport holds open; sessions and served tensors are closed by themselves."""
+        """Close the transport's own resources. Sessions and served tensors are closed separately."""
         ...

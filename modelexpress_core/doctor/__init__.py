@@ -1,4 +1,4 @@
-"""Finding out why a model does not load: one step after the other, from the settings to the headers.
+"""Why a model does not load: a diagnosis in steps, from the settings to the headers.
 
 ::
 

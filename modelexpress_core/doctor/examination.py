@@ -1,4 +1,4 @@
-"""The steps of a diagnosis, in order: what each looks at, and which later ones make sense after one that failed."""
+"""The steps of a diagnosis, in order: what each examines, and which of them are skipped after a failure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any, TypeVar, cast
 
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.checkpoint.index import INDEX_SUFFIX, SUFFIX
-from modelexpress_core.contracts.storage import DiagnosableStorage, Endpoint, ObjectInfo, PatientStorage, Storage
-from modelexpress_core.doctor.network import NetworkRoute, within
+from modelexpress_core.contracts.storage import DiagnosableStorage, ObjectInfo, PatientStorage, Storage
+from modelexpress_core.doctor.network import NetworkRoute, call_with_deadline
 from modelexpress_core.doctor.step import Step
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -28,6 +29,7 @@ from modelexpress_core.loader import Loader
 from modelexpress_core.loads.context import redacted_uris
 from modelexpress_core.messages import byte_range, listed
 from modelexpress_core.plugins import CORE, STORAGE, PluginManager
+from modelexpress_core.probing import ProbeError
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import format_bytes, format_files
@@ -38,27 +40,27 @@ __all__ = ["diagnose"]
 
 _T = TypeVar("_T")
 
-#: A storage's request may take so many times as long as one wait on the network: it has several.
+#: Deadline of a request to the storage, in time-outs of one wait on the network: a request has several.
 _STORAGE_FACTOR = 4
 
-#: Reading all headers, retries included, may take so many times as long.
+#: Deadline of reading all headers, retries included, likewise.
 _CHECKPOINT_FACTOR = 12
 
-#: Of a listing only so many objects are looked at.
+#: Objects of a listing that are examined at most.
 _MAX_OBJECTS = 10_000
 
-#: What one test read asks for.
+#: Bytes of the test read.
 _READ_BYTES = 64 << 10
 
-#: Clocks that differ by more are noted: signatures are refused at some minutes.
+#: A larger difference of clocks is noted: servers refuse signatures if it is some minutes.
 _MAX_SKEW_SECONDS = 30
 
-#: A certificate that ends sooner is noted.
+#: A certificate that expires sooner is noted.
 _SOON_DAYS = 14
 
 
 class _SkippedError(Exception):
-    """A step makes no sense here; says why."""
+    """A step is skipped; the text says why."""
 
 
 def diagnose(
@@ -68,10 +70,10 @@ def diagnose(
     plugins: PluginManager | None = None,
     timeout_seconds: float = 5.0,
 ) -> Iterator[Step]:
-    """Go through everything that a load of ``uri`` needs, and yield what each step found, as soon as it is known.
+    """Examine everything that a load of ``uri`` needs, and yield the result of each step as soon as it is known.
 
-    Reads settings, looks names up, connects, lists, reads 64 KiB and all headers. Writes nothing. What fails is in the
-    steps: nothing is raised. ``can_load`` says what they come to.
+    Reads settings, looks names up, connects, lists, reads 64 KiB and all headers. Writes nothing. It raises no error:
+    failures are in the steps. ``can_load`` sums them up.
 
     Args:
         uri: A directory, an index, or one safetensors file, as a URI or a path.
@@ -89,7 +91,7 @@ def diagnose(
 
 
 class _Examination:
-    """What the steps so far have found."""
+    """The results of the steps so far."""
 
     def __init__(
         self,
@@ -118,27 +120,27 @@ class _Examination:
         self._checkpoint: Checkpoint | None = None
 
     def steps(self) -> Iterator[Step]:
-        """Each step, once it was taken."""
-        yield self._taken("settings", self._read_settings)
-        yield self._taken("uri", self._parse)
-        yield self._taken("plugin", self._open_plugin)
-        yield self._taken("name", self._look_up)
-        yield self._taken("connection", self._connect)
-        yield self._taken("tls", self._encrypt)
-        yield self._taken("clock", self._compare_clocks)
-        yield self._taken("credentials", self._get_credentials)
-        yield self._taken("listing", self._list)
-        yield self._taken("read", self._read)
-        yield self._taken("checkpoint", self._open_headers)
+        """Take the steps one by one."""
+        yield self._take("settings", self._read_settings)
+        yield self._take("uri", self._parse)
+        yield self._take("plugin", self._open_plugin)
+        yield self._take("name", self._look_up)
+        yield self._take("connection", self._connect)
+        yield self._take("tls", self._encrypt)
+        yield self._take("clock", self._compare_clocks)
+        yield self._take("credentials", self._get_credentials)
+        yield self._take("listing", self._list)
+        yield self._take("read", self._read)
+        yield self._take("checkpoint", self._open_headers)
 
     def close(self) -> None:
-        """Close the storage, however long that takes it: nobody waits for more than a moment."""
+        """Close the storage, and wait for it no longer than the time-out."""
         if self._storage is not None:
             with contextlib.suppress(Exception):
-                within(self._timeout, self._storage.close, "close the storage")
+                call_with_deadline(self._timeout, self._storage.close, "close the storage")
 
-    def _taken(self, name: str, look: Callable[[dict[str, Any]], tuple[str, str]]) -> Step:
-        """What ``look`` finds: it fills in facts, and returns a status and what was seen."""
+    def _take(self, name: str, look: Callable[[dict[str, Any]], tuple[str, str]]) -> Step:
+        """Take one step: ``look`` fills in facts, and returns a status and what it has seen."""
         facts: dict[str, Any] = {}
         begun = time.monotonic()
         cause = hint = None
@@ -219,7 +221,7 @@ class _Examination:
             reason = f"{registered.provider.name} is on this machine"
             raise _SkippedError(reason)
         if not registered.provider.capabilities.diagnosis:
-            reason = f"{registered.label} does not say where it connects, nor as whom"
+            reason = f"{registered.label} does not say where it connects, and with which credentials"
             raise _SkippedError(reason)
         return cast("DiagnosableStorage", storage)
 
@@ -233,7 +235,7 @@ class _Examination:
         if route.is_address:
             self._addresses = (route.host,)
             raise _SkippedError(f"{through}{route.host} is an address")
-        with self._pointing(endpoint):
+        with self._hinting_at_variable(endpoint):
             self._addresses = route.addresses()
         facts["addresses"] = list(self._addresses)
         return "ok", f"{through}{route.host} is {', '.join(self._addresses)}"
@@ -243,19 +245,19 @@ class _Examination:
         return None if route.endpoint.proxy is None else host_and_port(route.host, route.port)
 
     def _connect(self, facts: dict[str, Any]) -> tuple[str, str]:
-        route = self._routed()
+        route = self._usable_route()
         outcomes = route.connect(self._addresses)
         facts["port"] = route.port
         facts["milliseconds"] = {
-            address: round(outcome, 3) for address, outcome in outcomes.items() if not isinstance(outcome, OSError)
+            address: round(outcome, 3) for address, outcome in outcomes.items() if not isinstance(outcome, ProbeError)
         }
         facts["errors"] = {
-            address: str(outcome) for address, outcome in outcomes.items() if isinstance(outcome, OSError)
+            address: str(outcome) for address, outcome in outcomes.items() if isinstance(outcome, ProbeError)
         }
         if not facts["milliseconds"]:
             self._unreachable = True
-            with self._pointing(route.endpoint):
-                raise route.refusal(outcomes)
+            with self._hinting_at_variable(route.endpoint):
+                raise route.connect_error(outcomes)
         self._connected = min(facts["milliseconds"], key=facts["milliseconds"].__getitem__)
         stood = ", ".join(
             f"{host_and_port(address, route.port)} in {duration:.1f} ms"
@@ -265,9 +267,9 @@ class _Examination:
         if not facts["errors"]:
             return "ok", seen
         failed = "; ".join(f"{address}: {error}" for address, error in facts["errors"].items())
-        return "noted", f"{seen}; in vain to {failed}"
+        return "noted", f"{seen}; failed: {failed}"
 
-    def _routed(self) -> NetworkRoute:
+    def _usable_route(self) -> NetworkRoute:
         self._diagnosable()
         if self._route is None or not self._addresses:
             reason = "there is no address"
@@ -275,7 +277,7 @@ class _Examination:
         return self._route
 
     def _encrypt(self, facts: dict[str, Any]) -> tuple[str, str]:
-        route = self._routed()
+        route = self._usable_route()
         if not route.endpoint.tls:
             reason = "connections are not encrypted"
             raise _SkippedError(reason)
@@ -319,7 +321,7 @@ class _Examination:
                 f"valid {facts['not_before'][:10]} to {facts['not_after'][:10]})"
             )
         bundle = route.endpoint.ca_bundle
-        named = "" if bundle is None else self._named(bundle)
+        named = "" if bundle is None else self._variables_with(bundle)
         source = f", which {named} names" if named else ""
         if bundle is not None and bundle in error.operation:
             error.hint = f"correct {named or 'the setting that names the file'}"
@@ -330,7 +332,7 @@ class _Examination:
         return error
 
     def _compare_clocks(self, facts: dict[str, Any]) -> tuple[str, str]:
-        route = self._routed()
+        route = self._usable_route()
         if not self._connected or (route.endpoint.tls and not self._secure):
             reason = "there is no connection to ask over"
             raise _SkippedError(reason)
@@ -350,21 +352,21 @@ class _Examination:
         )
 
     @contextlib.contextmanager
-    def _pointing(self, endpoint: Endpoint) -> Iterator[None]:
-        """Name the variable that the host came from, where one names it, in the hint of an error."""
+    def _hinting_at_variable(self, endpoint: Endpoint) -> Iterator[None]:
+        """Add the variable that sets the host, if one does, to the hint of an error."""
         try:
             yield
         except BackendError as exc:
             proxied = endpoint.proxy is not None
-            named = "" if proxied else self._named(endpoint.host)
+            named = "" if proxied else self._variables_with(endpoint.host)
             if named:
                 exc.hint = f"check {named}, which names the host; {exc.hint}"
             elif proxied:
                 exc.hint = f"check the variables that name the proxy; {exc.hint}"
             raise
 
-    def _named(self, text: str) -> str:
-        """The variables of the plugin in whose values ``text`` stands."""
+    def _variables_with(self, text: str) -> str:
+        """The variables of the plugin whose values contain ``text``."""
         if self._registered is None:
             return ""
         rows = self._plugin_settings(self._registered)
@@ -378,10 +380,10 @@ class _Examination:
         return "ok", seen
 
     def _in_time(self, call: Callable[[], _T], operation: str, factor: int = _STORAGE_FACTOR) -> _T:
-        return within(self._timeout * factor, call, operation)
+        return call_with_deadline(self._timeout * factor, call, operation)
 
     def _reachable(self) -> tuple[ModelURI, Storage]:
-        """The storage with one try a request, so that every failure is seen."""
+        """The storage with one try for each request, so that every failure is seen."""
         _, storage = self._opened()
         if self._unreachable:
             reason = "there is no connection"
@@ -402,7 +404,7 @@ class _Examination:
             return self._without_listing(exc)
         facts.update(listed=True, objects=len(found), bytes=sum(info.size for info in found))
         if not found:
-            self._all_headers()  # raises what a load would
+            self._all_headers()  # raises the error of a load
         start = f"{directory.rstrip('/')}/" if directory else ""
         relative = {info.path.removeprefix(start): info for info in found}
         likely = sorted(relative, key=lambda name: ("/" in name, not name.endswith(SUFFIX), name))
@@ -411,7 +413,7 @@ class _Examination:
         return "ok", f"{more}{len(found)} files, {format_bytes(facts['bytes'])}: {listed(likely, most=3)}"
 
     def _without_listing(self, denied: BackendError) -> tuple[str, str]:
-        """A reader without the right to list can load a checkpoint whose files have the usual names."""
+        """A reader that may not list can load a checkpoint whose files have the usual names."""
         try:
             self._all_headers()
         except (AccessDeniedError, NotFoundError):
@@ -456,7 +458,7 @@ class _Examination:
         return "ok", f"{len(checkpoint.tensors)} tensors, {format_bytes(checkpoint.tensor_bytes)} in {files}"
 
     def _all_headers(self) -> Checkpoint:
-        """The checkpoint, opened as a load opens it."""
+        """The checkpoint, opened in the way of a load."""
         registered, storage = self._opened()
         loader, uri = cast("Loader", self._loader), cast("ModelURI", self._uri)
         budget = RetryBudget(min(self._timeout * _STORAGE_FACTOR, loader.settings.retry_budget_seconds))

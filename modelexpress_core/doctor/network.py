@@ -1,10 +1,8 @@
-"""The network between this machine and an endpoint: names, connections, TLS, clocks. Nothing here knows a backend."""
+"""The network between this machine and an endpoint of any storage: names, connections, TLS, clocks."""
 
 from __future__ import annotations
 
-import errno
 import ipaddress
-import os
 import re
 import socket
 import ssl
@@ -21,19 +19,20 @@ from urllib.parse import urlsplit
 
 from attrs import field, frozen
 
-from modelexpress_core.contracts.storage import Endpoint
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import BackendError, DeadlineError, NotFoundError, UnavailableError, UnsupportedError
-from modelexpress_core.tls_errors import objection
+from modelexpress_core.probing import Fault, ProbeError, begin_tls, connect, look_up, reason_of_tls
+from modelexpress_core.tls_errors import explain_verification_error
 from modelexpress_core.uri import host_and_port
 
-__all__ = ["Certificate", "Handshake", "NetworkRoute", "within"]
+__all__ = ["Certificate", "Handshake", "NetworkRoute", "call_with_deadline"]
 
 _R = TypeVar("_R")
 
-#: Of a name with more addresses only so many are tried.
+#: Addresses of a name that are tried at most.
 _MAX_ADDRESSES = 8
 
-#: Of an answer only so much is read to find what time it is.
+#: Bytes of an answer that are read at most to find its date.
 _MAX_ANSWER_BYTES = 16 << 10
 
 _PROXY_PORTS: Mapping[str, int] = {"http": 80, "https": 443}
@@ -41,20 +40,20 @@ _PROXY_PORTS: Mapping[str, int] = {"http": 80, "https": 443}
 #: X509_V_FLAG_NO_CHECK_TIME of OpenSSL, which Python has no name for.
 _NO_CHECK_TIME = 0x200000
 
-#: errno -> (likely cause, next step) of a connection that does not come about.
-_REFUSALS: Mapping[int, tuple[str, str]] = {
-    errno.ECONNREFUSED: ("nothing listens on that port, or a firewall refuses it", "check host and port"),
-    errno.ENETUNREACH: ("this machine has no route to that network", "check its network, or set a proxy"),
-    errno.EHOSTUNREACH: ("the host is down, or there is no route to it", "check the host and the network between"),
-    errno.ECONNRESET: ("a firewall or the server breaks connections off", "check what is between, and the port"),
+#: Likely cause and next step of a connection that does not come about.
+_NO_CONNECTION: Mapping[Fault, tuple[str, str]] = {
+    Fault.REFUSED: ("nothing listens on that port, or a firewall refuses it", "check host and port"),
+    Fault.NO_NETWORK: ("this machine has no route to that network", "check its network, or set a proxy"),
+    Fault.NO_HOST: ("the host is down, or there is no route to it", "check the host and the network between"),
+    Fault.RESET: ("a firewall or the server breaks connections off", "check what is between, and the port"),
 }
 
 
-def within(seconds: float, call: Callable[[], _R], operation: str) -> _R:
+def call_with_deadline(seconds: float, call: Callable[[], _R], operation: str) -> _R:
     """What ``call`` returns.
 
     Raises:
-        DeadlineError: It took longer than ``seconds``; its thread is left alone then.
+        DeadlineError: It took longer than ``seconds``; its thread goes on then.
     """
     outcomes: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
 
@@ -82,14 +81,14 @@ def within(seconds: float, call: Callable[[], _R], operation: str) -> _R:
 
 @frozen
 class Certificate:
-    """Whom a server's certificate is for.
+    """A server's certificate.
 
     Attributes:
-        subject: Whom it names.
-        issuer: Who signed it.
+        subject: Name of its subject.
+        issuer: Name of the authority that signed it.
         names: Hosts and addresses that it is for.
-        begins: First moment at which it is valid.
-        ends: Last moment.
+        begins: First moment of its validity.
+        ends: Last moment of its validity.
     """
 
     subject: str
@@ -100,7 +99,7 @@ class Certificate:
 
     @classmethod
     def from_peer(cls, described: Mapping[str, Any]) -> Certificate:
-        """What ``SSLSocket.getpeercert`` returns."""
+        """From what ``SSLSocket.getpeercert`` returns."""
         return cls(
             subject=_distinguished(described.get("subject", ())),
             issuer=_distinguished(described.get("issuer", ())),
@@ -120,12 +119,12 @@ def _moment(text: str) -> datetime:
 
 @frozen
 class Handshake:
-    """How TLS with a server came out.
+    """The result of a TLS handshake.
 
     Attributes:
-        version: ``"TLSv1.3"``; empty where there was no handshake.
-        certificate: The server's; None where it could not be had.
-        error: Why the server is not trusted or does not speak TLS; None where all is well.
+        version: ``"TLSv1.3"``; empty if the handshake failed.
+        certificate: The server's certificate; None if there is none.
+        error: Why the server is not trusted or does not speak TLS; None if the handshake succeeded.
     """
 
     version: str = ""
@@ -135,12 +134,12 @@ class Handshake:
 
 @frozen
 class NetworkRoute:
-    """The way to an endpoint: straight, or through a proxy.
+    """The way to an endpoint, direct or through a proxy.
 
     Attributes:
-        endpoint: Where it leads.
-        timeout_seconds: How long each wait on it may take.
-        host: What is connected to: the endpoint's host, or the proxy's.
+        endpoint: The endpoint.
+        timeout_seconds: Time-out of each wait.
+        host: The host to connect to: the endpoint's, or the proxy's.
         port: Its TCP port.
     """
 
@@ -165,7 +164,7 @@ class NetworkRoute:
 
     @property
     def is_address(self) -> bool:
-        """Whether the host is an address, which has not to be looked up."""
+        """Whether the host is an address, which needs no look-up."""
         try:
             ipaddress.ip_address(self.host)
         except ValueError:
@@ -181,13 +180,9 @@ class NetworkRoute:
         """
         operation = f"look up {self.host}"
         try:
-            found = within(
-                self.timeout_seconds,
-                lambda: socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM),
-                operation,
-            )
-        except (OSError, UnicodeError) as exc:
-            if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_AGAIN:
+            return call_with_deadline(self.timeout_seconds, lambda: look_up(self.host, self.port), operation)
+        except ProbeError as exc:
+            if exc.fault is Fault.NO_NAME_SERVER:
                 raise UnavailableError(
                     "no name server answers",
                     operation=operation,
@@ -200,47 +195,47 @@ class NetworkRoute:
                 cause="it is misspelt, or known only in another network",
                 hint="check the name; within a cluster or a company also the name server and the proxy",
             ) from exc
-        return tuple(dict.fromkeys(str(address[0]) for *_, address in found))
 
-    def connect(self, addresses: tuple[str, ...]) -> dict[str, float | OSError]:
-        """Milliseconds until a connection to each address stood, or why there is none; all are tried at once."""
+    def connect(self, addresses: tuple[str, ...]) -> dict[str, float | ProbeError]:
+        """Milliseconds that a connection to each address took, or why there is none; all are tried at once."""
         tried = addresses[:_MAX_ADDRESSES]
         with ThreadPoolExecutor(len(tried), thread_name_prefix="mx-doctor") as pool:
-            return dict(zip(tried, pool.map(self._connected, tried), strict=True))
+            return dict(zip(tried, pool.map(self._time_connection, tried), strict=True))
 
-    def _connected(self, address: str) -> float | OSError:
+    def _time_connection(self, address: str) -> float | ProbeError:
         begun = time.monotonic()
         try:
-            socket.create_connection((address, self.port), self.timeout_seconds).close()
-        except OSError as exc:
+            connect(address, self.port, self.timeout_seconds).close()
+        except ProbeError as exc:
             return exc
         return (time.monotonic() - begun) * 1000
 
-    def refusal(self, outcomes: Mapping[str, float | OSError]) -> BackendError:
-        """The error where no address could be connected to."""
-        errors = [exc for exc in outcomes.values() if isinstance(exc, OSError)]
-        # A machine without IPv6 has no route to such an address; what the others say is the reason.
-        first = min(errors, key=lambda exc: exc.errno in {errno.ENETUNREACH, errno.EADDRNOTAVAIL})
+    def connect_error(self, outcomes: Mapping[str, float | ProbeError]) -> BackendError:
+        """The error if no address could be connected to."""
+        errors = [exc for exc in outcomes.values() if isinstance(exc, ProbeError)]
+        # A machine without IPv6 has no route to such an address; the reason is what the other addresses say.
+        first = min(errors, key=lambda exc: exc.fault is Fault.NO_NETWORK)
         operation = f"connect to {', '.join(host_and_port(address, self.port) for address in outcomes)}"
-        if isinstance(first, TimeoutError):
+        if first.fault is Fault.SILENT:
             return DeadlineError(
                 f"no answer within {self.timeout_seconds:g} s",
                 operation=operation,
                 cause="a firewall drops the packets, or the host is down",
                 hint="check host, port and firewall; give it more time with --timeout",
             )
-        cause, hint = _REFUSALS.get(first.errno or 0, (None, "check host and port"))
-        return UnavailableError(first.strerror or str(first), operation=operation, cause=cause, hint=hint)
+        cause, hint = _NO_CONNECTION.get(first.fault, (None, "check host and port"))
+        message = getattr(first.cause, "strerror", None) or str(first)
+        return UnavailableError(message, operation=operation, cause=cause, hint=hint)
 
     # -- TLS ----------------------------------------------------------------------------------------------------------
 
     def handshake(self, address: str) -> Handshake:
-        """How TLS comes out, judged by the endpoint's authorities, or those of this system."""
+        """Shake hands, and verify the certificate with the endpoint's authorities, or those of this system."""
         try:
             context = ssl.create_default_context(cafile=self.endpoint.ca_bundle)
         except (OSError, ssl.SSLError) as exc:
             missing = isinstance(exc, FileNotFoundError)
-            reason = "there is no such file" if missing else f"it holds no certificates: {_reason(exc)}"
+            reason = "there is no such file" if missing else f"it holds no certificates: {reason_of_tls(exc)}"
             error = UnavailableError(
                 reason,
                 operation=f"read the authorities in {self.endpoint.ca_bundle}",
@@ -248,40 +243,43 @@ class NetworkRoute:
             )
             return Handshake(error=error)
         try:
-            with closing(self.open(address)) as sock, self._wrap(context, sock) as secure:
+            with closing(self.open(address)) as sock, self._begin_tls(context, sock) as secure:
                 return Handshake(secure.version() or "", Certificate.from_peer(secure.getpeercert() or {}))
-        except ssl.SSLCertVerificationError as exc:
-            version, certificate = self._unverified(address)
-            return Handshake(version, certificate, self._distrust(exc))
-        except (ssl.SSLError, OSError) as exc:
-            return Handshake(error=self._no_tls(exc))
+        except ProbeError as exc:
+            if isinstance(exc.cause, ssl.SSLCertVerificationError):
+                version, certificate = self._unverified(address)
+                return Handshake(version, certificate, self._untrusted(exc.cause))
+            return Handshake(error=self._tls_error(exc))
+        except OSError as exc:
+            fault = Fault.SILENT if isinstance(exc, TimeoutError) else Fault.OTHER
+            return Handshake(error=self._tls_error(ProbeError(fault, exc)))
 
-    def _wrap(self, context: ssl.SSLContext, sock: socket.socket) -> ssl.SSLSocket:
-        return context.wrap_socket(sock, server_hostname=self.endpoint.host)
+    def _begin_tls(self, context: ssl.SSLContext, sock: socket.socket) -> ssl.SSLSocket:
+        return begin_tls(sock, context, self.endpoint.host)
 
     def _unverified(self, address: str) -> tuple[str, Certificate | None]:
-        """What a server says of itself that is not trusted.
+        """Version and certificate of a server that is not trusted.
 
-        Python describes verified certificates only: so the very one is made an authority, at whatever time it is valid.
+        Python describes verified certificates only. So the certificate is made its own authority, whatever its dates.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         version = ""
         try:
-            with closing(self.open(address)) as sock, self._wrap(context, sock) as secure:
+            with closing(self.open(address)) as sock, self._begin_tls(context, sock) as secure:
                 version = secure.version() or ""
                 own = secure.getpeercert(binary_form=True)
             context.load_verify_locations(cadata=own)
             context.verify_mode = ssl.CERT_REQUIRED
             context.verify_flags |= ssl.VerifyFlags(ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME)
-            with closing(self.open(address)) as sock, self._wrap(context, sock) as secure:
+            with closing(self.open(address)) as sock, self._begin_tls(context, sock) as secure:
                 return version, Certificate.from_peer(secure.getpeercert() or {})
-        except (ssl.SSLError, OSError, BackendError, KeyError, ValueError):
+        except (ProbeError, OSError, BackendError, KeyError, ValueError):
             return version, None
 
-    def _distrust(self, exc: ssl.SSLCertVerificationError) -> BackendError:
-        what, cause, hint = objection(exc)
+    def _untrusted(self, exc: ssl.SSLCertVerificationError) -> BackendError:
+        what, cause, hint = explain_verification_error(exc)
         return UnavailableError(
             f"its certificate {what}: {exc.verify_message}",
             operation=f"verify {self.endpoint.host}",
@@ -290,24 +288,23 @@ class NetworkRoute:
             hint=hint,
         )
 
-    def _no_tls(self, exc: OSError) -> BackendError:
+    def _tls_error(self, exc: ProbeError) -> BackendError:
         operation = f"begin TLS with {host_and_port(self.endpoint.host, self.endpoint.port)}"
-        if isinstance(exc, TimeoutError):
+        if exc.fault is Fault.SILENT:
             return DeadlineError(
                 f"no answer within {self.timeout_seconds:g} s",
                 operation=operation,
                 cause="what listens there does not speak TLS, or a firewall swallows it",
                 hint="check the port, and that it is one for encrypted connections",
             )
-        plain = getattr(exc, "reason", "") in {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"}
-        if plain:
+        if exc.fault is Fault.PLAIN:
             cause, hint = "the port serves connections that are not encrypted", "write http:// in place of https://"
         else:
             cause, hint = (
                 "the server wants another version of TLS, does not know the host's name, or is something else",
                 "check host and port, and what is between",
             )
-        return UnavailableError(_reason(exc), operation=operation, retryable=False, cause=cause, hint=hint)
+        return UnavailableError(reason_of_tls(exc.cause), operation=operation, retryable=False, cause=cause, hint=hint)
 
     # -- open connections ---------------------------------------------------------------------------------------------
 
@@ -315,13 +312,14 @@ class NetworkRoute:
         """A connection to the endpoint over ``address``, which may be its proxy's; not encrypted yet.
 
         Raises:
-            UnavailableError: The proxy lets nothing through.
-            UnsupportedError: The proxy is of a kind that is not looked into.
+            ProbeError: There is none.
+            UnavailableError: The proxy does not connect to the endpoint.
+            UnsupportedError: The proxy is of a kind that cannot be probed.
         """
         if self._proxy is not None and self._proxy.scheme != "http":
-            reason = f"it goes through a proxy that is spoken to in {self._proxy.scheme}, into which nothing here looks"
+            reason = f"it goes through a proxy that speaks {self._proxy.scheme}, which cannot be probed"
             raise UnsupportedError(reason)
-        sock = socket.create_connection((address, self.port), self.timeout_seconds)
+        sock = connect(address, self.port, self.timeout_seconds)
         if self._proxy is None:
             return sock
         try:
@@ -341,7 +339,7 @@ class NetworkRoute:
             return
         operation = f"connect to {target} through the proxy"
         if status == 407:
-            reason = "the proxy asks for a name and a password, which the storage keeps to itself"
+            reason = "the proxy asks for a name and a password, which only the storage has"
             raise UnsupportedError(reason, operation=operation)
         said = f"{status}{match[2].decode('latin-1')}" if match else "no answer in HTTP"
         raise UnavailableError(
@@ -353,21 +351,21 @@ class NetworkRoute:
         )
 
     def server_time(self, address: str) -> tuple[datetime, datetime] | None:
-        """What time it is there and here, from the answer to an HTTP request; None where there is no such answer."""
+        """The time there and here, from the answer to an HTTP request; None if the answer has no date."""
         target = self.endpoint.host if ":" not in self.endpoint.host else f"[{self.endpoint.host}]"
         request = f"HEAD / HTTP/1.1\r\nHost: {target}:{self.endpoint.port}\r\nConnection: close\r\n\r\n"
         try:
             with closing(self.open(address)) as sock:
                 if self.endpoint.tls:
                     context = ssl.create_default_context(cafile=self.endpoint.ca_bundle)
-                    with self._wrap(context, sock) as secure:
-                        return _asked_for_time(secure, request)
-                return _asked_for_time(sock, request)
-        except (OSError, BackendError, ValueError):
+                    with self._begin_tls(context, sock) as secure:
+                        return _ask_time(secure, request)
+                return _ask_time(sock, request)
+        except (ProbeError, OSError, BackendError, ValueError):
             return None
 
 
-def _asked_for_time(sock: socket.socket, request: str) -> tuple[datetime, datetime] | None:
+def _ask_time(sock: socket.socket, request: str) -> tuple[datetime, datetime] | None:
     begun = datetime.now(timezone.utc)
     sock.sendall(request.encode("latin-1"))
     head = _answer_head(sock)
@@ -376,24 +374,17 @@ def _asked_for_time(sock: socket.socket, request: str) -> tuple[datetime, dateti
     if not head.startswith(b"HTTP/") or match is None:
         return None
     there = parsedate_to_datetime(match[1].decode("latin-1"))
-    # It was rounded down to a whole second.
+    # The date is rounded down to a whole second.
     return there.replace(tzinfo=there.tzinfo or timezone.utc) + timedelta(seconds=0.5), here
 
 
 def _answer_head(sock: socket.socket) -> bytes:
-    """The start of an answer in HTTP, up to the empty line; what came where it ends before."""
+    """The head of an HTTP answer, up to the empty line; less if the answer ends before."""
     head = b""
     while b"\r\n\r\n" not in head and len(head) < _MAX_ANSWER_BYTES:
-        # Byte by byte: what follows the head of a tunnel's answer is no longer the proxy's.
+        # Byte by byte: what follows the head of a tunnel's answer comes from the endpoint.
         part = sock.recv(1)
         if not part:
             break
         head += part
     return head
-
-
-def _reason(exc: OSError) -> str:
-    reason = getattr(exc, "reason", "")
-    if isinstance(reason, str) and reason:
-        return reason.lower().replace("_", " ")
-    return exc.strerror or os.strerror(exc.errno or errno.EIO)

@@ -1,4 +1,4 @@
-"""What one step of a diagnosis found."""
+"""The result of one step of a diagnosis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attrs import field, frozen
 
 __all__ = ["STEPS", "Step", "can_load"]
 
-#: Every step, in the order in which they are taken; each is reported, be it as skipped.
+#: Every step, in their order; each has a result, if only that it was skipped.
 STEPS = (
     "settings",
     "uri",
@@ -32,13 +32,13 @@ class Step:
 
     Attributes:
         name: One of ``STEPS``.
-        status: ``"ok"``, ``"noted"`` (a load can do with it, but somebody should know), ``"failed"`` or ``"skipped"``.
+        status: ``"ok"``, ``"noted"`` (no obstacle, but worth knowing), ``"failed"`` or ``"skipped"``.
         seen: What was seen, what went wrong, or why the step was skipped; for people, without secrets.
-        milliseconds: How long it took.
-        facts: What was seen, for scripts: numbers, texts, lists and mappings of them.
+        milliseconds: Its duration.
+        facts: The same for scripts: numbers, texts, lists and mappings of them.
         cause: The likely cause of a failure.
-        hint: What to do next.
-        error: Name of the error's class; empty where there was none.
+        hint: The next step for the user.
+        error: Name of the error's class; empty if there was none.
     """
 
     name: str = field(validator=attrs.validators.in_(STEPS))
@@ -52,8 +52,8 @@ class Step:
 
 
 def can_load(steps: Iterable[Step]) -> bool:
-    """Whether the last step was reached and nothing was wrong with it: then a load can succeed, whatever else failed.
+    """Whether the last step succeeded: then a load can succeed, whatever failed before.
 
-    A storage may have ways that were not seen, such as a proxy or authorities of its own.
+    A storage may have a proxy or authorities of its own, which the other steps do not see.
     """
     return any(step.name == STEPS[-1] and step.status == "ok" for step in steps)

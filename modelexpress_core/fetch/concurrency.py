@@ -200,9 +200,11 @@ class SelfTunedConcurrency:
         self._begin()
 
 
-def concurrency_for(capabilities: StorageCapabilities, settings: LoadSettings) -> ConcurrencyLimit:
+def concurrency_for(
+    capabilities: StorageCapabilities, settings: LoadSettings, *, clock: Callable[[], float] = time.monotonic
+) -> ConcurrencyLimit:
     """The limit for one load: tuned from the storage's suggestion up to the lower of its bound and the user's."""
     most = capabilities.most_concurrency
     if settings.concurrency is not None:
         most = min(most, settings.concurrency)
-    return SelfTunedConcurrency(capabilities.concurrency, most)
+    return SelfTunedConcurrency(capabilities.concurrency, most, clock)

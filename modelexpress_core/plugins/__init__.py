@@ -1,4 +1,4 @@
-"""Plugins: their kinds, finding them, loading each on its own, and opening what they offer."""
+"""Plugins: their kinds, how they are found, loaded one by one, and opened."""
 
 from __future__ import annotations
 

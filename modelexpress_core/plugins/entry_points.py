@@ -1,4 +1,4 @@
-"""How installed plugins are found: the entry points of our group, in all distributions."""
+"""The entry points of installed plugins, in all distributions."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["CORE", "ENTRY_POINT_GROUP", "PluginEntryPoint", "installed_entry_poi
 
 _log = logging.getLogger(__name__)
 
-#: The entry-point group in which plugins announce themselves.
+#: The entry-point group of plugins.
 ENTRY_POINT_GROUP = "modelexpress.plugins"
 
-#: Name of the plugin that core itself is.
+#: Name of core's own plugin.
 CORE = "modelexpress-core"
 
 
 @frozen
 class PluginEntryPoint:
-    """An entry point and the distribution that it stands in, or why the distribution cannot be read."""
+    """An entry point with its distribution, or the error of a distribution that cannot be read."""
 
     entry_point: importlib.metadata.EntryPoint
     distribution: str
@@ -33,39 +33,39 @@ class PluginEntryPoint:
 
     @property
     def well_named(self) -> bool:
-        """Whether the entry point has the name of its distribution, by which users switch the plugin off."""
+        """Whether the entry point has the name of its distribution, which users disable the plugin by."""
         return normalised(self.entry_point.name) == normalised(self.distribution)
 
     @property
     def order(self) -> tuple[bool, bool, str, str]:
-        """Sorts by name; core last, so that its ``trylast`` defaults come after those of plugins."""
+        """Sort key: by name, with core last, so that its ``trylast`` defaults come after those of plugins."""
         name = normalised(self.distribution)
         return not self.well_named, name == CORE, name, self.entry_point.name
 
 
 def normalised(name: str) -> str:
-    """PEP 503."""
+    """``name`` normalised as in PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def installed_entry_points() -> list[PluginEntryPoint]:
-    """Every entry point of our group. Of a distribution found twice on the path the first counts, as for imports."""
+    """Every entry point of our group. If the path has a distribution twice, the first counts, as for imports."""
     found, seen = [], set()
     for distribution in importlib.metadata.distributions():
         try:
             metadata = distribution.metadata
             name = metadata["Name"] if "Name" in metadata else ""  # noqa: SIM401 - get came with 3.12
-        except Exception as exc:  # noqa: BLE001 - whatever is wrong with another package is not ours to report
-            _log.debug("passing over a distribution whose metadata cannot be read: %s", exc)
+        except Exception as exc:  # noqa: BLE001 - faults of other packages are not ours to report
+            _log.debug("ignoring a distribution whose metadata cannot be read: %s", exc)
             continue
         if not name or normalised(name) in seen:
             continue
         seen.add(normalised(name))
-        found += _announced(distribution, name)
+        found += _entry_points_of(distribution, name)
     return found
 
 
-def _announced(distribution: importlib.metadata.Distribution, name: str) -> list[PluginEntryPoint]:
+def _entry_points_of(distribution: importlib.metadata.Distribution, name: str) -> list[PluginEntryPoint]:
     """The entry points of our group in ``distribution``."""
     try:
         entry_points = [point for point in distribution.entry_points if point.group == ENTRY_POINT_GROUP]

@@ -1,6 +1,6 @@
 """The kinds of plugin: one row for each register hook.
 
-A new kind is a row here, and the specification of its hook in ``hookspecs``.
+To add a kind, add a row here and the specification of its hook to ``hookspecs``.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Kind(Generic[R, T]):
     """A kind of plugin.
 
     Attributes:
-        hook: The register hook that returns its records.
-        word: What messages call it.
+        hook: Name of the register hook that returns its records.
+        word: Name of the kind in messages.
         record: Class of its records.
-        methods: What the product of a factory must have.
+        methods: Methods that the object from the record's factory must have.
     """
 
     hook: str
@@ -60,7 +60,7 @@ class Kind(Generic[R, T]):
 
     @property
     def by_scheme(self) -> bool:
-        """Whether its records are looked up by URI scheme, and not by name."""
+        """Whether its records are selected by URI scheme; else by name."""
         return issubclass(self.record, SchemeProvider)
 
 
@@ -87,7 +87,7 @@ SERVER_SERVICE: Kind[ServerServiceProvider, Any] = Kind(
 )
 COMMAND: Kind[CommandProvider, Callable[..., None]] = Kind("mx_register_commands", "command", CommandProvider)
 
-#: All kinds, in the order in which plugins are asked.
+#: All kinds, in the order in which their hooks are called.
 KINDS: tuple[Kind[Any, Any], ...] = (
     STORAGE,
     TRANSPORT,

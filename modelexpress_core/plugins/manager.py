@@ -1,8 +1,7 @@
-"""Finding plugins, loading each on its own, and asking them.
+"""Loads plugins one by one, and calls their hooks.
 
-pluggy keeps the hooks. Loading is ours, because one broken plugin must not take the others with it: each is imported
-and registered alone, in order of name; one that fails is taken out whole, remembered with its reason, and reported
-once.
+pluggy keeps the hooks. Core loads the plugins itself, so that one broken plugin does not affect the others: it imports
+and registers each alone, in order of name. It removes a plugin that fails, keeps the reason, and warns once.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from modelexpress_core.plugins.kinds import KINDS, Kind
 from modelexpress_core.plugins.opening import open_product
 from modelexpress_core.plugins.reasons import reason_of
 from modelexpress_core.providers import SchemeProvider
-from modelexpress_core.registry import PluginInfo, Registered, SchemeTable, the_one_named
+from modelexpress_core.registry import PluginInfo, Registered, SchemeTable, record_named
 from modelexpress_core.settings import CORE_SETTINGS, PluginSettings, from_env, variables, warn_unknown_variables
 from modelexpress_core.uri import ModelURI
 
@@ -43,18 +42,18 @@ P = TypeVar("P", bound=SchemeProvider)
 R = TypeVar("R")
 T = TypeVar("T")
 
-_MEND = "mend it, or go on without it: MX_DISABLED_PLUGINS={name}"
+_FIX_OR_DISABLE = "fix it, or disable it: MX_DISABLED_PLUGINS={name}"
 
-#: An observer that keeps failing is logged this often at most.
+#: Failures of an observer are logged at most once in this time.
 _OBSERVER_LOG_SECONDS = 60.0
 
 
 class PluginManager:
-    """All plugins, the tables made of their records, and one typed method per hook.
+    """All plugins, the tables of their records, and one typed method per hook.
 
     Args:
         settings: Which plugins may be used; by default all.
-        clock: Seconds, for messages that are logged once a minute.
+        clock: Time in seconds, which limits how often failures of observers are logged.
     """
 
     def __init__(self, settings: PluginSettings | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -76,10 +75,10 @@ class PluginManager:
     ) -> PluginManager:
         """A manager with every installed plugin that ``environ`` (default: the process's) allows.
 
-        Variables with our prefix that neither core nor a plugin reads earn a warning.
+        Logs a warning for each variable with our prefix that neither core nor a plugin reads.
 
         Raises:
-            SettingsError: A variable that says which plugins to use makes no sense.
+            SettingsError: A variable that selects plugins has a value that cannot be used.
             PluginError: In strict mode, for the first broken plugin or conflict.
         """
         environ = os.environ if environ is None else environ
@@ -107,11 +106,11 @@ class PluginManager:
 
     def _load(self, found: PluginEntryPoint) -> None:
         name = normalised(found.distribution)
-        # A second entry point of a distribution is remembered beside the first.
+        # A second entry point of a distribution is listed beside the first.
         label = f"{name} ({found.entry_point.name})" if name in self._infos else name
         blocked = self._blocked(found.entry_point.name) or self._blocked(name)
         if blocked:
-            self._remember(PluginInfo(label, found.version, "disabled", blocked))
+            self._add_info(PluginInfo(label, found.version, "disabled", blocked))
             return
         try:
             self.register(self._imported(found), name=name, version=found.version)
@@ -125,31 +124,31 @@ class PluginManager:
             raise found.error
         if not found.well_named:
             called, distribution = found.entry_point.name, found.distribution
-            message = f"the entry point is called {called!r} but stands in the distribution {distribution!r}"
+            message = f"the entry point {called!r} of the distribution {distribution!r} has another name"
             raise PluginLoadError(message, plugin=distribution, hint="give the entry point the distribution's name")
         return found.entry_point.load()
 
     def _broken(self, name: str, version: str, exc: BaseException) -> None:
         reason = reason_of(exc)
-        self._remember(PluginInfo(name, version, "broken", reason))
+        self._add_info(PluginInfo(name, version, "broken", reason))
         if self._settings.strict:
             if isinstance(exc, PluginError):
                 raise exc
             message = f"the plugin {name} does not load: {reason}"
-            raise PluginLoadError(message, plugin=name, hint=_MEND.format(name=name)) from exc
-        _log.warning("going on without the plugin %s, which is broken: %s", name, reason)
-        _log.debug("why the plugin %s is broken", name, exc_info=exc)
+            raise PluginLoadError(message, plugin=name, hint=_FIX_OR_DISABLE.format(name=name)) from exc
+        _log.warning("continuing without the plugin %s, which is broken: %s", name, reason)
+        _log.debug("the plugin %s is broken", name, exc_info=exc)
 
-    def _remember(self, info: PluginInfo) -> None:
+    def _add_info(self, info: PluginInfo) -> None:
         self._infos[info.name] = info
         self._tables.clear()
 
     def register(self, plugin: object, *, name: str, version: str = "") -> PluginInfo:
-        """Add ``plugin`` (a module or any object with hook implementations), or leave no trace of it.
+        """Add ``plugin``, a module or an object with hook implementations. If that fails, nothing of it stays.
 
         Raises:
-            PluginLoadError: It does not keep to the contract.
-            PluginApiError: It was built for another version of the contract.
+            PluginLoadError: It breaks the hook contract.
+            PluginApiError: It was written for another version of the contract.
         """
         if name in self._infos:
             message = f"two plugins are called {name!r}"
@@ -169,7 +168,7 @@ class PluginManager:
                 hint = "compare its arguments with those in modelexpress_core.hookspecs"
                 raise PluginLoadError(message, plugin=name, hint=hint) from exc
             message = f"{name} failed while it was registered: {reason_of(exc)}"
-            raise PluginLoadError(message, plugin=name, hint=_MEND.format(name=name)) from exc
+            raise PluginLoadError(message, plugin=name, hint=_FIX_OR_DISABLE.format(name=name)) from exc
         schemes = {
             kind.word: tuple(
                 word for record in records[kind.hook] for word in getattr(record, "schemes", (record.name,))
@@ -179,17 +178,17 @@ class PluginManager:
         }
         info = PluginInfo(name, version, schemes=schemes)
         self._records[name] = records
-        self._remember(info)
+        self._add_info(info)
         return info
 
     def unregister(self, name: str) -> None:
-        """Take out a plugin that was registered."""
+        """Remove a registered plugin."""
         self._pluggy.unregister(name=name)
         del self._infos[name], self._records[name]
         self._tables.clear()
 
     def _collect(self, plugin: object, name: str) -> dict[str, tuple[Any, ...]]:
-        """The records of one plugin by hook, checked."""
+        """The records of one plugin by hook, after checks."""
         collected: dict[str, tuple[Any, ...]] = {}
         for kind in KINDS:
             for implementation in getattr(self._pluggy.hook, kind.hook).get_hookimpls():
@@ -200,7 +199,7 @@ class PluginManager:
             check_unique(collected.get(kind.hook, ()), kind, name)
         return collected
 
-    # -- what is there ------------------------------------------------------------------------------------------------
+    # -- plugins and records ------------------------------------------------------------------------------------------
 
     @property
     def plugins(self) -> tuple[PluginInfo, ...]:
@@ -219,11 +218,11 @@ class PluginManager:
         return self._tables[kind.hook]
 
     def tables(self) -> tuple[SchemeTable[Any], ...]:
-        """The table of each kind that is looked up by scheme."""
+        """The table of each kind that is selected by scheme."""
         return tuple(self.table(kind) for kind in KINDS if kind.by_scheme)
 
     def records(self, kind: Kind[R, Any]) -> tuple[Registered[R], ...]:
-        """All records of ``kind``, by the name of their plugin."""
+        """All records of ``kind``, sorted by the name of their plugin."""
         return tuple(
             Registered(record, self._infos[name])
             for name in sorted(self._records)
@@ -231,16 +230,16 @@ class PluginManager:
         )
 
     def named(self, kind: Kind[R, Any], name: str) -> Registered[R]:
-        """The one record of ``kind`` that is called ``name``.
+        """The record of ``kind`` with the name ``name``.
 
         Raises:
-            PluginConflictError: Several plugins offer one of that name.
-            SettingsError: None does.
+            PluginConflictError: Several plugins offer a record of that name.
+            SettingsError: No usable plugin offers one.
         """
-        return the_one_named(name, self.records(kind), kind.word, self.plugins)
+        return record_named(name, self.records(kind), kind.word, self.plugins)
 
     def _hooks_with(self, scheme: str, name: str) -> set[str]:
-        """Hooks by which the plugin or record ``name`` offers ``scheme``: one word may be a scheme of two kinds."""
+        """Hooks with which the plugin or record ``name`` offers ``scheme``. Two kinds may have the same scheme."""
         return {
             hook
             for plugin, by_hook in self._records.items()
@@ -250,7 +249,7 @@ class PluginManager:
         }
 
     def settings_classes(self) -> tuple[tuple[str, type], ...]:
-        """The settings classes of every record that has some, each with its distribution."""
+        """The settings classes of all records, each with the name of its distribution."""
         pairs = []
         for name in sorted(self._records):
             for records in self._records[name].values():
@@ -262,31 +261,31 @@ class PluginManager:
         return tuple(pairs)
 
     def open(self, kind: Kind[P, T], uri: ModelURI, environ: Mapping[str, str]) -> tuple[Registered[P], T]:
-        """What the plugin for the scheme of ``uri`` opens, and the record that it came from.
+        """Open ``uri`` with the plugin for its scheme. Returns the record, and the object that its factory opened.
 
         Raises:
             ResolveError: No usable plugin handles the scheme.
-            PluginError: The plugin's factory failed for a reason of its own, or returned something else.
-            ModelExpressError: What the factory reports.
+            PluginError: The factory failed with another error than ours, or returned an object of another kind.
+            ModelExpressError: The factory raised it.
         """
         registered = self.table(kind).lookup(uri.scheme)
         return registered, open_product(kind, registered, uri, environ)
 
     def open_named(self, kind: Kind[R, T], name: str, *arguments: object) -> T:
-        """What the record called ``name`` makes of ``arguments``.
+        """The object that the factory of the record ``name`` returns for ``arguments``.
 
         Raises:
-            PluginConflictError: Several plugins offer one of that name.
-            SettingsError: None does.
-            PluginError: The factory failed for a reason of its own, or returned something else.
-            ModelExpressError: What the factory reports.
+            PluginConflictError: Several plugins offer a record of that name.
+            SettingsError: No usable plugin offers one.
+            PluginError: The factory failed with another error than ours, or returned an object of another kind.
+            ModelExpressError: The factory raised it.
         """
         return open_product(kind, self.named(kind, name), *arguments)
 
     # -- one typed method per hook ------------------------------------------------------------------------------------
 
     def rewrite_uri(self, uri: ModelURI) -> ModelURI:
-        """``uri``, or what the first plugin that has an opinion puts in its place."""
+        """The URI that the first plugin with an answer returns for ``uri``, or ``uri`` itself."""
         rewritten = self._policy("mx_rewrite_uri", uri=uri)
         return uri if rewritten is None else self._expect(rewritten, ModelURI, "mx_rewrite_uri")
 
@@ -302,32 +301,34 @@ class PluginManager:
         return tuple(self._expect(candidate, Candidate, "mx_rank_candidates") for candidate in ranked)
 
     def load_started(self, event: events.LoadStarted) -> None:
-        """Tell observers that a load began."""
+        """Notify observers that a load began."""
         self._observe("mx_load_started", event)
 
     def load_progress(self, event: events.LoadProgress) -> None:
-        """Tell observers that bytes arrived."""
+        """Notify observers that bytes arrived."""
         self._observe("mx_load_progress", event)
 
     def load_finished(self, event: events.LoadFinished) -> None:
-        """Tell observers that a load is complete."""
+        """Notify observers that a load is complete."""
         self._observe("mx_load_finished", event)
 
     def load_failed(self, event: events.LoadFailed) -> None:
-        """Tell observers that a load failed."""
+        """Notify observers that a load failed."""
         self._observe("mx_load_failed", event)
 
     def _policy(self, hook: str, **arguments: object) -> Any:  # noqa: ANN401 - checked by the callers
         caller = getattr(self._pluggy.hook, hook)
         try:
             decision = caller(**arguments)
-            return tuple(decision) if inspect.isgenerator(decision) else decision  # it may fail as it is read
+            return (
+                tuple(decision) if inspect.isgenerator(decision) else decision
+            )  # a generator may fail during iteration
         except ModelExpressError:
             raise
         except Exception as exc:
-            name = _culprit(exc, caller.get_hookimpls())
+            name = _failed_plugin(exc, caller.get_hookimpls())
             message = f"{hook} of the plugin {name} failed: {reason_of(exc)}"
-            raise PluginError(message, plugin=name, hint=f"MX_DISABLED_PLUGINS={name} goes on without it") from exc
+            raise PluginError(message, plugin=name, hint=f"fix it, or disable it: MX_DISABLED_PLUGINS={name}") from exc
 
     def _expect(self, value: object, cls: type[R], hook: str) -> R:
         if isinstance(value, cls):
@@ -335,9 +336,9 @@ class PluginManager:
         raise self._unexpected(value, cls.__name__, hook)
 
     def _unexpected(self, value: object, wanted: str, hook: str) -> PluginError:
-        names = _asked(getattr(self._pluggy.hook, hook).get_hookimpls())
-        message = f"{hook} (of {names}) returned {type(value).__name__} where {wanted} belongs"
-        return PluginError(message, plugin=names, hint=f"MX_DISABLED_PLUGINS={names} goes on without it")
+        names = _plugin_names(getattr(self._pluggy.hook, hook).get_hookimpls())
+        message = f"{hook} (of {names}) returned {type(value).__name__}, not {wanted}"
+        return PluginError(message, plugin=names, hint=f"fix it, or disable it: MX_DISABLED_PLUGINS={names}")
 
     def _observe(self, hook: str, event: object) -> None:
         for implementation in getattr(self._pluggy.hook, hook).get_hookimpls():
@@ -351,15 +352,15 @@ class PluginManager:
                     _log.warning("%s of the plugin %s failed: %s", hook, name, reason_of(exc), exc_info=exc)
 
 
-def _asked(implementations: Iterable[pluggy.HookImpl]) -> str:
+def _plugin_names(implementations: Iterable[pluggy.HookImpl]) -> str:
     return ",".join(sorted({impl.plugin_name for impl in implementations} - {CORE}))
 
 
-def _culprit(exc: BaseException, implementations: Sequence[pluggy.HookImpl]) -> str:
-    """The plugin whose function stands deepest in the traceback of ``exc``; all that were asked, where none does."""
+def _failed_plugin(exc: BaseException, implementations: Sequence[pluggy.HookImpl]) -> str:
+    """The plugin of the innermost hook function in the traceback of ``exc``; if there is none, all that were called."""
     plugins: dict[object, set[str]] = {}
     for implementation in implementations:
-        # A decorator that several plugins use says nothing; the function that it decorates does.
+        # Several plugins may share a decorator: the function that it decorates tells them apart.
         for function in (implementation.function, inspect.unwrap(implementation.function)):
             plugins.setdefault(getattr(function, "__code__", None), set()).add(implementation.plugin_name)
     name = ""
@@ -368,4 +369,4 @@ def _culprit(exc: BaseException, implementations: Sequence[pluggy.HookImpl]) -> 
         among = plugins.get(traceback.tb_frame.f_code, set())
         name = next(iter(among)) if len(among) == 1 else name
         traceback = traceback.tb_next
-    return name or _asked(implementations)
+    return name or _plugin_names(implementations)

@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 def open_product(kind: Kind[R, T], registered: Registered[Any], *arguments: object) -> T:
-    """What the factory of ``registered`` returns for ``arguments``, once it has the methods of its kind.
+    """The object that the factory of ``registered`` returns for ``arguments``, after checking its methods.
 
     Raises:
-        PluginLoadError: The factory failed for a reason of its own, or returned something else.
-        ModelExpressError: What the factory reports.
+        PluginLoadError: The factory failed with another error than ours, or returned an object of another kind.
+        ModelExpressError: The factory raised it.
     """
     plugin, label = registered.plugin.name, registered.label
     what = registered.provider.install_hint or plugin
@@ -34,7 +34,7 @@ def open_product(kind: Kind[R, T], registered: Registered[Any], *arguments: obje
         raise PluginLoadError(message, plugin=plugin, hint=f"pip install '{what}'") from exc
     except ImportError as exc:
         message = f"{label} cannot be used for {what_for}: {reason_of(exc)}"
-        cause = "another version of the package is installed than the plugin was written for"
+        cause = "the installed version of the package does not fit the plugin"
         raise PluginLoadError(message, plugin=plugin, cause=cause, hint=f"pip install -U '{what}'") from exc
     except Exception as exc:
         message = f"{label} failed to open {what_for}: {reason_of(exc)}"
@@ -44,6 +44,6 @@ def open_product(kind: Kind[R, T], registered: Registered[Any], *arguments: obje
         returned = "a class, not an instance" if isinstance(product, type) else type(product).__name__
         message = f"the factory of {label} returned {returned}, which is no {kind.word}"
         cause = f"it has no {', '.join(lacking)}" if lacking else "have you forgotten the ()?"
-        raise PluginLoadError(message, plugin=plugin, cause=cause, hint=f"have it return an open {kind.word}")
+        raise PluginLoadError(message, plugin=plugin, cause=cause, hint=f"return an open {kind.word} from it")
     opened: T = product
     return opened

@@ -1,4 +1,4 @@
-"""What an error says about a plugin, on one line."""
+"""The reason why a plugin fails, on one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["reason_of"]
 
 
 def reason_of(exc: BaseException) -> str:
-    """The message of ``exc`` on one line: with the next step if the error is ours, else with the class in front."""
+    """The message of ``exc`` on one line: with the next step if the error is ours, else with its class."""
     text = str(exc).strip().split("\n")[0]
     if isinstance(exc, ModelExpressError):
         return with_hint(text, exc.hint)

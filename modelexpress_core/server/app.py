@@ -5,29 +5,32 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 import grpc.aio
 from prometheus_client import start_http_server
 
+from modelexpress_core.contracts.authenticator import Authenticator
 from modelexpress_core.contracts.metadata_store import MetadataStore, StoreUnavailableError
 from modelexpress_core.contracts.service import ServiceContext
+from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.errors import ModelExpressError
-from modelexpress_core.providers import ServerServiceProvider
-from modelexpress_core.server.calls import LoggedCalls
-from modelexpress_core.server.interceptors import Observed
+from modelexpress_core.plugins import SERVER_SERVICE, STORAGE, PluginManager
+from modelexpress_core.server.calls import LoggingInterceptor
+from modelexpress_core.server.environment import with_settings
+from modelexpress_core.server.interceptors import MetricsInterceptor
 from modelexpress_core.server.metrics import ServerMetrics
 from modelexpress_core.server.reaper import Reaper
-from modelexpress_core.server.services.basic import ApiService, HealthService
 from modelexpress_core.server.services.health import StandardHealth
-from modelexpress_core.server.services.p2p import P2pService
-from modelexpress_core.server.services.plugins import PluginServices
+from modelexpress_core.server.services.offered import OfferedServices
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.server.stores.measured import MeasuredStore
 from modelexpress_core.server.tracing import span_interceptors
-from modelexpress_core.uri import host_and_port
-from modelexpress_core.wire.rpc import API, HEALTH, P2P, STANDARD_HEALTH, Service
+from modelexpress_core.uri import ModelURI, host_and_port
+from modelexpress_core.wire.authentication import open_authenticator
+from modelexpress_core.wire.rpc import HEALTH, STANDARD_HEALTH, handler
 from modelexpress_core.wire.serving import listen, new_server
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
 
@@ -37,46 +40,41 @@ _log = logging.getLogger(__name__)
 
 
 class Server:
-    """Serves within its ``async with`` block; at its end, calls that are under way may end first.
+    """Serves within its ``async with`` block; at its end, calls in flight may end first.
 
     Args:
         settings: How to run.
-        store: Where metadata is kept; closed at the end.
-        tls: Files of TLS, which is spoken where there is a certificate among them.
-        auth: Whose calls are answered.
-        services: What plugins offer beside the server's own services, each with its distribution.
-        environ: Variables, for their factories.
+        store: The store of the metadata; closed at the end.
+        plugins: Plugins, which offer the services (the server's own are core's) and the authenticator.
+        tls: Files of TLS; the server speaks it if a certificate is among them.
+        auth: How callers are authenticated.
+        environ: Variables, for the factories of plugins.
 
     Attributes:
-        port: Where the gRPC services are.
-        health_port: Where those of health are, without TLS; 0 where that is not asked for.
-        metrics_port: Where the metrics are.
+        port: Port of the gRPC services.
+        health_port: Port of the services of health alone, without TLS; 0 if none was asked for.
+        metrics_port: Port of the metrics.
     """
 
     def __init__(
         self,
         settings: ServerSettings,
         store: MetadataStore,
+        plugins: PluginManager,
         *,
         tls: TlsSettings | None = None,
         auth: AuthSettings | None = None,
-        services: Iterable[tuple[str, ServerServiceProvider]] = (),
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self._settings = settings
+        self._plugins = plugins
         self._tls = tls or TlsSettings()
         self._auth = auth or AuthSettings()
+        self._environ = with_settings(environ or {}, settings, self._tls, self._auth)
         self._metrics = ServerMetrics()
         self._store = MeasuredStore(store, self._metrics)
-        self._services: dict[Service, object] = {
-            HEALTH: HealthService(),
-            API: ApiService(),
-            P2P: P2pService(self._store, settings.heartbeat_timeout_seconds),
-        }
-        own = [service.name for service in self._services]
-        self._plugin_services = PluginServices(services, {*own, STANDARD_HEALTH.name})
-        self._environ = environ or {}
-        self._health = StandardHealth([*own, *self._plugin_services.names])
+        self._services = OfferedServices(plugins.records(SERVER_SERVICE))
+        self._health = StandardHealth(self._services.names)
         self._closing = contextlib.AsyncExitStack()
         self.port = 0
         self.health_port = 0
@@ -86,9 +84,9 @@ class Server:
         async with contextlib.AsyncExitStack() as opened:
             opened.push_async_callback(self._store.close)
             await self._serve_metrics(opened)
-            await self._serve(opened)
-            await self._serve_health(opened)
-            for task in (self._reaper().run(), self._count()):
+            handlers = await self._serve(opened)
+            await self._serve_health(opened, handlers)
+            for task in (self._reaper().run(), self._count_sources()):
                 running = asyncio.ensure_future(task)
                 opened.callback(running.cancel)
             await self._health.begin()
@@ -101,41 +99,55 @@ class Server:
     ) -> None:
         await self._closing.aclose()
 
-    async def _serve(self, opened: contextlib.AsyncExitStack) -> None:
-        # From the outermost to the innermost: what happens within a call is part of its span, and of its line.
-        interceptors = [*span_interceptors(), LoggedCalls(), Observed(self._metrics)]
-        services = {**self._services, STANDARD_HEALTH: self._health}
+    async def _serve(self, opened: contextlib.AsyncExitStack) -> Mapping[str, grpc.GenericRpcHandler[Any, Any]]:
+        """Begin to serve all services; returns the handler of each."""
+        # From the outermost to the innermost: what happens in a call is within its span, and before its log line.
+        interceptors = [*span_interceptors(), LoggingInterceptor(), MetricsInterceptor(self._metrics)]
+        authenticator = open_authenticator(self._auth, self._plugins, self._environ)
         closing = await opened.enter_async_context(contextlib.AsyncExitStack())
-        others = self._plugin_services.make(ServiceContext(self._store, self._environ, closing))
-        server = new_server(services, auth=self._auth, interceptors=interceptors, others=others)
-        self.port = self._listen(server, self._settings.port, "MODEL_EXPRESS_SERVER_PORT", self._tls, self._auth)
+        context = ServiceContext(
+            store=self._store,
+            settings=self._environ,
+            plugins=_ServicePlugins(self._plugins),
+            metrics=self._metrics.registry,
+            closing=closing,
+        )
+        handlers = {**self._services.make(context), STANDARD_HEALTH.name: handler(STANDARD_HEALTH, self._health)}
+        server = new_server(handlers, authenticator=authenticator, interceptors=interceptors)
+        port = self._settings.port
+        self.port = self._listen(server, port, "MODEL_EXPRESS_SERVER_PORT", self._tls, authenticator)
         await server.start()
         opened.push_async_callback(server.stop, self._settings.drain_seconds)
+        return handlers
 
-    async def _serve_health(self, opened: contextlib.AsyncExitStack) -> None:
-        """For probes that speak no TLS, and have no certificate to show."""
+    async def _serve_health(
+        self, opened: contextlib.AsyncExitStack, handlers: Mapping[str, grpc.GenericRpcHandler[Any, Any]]
+    ) -> None:
+        """Begin to serve health alone, for probes without TLS and certificate."""
         if self._settings.health_port is None:
             return
-        services = {HEALTH: self._services[HEALTH], STANDARD_HEALTH: self._health}
-        server = new_server(services, auth=AuthSettings())
+        of_health = {name: handlers[name] for name in (HEALTH.name, STANDARD_HEALTH.name) if name in handlers}
+        server = new_server(of_health)
         port = self._settings.health_port
-        self.health_port = self._listen(server, port, "MODEL_EXPRESS_HEALTH_PORT", TlsSettings(), AuthSettings())
+        self.health_port = self._listen(server, port, "MODEL_EXPRESS_HEALTH_PORT", TlsSettings(), None)
         await server.start()
         opened.push_async_callback(server.stop, 0)
 
-    def _listen(self, server: grpc.aio.Server, port: int, variable: str, tls: TlsSettings, auth: AuthSettings) -> int:
+    def _listen(
+        self, server: grpc.aio.Server, port: int, variable: str, tls: TlsSettings, authenticator: Authenticator | None
+    ) -> int:
         address = host_and_port(self._settings.host, port)
         try:
-            return listen(server, address, tls=tls, auth=auth)
+            return listen(server, address, tls=tls, authenticator=authenticator)
         except RuntimeError as exc:
-            raise _taken(address, variable, exc) from exc
+            raise _address_in_use(address, variable, exc) from exc
 
     async def _serve_metrics(self, opened: contextlib.AsyncExitStack) -> None:
         host, port = self._settings.host.strip("[]"), self._settings.metrics_port
         try:
             server, thread = start_http_server(port, host, self._metrics.registry)
         except OSError as exc:
-            raise _taken(host_and_port(host, port), "MODEL_EXPRESS_SERVER_METRICS_PORT", exc) from exc
+            raise _address_in_use(host_and_port(host, port), "MODEL_EXPRESS_SERVER_METRICS_PORT", exc) from exc
         self.metrics_port = int(server.server_address[1])
 
         def close() -> None:
@@ -155,31 +167,47 @@ class Server:
             interval_seconds=settings.reaper_interval_seconds,
         )
 
-    async def _count(self) -> None:
-        """Keep the number of sources that the metrics show; say when the store goes away, and when it is back."""
-        away = False
+    async def _count_sources(self) -> None:
+        """Update the metric of sources, and log when the store stops answering, and when it answers again."""
+        silent = False
         while True:
             try:
                 self._metrics.counted(await self._store.counts())
             except StoreUnavailableError as exc:
-                if not away:
+                if not silent:
                     _log.error("the metadata store cannot be asked, so calls are answered with UNAVAILABLE: %s", exc)
-                away = True
+                silent = True
             except Exception:  # noqa: BLE001 - of a plugin's store, say
                 _log.exception("counting sources failed")
             else:
-                if away:
+                if silent:
                     _log.info("the metadata store can be asked again")
-                away = False
+                silent = False
             await asyncio.sleep(_COUNT_SECONDS)
 
 
 _COUNT_SECONDS = 5.0
 
 
-def _taken(address: str, variable: str, exc: Exception) -> ModelExpressError:
+def _address_in_use(address: str, variable: str, exc: Exception) -> ModelExpressError:
     return ModelExpressError(
         f"the server cannot listen on {address}: {exc}",
-        cause="another program has the port, or the address is none of this machine",
-        hint=f"end the other, or set {variable}",
+        cause="another program uses the port, or this machine does not have the address",
+        hint=f"end the other program, or set {variable}",
     )
+
+
+class _ServicePlugins:
+    """The plugins, as services see them."""
+
+    def __init__(self, plugins: PluginManager) -> None:
+        self._plugins = plugins
+
+    def rewrite_uri(self, uri: ModelURI) -> ModelURI:
+        """The URI to use in place of ``uri``."""
+        return self._plugins.rewrite_uri(uri)
+
+    def storage(self, uri: ModelURI, environ: Mapping[str, str]) -> Storage:
+        """The storage for ``uri``."""
+        _, storage = self._plugins.open(STORAGE, uri, environ)
+        return storage

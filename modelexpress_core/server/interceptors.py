@@ -1,4 +1,4 @@
-"""What happens around each call: it is counted, and a store that cannot be asked is told as that."""
+"""Metrics of each call, and a status for each exception."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ import grpc.aio
 
 from modelexpress_core.contracts.metadata_store import StoreUnavailableError
 from modelexpress_core.server.metrics import ServerMetrics
-from modelexpress_core.wire.around import Around, Context, Interceptor, status_of
-from modelexpress_core.wire.rpc import STANDARD_HEALTH
+from modelexpress_core.wire.interception import CallScope, Interceptor, status_of
+from modelexpress_core.wire.rpc import STANDARD_HEALTH, RpcContext
 
-__all__ = ["Observed"]
+__all__ = ["MetricsInterceptor"]
 
 _log = logging.getLogger(__name__)
 
 _WATCH = STANDARD_HEALTH.path("Watch")
 
 
-class Observed(Interceptor):
-    """Counts calls by their code, and answers what nobody expected with one that says so.
+class MetricsInterceptor(Interceptor):
+    """Counts calls by their status, and turns exceptions into statuses: UNAVAILABLE for the store's, else INTERNAL.
 
     Args:
-        metrics: Where they are counted.
+        metrics: Metrics of the server.
     """
 
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
 
-    def around(self, details: grpc.HandlerCallDetails) -> Around | None:
-        """Counting, and answering."""
+    def scope(self, details: grpc.HandlerCallDetails) -> CallScope | None:
+        """Counts the call, and answers exceptions."""
         path = details.method
-        if path == _WATCH:  # it lasts as long as it is wanted
+        if path == _WATCH:  # it lasts until the client or the server ends
             return None
 
         @contextlib.asynccontextmanager
-        async def observed(context: Context) -> AsyncIterator[None]:
+        async def measured(context: RpcContext) -> AsyncIterator[None]:
             begun = time.perf_counter()
             raised: BaseException | None = None
             try:
@@ -50,10 +50,10 @@ class Observed(Interceptor):
                 raise
             except StoreUnavailableError as exc:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, f"the metadata store cannot be asked: {exc}")
-            except Exception:  # noqa: BLE001 - logged, and told as a status
+            except Exception:  # noqa: BLE001 - logged, and answered with a status
                 _log.exception("%s failed", path)
                 await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")
             finally:
                 self._metrics.answered(path, status_of(context, raised).name, time.perf_counter() - begun)
 
-        return observed
+        return measured

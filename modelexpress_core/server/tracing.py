@@ -1,4 +1,4 @@
-"""Spans of calls, for OpenTelemetry: made where its API is installed, exported where the user asks for it."""
+"""Spans of calls for OpenTelemetry, if its API is installed; exported if the user asks for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import grpc
 import grpc.aio
 
 from modelexpress_core.server.settings import SpanSettings
-from modelexpress_core.wire.around import Around, Context, Interceptor, status_of
+from modelexpress_core.wire.interception import CallScope, Interceptor, status_of
+from modelexpress_core.wire.rpc import RpcContext, split_path
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -23,7 +24,7 @@ __all__ = ["exported_spans", "span_interceptors"]
 
 _log = logging.getLogger(__name__)
 
-#: What the server is called in traces unless OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES says otherwise.
+#: Name of the service in traces, unless OTEL_SERVICE_NAME or OTEL_RESOURCE_ATTRIBUTES sets another.
 _SERVICE_NAME = "modelexpress"
 
 _Code = grpc.StatusCode
@@ -47,15 +48,15 @@ _OTLP = {
 
 
 def span_interceptors() -> Sequence[grpc.aio.ServerInterceptor[Any, Any]]:
-    """What makes a span of each call; nothing where the API of OpenTelemetry is not installed."""
+    """The interceptor that makes a span of each call; none if the API of OpenTelemetry is not installed."""
     try:
-        return (_Spans(),)
+        return (_SpanInterceptor(),)
     except ModuleNotFoundError:
         return ()
 
 
-class _Spans(Interceptor):
-    """Makes a span of each call, below the span that the caller tells as W3C Trace Context has it."""
+class _SpanInterceptor(Interceptor):
+    """Makes a span of each call, below the caller's span in its W3C Trace Context."""
 
     def __init__(self) -> None:
         from opentelemetry import trace
@@ -65,18 +66,18 @@ class _Spans(Interceptor):
         self._tracer = trace.get_tracer("modelexpress_core", version("modelexpress-core"))
         self._propagator = TraceContextTextMapPropagator()
 
-    def around(self, details: grpc.HandlerCallDetails) -> Around | None:
-        """The span. Calls of methods that there are not have none: callers choose their names."""
-        if self._in_vain():
+    def scope(self, details: grpc.HandlerCallDetails) -> CallScope | None:
+        """The span. Calls of unknown methods have none: callers choose their names."""
+        if self._has_no_provider():
             return None
         name = details.method.lstrip("/")
         metadata: Any = details.invocation_metadata or ()
         parent = self._propagator.extract({key: value for key, value in metadata if isinstance(value, str)})
-        service, _, method = name.partition("/")
+        service, method = split_path(details.method)
         attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": method}
 
         @contextlib.asynccontextmanager
-        async def in_span(context: Context) -> AsyncIterator[None]:
+        async def in_span(context: RpcContext) -> AsyncIterator[None]:
             raised: BaseException | None = None
             with self._tracer.start_as_current_span(
                 name,
@@ -84,7 +85,7 @@ class _Spans(Interceptor):
                 self._trace.SpanKind.SERVER,
                 attributes,
                 record_exception=False,
-                set_status_on_exception=False,  # how gRPC ends a call is an exception, too
+                set_status_on_exception=False,  # gRPC ends a call with an exception, too
             ) as span:
                 try:
                     yield
@@ -99,16 +100,16 @@ class _Spans(Interceptor):
 
         return in_span
 
-    def _in_vain(self) -> bool:
-        """Whether nobody has set up where spans go: calls are then what they are without OpenTelemetry."""
+    def _has_no_provider(self) -> bool:
+        """Whether the program has set no provider of tracers: spans would go nowhere."""
         return isinstance(self._trace.get_tracer_provider(), self._trace.ProxyTracerProvider)
 
 
 @contextlib.contextmanager
 def exported_spans(settings: SpanSettings) -> Iterator[None]:
-    """Export spans within the block, as ``settings`` ask; at its end the last ones are sent.
+    """Export spans within the block, as ``settings`` say; the last ones are sent at its end.
 
-    A provider that the program has already stays. What keeps spans from being exported is logged; it stops no server.
+    A provider that the program has set before stays. A failure to export is logged, and stops no server.
     """
     provider = _provider(settings)
     try:
@@ -119,27 +120,27 @@ def exported_spans(settings: SpanSettings) -> Iterator[None]:
 
 
 def _provider(settings: SpanSettings) -> TracerProvider | None:
-    """What takes all spans of this process from here on; None where ``settings`` ask for none, or it cannot be made."""
+    """The provider that takes all spans of this process from now on; None if ``settings`` ask for none, or it fails."""
     wanted = [name.lower() for name in settings.exporters] or (["otlp"] if settings.endpoint else [])
     wanted = [name for name in wanted if name != "none"]
     if not wanted:
         return None
     try:
-        return _made(wanted, settings.protocol)
+        return _new_provider(wanted, settings.protocol)
     except ModuleNotFoundError as exc:
         _log.warning(
             "no spans are exported: the package %s is missing; pip install 'modelexpress-core[otel]'",
             exc.name,
         )
-    except Exception as exc:  # noqa: BLE001 - of another package, made of variables, which it may quote
+    except Exception as exc:  # noqa: BLE001 - of another package, whose text may quote variables
         _log.warning(
-            "no spans are exported: OpenTelemetry takes a variable that begins with OTEL_ amiss (%s)",
+            "no spans are exported: OpenTelemetry cannot use a variable that begins with OTEL_ (%s)",
             type(exc).__name__,
         )
     return None
 
 
-def _made(wanted: Sequence[str], protocol: str) -> TracerProvider | None:
+def _new_provider(wanted: Sequence[str], protocol: str) -> TracerProvider | None:
     from opentelemetry import trace
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
@@ -160,7 +161,7 @@ def _made(wanted: Sequence[str], protocol: str) -> TracerProvider | None:
 
 
 def _exporter(name: str, protocol: str) -> SpanExporter | None:
-    """The exporter that ``OTEL_TRACES_EXPORTER`` calls ``name``; None, and a warning, where there is none."""
+    """The exporter that ``OTEL_TRACES_EXPORTER`` calls ``name``; None, with a warning, if there is none."""
     if name == "console":
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
@@ -170,7 +171,7 @@ def _exporter(name: str, protocol: str) -> SpanExporter | None:
             ("OTEL_TRACES_EXPORTER", name) if name != "otlp" else ("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
         )
         known = "otlp, console, none" if name != "otlp" else ", ".join(_OTLP)
-        _log.warning("no spans are exported to what %s names, %r; there are %s", variable, value, known)
+        _log.warning("no spans are exported: %s names %r; known are %s", variable, value, known)
         return None
     try:
         exporter: SpanExporter = importlib.import_module(_OTLP[protocol]).OTLPSpanExporter()
@@ -178,7 +179,7 @@ def _exporter(name: str, protocol: str) -> SpanExporter | None:
         package = f"opentelemetry-exporter-otlp-proto-{protocol.partition('/')[0]}"
         _log.warning("no spans are exported to a collector: %s is missing; pip install %s", exc.name, package)
         return None
-    except Exception as exc:  # noqa: BLE001 - of another package, made of variables
+    except Exception as exc:  # noqa: BLE001 - of another package
         _log.warning("no spans are exported to a collector: its exporter cannot be made (%s)", type(exc).__name__)
         return None
     return exporter

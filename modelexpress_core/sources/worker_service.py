@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import grpc
 import grpc.aio
 
+from modelexpress_core.contracts.authenticator import Authenticator
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
-from modelexpress_core.wire.rpc import STANDARD_HEALTH, WORKER
+from modelexpress_core.wire.rpc import STANDARD_HEALTH, WORKER, handler
 from modelexpress_core.wire.serving import listen, new_server
-from modelexpress_core.wire.settings import AuthSettings, TlsSettings
+from modelexpress_core.wire.settings import TlsSettings
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -186,7 +187,7 @@ class WorkerServer:
         manifest: Manifest of the worker's tensors, with the ids of source and worker.
         address: Address to listen on: ``host:port``; port 0 is any free port.
         tls: Files of TLS; TLS is on if there is a certificate.
-        auth: Which callers are accepted.
+        authenticator: Authenticates callers; None to accept every caller.
         lease_seconds: How long a reader may keep a lease.
 
     Attributes:
@@ -204,14 +205,14 @@ class WorkerServer:
         address: str,
         *,
         tls: TlsSettings | None = None,
-        auth: AuthSettings | None = None,
+        authenticator: Authenticator | None = None,
         lease_seconds: float = 600.0,
     ) -> None:
         self.leases = Leases(lease_seconds)
         self._manifest = manifest
         self._address = address
         self._tls = tls or TlsSettings()
-        self._auth = auth or AuthSettings()
+        self._authenticator = authenticator
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mx-worker-service", daemon=True)
         self._thread.start()
@@ -239,9 +240,10 @@ class WorkerServer:
 
     async def _begin(self) -> tuple[int, grpc.aio.Server]:
         services = {WORKER: _WorkerService(self._manifest, self.leases), STANDARD_HEALTH: _WorkerHealth(self.leases)}
-        server = new_server(services, auth=self._auth)
+        handlers = {service.name: handler(service, implementation) for service, implementation in services.items()}
+        server = new_server(handlers, authenticator=self._authenticator)
         try:
-            port = listen(server, self._address, tls=self._tls, auth=self._auth)
+            port = listen(server, self._address, tls=self._tls, authenticator=self._authenticator)
         except RuntimeError as exc:
             message = f"the worker cannot listen on {self._address}: {exc}"
             hint = "end the program that uses the port, or set MX_WORKER_GRPC_PORT"

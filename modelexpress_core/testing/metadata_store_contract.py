@@ -1,8 +1,12 @@
-"""The contract of metadata stores: the rules that the server relies on, as tests that run against a real store."""
+"""The contract of every metadata store, as tests: exactly what ``contracts.metadata_store`` promises, and no more.
+
+They use one store object, change each record through one call, and wait where a store without a clock has to wait.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from uuid import uuid4
 
@@ -10,6 +14,7 @@ import attrs
 import pytest
 
 from modelexpress_core.contracts.metadata_store import (
+    LeaderLease,
     Listing,
     MetadataStore,
     NotPublisherError,
@@ -32,6 +37,20 @@ def _source(source_id: str, worker_id: str, **changes: object) -> StoredSource:
     return StoredSource(attrs.evolve(record, **changes), b"identity", b"worker")  # type: ignore[arg-type]  # fields
 
 
+#: How long the leases of the tests last, and how long the role may then take to change its holder.
+_LEASE_SECONDS = 1.5
+_TAKEOVER_SECONDS = 20.0
+
+
+async def _next_lease(store: MetadataStore, role: str, holder: str, seconds: float) -> LeaderLease:
+    """The lease, as soon as ``holder`` gets it."""
+    deadline = time.monotonic() + _TAKEOVER_SECONDS
+    while (lease := await store.lead(role, holder, seconds)) is None:
+        assert time.monotonic() < deadline, f"nobody renews the lease, and {holder} does not get it"
+        await asyncio.sleep(0.05)
+    return lease
+
+
 def _workers(listing: Listing) -> list[str]:
     return sorted(record.worker_id for record in listing.records)
 
@@ -48,12 +67,12 @@ class MetadataStoreContract(Contract, contract=True):
 
     @pytest.fixture
     def open_store(self) -> Callable[[], MetadataStore]:
-        """A function that opens the store; called within an event loop. The store may contain records of others."""
+        """Opens the store; called in an event loop. The store may hold records of others."""
         raise NotImplementedError
 
     @pytest.fixture
     def run(self, open_store: Callable[[], MetadataStore]) -> _Run:
-        """Open a store, run a scenario with it, and close it."""
+        """Opens the store, runs a scenario with it, and closes it."""
 
         def run(scenario: Callable[[MetadataStore], Awaitable[None]]) -> None:
             async def opened() -> None:
@@ -72,8 +91,8 @@ class MetadataStoreContract(Contract, contract=True):
         """An id that no other test uses."""
         return uuid4().hex[:16]
 
-    def test_what_was_published_is_found(self, run: _Run, source_id: str) -> None:
-        """A published record is found with all its fields and bytes, and with the time of the store's clock."""
+    def test_a_published_source_is_found(self, run: _Run, source_id: str) -> None:
+        """With all its fields and bytes, and times of the store's clock."""
         published = _source(
             source_id,
             "a",
@@ -101,8 +120,8 @@ class MetadataStoreContract(Contract, contract=True):
 
         run(scenario)
 
-    def test_what_was_not_published_is_not_found(self, run: _Run, source_id: str) -> None:
-        """For an unknown record, get returns None, list nothing and update False, without an error."""
+    def test_an_unknown_source_is_not_found(self, run: _Run, source_id: str) -> None:
+        """The answers are None, an empty list and False, not errors."""
 
         async def scenario(store: MetadataStore) -> None:
             assert await store.get(source_id, "a") is None
@@ -112,7 +131,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_publishing_again_replaces(self, run: _Run, source_id: str) -> None:
-        """A second publication replaces the whole record and its index entries, as for a restarted worker."""
+        """All fields are replaced, so that nothing of an earlier process of the worker is left; indexes follow."""
 
         async def scenario(store: MetadataStore) -> None:
             await store.publish(_source(source_id, "a", model_name=f"old-{source_id}", source_load=0.5, worker_rank=1))
@@ -127,7 +146,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_every_combination_of_filters(self, run: _Run, source_id: str) -> None:
-        """Filters by source, model and status work in every combination."""
+        """By source, model and state, each alone, together, or not at all."""
         other_id = uuid4().hex[:16]
         model, other_model = f"m-{source_id}", f"n-{source_id}"
         sources = [
@@ -151,14 +170,14 @@ class MetadataStoreContract(Contract, contract=True):
                             and wanted_model in {None, source.record.model_name}
                             and status in {None, source.record.status}
                         ]
-                        # A shared store may contain other records.
+                        # A store that others use holds more records.
                         ours = [each for each in listing.records if each.source_id in {source_id, other_id}]
                         assert expected == sorted(record.worker_id for record in ours)
 
         run(scenario)
 
     def test_updates(self, run: _Run, source_id: str) -> None:
-        """An update changes status and time, and the load if it is given; nothing else."""
+        """State and time change, the load if one is given, and nothing else."""
 
         async def scenario(store: MetadataStore) -> None:
             await store.publish(_source(source_id, "a", status=SourceStatus.INITIALIZING, accelerator="cuda"))
@@ -181,7 +200,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_a_record_belongs_to_its_publisher(self, run: _Run, source_id: str) -> None:
-        """Only its publisher may update or replace a record; a record without a publisher belongs to all."""
+        """Another publisher can neither update nor replace it. A record without a publisher belongs to all."""
 
         async def scenario(store: MetadataStore) -> None:
             await store.publish(_source(source_id, "a", publisher="alice"))
@@ -201,8 +220,8 @@ class MetadataStoreContract(Contract, contract=True):
 
         run(scenario)
 
-    def test_silent_sources_become_stale_and_go(self, run: _Run, source_id: str) -> None:
-        """Silent sources of any status become stale, later they are removed from every index; others stay."""
+    def test_silent_sources_become_stale_and_are_removed(self, run: _Run, source_id: str) -> None:
+        """In any state, unless they sent a heartbeat; stale ones are removed from every index."""
         states = [SourceStatus.UNKNOWN, SourceStatus.INITIALIZING, _READY]
 
         async def scenario(store: MetadataStore) -> None:
@@ -228,8 +247,8 @@ class MetadataStoreContract(Contract, contract=True):
 
         run(scenario)
 
-    def test_a_stale_source_that_speaks_is_ready_again(self, run: _Run, source_id: str) -> None:
-        """A heartbeat makes a stale source ready again: its worker was only slow."""
+    def test_a_heartbeat_ends_staleness(self, run: _Run, source_id: str) -> None:
+        """The worker was only slow."""
 
         async def scenario(store: MetadataStore) -> None:
             await store.publish(_source(source_id, "a"))
@@ -245,7 +264,7 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_counts(self, run: _Run, source_id: str) -> None:
-        """Counts are by status, and follow changes of status."""
+        """Sources are counted by state, and a change of state is counted."""
 
         async def scenario(store: MetadataStore) -> None:
             before = await store.counts()
@@ -260,24 +279,59 @@ class MetadataStoreContract(Contract, contract=True):
         run(scenario)
 
     def test_one_leads_at_a_time(self, run: _Run, source_id: str) -> None:
-        """A leader stays leader while it renews in time; another can lead once it has stopped renewing."""
+        """A holder keeps a role while it renews the lease, and for as long as the lease lasts after that."""
+        role = f"role-{source_id}"
 
         async def scenario(store: MetadataStore) -> None:
-            assert await store.lead(source_id, "first", 2.0)
-            assert not await store.lead(source_id, "second", 2.0)
-            assert await store.lead(f"{source_id}-other", "second", 2.0)
-            await asyncio.sleep(1.0)
-            assert await store.lead(source_id, "first", 2.0)
-            await asyncio.sleep(1.2)
-            assert not await store.lead(source_id, "second", 2.0)
-            await asyncio.sleep(1.2)
-            assert await store.lead(source_id, "second", 2.0)
-            assert not await store.lead(source_id, "first", 2.0)
+            first = await store.lead(role, "first", _LEASE_SECONDS)
+            assert first is not None
+            assert (first.role, first.holder) == (role, "first")
+            assert await store.lead(role, "second", _LEASE_SECONDS) is None
+            assert await store.lead(f"{role}-other", "second", _LEASE_SECONDS) is not None
+            await asyncio.sleep(_LEASE_SECONDS * 2 / 3)
+            renewed = time.monotonic()
+            assert await store.lead(role, "first", _LEASE_SECONDS) == first, "a renewal in time keeps the token"
+            await asyncio.sleep(_LEASE_SECONDS * 2 / 3)
+            assert await store.lead(role, "second", _LEASE_SECONDS) is None, "the lease was renewed"
+
+            second = await _next_lease(store, role, "second", _LEASE_SECONDS)
+
+            assert time.monotonic() - renewed >= _LEASE_SECONDS
+            assert second.token > first.token
+            assert await store.lead(role, "first", _LEASE_SECONDS) is None
+
+        run(scenario)
+
+    def test_tokens_grow_with_each_holder(self, run: _Run, source_id: str) -> None:
+        """Also when a former holder takes the role again: what was written with an older token can be refused."""
+        role = f"role-{source_id}"
+
+        async def scenario(store: MetadataStore) -> None:
+            holders = ["a", "b", "a", "c"]
+            leases = [await _next_lease(store, role, holder, 0.2) for holder in holders]
+
+            tokens = [lease.token for lease in leases]
+            assert holders == [lease.holder for lease in leases]
+            assert sorted(set(tokens)) == tokens
+            assert all(0 < token < 2**63 for token in tokens)
+
+        run(scenario)
+
+    def test_one_of_many_gets_the_lease(self, run: _Run, source_id: str) -> None:
+        """Servers that ask at the same time do not both lead."""
+        role = f"role-{source_id}"
+
+        async def scenario(store: MetadataStore) -> None:
+            names = [f"server-{number}" for number in range(20)]
+            leases = await asyncio.gather(*(store.lead(role, name, 60.0) for name in names))
+
+            [lease] = [lease for lease in leases if lease is not None]
+            assert names[leases.index(lease)] == lease.holder
 
         run(scenario)
 
     def test_many_at_once(self, run: _Run, source_id: str) -> None:
-        """Concurrent calls lose no record, and leave no stale index entry."""
+        """Calls that overlap neither lose a record nor leave an index behind."""
 
         async def scenario(store: MetadataStore) -> None:
             names = [f"worker-{number}" for number in range(40)]
@@ -292,8 +346,8 @@ class MetadataStoreContract(Contract, contract=True):
 
         run(scenario)
 
-    def test_check_succeeds(self, run: _Run) -> None:
-        """``check`` of a reachable store raises nothing."""
+    def test_an_open_store_answers(self, run: _Run) -> None:
+        """``check`` returns."""
 
         async def scenario(store: MetadataStore) -> None:
             await store.check()

@@ -1,7 +1,7 @@
-"""Who calls, and whether they may: for every service of a server or of a worker, but those of health.
+"""Authentication of the calls that a server or a worker answers: for every service except those of health.
 
-An ``Authenticator`` says who a call is from. Those here know tokens from a file, and certificates; one that asks an
-authority elsewhere (that of a cluster, say) is one more class with that one method.
+An ``Authenticator`` names the caller of a call. ``MX_AUTH_MODE`` selects one that a plugin registers. Those here, by
+tokens in a file and by certificates, are registered by core's own plugin.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -18,27 +19,30 @@ import grpc
 import grpc.aio
 
 from modelexpress_core.contracts.authenticator import Authenticator, Call, Refusal, RefusedError
-from modelexpress_core.errors import SettingsError
-from modelexpress_core.wire.around import Around, Context, Interceptor
-from modelexpress_core.wire.files import Files, read_bytes
-from modelexpress_core.wire.rpc import HEALTH, STANDARD_HEALTH
+from modelexpress_core.errors import PluginLoadError, SettingsError
+from modelexpress_core.plugins import AUTHENTICATOR, PluginManager
+from modelexpress_core.wire.files import WatchedFiles, read_bytes
+from modelexpress_core.wire.interception import CallScope, Interceptor
+from modelexpress_core.wire.rpc import HEALTH, STANDARD_HEALTH, RpcContext, RpcHandler, split_path
 from modelexpress_core.wire.settings import AuthSettings
 
 __all__ = [
-    "Authenticated",
-    "Certificates",
-    "Tokens",
-    "authenticator",
+    "AuthInterceptor",
+    "CertificateAuthenticator",
+    "TokenAuthenticator",
     "caller",
+    "open_authenticator",
 ]
 
-#: Who makes the call that is being answered; empty where nobody has to prove who they are.
+_log = logging.getLogger(__name__)
+
+#: Name of the caller of the call that is being answered; empty if callers are not authenticated.
 caller: ContextVar[str] = ContextVar("caller", default="")
 
-#: Services that anybody may ask.
-_OPEN = frozenset({HEALTH.name, STANDARD_HEALTH.name})
+#: Services that answer every caller.
+_OPEN_SERVICES = frozenset({HEALTH.name, STANDARD_HEALTH.name})
 
-#: What looks like a digest and is none is no token: who can read the file must not be able to use what stands there.
+#: A line with a malformed digest is no token either: a reader of the file could use it.
 _LINE = re.compile(
     r"(?P<name>[^:\s]+):(?:(?i:sha256):(?P<digest>[0-9a-fA-F]{64})|(?!(?i:sha256):)(?P<token>[\x21-\x7e]+))"
 )
@@ -47,32 +51,32 @@ _LINE = re.compile(
 _SHORTEST_TOKEN = 16
 
 
-class Tokens:
-    """Callers by their tokens, from a file.
+class TokenAuthenticator:
+    """Authenticates by tokens in a file.
 
-    Each line is ``name:token`` or ``name:sha256:`` with the token's digest; empty lines and those that begin with ``#``
-    say nothing. A name may have several tokens, so that one can be replaced without a gap.
+    Each line is ``name:token``, or ``name:sha256:`` and the token's digest. Empty lines and lines that begin with ``#``
+    are skipped. A name may have several tokens, so that one can be replaced without a gap.
 
     Args:
-        path: The file; read again whenever it changes.
+        path: The file; it is read again when it has changed.
 
     Raises:
-        SettingsError: It cannot be read, or a line makes no sense.
+        SettingsError: The file cannot be read, or has a line that cannot be used.
     """
 
     by_certificate = False
 
     def __init__(self, path: str) -> None:
-        self._files = Files((path,), lambda: _read_tokens(path))
+        self._names = WatchedFiles((path,), lambda: _read_tokens(path))
 
     async def authenticate(self, call: Call) -> str:
-        """Who has the token."""
+        """The name that the token belongs to."""
         if call.token is None:
             raise RefusedError(Refusal.UNAUTHENTICATED, "a token is wanted, and none was sent")
         given = hashlib.sha256(call.token.encode("utf-8", "surrogateescape")).digest()
         found = ""
-        for digest, name in self._files.value().items():
-            if hmac.compare_digest(digest, given):  # and on, so that all take the same time
+        for digest, name in self._names.value().items():
+            if hmac.compare_digest(digest, given):  # no break, so that all tokens take the same time
                 found = name
         if not found:
             raise RefusedError(Refusal.UNAUTHENTICATED, "the token is not one that is known here")
@@ -85,59 +89,79 @@ def _read_tokens(path: str) -> Mapping[bytes, str]:
     try:
         text = read_bytes(path, "MX_AUTH_TOKENS_PATH").decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        raise _bad_tokens(path, "it is no text") from exc
+        raise _unusable_tokens(path, "it is no text") from exc
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = _LINE.fullmatch(line.strip())
         if match is None:
-            raise _bad_tokens(path, f"line {number} is neither name:token nor name:sha256:digest")
+            raise _unusable_tokens(path, f"line {number} is neither name:token nor name:sha256:digest")
         if match["token"] is not None and len(match["token"]) < _SHORTEST_TOKEN:
-            raise _bad_tokens(path, f"line {number} has a token of fewer than {_SHORTEST_TOKEN} characters")
+            raise _unusable_tokens(path, f"line {number} has a token of fewer than {_SHORTEST_TOKEN} characters")
         digest = bytes.fromhex(match["digest"]) if match["digest"] else hashlib.sha256(match["token"].encode()).digest()
         if names.setdefault(digest, match["name"]) != match["name"]:
-            raise _bad_tokens(path, f"line {number} has the token of another name")
+            raise _unusable_tokens(path, f"line {number} has the token of another name")
     if not names:
-        raise _bad_tokens(path, "it has no tokens in it")
+        raise _unusable_tokens(path, "it has no tokens in it")
     return names
 
 
-def _bad_tokens(path: str, problem: str) -> SettingsError:
+def _unusable_tokens(path: str, problem: str) -> SettingsError:
     return SettingsError(
         f"the file of tokens that MX_AUTH_TOKENS_PATH names cannot be used: {path}: {problem}",
         hint="write a line name:token for each caller; `openssl rand -hex 32` makes a token",
     )
 
 
-class Certificates:
-    """Callers by their certificates, which TLS has verified."""
+class CertificateAuthenticator:
+    """Authenticates by client certificate, once TLS has verified it."""
 
     by_certificate = True
 
     async def authenticate(self, call: Call) -> str:
-        """The first name in the certificate: of its alternative names, else of its subject."""
+        """The first name in the certificate: an alternative name, or else the subject's."""
         if not call.names:
             raise RefusedError(Refusal.UNAUTHENTICATED, "a certificate with a name in it is wanted, and none was shown")
         return call.names[0]
 
 
-def authenticator(settings: AuthSettings) -> Authenticator | None:
-    """What ``settings`` ask for; None where everybody is answered.
-
-    Raises:
-        SettingsError: The file of tokens makes no sense.
-    """
-    if settings.mode == "token":
-        assert settings.tokens is not None  # noqa: S101 - for the type checker: the settings have checked it
-        return Tokens(settings.tokens)
-    return Certificates() if settings.mode == "mtls" else None
-
-
-class Authenticated(Interceptor):
-    """Refuses calls of unknown or forbidden callers, whatever the service, and tells the others' names as ``caller``.
+def open_authenticator(
+    settings: AuthSettings, plugins: PluginManager, environ: Mapping[str, str]
+) -> Authenticator | None:
+    """The authenticator that ``settings`` select; None for the mode ``off``, which answers every caller.
 
     Args:
-        authenticator: Who knows them.
+        settings: Their mode is the name of an authenticator.
+        plugins: Plugins that may offer one.
+        environ: Variables, for its factory.
+
+    Raises:
+        SettingsError: No usable plugin offers it, or its own settings cannot be used.
+        PluginError: Two plugins offer it, or its factory failed.
+    """
+    if settings.mode == "off":
+        return None
+    try:
+        plugins.named(AUTHENTICATOR, settings.mode)
+    except SettingsError as exc:
+        message = f"MX_AUTH_MODE is {settings.mode!r}: {exc.message}"
+        hint = "set MX_AUTH_MODE to one that is installed, or to off, which answers everybody; `mx plugins` lists them"
+        raise SettingsError(message, hint=hint) from exc
+    authenticator = plugins.open_named(AUTHENTICATOR, settings.mode, environ)
+    if not isinstance(getattr(authenticator, "by_certificate", None), bool):
+        plugin = plugins.named(AUTHENTICATOR, settings.mode).plugin.name
+        message = f"the authenticator {settings.mode!r} does not say whether it authenticates by certificate"
+        raise PluginLoadError(message, plugin=plugin, hint="give it the attribute by_certificate: True or False")
+    return authenticator
+
+
+class AuthInterceptor(Interceptor):
+    """Authenticates each call, refuses those that the authenticator refuses, and sets ``caller`` for the others.
+
+    Services of health answer every caller.
+
+    Args:
+        authenticator: Names the callers.
     """
 
     def __init__(self, authenticator: Authenticator) -> None:
@@ -148,50 +172,79 @@ class Authenticated(Interceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: Any,  # noqa: ANN401 - as gRPC has it
     ) -> Any:  # noqa: ANN401 - a handler, or None
-        """The handler of a call; where the caller is refused, one that reads nothing: strangers fill no memory."""
+        """The handler of a call.
+
+        If the metadata alone decide, a refused call gets a handler that reads no message: strangers fill no memory.
+        Names in certificates are known only within the handler.
+        """
         if self._authenticator.by_certificate or _is_open(handler_call_details):
             return await super().intercept_service(continuation, handler_call_details)
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
         try:
-            # What is set here is seen where the call is answered: gRPC does both in one task.
-            caller.set(await self._authenticator.authenticate(Call(_token(handler_call_details.invocation_metadata))))
-        except RefusedError as exc:
-            return _refusal(exc)
+            # A context variable that is set here is seen by the handler: gRPC runs both in one task.
+            caller.set(await self._authenticate(Call(_token(handler_call_details.invocation_metadata))))
+        except _NotAnsweredError as exc:
+            return _refusing_handler(exc)
         return handler
 
-    def around(self, details: grpc.HandlerCallDetails) -> Around | None:
-        """The door, for those who show a certificate: TLS let nobody in who has none."""
+    def scope(self, details: grpc.HandlerCallDetails) -> CallScope | None:
+        """Authenticates within the call, where the names in the certificate are known."""
         if _is_open(details):
             return None
         token = _token(details.invocation_metadata)
 
         @contextlib.asynccontextmanager
-        async def admitted(context: Context) -> AsyncIterator[None]:
+        async def authenticated(context: RpcContext) -> AsyncIterator[None]:
             try:
-                caller.set(await self._authenticator.authenticate(Call(token, _names(context.auth_context()))))
-            except RefusedError as exc:
-                await context.abort(grpc.StatusCode[exc.refusal.name], exc.reason)
+                caller.set(await self._authenticate(Call(token, _names(context.auth_context()))))
+            except _NotAnsweredError as exc:
+                await context.abort(exc.code, exc.reason)
             yield
 
-        return admitted
+        return authenticated
+
+    async def _authenticate(self, call: Call) -> str:
+        try:
+            name = await self._authenticator.authenticate(call)
+        except RefusedError as exc:
+            raise _NotAnsweredError(grpc.StatusCode[exc.refusal.name], exc.reason) from exc
+        except Exception as exc:
+            _log.exception("the authenticator failed")
+            raise _NotAnsweredError(grpc.StatusCode.INTERNAL, _FAILED) from exc
+        if not name or not isinstance(name, str):  # records of an empty name belong to all
+            _log.error("the authenticator returned no name")
+            raise _NotAnsweredError(grpc.StatusCode.INTERNAL, _FAILED)
+        return name
+
+
+_FAILED = "the server could not authenticate the caller; its log says why"
+
+
+class _NotAnsweredError(Exception):
+    """A call is not answered, with this status and this text."""
+
+    def __init__(self, code: grpc.StatusCode, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
 
 
 def _is_open(details: Any) -> bool:  # noqa: ANN401 - as gRPC has it
-    return details.method.strip("/").partition("/")[0] in _OPEN
+    return split_path(details.method)[0] in _OPEN_SERVICES
 
 
-def _refusal(exc: RefusedError) -> grpc.RpcMethodHandler[Any, Any]:
+def _refusing_handler(exc: _NotAnsweredError) -> RpcHandler:
     """Answers any kind of call without reading a message of it."""
 
-    async def refuse(_: object, context: Context) -> None:
-        await context.abort(grpc.StatusCode[exc.refusal.name], exc.reason)
+    async def refuse(_: object, context: RpcContext) -> None:
+        await context.abort(exc.code, exc.reason)
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def _token(metadata: Any) -> str | None:  # noqa: ANN401 - pairs, in gRPC's own class
+def _token(metadata: Any) -> str | None:  # noqa: ANN401 - pairs, in a class of gRPC
     for key, value in metadata or ():
         if key == "authorization" and isinstance(value, str):
             scheme, _, token = value.partition(" ")

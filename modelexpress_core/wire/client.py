@@ -1,4 +1,4 @@
-"""Calls with deadlines, retries, and errors of our own: what clients of every service have in common."""
+"""Calls with deadlines, retries, and errors of ours: the base of the clients of all services."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import grpc
 from attrs import field, frozen
 from google.protobuf.message import Message
 
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -21,10 +22,11 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.settings import from_env
-from modelexpress_core.wire.channel import Connection, Endpoint
+from modelexpress_core.wire.channel import Connection
 from modelexpress_core.wire.diagnosis import diagnose
 from modelexpress_core.wire.rpc import Service
 from modelexpress_core.wire.settings import TlsSettings, TokenSettings
+from modelexpress_core.wire.streams import RequestStream, ResponseStream
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,20 +35,23 @@ __all__ = ["Client", "Security"]
 
 _Code = grpc.StatusCode
 
-#: A server that cannot be called is looked at this often at most.
-_LOOK_SECONDS = 1.0
+#: A message or a frame, or an iterable of them where a method takes a stream.
+_Request: TypeAlias = Message | bytes | Iterable[Message] | Iterable[bytes]
 
-#: Error and likely cause for each status that has one of its own.
+#: A server that cannot be called is diagnosed this often at most.
+_DIAGNOSIS_SECONDS = 1.0
+
+#: Error, likely cause and next step of the statuses that need their own.
 _ERRORS: dict[grpc.StatusCode, tuple[type[BackendError], str, str]] = {
     _Code.UNAVAILABLE: (
         UnavailableError,
-        "the connection broke, or what the server depends on is down",
+        "the connection broke, or the server waits for a service that is down",
         "try again; `mx health` tells whether the server runs",
     ),
     _Code.DEADLINE_EXCEEDED: (
         DeadlineError,
         "the server is overloaded, or something on the way drops packets",
-        "try again; MX_SERVER_DEADLINE_SECONDS sets how long is waited",
+        "try again; MX_SERVER_DEADLINE_SECONDS sets the deadline",
     ),
     _Code.UNAUTHENTICATED: (
         AccessDeniedError,
@@ -55,23 +60,23 @@ _ERRORS: dict[grpc.StatusCode, tuple[type[BackendError], str, str]] = {
     ),
     _Code.PERMISSION_DENIED: (
         AccessDeniedError,
-        "the server knows who asks, and does not let them",
-        "ask whoever runs the server",
+        "the caller may not make this call",
+        "ask the operator of the server",
     ),
     _Code.FAILED_PRECONDITION: (
         NotFoundError,
-        "a worker holds something else now, or is another one than was asked for",
-        "look again who holds the model",
+        "the worker holds something else now, or is another worker than the one asked for",
+        "find the workers that hold the model again",
     ),
     _Code.NOT_FOUND: (
         NotFoundError,
-        "what was asked for has ended, or never was",
-        "look again who holds the model",
+        "what the call asks for has ended, or never existed",
+        "find the workers that hold the model again",
     ),
     _Code.RESOURCE_EXHAUSTED: (
         BackendError,
         "the message is longer than 100 MiB, or the server has run out of something",
-        "publish less metadata: what lies where can be asked of the worker",
+        "publish less metadata: readers ask the worker for its tensors",
     ),
     _Code.INVALID_ARGUMENT: (
         BackendError,
@@ -80,7 +85,7 @@ _ERRORS: dict[grpc.StatusCode, tuple[type[BackendError], str, str]] = {
     ),
     _Code.UNIMPLEMENTED: (
         UnsupportedError,
-        "what listens there is another program, or a server of another version",
+        "another program listens there, or a server of another version",
         "check host and port in MODEL_EXPRESS_URL",
     ),
 }
@@ -88,11 +93,11 @@ _ERRORS: dict[grpc.StatusCode, tuple[type[BackendError], str, str]] = {
 
 @frozen
 class Security:
-    """How a client proves who it is, and knows the server.
+    """How a client authenticates itself, and the server.
 
     Attributes:
-        tls: Files of TLS, where a server speaks it.
-        token: Where the token is that is sent.
+        tls: Files of TLS, for servers that speak it.
+        token: The file with the token that is sent.
     """
 
     tls: TlsSettings = field(factory=TlsSettings)
@@ -100,23 +105,23 @@ class Security:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Security:
-        """As the variables say."""
+        """From variables."""
         return cls(from_env(TlsSettings, environ), from_env(TokenSettings, environ))
 
 
 class Client:
-    """A connection to one server; thread-safe. Made without a word sent.
+    """A connection to one server; thread-safe. The constructor sends nothing.
 
     Args:
-        url: Where it is: ``host:port``, or a URL; ``https://`` is TLS.
-        services: What is called.
-        deadline_seconds: How long each call may take, retries included.
+        url: Address of the server: ``host:port``, or a URL; ``https://`` is TLS.
+        services: The services that are called.
+        deadline_seconds: Default deadline of a call, retries and streams included.
         security: Certificates and token.
-        retries: Whether calls that find no server are made again, within their deadline.
+        retries: Whether calls that find no server are repeated, within their deadline.
 
     Raises:
-        InvalidURIError: By the constructor, where ``url`` is no address.
-        SettingsError: By the constructor, where certificates cannot be used.
+        InvalidURIError: By the constructor, if ``url`` is no address.
+        SettingsError: By the constructor, if certificates cannot be used.
         BackendError: By each call: unavailable, access denied, deadline, unsupported.
     """
 
@@ -133,7 +138,7 @@ class Client:
         self._deadline_seconds = deadline_seconds
         self._security = security
         self._connection = Connection(self._endpoint, services, tls=security.tls, token=security.token, retries=retries)
-        self._looked_at = -math.inf  # monotonic
+        self._diagnosed_at = -math.inf  # monotonic
 
     def __enter__(self) -> Self:
         return self
@@ -142,33 +147,92 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._connection.close()
 
-    def _call(self, service: Service, method: str, request: Message) -> Any:  # noqa: ANN401 - the method's answer
+    def _call(
+        self,
+        service: Service,
+        method: str,
+        request: _Request,
+        *,
+        deadline_seconds: float | None = None,
+    ) -> Any:  # noqa: ANN401 - the method's response
+        """The response of ``method``.
+
+        Args:
+            service: The service.
+            method: A method with one response.
+            request: The request, or an iterable of them where they are a stream; gRPC reads it in another thread.
+            deadline_seconds: Deadline of this call; by default the client's; ``math.inf`` for none.
+
+        Raises:
+            BackendError: The call failed.
+            Exception: What the iterable raised.
+        """
+        requests = RequestStream(cast("Iterable[Any]", request)) if service.methods[method].request_streaming else None
         try:
-            return self._connection.call(service, method, request, self._deadline_seconds)
+            return self._begin(service, method, requests or request, deadline_seconds)
+        except grpc.RpcError as exc:
+            if requests is not None and requests.error is not None:
+                raise requests.error from None
+            raise self._error(exc, method) from exc
+
+    def _stream(
+        self,
+        service: Service,
+        method: str,
+        request: _Request,
+        *,
+        deadline_seconds: float | None = None,
+    ) -> ResponseStream[Any]:
+        """The responses of ``method``, one by one; to be closed, or read to its end.
+
+        Args:
+            service: The service.
+            method: A method with a stream of responses.
+            request: The request, or an iterable of them where they are a stream; gRPC reads it in another thread.
+            deadline_seconds: Deadline of this call until its last response; by default the client's; ``math.inf`` for
+                none.
+
+        Raises:
+            BackendError: The call failed; mostly the iterator raises it.
+        """
+        requests = RequestStream(cast("Iterable[Any]", request)) if service.methods[method].request_streaming else None
+        try:
+            call = self._begin(service, method, requests or request, deadline_seconds)
         except grpc.RpcError as exc:
             raise self._error(exc, method) from exc
-        except ValueError as exc:  # gRPC's own, where another thread closes it meanwhile
-            raise UnavailableError(
-                "the connection was closed on this side",
-                uri=str(self._endpoint),
-                operation=f"call {method}",
-                retryable=False,
-                hint="keep the client open for as long as it is used",
-            ) from exc
+        return ResponseStream(call, lambda exc, closed: self._error(exc, method, closed=closed), requests)
 
-    def _error(self, exc: Any, method: str) -> BackendError:  # noqa: ANN401 - annotations give it no code
+    def _begin(self, service: Service, method: str, request: Any, deadline_seconds: float | None) -> Any:  # noqa: ANN401 - of gRPC
+        seconds = self._deadline_seconds if deadline_seconds is None else deadline_seconds
+        try:
+            return self._connection.call(service, method, request, None if math.isinf(seconds) else seconds)
+        except ValueError as exc:  # gRPC raises it if another thread closes the channel meanwhile
+            raise self._closed_error(method) from exc
+
+    def _error(self, exc: Any, method: str, *, closed: bool = False) -> BackendError:  # noqa: ANN401 - annotations give it no code
         code = exc.code()
+        if code is _Code.CANCELLED and (closed or self._connection.closed):
+            return self._closed_error(method)
         error: BackendError | None = None
         now = time.monotonic()
-        # Not each time: where a fleet cannot be served, nobody is helped by more connections.
-        if code in {_Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED} and now - self._looked_at >= _LOOK_SECONDS:
-            self._looked_at = now
+        # Not for each failure: more connections would not help a server that a whole fleet cannot reach.
+        if code in {_Code.UNAVAILABLE, _Code.DEADLINE_EXCEEDED} and now - self._diagnosed_at >= _DIAGNOSIS_SECONDS:
+            self._diagnosed_at = now
             error = diagnose(self._endpoint, self._security.tls)
         if error is None:
             kind, cause, hint = _ERRORS.get(code, (BackendError, "", "look into the log of the server"))
             error = kind(f"the server answered {code.name}: {exc.details()}", cause=cause or None, hint=hint)
         error.uri, error.operation = str(self._endpoint), f"call {method}"
         return error
+
+    def _closed_error(self, method: str) -> BackendError:
+        return UnavailableError(
+            "the connection was closed on this side",
+            uri=str(self._endpoint),
+            operation=f"call {method}",
+            retryable=False,
+            hint="keep the client, and the stream, open for as long as they are used",
+        )

@@ -1,4 +1,4 @@
-"""What stands in files that others replace while a process runs: certificates, keys, tokens."""
+"""Files that other programs replace while a process runs: certificates, keys, tokens."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from typing import Generic, TypeVar
 
 from modelexpress_core.errors import SettingsError
 
-__all__ = ["Files", "read_bytes"]
+__all__ = ["WatchedFiles", "read_bytes"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-#: Files that are replaced while they are read are read again, this often at most.
+#: Readings of files that change while they are read.
 _ATTEMPTS = 5
 
 _Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 def read_bytes(path: str, variable: str) -> bytes:
-    """What the file has in it.
+    """The content of a file.
 
     Raises:
-        SettingsError: It cannot be read; the message names it, and the ``variable`` that named it.
+        SettingsError: It cannot be read; the message names the file, and the ``variable`` that names it.
     """
     try:
         with open(path, "rb") as file:
             return file.read()
-    except (OSError, ValueError) as exc:  # the latter where the path holds a NUL
+    except (OSError, ValueError) as exc:  # the latter for a path with a NUL in it
         message = f"the file that {variable} names cannot be read: {path}: {getattr(exc, 'strerror', None) or exc}"
         raise SettingsError(message, hint=f"correct {variable}, or the permissions of the file") from exc
 
 
-class Files(Generic[_T]):
-    """A value made of files: made anew whenever one of them has changed. Thread-safe.
+class WatchedFiles(Generic[_T]):
+    """A value that is read from files, and read again when one of them has changed. Thread-safe.
 
-    Where they can no longer be read, or make no sense, the last value stays, and the log says so once.
+    If changed files cannot be used, the last value stays in use, and the log says so once.
 
     Args:
         paths: The files.
-        read: Makes the value; raises ``SettingsError`` where that is impossible.
+        read: Reads the value; raises ``SettingsError`` if the files cannot be used.
 
     Raises:
-        SettingsError: By the constructor, where the value cannot be made the first time.
+        SettingsError: By the constructor, if the first reading fails.
     """
 
     def __init__(self, paths: Sequence[str], read: Callable[[], _T]) -> None:
@@ -55,11 +55,11 @@ class Files(Generic[_T]):
         self._signature, self._value = self._settled()
 
     def value(self) -> _T:
-        """The value as of now."""
+        """The present value."""
         return self.changed()[0]
 
     def changed(self) -> tuple[_T, bool]:
-        """The value as of now, and whether it was made by this call."""
+        """The present value, and whether this call has read it."""
         with self._lock:
             signature = self._look()
             if signature == self._signature:
@@ -67,13 +67,13 @@ class Files(Generic[_T]):
             try:
                 self._signature, self._value = self._settled()
             except SettingsError as exc:
-                self._signature = signature  # said once
-                _log.error("going on with what %s said before: %s", " and ".join(self._paths), exc)
+                self._signature = signature  # logged once
+                _log.error("the former content of %s stays in use: %s", " and ".join(self._paths), exc)
                 return self._value, False
             return self._value, True
 
     def _settled(self) -> tuple[_Signature, _T]:
-        """A value of files that nobody replaced meanwhile."""
+        """A value of files that did not change while they were read."""
         for attempt in range(_ATTEMPTS):
             before = self._look()
             try:

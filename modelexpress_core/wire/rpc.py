@@ -1,16 +1,18 @@
-"""The services of the protocol: their method paths and messages, served and called with messages of our own.
+"""The services of the protocol, and how a method of any kind is served and called.
 
-The paths are those that existing programs use. The messages have names of their own, so that those programs' generated
-code can be imported in the same process; on the wire only paths, field numbers and types count.
+The method paths are those of existing programs. The messages have other names, so that the generated code of those
+programs can be imported in the same process; on the wire only paths, field numbers and types count.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import grpc
+import grpc.aio
 from attrs import frozen
 from google.protobuf.message import DecodeError, Message
 
@@ -24,15 +26,24 @@ __all__ = [
     "STANDARD_HEALTH",
     "WORKER",
     "Method",
+    "RpcContext",
+    "RpcHandler",
     "Service",
+    "behaviour_of",
     "handler",
+    "make_handler",
+    "split_path",
     "stub",
+    "write_all",
 ]
+
+RpcContext: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+RpcHandler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 #: Metadata of a worker with many tensors is long.
 _MAX_MESSAGE_BYTES = 100 << 20
 
-#: What servers and channels have in common.
+#: Options that servers and channels share.
 MESSAGE_OPTIONS = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
@@ -41,17 +52,19 @@ MESSAGE_OPTIONS = (
 
 @frozen
 class Method:
-    """A call with one request.
+    """A method of a service.
 
     Attributes:
-        request: Message that is sent.
-        response: Message that comes back.
-        streams: Whether more than one comes back.
+        request: Class of its requests; ``bytes`` for raw frames, which protobuf does not touch.
+        response: Class of its responses, likewise.
+        request_streaming: Whether a call has a stream of requests.
+        response_streaming: Whether a call has a stream of responses.
     """
 
-    request: type[Message]
-    response: type[Message]
-    streams: bool = False
+    request: type[Message | bytes]
+    response: type[Message | bytes]
+    request_streaming: bool = False
+    response_streaming: bool = False
 
 
 @frozen(eq=False)
@@ -67,7 +80,7 @@ class Service:
     methods: Mapping[str, Method]
 
     def path(self, method: str) -> str:
-        """What HTTP/2 calls ``method``."""
+        """The path of ``method`` in HTTP/2."""
         return f"/{self.name}/{method}"
 
 
@@ -80,7 +93,7 @@ STANDARD_HEALTH = Service(
     "grpc.health.v1.Health",
     {
         "Check": Method(health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse),
-        "Watch": Method(health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse, streams=True),
+        "Watch": Method(health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse, response_streaming=True),
     },
 )
 
@@ -115,47 +128,165 @@ class _Channel(Protocol):
     @property
     def unary_stream(self) -> Callable[..., Any]: ...
 
+    @property
+    def stream_unary(self) -> Callable[..., Any]: ...
+
+    @property
+    def stream_stream(self) -> Callable[..., Any]: ...
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """Service and method of a path: ``"/package.Service/Method"``."""
+    service, _, method = path.strip("/").partition("/")
+    return service, method
+
+
+# -- serving -----------------------------------------------------------------------------------------------------------
+
 
 def handler(service: Service, implementation: object) -> grpc.GenericRpcHandler[Any, Any]:
-    """What an asyncio server adds to offer ``service``: its methods are those of ``implementation``, in snake case."""
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
-    for name, method in service.methods.items():
-        answer = getattr(implementation, _snake_case(name))
-        if method.streams:
-            handlers[name] = grpc.unary_stream_rpc_method_handler(
-                answer, method.request.FromString, method.response.SerializeToString
-            )
-        else:
-            handlers[name] = grpc.unary_unary_rpc_method_handler(
-                _decoding(method.request, answer), response_serializer=method.response.SerializeToString
-            )
+    """The handler with which an asyncio server offers ``service``.
+
+    A request that cannot be decoded is answered with INVALID_ARGUMENT, also within a stream of requests.
+
+    Args:
+        service: The service.
+        implementation: Has a method for each of the service's, in snake case: a coroutine, or an asynchronous generator
+            where responses are a stream. Its arguments are the request, or an asynchronous iterator of requests, and
+            gRPC's context.
+    """
+    handlers = {
+        name: make_handler(
+            _decoding(method, getattr(implementation, _snake_case(name))),
+            request_streaming=method.request_streaming,
+            response_streaming=method.response_streaming,
+            encode=_encoder(method.response),
+        )
+        for name, method in service.methods.items()
+    }
     return grpc.method_handlers_generic_handler(service.name, handlers)
 
 
-def _decoding(request: type[Message], answer: Callable[..., Any]) -> Callable[..., Any]:
-    """``answer`` for the bytes of a request. gRPC itself would blame the server for those that are none."""
+def make_handler(
+    answer: Callable[..., Any],
+    *,
+    request_streaming: bool,
+    response_streaming: bool,
+    decode: Callable[[bytes], Any] | None = None,
+    encode: Callable[[Any], bytes] | None = None,
+) -> RpcHandler:
+    """The handler of a method with these streams, which calls ``answer``."""
+    makers = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    return makers[bool(request_streaming), bool(response_streaming)](answer, decode, encode)
 
-    async def decoding(data: bytes, context: Any) -> Any:  # noqa: ANN401 - of gRPC
+
+def behaviour_of(handler: RpcHandler) -> Callable[..., Any]:
+    """The function that ``handler`` calls."""
+    behaviour: Any = (
+        (handler.stream_stream if handler.response_streaming else handler.stream_unary)
+        if handler.request_streaming
+        else (handler.unary_stream if handler.response_streaming else handler.unary_unary)
+    )
+    return behaviour  # type: ignore[no-any-return]  # it is a coroutine function or an asynchronous generator function
+
+
+async def write_all(answers: Any, context: RpcContext) -> None:  # noqa: ANN401 - see below
+    """Send a stream of responses: those of an asynchronous generator, or those that a coroutine writes itself.
+
+    The generator is closed with the call. gRPC would leave one that was not read to its end to the garbage collector.
+    """
+    if not hasattr(answers, "__aiter__"):
+        await answers
+        return
+    async with contextlib.aclosing(answers):
+        async for answer in answers:
+            await context.write(answer)
+
+
+def _decoding(method: Method, answer: Callable[..., Any]) -> Callable[..., Any]:
+    """``answer`` for requests as bytes: if gRPC decoded them, it would blame the server for undecodable ones."""
+    if issubclass(method.request, bytes):
+        return answer
+    if method.request_streaming:
+        return _decoding_streams(method.request, answer, response_streaming=method.response_streaming)
+    request = method.request
+
+    async def decoded(data: bytes, context: RpcContext) -> Any:  # noqa: ANN401 - any message
         try:
-            decoded = request.FromString(data)
+            message = request.FromString(data)
         except DecodeError as exc:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no {request.DESCRIPTOR.name}: {exc}")
-        return await answer(decoded, context)
+            await _abort_undecodable(request, exc, context)
+        return await answer(message, context)
 
-    return decoding
+    async def decoded_to_stream(data: bytes, context: RpcContext) -> None:
+        try:
+            message = request.FromString(data)
+        except DecodeError as exc:
+            await _abort_undecodable(request, exc, context)
+        await write_all(answer(message, context), context)
+
+    return decoded_to_stream if method.response_streaming else decoded
+
+
+def _decoding_streams(
+    request: type[Message], answer: Callable[..., Any], *, response_streaming: bool
+) -> Callable[..., Any]:
+    """``answer`` for streams of requests as bytes."""
+
+    async def messages(frames: AsyncIterator[bytes], context: RpcContext) -> AsyncIterator[Message]:
+        async for data in frames:
+            try:
+                message = request.FromString(data)
+            except DecodeError as exc:
+                await _abort_undecodable(request, exc, context)
+            yield message
+
+    async def decoded(frames: AsyncIterator[bytes], context: RpcContext) -> Any:  # noqa: ANN401 - any message
+        return await answer(messages(frames, context), context)
+
+    async def decoded_to_stream(frames: AsyncIterator[bytes], context: RpcContext) -> None:
+        await write_all(answer(messages(frames, context), context), context)
+
+    return decoded_to_stream if response_streaming else decoded
+
+
+async def _abort_undecodable(request: type[Message], exc: DecodeError, context: RpcContext) -> NoReturn:
+    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no {request.DESCRIPTOR.name}: {exc}")
+
+
+# -- calling -----------------------------------------------------------------------------------------------------------
 
 
 def stub(service: Service, channel: _Channel) -> Mapping[str, Callable[..., Any]]:
     """Calls of ``service`` on ``channel`` by method name."""
-    calls = {}
-    for name, method in service.methods.items():
-        make = channel.unary_stream if method.streams else channel.unary_unary
-        calls[name] = make(
+    makers = {
+        (False, False): channel.unary_unary,
+        (False, True): channel.unary_stream,
+        (True, False): channel.stream_unary,
+        (True, True): channel.stream_stream,
+    }
+    return {
+        name: makers[method.request_streaming, method.response_streaming](
             service.path(name),
-            request_serializer=method.request.SerializeToString,
-            response_deserializer=method.response.FromString,
+            request_serializer=_encoder(method.request),
+            response_deserializer=_decoder(method.response),
         )
-    return calls
+        for name, method in service.methods.items()
+    }
+
+
+def _encoder(kind: type[Message | bytes]) -> Callable[[Any], bytes] | None:
+    """Makes bytes of a message; None for raw frames, which gRPC passes on as they are."""
+    return None if issubclass(kind, bytes) else kind.SerializeToString
+
+
+def _decoder(kind: type[Message | bytes]) -> Callable[[bytes], Any] | None:
+    return None if issubclass(kind, bytes) else kind.FromString
 
 
 def _snake_case(method: str) -> str:

@@ -1,60 +1,73 @@
-"""A gRPC server on asyncio as servers and workers run it: its limits, its door, its port."""
+"""A gRPC server on asyncio, as servers and workers run it: its limits, its authentication, its port."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
 
-from modelexpress_core.wire.authentication import Authenticated, authenticator
-from modelexpress_core.wire.rpc import MESSAGE_OPTIONS, Service, handler
-from modelexpress_core.wire.settings import AuthSettings, TlsSettings
+from modelexpress_core.contracts.authenticator import Authenticator
+from modelexpress_core.errors import SettingsError
+from modelexpress_core.wire.authentication import AuthInterceptor
+from modelexpress_core.wire.rpc import MESSAGE_OPTIONS, RpcHandler
+from modelexpress_core.wire.settings import TlsSettings, missing_for_certificates
 from modelexpress_core.wire.tls import server_credentials
 
 __all__ = ["listen", "new_server"]
 
 _OPTIONS = (
     *MESSAGE_OPTIONS,
-    ("grpc.so_reuseport", 0),  # a port that somebody has is an error, and is not shared
-    ("grpc.max_concurrent_streams", 256),  # of one connection; other calls wait on the client's side
+    ("grpc.so_reuseport", 0),  # a port in use is an error, and is not shared
+    ("grpc.max_concurrent_streams", 256),  # per connection; further calls wait on the client's side
 )
 
 
 def new_server(
-    services: Mapping[Service, object],
+    handlers: Mapping[str, grpc.GenericRpcHandler[Any, Any]],
     *,
-    auth: AuthSettings,
+    authenticator: Authenticator | None = None,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),  # type: ignore[type-arg]  # generic in the annotations alone
-    others: Iterable[grpc.GenericRpcHandler[object, object]] = (),
 ) -> grpc.aio.Server:
-    """A server that offers ``services``, and answers only those whom ``auth`` admits; it listens nowhere yet.
+    """A server that listens nowhere yet.
 
     Args:
-        services: What implements each.
-        auth: Who is answered. Services of health answer everybody.
-        interceptors: Around each call, also those that are refused; the first is the outermost.
-        others: Services that are no ``Service``.
-
-    Raises:
-        SettingsError: The file of tokens makes no sense.
+        handlers: The handler of each service, by the service's full name. It gets calls of that service alone.
+        authenticator: Names the callers; None to answer every caller. Services of health answer every caller anyway.
+        interceptors: Interceptors of each call, also of refused ones; the first is the outermost.
     """
-    knows = authenticator(auth)
-    door = [] if knows is None else [Authenticated(knows)]
-    server = grpc.aio.server(interceptors=[*interceptors, *door], options=_OPTIONS)
-    offered = [handler(service, implementation) for service, implementation in services.items()]
-    server.add_generic_rpc_handlers([*offered, *others])
+    auth_interceptors = [] if authenticator is None else [AuthInterceptor(authenticator)]
+    server = grpc.aio.server(interceptors=[*interceptors, *auth_interceptors], options=_OPTIONS)
+    server.add_generic_rpc_handlers([_Services(handlers)])
     return server
 
 
-def listen(server: grpc.aio.Server, address: str, *, tls: TlsSettings, auth: AuthSettings) -> int:
-    """The port of ``server``, which listens on ``address`` once it is started: with TLS where it has a certificate.
+class _Services(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic in the annotations alone
+    """Finds the handler of a call by the service in its path: one look-up, however many services there are."""
+
+    def __init__(self, handlers: Mapping[str, grpc.GenericRpcHandler[Any, Any]]) -> None:
+        self._services = {f"/{name}": handler.service for name, handler in handlers.items()}
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> RpcHandler | None:
+        """The handler of a call; None if no service has the name in its path."""
+        find = self._services.get(handler_call_details.method.rpartition("/")[0])
+        return None if find is None else find(handler_call_details)
+
+
+def listen(
+    server: grpc.aio.Server, address: str, *, tls: TlsSettings, authenticator: Authenticator | None = None
+) -> int:
+    """The port of ``server``, which listens on ``address`` once it is started: with TLS if it has a certificate.
 
     Raises:
-        SettingsError: Files of TLS make no sense.
-        RuntimeError: Somebody has the address.
+        SettingsError: A file of TLS cannot be used, or is not set though the authenticator needs it.
+        RuntimeError: The address is in use.
     """
-    auth.check(tls)
+    by_certificate = authenticator is not None and authenticator.by_certificate
+    if by_certificate and (missing := missing_for_certificates(tls)):
+        message = f"callers are to be authenticated by certificate, and {missing} not set"
+        raise SettingsError(message, hint="set MX_TLS_CA_PATH, MX_TLS_CERT_PATH and MX_TLS_KEY_PATH")
     if tls.certificate is None:
         return server.add_insecure_port(address)
-    return server.add_secure_port(address, server_credentials(tls, clients_prove=auth.mode == "mtls"))
+    return server.add_secure_port(address, server_credentials(tls, require_client_certificate=by_certificate))

@@ -1,20 +1,18 @@
-"""How a process proves who it is, how it knows the other side, and whom it answers."""
+"""Settings of TLS, of the token that a client sends, and of how a server authenticates callers."""
 
 from __future__ import annotations
 
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.settings import env, one_of
+from modelexpress_core.settings import env
 
-__all__ = ["AUTH_MODES", "AuthSettings", "TlsSettings", "TokenSettings"]
-
-AUTH_MODES = ("off", "token", "mtls")
+__all__ = ["AuthSettings", "TlsSettings", "TokenSettings", "missing_for_certificates"]
 
 
 @frozen
 class TlsSettings:
-    """The files of TLS, whichever side of a connection a process is on. They are read again when they change."""
+    """The files of TLS, for clients and servers. They are read again when they have changed."""
 
     authorities: str | None = env(
         "MX_TLS_CA_PATH",
@@ -53,16 +51,20 @@ class TokenSettings:
     )
 
 
+def _word(text: str) -> str:
+    return text.strip().lower()
+
+
 @frozen
 class AuthSettings:
-    """Whose calls a server answers."""
+    """How a server authenticates callers."""
 
     mode: str = env(
         "MX_AUTH_MODE",
         default="off",
-        converter=one_of(AUTH_MODES),
-        help="off: everybody's; token: of those whose token stands in MX_AUTH_TOKENS_PATH; "
-        "mtls: of those whose certificate an authority in MX_TLS_CA_PATH signed.",
+        converter=_word,
+        help="off: every call is answered; token: callers need a token that is in MX_AUTH_TOKENS_PATH; mtls: callers "
+        "need a certificate that an authority in MX_TLS_CA_PATH signed; or the name of a plugin's authenticator.",
     )
     tokens: str | None = env(
         "MX_AUTH_TOKENS_PATH",
@@ -73,24 +75,25 @@ class AuthSettings:
     def __attrs_post_init__(self) -> None:
         if self.mode == "token" and self.tokens is None:
             message = "MX_AUTH_MODE is token, and MX_AUTH_TOKENS_PATH does not say where the tokens are"
-            raise SettingsError(message, hint="write a line name:token for each caller into a file, and name it there")
+            raise SettingsError(message, hint="name a file there, with a line name:token for each caller")
         if self.mode == "off" and self.tokens is not None:
             message = "MX_AUTH_TOKENS_PATH is set, and MX_AUTH_MODE is off: everybody would be answered"
             raise SettingsError(message, hint="set MX_AUTH_MODE=token, or unset MX_AUTH_TOKENS_PATH")
 
     def check(self, tls: TlsSettings) -> None:
-        """Return where ``tls`` has what these ask for.
+        """Check that ``tls`` has what the mode ``mtls`` needs.
 
         Raises:
-            SettingsError: It lacks something.
+            SettingsError: Something is not set.
         """
-        lacking = [
-            name
-            for name, path in (("MX_TLS_CA_PATH", tls.authorities), ("MX_TLS_CERT_PATH", tls.certificate))
-            if path is None
-        ]
-        if self.mode == "mtls" and lacking:
-            message = (
-                f"MX_AUTH_MODE is mtls, and {' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not set"
-            )
+        missing = missing_for_certificates(tls)
+        if self.mode == "mtls" and missing:
+            message = f"MX_AUTH_MODE is mtls, and {missing} not set"
             raise SettingsError(message, hint="mtls needs MX_TLS_CA_PATH, MX_TLS_CERT_PATH and MX_TLS_KEY_PATH")
+
+
+def missing_for_certificates(tls: TlsSettings) -> str:
+    """The variables that a server needs for clients' certificates and lacks, with a verb; empty if it lacks none."""
+    required = (("MX_TLS_CA_PATH", tls.authorities), ("MX_TLS_CERT_PATH", tls.certificate))
+    missing = [name for name, path in required if path is None]
+    return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'}" if missing else ""

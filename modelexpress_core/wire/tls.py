@@ -1,4 +1,4 @@
-"""Credentials of gRPC's TLS, for servers and for clients, from files that may be replaced at any time."""
+"""TLS credentials of gRPC, for servers and clients, from files that may be replaced at any time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import grpc
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.wire.files import Files, read_bytes
+from modelexpress_core.wire.files import WatchedFiles, read_bytes
 from modelexpress_core.wire.settings import TlsSettings
 
 __all__ = ["ClientTls", "client_context", "server_credentials"]
@@ -19,7 +19,7 @@ __all__ = ["ClientTls", "client_context", "server_credentials"]
 
 @frozen(repr=False)
 class _Material:
-    """What the files hold, checked: PEM."""
+    """The checked content of the files, as PEM."""
 
     authorities: bytes | None
     certificate: bytes | None
@@ -27,10 +27,10 @@ class _Material:
 
 
 def _read(settings: TlsSettings) -> _Material:
-    """The files of ``settings``, once they fit together.
+    """The content of the files of ``settings``.
 
     Raises:
-        SettingsError: One cannot be read, is no PEM, or the key is not the certificate's.
+        SettingsError: A file cannot be read, is no PEM, or the key is not the certificate's.
     """
     named = (
         (settings.authorities, "MX_TLS_CA_PATH"),
@@ -38,15 +38,15 @@ def _read(settings: TlsSettings) -> _Material:
         (settings.key, "MX_TLS_KEY_PATH"),
     )
     material = _Material(*(None if path is None else read_bytes(path, variable) for path, variable in named))
-    client_context(settings)  # gRPC itself would say nothing of what is wrong
+    client_context(settings)  # gRPC itself does not say what is wrong
     return material
 
 
 def client_context(settings: TlsSettings) -> ssl.SSLContext:
-    """The same settings for Python's own TLS, of the client's side.
+    """The client's context of Python's own TLS for ``settings``.
 
     Raises:
-        SettingsError: A file makes no sense.
+        SettingsError: A file cannot be used.
     """
     try:
         context = ssl.create_default_context(cafile=settings.authorities)
@@ -68,7 +68,7 @@ def client_context(settings: TlsSettings) -> ssl.SSLContext:
 
 
 def _no_password() -> str:
-    """In place of a question on the terminal."""
+    """Raises, since OpenSSL would ask for the password on the terminal."""
     reason = "the key is encrypted"
     raise ValueError(reason)
 
@@ -80,14 +80,14 @@ class ClientTls:
         settings: The files.
 
     Raises:
-        SettingsError: They make no sense.
+        SettingsError: The files cannot be used.
     """
 
     def __init__(self, settings: TlsSettings) -> None:
-        self._files = Files(settings.files, lambda: _client_credentials(_read(settings)))
+        self._files = WatchedFiles(settings.files, lambda: _client_credentials(_read(settings)))
 
     def credentials(self) -> tuple[grpc.ChannelCredentials, bool]:
-        """Credentials as of now, and whether they have changed since the last call."""
+        """The present credentials, and whether they have changed since the last call."""
         return self._files.changed()
 
 
@@ -97,7 +97,7 @@ def _client_credentials(material: _Material) -> grpc.ChannelCredentials:
 
 
 def _system_authorities() -> bytes | None:
-    """Those of this system, which gRPC does not look for: it brings a list of its own."""
+    """The authorities of this system. gRPC does not look for them: it brings its own list."""
     path = ssl.get_default_verify_paths().cafile
     try:
         return Path(path).read_bytes() if path else None
@@ -105,8 +105,8 @@ def _system_authorities() -> bytes | None:
         return None
 
 
-def _try_out(pair: tuple[bytes, bytes], settings: TlsSettings) -> None:
-    """GRPC's TLS does not take every key that others take, and tells only whoever listens with it."""
+def _check_with_grpc(pair: tuple[bytes, bytes], settings: TlsSettings) -> None:
+    """Listen with the pair: gRPC does not accept every key that OpenSSL accepts, and reports that only here."""
     server = grpc.server(ThreadPoolExecutor(1))
     try:
         server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
@@ -121,30 +121,32 @@ def _try_out(pair: tuple[bytes, bytes], settings: TlsSettings) -> None:
         server.stop(None)
 
 
-def server_credentials(settings: TlsSettings, *, clients_prove: bool) -> grpc.ServerCredentials:
-    """Credentials of a server, which looks at its files with each handshake.
+def server_credentials(settings: TlsSettings, *, require_client_certificate: bool) -> grpc.ServerCredentials:
+    """Credentials of a server. The files are checked for changes at each handshake.
 
     Args:
-        settings: The files; a certificate is among them.
-        clients_prove: Whether clients have to show a certificate of one of the authorities.
+        settings: The files, with a certificate.
+        require_client_certificate: Whether clients must show a certificate of one of the authorities.
 
     Raises:
-        SettingsError: The files make no sense.
+        SettingsError: The files cannot be used.
     """
 
     def read() -> grpc.ServerCertificateConfiguration:
         material = _read(settings)
         assert material.key is not None  # noqa: S101 - for the type checker: there is a certificate
         assert material.certificate is not None  # noqa: S101 - likewise
-        authorities = material.authorities if clients_prove else None
+        authorities = material.authorities if require_client_certificate else None
         pair = (material.key, material.certificate)
-        _try_out(pair, settings)
+        _check_with_grpc(pair, settings)
         return grpc.ssl_server_certificate_configuration([pair], authorities)
 
-    files = Files(settings.files, read)
+    files = WatchedFiles(settings.files, read)
 
-    def newer() -> Any:  # noqa: ANN401 - None where nothing has changed, which the annotations do not know
+    def newer() -> Any:  # noqa: ANN401 - None if nothing has changed, which the annotations do not allow
         value, changed = files.changed()
         return value if changed else None
 
-    return grpc.dynamic_ssl_server_credentials(files.value(), newer, require_client_authentication=clients_prove)
+    return grpc.dynamic_ssl_server_credentials(
+        files.value(), newer, require_client_authentication=require_client_certificate
+    )

@@ -1,4 +1,4 @@
-"""What a call carries of the span that it is made in: ``traceparent``, as W3C Trace Context has it."""
+"""The trace context of outgoing calls: ``traceparent`` of W3C Trace Context."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 import grpc
 from attrs import frozen
 
-__all__ = ["traced"]
+__all__ = ["with_trace_context"]
 
 
-def traced(channel: grpc.Channel) -> grpc.Channel:
-    """``channel``, with the current span of OpenTelemetry told in each call; nothing is where there is none.
+def with_trace_context(channel: grpc.Channel) -> grpc.Channel:
+    """``channel``, with the current span of OpenTelemetry in the metadata of each call, if there is one.
 
-    OpenTelemetry is not imported for it: in a program that has not imported it, no span is current.
+    This does not import OpenTelemetry: in a program that has not imported it, no span is current.
     """
-    return grpc.intercept_channel(channel, _Tracing())
+    return grpc.intercept_channel(channel, _TraceContext())
 
 
 @frozen
 class _Details(grpc.ClientCallDetails):
-    """Of one call, as gRPC hands them to interceptors."""
+    """What gRPC passes to interceptors about a call."""
 
     method: str
     timeout: float | None
@@ -32,7 +32,7 @@ class _Details(grpc.ClientCallDetails):
     compression: grpc.Compression | None
 
 
-class _Tracing(
+class _TraceContext(
     grpc.UnaryUnaryClientInterceptor,  # type: ignore[type-arg]  # generic in the annotations alone
     grpc.UnaryStreamClientInterceptor,  # type: ignore[type-arg]
     grpc.StreamUnaryClientInterceptor,  # type: ignore[type-arg]
@@ -42,7 +42,7 @@ class _Tracing(
         carrier = _carrier()
         if not carrier:
             return continuation(details, request)
-        told = _Details(
+        with_span = _Details(
             details.method,
             details.timeout,
             (*(details.metadata or ()), *carrier.items()),
@@ -50,7 +50,7 @@ class _Tracing(
             details.wait_for_ready,
             details.compression,
         )
-        return continuation(told, request)
+        return continuation(with_span, request)
 
     intercept_unary_unary: Any = _intercept
     intercept_unary_stream: Any = _intercept
@@ -59,7 +59,7 @@ class _Tracing(
 
 
 def _carrier() -> dict[str, str]:
-    """What is told of the current span."""
+    """Metadata for the current span; empty if there is none."""
     if "opentelemetry.trace" not in sys.modules:
         return {}
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator

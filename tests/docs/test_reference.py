@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
+import doctest
+import importlib
 import inspect
+import pkgutil
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,11 @@ from prometheus_client import CollectorRegistry
 
 import modelexpress_core as mx
 from devtools import settings_reference
-from modelexpress_core import errors, events, hookspecs, providers
+from modelexpress_core import contracts, errors, events, hookspecs, providers
 from modelexpress_core.cli.app import build_app
+from modelexpress_core.contracts import authenticator as authenticator_contract
 from modelexpress_core.contracts import candidates as candidate_contract
-from modelexpress_core.contracts import metadata_store, service
-from modelexpress_core.contracts import storage as protocol
+from modelexpress_core.contracts import metadata_store
 from modelexpress_core.fetch import limiter
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import LoadReport
@@ -53,24 +57,14 @@ def page(name: str) -> str:
     return (DOCS / name).read_text()
 
 
-def sections(text: str, level: int = 3) -> dict[str, str]:
-    """What stands below each heading of ``level``, by heading, up to the next heading of it or of one above."""
-    parts = re.split(
-        rf"^(#{{1,{level}}}) (.+)$", re.sub(r"```.*?```", _without_headings, text, flags=re.DOTALL), flags=re.MULTILINE
-    )
-    return {
-        title: body
-        for mark, title, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
-        if len(mark) == level
-    }
-
-
-def _without_headings(block: re.Match[str]) -> str:
-    return re.sub(r"^#", " #", block[0], flags=re.MULTILINE)
+def section(text: str, heading: str) -> str:
+    """The text below the heading ``## heading``, up to the next one."""
+    assert f"\n## {heading}\n" in text, f"no heading {heading}"
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The rows of the tables in ``text`` whose first column is code, by what stands there."""
+    """The rows of the tables in ``text`` whose first column is code, by that code: the other columns."""
     found: dict[str, list[str]] = {}
     for line in text.splitlines():
         first, *others = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] or [""]
@@ -95,9 +89,14 @@ def anchor(heading: str) -> str:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_to_headings_lead_to_one(path: Path) -> None:
-    """What stands after the # of a link is a heading of the page that it leads to."""
+    """The part after the # of a link is a heading of the page, or a line of the module, that it leads to."""
     dangling = []
     for target, mark in re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", path.read_text()):
+        if target.endswith(".py"):
+            lines = (path.parent / target).read_text().splitlines()
+            if not mark.startswith("L") or not 0 < int(mark[1:]) <= len(lines):
+                dangling.append(f"{target}#{mark}")
+            continue
         headings = re.findall(r"^#+ (.+)$", ((path.parent / target) if target else path).read_text(), re.MULTILINE)
         if mark not in {anchor(heading) for heading in headings}:
             dangling.append(f"{target}#{mark}")
@@ -107,10 +106,11 @@ def test_links_to_headings_lead_to_one(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_errors_that_a_page_names_exist(path: Path) -> None:
-    """Ours, those of metadata stores, or Python's."""
+    """Ours, those of metadata stores and authenticators, or Python's."""
     named = set(re.findall(r"\b[A-Z]\w+Error\b", path.read_text()))
+    ours = set(ERRORS) | set(metadata_store.__all__) | set(authenticator_contract.__all__)
 
-    assert set() == {name for name in named - set(ERRORS) - set(metadata_store.__all__) if not hasattr(builtins, name)}
+    assert set() == {name for name in named - ours if not hasattr(builtins, name)}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -244,32 +244,38 @@ def kind(hook: str) -> str:
 
 
 @pytest.mark.parametrize("heading", ["Register", "Policy", "Observe"])
-def test_every_hook_stands_under_its_kind(heading: str) -> None:
-    """And nothing else does."""
-    below = sections(sections_of_kind(heading))
+def test_every_hook_is_in_the_table_of_its_kind(heading: str) -> None:
+    """With one line that says what it does; no other hook is there."""
+    table = rows(section(page("hooks.md"), heading))
 
-    assert {hook for hook in HOOKS if kind(hook) == heading} == set(below)
+    assert {hook for hook in HOOKS if kind(hook) == heading} == set(table)
+    assert all(meaning for (meaning,) in table.values())
 
 
-def sections_of_kind(heading: str) -> str:
-    return page("hooks.md").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+def test_the_tables_link_each_hook_to_its_specification() -> None:
+    """The line of each link is that of the function in ``hookspecs.py``."""
+    lines = Path(hookspecs.__file__).read_text().splitlines()
+    expected = {hook: number for number, line in enumerate(lines, 1) for hook in re.findall(r"^def (mx_\w+)", line)}
+
+    linked = re.findall(r"\[`(\w+)`\]\(\.\./modelexpress_core/hookspecs\.py#L(\d+)\)", page("hooks.md"))
+
+    assert expected == {hook: int(number) for hook, number in linked}
 
 
 @pytest.mark.parametrize("hook", sorted(HOOKS))
-def test_every_hook_has_its_signature_and_says_when_it_is_called(hook: str) -> None:
-    """Arguments and result as in the specification; when it is called, and when not."""
-    text = sections(page("hooks.md"))[hook]
-    signature = str(inspect.signature(HOOKS[hook])).replace("'", "")
+def test_every_hook_says_when_it_is_called(hook: str) -> None:
+    """Its docstring says when it is called, and when not."""
+    words = " ".join((inspect.getdoc(HOOKS[hook]) or "").partition("Example:")[0].split())
 
-    assert f"\n`{hook}{signature}`\n" in text
-    words = " ".join(text.partition("```")[0].split())
     assert re.search(r"\bCalled\b", words)
     assert re.search(r"\b(Not|Never) (called|used)\b", words)
 
 
 def example(hook: str) -> types.ModuleType:
+    """A module of the code of the example in the hook's docstring."""
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(HOOKS[hook]) or "")
     module = types.ModuleType(f"example_{hook}")
-    exec(compile(code(sections(page("hooks.md"))[hook]), f"hooks.md: {hook}", "exec"), vars(module))
+    exec(compile("".join(part.source for part in examples), f"hookspecs.py: {hook}", "exec"), vars(module))
     return module
 
 
@@ -283,6 +289,20 @@ def test_the_example_of_every_hook_is_a_plugin(hook: str) -> None:
     assert "loaded" == info.status
     assert [hook] == [name for name in vars(module) if name in HOOKS]
     assert (kind(hook) == "Register") == bool(info.schemes)
+
+
+def test_the_example_of_the_page_is_a_plugin(capsys: pytest.CaptureFixture[str]) -> None:
+    """It loads and observes a failure."""
+    module = types.ModuleType("example_of_page")
+    exec(compile(code(page("hooks.md")), "hooks.md", "exec"), vars(module))
+    manager = mx.PluginManager.discover({})
+
+    info = manager.register(module, name="mx-example")
+    with pytest.raises(mx.NotFoundError):
+        mx.load_state_dict("memory://hooks-page/none.safetensors", environ={}, plugins=manager)
+
+    assert "loaded" == info.status
+    assert "memory://hooks-page/none.safetensors: NotFoundError after 0." in capsys.readouterr().out
 
 
 def test_the_examples_of_policies_decide() -> None:
@@ -300,10 +320,20 @@ def test_the_examples_of_policies_decide() -> None:
     assert ["file", "s3"] == [candidate.uri.scheme for candidate in ranked]
 
 
+def test_the_example_of_authenticators_authenticates() -> None:
+    """It names a caller with the password, and refuses another."""
+    record = example("mx_register_authenticators").mx_register_authenticators()[0]
+    authenticator = record.factory({"PASSWORD": "swordfish"})
+
+    assert "worker" == asyncio.run(authenticator.authenticate(authenticator_contract.Call(token="swordfish")))
+    with pytest.raises(authenticator_contract.RefusedError, match="wrong password"):
+        asyncio.run(authenticator.authenticate(authenticator_contract.Call(token="tuna")))
+
+
 def test_the_examples_of_observers_observe(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A load that succeeds and one that fails are told as the examples tell them, and none of them raises."""
+    """The examples print what happens in a successful and in a failed load, and none of them raises."""
     manager = mx.PluginManager.discover({})
     for hook in HOOKS:
         if kind(hook) == "Observe":
@@ -322,62 +352,93 @@ def test_the_examples_of_observers_observe(
     assert "memory://hooks-page/nothing.safetensors: NotFoundError after 0." in printed
 
 
-def records() -> Iterator[type]:
-    for module in (providers, events, protocol, candidate_contract, service):
-        for name in module.__all__:
-            cls = getattr(module, name)
-            if isinstance(cls, type) and attrs.has(cls):
-                yield cls
+# -- records, contracts and events -------------------------------------------------------------------------------------
+
+CONTRACTS = {
+    name: importlib.import_module(f"modelexpress_core.contracts.{name}")
+    for _, name, _ in pkgutil.iter_modules(contracts.__path__)
+}
+
+#: Modules whose docstrings are the reference of what hooks return and get, by their path in ``modelexpress_core``.
+REFERENCE = {
+    "providers.py": providers,
+    "events.py": events,
+    **{f"contracts/{name}.py": module for name, module in CONTRACTS.items()},
+}
 
 
-@pytest.mark.parametrize("cls", list(records()), ids=lambda cls: str(cls.__name__))
+def classes(wanted: Callable[[type], bool]) -> list[type]:
+    """The public classes of the reference that are ``wanted``."""
+    public = {getattr(module, name): None for module in REFERENCE.values() for name in module.__all__}
+    return [cls for cls in public if isinstance(cls, type) and wanted(cls)]
+
+
+def explained(cls: type, heading: str = "Attributes") -> dict[str, str]:
+    """What the docstring of ``cls`` says about each name below ``heading``."""
+    text = (inspect.getdoc(cls) if "__doc__" in vars(cls) else None) or ""
+    below = re.search(rf"^{heading}:\n((?:(?:    .*)?\n?)*)", text, re.MULTILINE)
+    found = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", below[1] if below else "", re.MULTILINE)
+    assert len(found) == len(dict(found)), f"{cls.__name__} explains a name twice"
+    return {name: " ".join(meaning.split()) for name, meaning in found}
+
+
+def test_the_page_lists_every_module_of_the_reference() -> None:
+    """With a link, and with every name that the module makes public."""
+    text = section(page("hooks.md"), "Records, contracts and events")
+    listed = {
+        target: set(re.findall(r"`(\w+)`", names))
+        for target, names in re.findall(
+            r"^\| \[[^]]+\]\(\.\./modelexpress_core/(.+?)\) \| (.+) \|$", text, re.MULTILINE
+        )
+    }
+
+    assert {path: set(module.__all__) for path, module in REFERENCE.items()} == listed
+
+
+@pytest.mark.parametrize("cls", classes(attrs.has), ids=lambda cls: str(cls.__name__))
 def test_every_field_of_every_record_is_explained(cls: type) -> None:
-    """Fields in their order, with their defaults; those of the base stand there, and the section says so."""
-    text = sections(page("hooks.md"))[cls.__name__]
+    """In its docstring, in order. The docstring names a base that explains further fields."""
     base = cls.__base__
     inherited = {field.name for field in attrs.fields(base)} if attrs.has(base) else set()
-    own = [field for field in attrs.fields(cls) if field.name not in inherited]
-    table = rows(text)
+    own = [field.name for field in attrs.fields(cls) if field.name not in inherited]
 
-    assert [field.name for field in own] == list(table)
-    assert not inherited or f"(#{anchor(base.__name__)})" in text
-    for field in own:
-        *default, meaning = table[field.name]
-        assert meaning, field.name
-        if default:
-            assert shown_default(field) == default[0], field.name
+    assert own == list(explained(cls))
+    assert all(explained(cls).values())
+    assert not inherited or f"``{base.__name__}``" in (cls.__doc__ or "")
 
 
-def shown_default(field: attrs.Attribute[Any]) -> str:
-    if field.default is attrs.NOTHING:
-        return ""
-    if isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]  # a class, though typed as a function
-        made = field.default.factory  # type: ignore[union-attr]
-        return "`{}`" if made is dict else f"`{made.__name__}()`"
-    return f'`"{field.default}"`' if isinstance(field.default, str) else f"`{field.default!r}`"
+def is_protocol(cls: type) -> bool:
+    return bool(getattr(cls, "_is_protocol", False))
+
+
+@pytest.mark.parametrize("cls", classes(is_protocol), ids=lambda cls: str(cls.__name__))
+def test_every_member_of_every_contract_is_explained(cls: type) -> None:
+    """Methods by their docstrings, attributes in that of the class."""
+    members = {name: member for name, member in vars(cls).items() if not name.startswith("_")}
+
+    assert members or inspect.get_annotations(cls)
+    assert [] == [name for name, member in members.items() if not inspect.getdoc(member)]
+    assert set(inspect.get_annotations(cls)) == set(explained(cls))
 
 
 @pytest.mark.parametrize("name", ["Storage", "RunStorage", "PatientStorage", "DiagnosableStorage"])
-def test_every_member_of_every_storage_protocol_is_explained(name: str) -> None:
-    """What a protocol adds to its base, and the capability that declares it."""
-    cls = getattr(protocol, name)
-    text = sections(page("hooks.md"))[name]
-    members = {member for member in vars(cls) if not member.startswith("_")}
-    members |= set(inspect.get_annotations(cls))
+def test_every_optional_storage_contract_names_its_capability(name: str) -> None:
+    """The capability exists, and explains that it stands for this contract."""
+    cls = getattr(CONTRACTS["storage"], name)
 
-    assert members == set(rows(text))
-    capability = re.search(r"with the\s+capability `(\w+)`", text)
+    capability = re.search(r"with\s+the\s+capability\s+``(\w+)``", cls.__doc__ or "")
+
     assert (capability is not None) == (name != "Storage")
     if capability is not None:
         assert hasattr(providers.StorageCapabilities(), capability[1])
-        assert f"capability ``{capability[1]}``" in (cls.__doc__ or "")
+        assert f"``{name}``" in explained(providers.StorageCapabilities)[capability[1]]
 
 
-def test_every_record_and_protocol_has_a_section() -> None:
-    """And no section is about something else."""
-    protocols = {name for name in protocol.__all__ if not attrs.has(getattr(protocol, name))}
+def test_every_optional_storage_contract_is_checked() -> None:
+    """The list above has all of them."""
+    storages = {cls.__name__ for cls in classes(is_protocol) if CONTRACTS["storage"].Storage in cls.__mro__}
 
-    assert set(HOOKS) | protocols | {cls.__name__ for cls in records()} == set(sections(page("hooks.md")))
+    assert {"Storage", "RunStorage", "PatientStorage", "DiagnosableStorage"} == storages
 
 
 # -- design and tuning -------------------------------------------------------------------------------------------------

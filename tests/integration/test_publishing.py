@@ -283,7 +283,7 @@ def test_an_outage_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> N
     assert not told
     assert took < 1.5
     assert 1 == len(caplog.records), caplog.text
-    assert "no server is there" in caplog.text
+    assert "no server listens there" in caplog.text
 
 
 class _Answering:

@@ -23,9 +23,10 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed448
 
 from modelexpress_core.contracts.identity import SourceIdentity
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import AccessDeniedError, SettingsError, UnavailableError
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.wire.channel import Endpoint, open_channel
+from modelexpress_core.wire.channel import open_channel
 from modelexpress_core.wire.client import Security
 from modelexpress_core.wire.diagnosis import diagnose
 from modelexpress_core.wire.proto.modelexpress import api_pb2, health_pb2, p2p_pb2
@@ -139,7 +140,7 @@ def test_a_token_opens_every_service(start: Start, files: Files) -> None:
     assert 'mx_server_rpcs_total{code="UNAUTHENTICATED",method="ListSources"' in measured
     words = said(serving)
     everything = words + measured + "".join(refusals)
-    assert "tokens come in without TLS" in words
+    assert "callers send tokens without TLS" in words
     assert not [token for token in (_ALICE, _BOB, "wrong" * 8) if token in everything]
 
 
@@ -174,7 +175,7 @@ def test_tokens_are_replaced_while_all_run(start: Start, files: Files) -> None:
 
     words = said(serving)
     assert "line 2 is neither name:token nor name:sha256:digest" in words
-    assert 1 == words.count("going on with")
+    assert 1 == words.count("stays in use")
 
 
 def test_a_token_file_without_a_token(start: Start, files: Files) -> None:
@@ -318,7 +319,7 @@ def test_connections_that_do_not_come_about_name_the_cause(start: Start, files: 
         (f"https://{misnamed.url}", files.ca, AccessDeniedError, ("is for another host",)),
         (tls.url, files.ca, UnavailableError, ("speaks TLS", f"MODEL_EXPRESS_URL=https://{tls.url}")),
         (f"https://{plain.url}", files.ca, UnavailableError, ("does not speak TLS", "http:// in place of https://")),
-        ("https://127.0.0.1:1", files.ca, UnavailableError, ("no server is there",)),
+        ("https://127.0.0.1:1", files.ca, UnavailableError, ("no server listens there",)),
         ("no-such-host.invalid:8001", files.ca, UnavailableError, ("no such name",)),
     ):
         with client(url, files, ca=ca) as refused, pytest.raises(error) as raised:
@@ -339,8 +340,8 @@ def test_what_hangs_up_or_says_nothing_is_told_apart(files: Files) -> None:
 
     for scheme, answer, words in (
         ("https", lambda sock: sock.close(), "closed before TLS has begun"),
-        ("https", lambda sock: time.sleep(3), "says nothing"),
-        ("http", lambda sock: time.sleep(3), "says nothing"),
+        ("https", lambda sock: time.sleep(3), "sends nothing"),
+        ("http", lambda sock: time.sleep(3), "sends nothing"),
         ("https", other_program, "no gRPC server"),
     ):
         with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -406,7 +407,7 @@ def test_settings_that_make_no_sense_stop_the_server(files: Files, mx: Command) 
         ({**pair, "MX_TLS_CERT_PATH": "/no/such"}, ("MX_TLS_CERT_PATH", "/no/such", "No such file")),
         ({**pair, "MX_TLS_CA_PATH": nothing}, ("MX_TLS_CA_PATH", "no certificates")),
         ({"MX_AUTH_MODE": "mtls"}, ("MX_TLS_CA_PATH and MX_TLS_CERT_PATH are not set",)),
-        ({"MX_AUTH_MODE": "password"}, ("MX_AUTH_MODE='password'", "off, token, mtls")),
+        ({"MX_AUTH_MODE": "password"}, ("MX_AUTH_MODE is 'password'", "installed: mtls, token", "or to off")),
         (token, ("MX_AUTH_TOKENS_PATH",)),
         ({**token, "MX_AUTH_TOKENS_PATH": "/no/such"}, ("MX_AUTH_TOKENS_PATH", "No such file")),
         ({**token, "MX_AUTH_TOKENS_PATH": nothing}, ("no tokens in it",)),

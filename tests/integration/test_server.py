@@ -21,9 +21,10 @@ import grpc
 import pytest
 
 from modelexpress_core.contracts.identity import Engine, SourceIdentity
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import UnavailableError, UnsupportedError
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.wire.channel import Endpoint, open_channel
+from modelexpress_core.wire.channel import open_channel
 from modelexpress_core.wire.identities import identity_from_message, identity_to_message
 from modelexpress_core.wire.proto.modelexpress import api_pb2, health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import API, HEALTH, P2P, STANDARD_HEALTH, stub
@@ -554,7 +555,7 @@ def test_errors_of_the_client_name_the_cause(start: Start) -> None:
     """Nobody there, TLS where there is none, and a port where another program listens."""
     serving = start()
     for url, error, said in (
-        ("127.0.0.1:1", UnavailableError, "no server is there"),
+        ("127.0.0.1:1", UnavailableError, "no server listens there"),
         (f"https://{serving.url}", UnavailableError, "TLS"),
         (
             serving.metrics_url.removesuffix("/metrics"),

@@ -45,7 +45,7 @@ def test_a_file_configures_the_server(start: Start, config: Callable[[str], str]
             assert "ok" == client.health().status
         _, said = serving.ended()
         assert said.startswith("{")
-        assert '"answered: everybody; TLS: no"' in said
+        assert '"authentication: off; TLS: no"' in said
 
 
 def test_a_wrong_file_stops_the_server(mx: Command, config: Callable[[str], str]) -> None:
@@ -83,7 +83,7 @@ def test_checking(mx: Command, config: Callable[[str], str]) -> None:
     assert "log.level = debug (from --log-level)" in shown
     assert _SECRET not in done.stdout + done.stderr
     assert (1, True) == (unknown.returncode, "metadata store scheme 'kubernetes'" in unknown.stderr)
-    assert (1, True) == (no_uri.returncode, "metadata (from MX_METADATA_URI): fewer than" in no_uri.stderr)
+    assert (1, True) == (no_uri.returncode, "metadata (from MX_METADATA_URI): the URI has fewer than" in no_uri.stderr)
     assert _SECRET not in no_uri.stderr
     assert (1, True) == (wrong.returncode, "there are memory, redis, kubernetes" in wrong.stderr)
 
@@ -105,7 +105,7 @@ def test_all_that_is_wrong_is_one_message(mx: Command, config: Callable[[str], s
     for part in (
         "line 1: port: 'many': expected a whole number",
         "MX_AUTH_MODE is mtls, and MX_TLS_CA_PATH and MX_TLS_CERT_PATH are not set",
-        "metadata (from MX_METADATA_URI): fewer than two slashes after the scheme: '***@host:6379/0'",
+        "metadata (from MX_METADATA_URI): the URI has fewer than two slashes after its scheme: '***@host:6379/0'",
         "MX_DRAIN_SECONDS='1e306': expected a number of seconds of at most ten years",
     ):
         assert part in done.stderr

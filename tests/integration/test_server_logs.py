@@ -14,8 +14,9 @@ from typing import Any
 import grpc
 import pytest
 
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.sources.client import ServerClient
-from modelexpress_core.wire.channel import Endpoint, open_channel
+from modelexpress_core.wire.channel import open_channel
 from modelexpress_core.wire.proto.modelexpress import health_pb2
 from modelexpress_core.wire.rpc import HEALTH, STANDARD_HEALTH, stub
 from tests.support.serving import Serving
@@ -75,7 +76,7 @@ def test_text_is_for_people(start: Start) -> None:
     _, said = serving.ended()
 
     logged = said.splitlines()
-    assert "ending: calls that are under way may end first" in logged
+    assert "ending: calls in flight may end first" in logged
     pattern = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z DEBUG modelexpress_core\.server\.calls: \S+/GetHealth: OK in .*"
     assert 1 == len([line for line in logged if re.fullmatch(pattern, line)])
     assert "hunter2" not in said

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import re
+import doctest
+import inspect
 import types
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import torch
+from prometheus_client import Counter
 
-from modelexpress_core import hookimpl
+from modelexpress_core import hookimpl, hookspecs
+from modelexpress_core.contracts.authenticator import Refusal, RefusedError
+from modelexpress_core.contracts.identity import Engine, SourceIdentity
 from modelexpress_core.contracts.metadata_store import StoreUnavailableError
 from modelexpress_core.contracts.service import ServiceContext
-from modelexpress_core.errors import PluginConflictError, PluginError, PluginLoadError, SettingsError
-from modelexpress_core.plugins import SERVER_SERVICE, PluginManager
-from modelexpress_core.providers import ServerServiceProvider
+from modelexpress_core.endpoint import Endpoint
+from modelexpress_core.errors import AccessDeniedError, PluginConflictError, PluginError, PluginLoadError, SettingsError
+from modelexpress_core.plugins import PluginManager
+from modelexpress_core.providers import AuthenticatorProvider, ServerServiceProvider
 from modelexpress_core.server.app import Server
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.server.stores.memory import MemoryStore
-from modelexpress_core.wire.channel import Endpoint, open_channel
-from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
-from modelexpress_core.wire.rpc import P2P, STANDARD_HEALTH, stub
+from modelexpress_core.settings import from_env
+from modelexpress_core.sources.client import ServerClient
+from modelexpress_core.sources.identity import own_identity
+from modelexpress_core.sources.offering import Offer
+from modelexpress_core.sources.worker_client import WorkerClient
+from modelexpress_core.storage.memory import store
+from modelexpress_core.uri import ModelURI
+from modelexpress_core.wire.channel import open_channel
+from modelexpress_core.wire.client import Security
+from modelexpress_core.wire.proto.modelexpress import api_pb2, health_pb2, p2p_pb2
+from modelexpress_core.wire.rpc import API, HEALTH, P2P, STANDARD_HEALTH, Service, stub
+from modelexpress_core.wire.settings import AuthSettings, TokenSettings
+from tests.support.plugins import core_and
 
-_PAGE = Path(__file__).parents[2] / "docs" / "hooks.md"
 _SETTINGS = ServerSettings(host="127.0.0.1", port=0, metrics_port=0, drain_seconds=5.0)
 
 Call = Callable[[grpc.Channel, str], None]
@@ -45,17 +60,14 @@ def offering(*records: ServerServiceProvider) -> object:
 
 def served(call: Call, **plugins: object) -> None:
     """Calls ``call`` with a channel to a server with ``plugins``, and with the address of its metrics."""
-    manager = PluginManager()
-    for name, plugin in plugins.items():
-        manager.register(plugin, name=name.replace("_", "-"))
+    manager = core_and(**plugins)
 
     def called(server: Server) -> None:
         with open_channel(Endpoint.parse(f"127.0.0.1:{server.port}")) as channel:
             call(channel, f"http://127.0.0.1:{server.metrics_port}/metrics")
 
     async def serve() -> None:
-        services = [(each.plugin.name, each.provider) for each in manager.records(SERVER_SERVICE)]
-        async with Server(_SETTINGS, MemoryStore(), services=services, environ={"ACME": "1"}) as server:
+        async with Server(_SETTINGS, MemoryStore(), manager, environ={"ACME": "1"}) as server:
             await asyncio.to_thread(called, server)
 
     asyncio.run(serve())
@@ -71,10 +83,10 @@ def metrics_at(url: str) -> str:
 
 
 def test_the_example_is_served() -> None:
-    """That of the page on hooks, which asks the server's store; its health and its calls are told as others' are."""
-    section = _PAGE.read_text().partition("### mx_register_server_services\n")[2].partition("\n### ")[0]
+    """The example of the hook, which asks the server's store; its health and its calls are reported like others."""
+    examples = doctest.DocTestParser().get_examples(inspect.getdoc(hookspecs.mx_register_server_services) or "")
     plugin = types.ModuleType("example")
-    exec("\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)), vars(plugin))
+    exec("".join(part.source for part in examples), vars(plugin))
     counted = []
 
     def call(channel: grpc.Channel, metrics: str) -> None:
@@ -143,7 +155,7 @@ def all_sorts(context: ServiceContext) -> Any:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("acme.All", handlers),))
         server.add_registered_method_handlers("acme.All", handlers)
 
-    assert {"ACME": "1"} == context.settings
+    assert "1" == context.settings["ACME"]
     return context.handler(add_to_server, Servicer())
 
 
@@ -267,3 +279,201 @@ def test_two_plugins_with_one_service() -> None:
     one, other = (offering(ServerServiceProvider("acme.A", handler("acme.A"))) for _ in range(2))
     with pytest.raises(PluginConflictError, match=r"mx-b offers the service acme\.A, which mx-a has already"):
         served(nothing, mx_a=one, mx_b=other)
+
+
+def test_the_servers_own_services_are_cores(tmp_path: Path) -> None:
+    """They are registered by the hook: a server without core's plugin has the standard health service alone."""
+    health = stub_call(STANDARD_HEALTH, "Check", health_pb2.HealthCheckRequest())
+
+    async def serve() -> None:
+        async with Server(_SETTINGS, MemoryStore(), PluginManager()) as server:
+            await asyncio.to_thread(called, server.port)
+
+    def called(port: int) -> None:
+        with open_channel(Endpoint("127.0.0.1", port)) as channel:
+            assert health_pb2.HealthCheckResponse.SERVING == health(channel).status
+            for service, method, request in _OWN_CALLS:
+                with pytest.raises(grpc.RpcError) as raised:
+                    stub_call(service, method, request)(channel)
+                assert grpc.StatusCode.UNIMPLEMENTED == raised.value.code()
+
+    asyncio.run(serve())
+    served(
+        lambda channel, metrics: [
+            stub_call(service, method, request)(channel) for service, method, request in _OWN_CALLS
+        ]
+    )
+
+
+_OWN_CALLS: list[tuple[Service, str, Any]] = [
+    (HEALTH, "GetHealth", health_pb2.GetHealthRequest()),
+    (API, "SendRequest", api_pb2.Request(action="ping")),
+    (P2P, "ListSources", p2p_pb2.ListSourcesRequest()),
+]
+
+
+def stub_call(service: Service, method: str, request: Any) -> Callable[[grpc.Channel], Any]:
+    return lambda channel: stub(service, channel)[method](request, timeout=10)
+
+
+@pytest.mark.parametrize("service", [HEALTH, API, P2P, STANDARD_HEALTH], ids=lambda service: service.name)
+def test_a_plugin_cannot_take_the_name_of_an_own_service(service: Service) -> None:
+    """Whatever the order in which plugins come."""
+    taken = ServerServiceProvider(service.name, handler(service.name))
+    for name in ("aa", "zz"):
+        with pytest.raises(PluginConflictError, match="the server itself has already") as raised:
+            served(nothing, **{name: offering(taken)})
+        assert name == raised.value.plugin
+
+
+def test_a_service_uses_its_context() -> None:
+    """The server's settings wherever they were set, other plugins, and metrics that the server shows."""
+    seen: dict[str, Any] = {}
+
+    def make(context: ServiceContext) -> Any:
+        seen["settings"] = from_env(ServerSettings, context.settings)
+        seen["own"] = context.settings["ACME"]
+        opened = Counter("acme_opened", "Storages opened.", registry=context.metrics)
+
+        async def read(request: bytes, rpc: Any) -> bytes:
+            uri = context.plugins.rewrite_uri(ModelURI.parse(request.decode()))
+            storage = context.plugins.storage(uri, context.settings)
+            opened.inc()
+            try:
+                return "\n".join(info.path for info in storage.list(uri.path)).encode()
+            finally:
+                storage.close()
+
+        handlers = {"Read": grpc.unary_unary_rpc_method_handler(read)}
+        return grpc.method_handlers_generic_handler("acme.A", handlers)
+
+    class Rewriting:
+        @hookimpl
+        def mx_rewrite_uri(self, uri: ModelURI) -> ModelURI | None:
+            return ModelURI("memory", "shelf", "a") if uri.scheme == "shelf" else None
+
+    def call(channel: grpc.Channel, metrics: str) -> None:
+        seen["read"] = channel.unary_unary("/acme.A/Read")(b"shelf://a", timeout=10)
+        assert "acme_opened_total 1.0" in metrics_at(metrics)
+
+    store("shelf").put("a/x.txt", b"x")
+    served(call, mx_acme=offering(ServerServiceProvider("acme.A", make)), mx_shelf=Rewriting())
+
+    assert _SETTINGS == seen["settings"]
+    assert ("1", b"a/x.txt") == (seen["own"], seen["read"])
+
+
+# -- authenticators of plugins -----------------------------------------------------------------------------------------
+
+
+class Doorbell:
+    by_certificate = False
+
+    async def authenticate(self, call: Any) -> str:
+        if call.token != "knock-knock":
+            raise RefusedError(Refusal.PERMISSION_DENIED, "nobody is at home")
+        return "visitor"
+
+
+def authenticating(factory: Callable[[Mapping[str, str]], Any], *, name: str = "doorbell") -> object:
+    """A plugin that offers an authenticator."""
+
+    class Plugin:
+        @hookimpl
+        def mx_register_authenticators(self) -> list[AuthenticatorProvider]:
+            return [AuthenticatorProvider(name, factory)]
+
+    return Plugin()
+
+
+def authenticated(mode: str, call: Callable[[Server], None], **plugins: object) -> None:
+    async def serve() -> None:
+        settings = ServerSettings(host="127.0.0.1", port=0, metrics_port=0, health_port=0, drain_seconds=5.0)
+        auth = AuthSettings(mode=mode)
+        async with Server(settings, MemoryStore(), core_and(**plugins), auth=auth, environ={"ACME": "1"}) as server:
+            await asyncio.to_thread(call, server)
+
+    asyncio.run(serve())
+
+
+def test_an_authenticator_of_a_plugin_decides_who_is_answered(tmp_path: Path) -> None:
+    """Its records belong to the name that it gives; health answers everybody; its factory gets the settings."""
+    environs: list[Mapping[str, str]] = []
+
+    def make(environ: Mapping[str, str]) -> Doorbell:
+        environs.append(environ)
+        return Doorbell()
+
+    def call(server: Server) -> None:
+        (tmp_path / "token").write_text("knock-knock")
+        with client(server.port, tmp_path / "token") as visitor:
+            published = visitor.publish(SourceIdentity("m"), p2p_pb2.WorkerMetadata(), "w")
+            assert published.success
+            assert ["w"] == [source.worker_id for source in visitor.list_sources()]
+        with client(server.port, tmp_path / "none") as stranger:
+            assert "ok" == stranger.health().status
+            with pytest.raises(AccessDeniedError, match="nobody is at home"):
+                stranger.list_sources()
+        with client(server.health_port, tmp_path / "none") as probe:
+            assert "ok" == probe.health().status
+
+    authenticated("doorbell", call, mx_acme=authenticating(make))
+
+    assert ["1"] == [environ["ACME"] for environ in environs]
+    assert ["doorbell"] == [environ["MX_AUTH_MODE"] for environ in environs]
+
+
+def client(port: int, token: Path) -> ServerClient:
+    security = Security(token=TokenSettings(str(token)))
+    return ServerClient(f"127.0.0.1:{port}", security=security)
+
+
+@pytest.mark.parametrize(
+    ("mode", "factory", "error", "said"),
+    [
+        ("wrong", lambda environ: Doorbell(), SettingsError, "installed: doorbell, mtls, token"),
+        ("doorbell", lambda environ: None, PluginLoadError, "which is no authenticator"),
+        ("doorbell", lambda environ: types.SimpleNamespace(authenticate=print), PluginLoadError, "by_certificate"),
+        ("doorbell", lambda environ: 1 / 0, PluginLoadError, "ZeroDivisionError"),
+    ],
+    ids=["unknown", "nothing", "half", "raises"],
+)
+def test_an_authenticator_that_cannot_be_used_stops_the_server(
+    mode: str, factory: Callable[[Mapping[str, str]], Any], error: type[Exception], said: str
+) -> None:
+    """Nobody is answered in its stead."""
+    with pytest.raises(error, match=said):
+        authenticated(mode, lambda server: pytest.fail("the server started"), mx_acme=authenticating(factory))
+
+
+def test_one_that_authenticates_by_certificate_needs_tls() -> None:
+    """Else TLS would verify none."""
+    by_certificate = types.SimpleNamespace(authenticate=print, by_certificate=True)
+    with pytest.raises(SettingsError, match="MX_TLS_CA_PATH and MX_TLS_CERT_PATH are not set"):
+        authenticated("doorbell", lambda server: None, mx_acme=authenticating(lambda environ: by_certificate))
+
+
+def test_a_mode_that_is_offered_twice_names_both() -> None:
+    """A plugin cannot take the place of a mode of core's."""
+    with pytest.raises(PluginConflictError, match="modelexpress-core and mx-acme"):
+        authenticated("mtls", lambda server: None, mx_acme=authenticating(lambda environ: Doorbell(), name="mtls"))
+
+
+def test_a_worker_uses_an_authenticator_of_a_plugin(tmp_path: Path) -> None:
+    """As a server does."""
+    (tmp_path / "token").write_text("knock-knock")
+    weights = {"w": torch.zeros(4)}
+    identity = own_identity("m", weights, engine=Engine.VLLM, engine_version="1")
+    environ = {"MX_AUTH_MODE": "doorbell", "MX_WORKER_GRPC_PORT": "0", "MX_WORKER_HOST": "127.0.0.1"}
+    plugins = core_and(mx_acme=authenticating(lambda environ: Doorbell()))
+
+    offer = Offer(identity, weights, transports=["grpc"], environ=environ, plugins=plugins)
+    try:
+        security = Security(token=TokenSettings(str(tmp_path / "token")))
+        with WorkerClient(offer.endpoint, security=security) as reader:
+            assert offer.worker_id == reader.manifest(identity.source_id).worker_id
+        stranger = WorkerClient(offer.endpoint, security=Security(token=TokenSettings("/nowhere")))
+        with stranger, pytest.raises(AccessDeniedError, match="nobody is at home"):
+            stranger.manifest(identity.source_id)
+    finally:
+        offer.close()

@@ -16,13 +16,16 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from modelexpress_core import hookimpl
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.providers import ServerServiceProvider
 from modelexpress_core.server.app import Server
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.server.stores.memory import MemoryStore
-from modelexpress_core.wire.channel import Endpoint, open_channel
+from modelexpress_core.wire.channel import open_channel
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import HEALTH, P2P, STANDARD_HEALTH, stub
+from tests.support.plugins import core_and
 from tests.support.serving import Serving
 
 Start = Callable[..., Serving]
@@ -46,11 +49,15 @@ def exporter() -> Iterator[InMemorySpanExporter]:
 @pytest.fixture
 def spans(exporter: InMemorySpanExporter) -> Callable[[Callable[[str], None]], dict[str, ReadableSpan]]:
     """Calls a function with the address of a server in this process; the spans of that time, by name."""
-    failing = ServerServiceProvider("acme.Failing", _failing)
+
+    class Plugin:
+        @hookimpl
+        def mx_register_server_services(self) -> list[ServerServiceProvider]:
+            return [ServerServiceProvider("acme.Failing", _failing)]
 
     async def serve(call: Callable[[str], None]) -> None:
         settings = ServerSettings(host="127.0.0.1", port=0, metrics_port=0, drain_seconds=5.0)
-        async with Server(settings, MemoryStore(), services=[("mx-acme", failing)]) as server:
+        async with Server(settings, MemoryStore(), core_and(mx_acme=Plugin())) as server:
             await asyncio.to_thread(call, f"127.0.0.1:{server.port}")
 
     def spans(call: Callable[[str], None]) -> dict[str, ReadableSpan]:
@@ -264,11 +271,11 @@ with exported_spans(from_env(SpanSettings)):
             {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://u:hunter2@h"},
             "pip install 'modelexpress-core[otel]'",
         ),
-        ("none", {"OTEL_TRACES_EXPORTER": "zipkin"}, "'zipkin'; there are otlp, console, none"),
+        ("none", {"OTEL_TRACES_EXPORTER": "zipkin"}, "'zipkin'; known are otlp, console, none"),
         (
             "none",
             {"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"},
-            "'http/json'; there are",
+            "'http/json'; known are",
         ),
         (
             "none",
@@ -323,8 +330,8 @@ def test_a_client_imports_nothing_for_it() -> None:
     """In a program without OpenTelemetry, calls are what they were."""
     program = """
 import grpc, sys
-from modelexpress_core.wire.tracing import traced
-with traced(grpc.insecure_channel("127.0.0.1:1")) as channel:
+from modelexpress_core.wire.tracing import with_trace_context
+with with_trace_context(grpc.insecure_channel("127.0.0.1:1")) as channel:
     try:
         channel.unary_unary("/a/B")(b"", timeout=1)
     except grpc.RpcError:

@@ -19,6 +19,7 @@ import trustme
 from devtools.redis_server import RedisServer
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.contracts.metadata_store import (
+    LeaderLease,
     MetadataStore,
     SourceQuery,
     SourceRecord,
@@ -174,6 +175,30 @@ def test_what_redis_drops_heals() -> None:
         direct.close()
 
     assert (False, {199: 1}, {b"199"}) == (known, counts, states)
+
+
+def test_tokens_grow_after_flushall() -> None:
+    """The lease is free at once, and its next token is larger than those that were lost."""
+    with RedisServer() as server:
+        direct = redis.Redis(port=server.port)
+
+        async def leases() -> list[LeaderLease | None]:
+            store = RedisStore(server.url)
+            try:
+                first = await store.lead("role", "a", 60.0)
+                refused = await store.lead("role", "b", 60.0)
+                direct.flushall()
+                return [first, refused, await store.lead("role", "b", 60.0), await store.lead("role", "a", 60.0)]
+            finally:
+                await store.close()
+
+        first, refused, second, late = asyncio.run(leases())
+        direct.close()
+
+    assert first is not None
+    assert second is not None
+    assert (None, None) == (refused, late)
+    assert first.token < second.token
 
 
 def test_no_index_is_left_of_what_was_removed() -> None:

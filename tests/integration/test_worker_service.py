@@ -12,14 +12,16 @@ import grpc
 import pytest
 import trustme
 
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import AccessDeniedError, ModelExpressError, NotFoundError, UnavailableError
 from modelexpress_core.sources.worker_client import WorkerClient
 from modelexpress_core.sources.worker_service import Leases, WorkerServer
-from modelexpress_core.wire.channel import Endpoint, open_channel
+from modelexpress_core.wire.authentication import TokenAuthenticator
+from modelexpress_core.wire.channel import open_channel
 from modelexpress_core.wire.client import Security
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import STANDARD_HEALTH, WORKER, stub
-from modelexpress_core.wire.settings import AuthSettings, TlsSettings, TokenSettings
+from modelexpress_core.wire.settings import TlsSettings, TokenSettings
 from tests.support.waiting import eventually
 
 _TOKEN = "t0ken" * 8
@@ -194,7 +196,8 @@ def test_the_door_is_that_of_the_server(tmp_path: Path) -> None:
     tls = TlsSettings(*(str(tmp_path / name) for name in ("ca.pem", "cert.pem", "key.pem")))
     trusting = TlsSettings(authorities=tls.authorities)
 
-    with WorkerServer(manifest(), "127.0.0.1:0", tls=tls, auth=AuthSettings("token", str(tokens))) as server:
+    authenticator = TokenAuthenticator(str(tokens))
+    with WorkerServer(manifest(), "127.0.0.1:0", tls=tls, authenticator=authenticator) as server:
         url = f"https://127.0.0.1:{server.port}"
         with WorkerClient(url, security=Security(trusting, TokenSettings(str(token)))) as known:
             assert manifest() == known.manifest("5a5f555570065064")

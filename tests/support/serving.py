@@ -12,6 +12,8 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from devtools.processes import end_with_parent
+
 __all__ = ["Serving"]
 
 _START_SECONDS = 60
@@ -41,6 +43,7 @@ class Serving:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls nothing that takes a lock
         )
         assert self.process.stderr is not None
         timer = threading.Timer(_START_SECONDS, self.process.kill)

@@ -132,12 +132,11 @@ def test_the_limit_never_falls_below_one() -> None:
 def test_the_users_concurrency_is_an_upper_bound(bound: int | None, start: int, most: int) -> None:
     """The user's figure lowers the storage's bounds, and raises neither."""
     capabilities = StorageCapabilities(concurrency=8, most_concurrency=32)
-    limit = concurrency_for(capabilities, LoadSettings(concurrency=bound))
+    clock = Clock()
+    limit = concurrency_for(capabilities, LoadSettings(concurrency=bound), clock=clock)
     assert isinstance(limit, SelfTunedConcurrency)
 
     begun = limit.reads
-    clock = Clock()
-    limit._clock = clock
     simulate(limit, clock, latency=0.2, cap=100e9, reads=3000)
 
     assert begun == start

@@ -12,7 +12,10 @@ from safetensors.torch import save
 from torch import nn
 
 import modelexpress_core as mx
+from modelexpress_core import plugin as core
+from modelexpress_core.hooks import hookimpl
 from modelexpress_core.placement import DeferredTensor
+from modelexpress_core.plugins import PluginManager
 from modelexpress_core.storage.memory import store
 
 _numbers = itertools.count()
@@ -177,20 +180,18 @@ def test_a_load_whose_bytes_do_not_come_leaves_a_meta_module_as_it_was() -> None
         module = Tied()
     module.table = torch.ones(5)
     uri = stored(state())
-    storage = store(uri.removeprefix("memory://"))
-    content = storage._objects["model.safetensors"]
 
-    class Vanishing(dict[str, Any]):
-        reads = 0
+    class Deleting:
+        @hookimpl
+        def mx_load_started(self) -> None:
+            store(uri.removeprefix("memory://")).delete("model.safetensors")
 
-        def get(self, key: str, default: Any = None) -> Any:
-            self.reads += 1
-            return content if self.reads <= 1 else default
-
-    storage._objects = Vanishing({"model.safetensors": content})
+    plugins = PluginManager()
+    plugins.register(core, name="modelexpress-core")
+    plugins.register(Deleting(), name="mx-deleting")
 
     with pytest.raises(mx.NotFoundError):
-        into(module, uri)
+        into(module, uri, plugins=plugins)
 
     assert all(parameter.is_meta for parameter in module.parameters())
 

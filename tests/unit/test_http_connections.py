@@ -16,7 +16,7 @@ import pytest
 import trustme
 
 from devtools.http_proxy import HttpProxy
-from modelexpress_core.storage.http import ConnectionPool, Proxies, Request
+from modelexpress_core.storage.http import ConnectionPool, Origin, Proxies, Request
 from modelexpress_core.storage.http.failures import (
     AuthoritiesError,
     BadAnswerError,
@@ -142,6 +142,20 @@ def test_a_connection_that_was_idle_for_long_is_not_used(
             time.sleep(0.1)
 
         assert 2 == server.connections
+
+
+def test_tls_tickets_do_not_end_a_connection(pool: Callable[..., ConnectionPool], tmp_path: Path) -> None:
+    """They arrive after the handshake, when nothing has been asked for yet."""
+    context, authority = server_context(tmp_path, "127.0.0.1")
+    connections = pool(authority)
+    with answering(OK, context=context) as server:
+        connection = connections._opened(Origin("127.0.0.1", server.port, tls=True))
+        connection.begin_idling()
+        time.sleep(0.1)
+
+        assert connection.is_usable()
+        assert connection.is_usable()
+        connection.close()
 
 
 def test_idle_tls_connections_are_used_again(pool: Callable[..., ConnectionPool], tmp_path: Path) -> None:

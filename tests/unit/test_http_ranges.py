@@ -169,6 +169,7 @@ def _wrong(content_range: str) -> bytes:
         (_wrong("bytes 10-19/100, bytes 30-39/100"), UnsupportedError, "other bytes"),
         (_wrong("bytes \u0661\u0660-19/100"), UnsupportedError, "other bytes"),
         (part().replace(b"Content-Range", b"X-Range"), UnsupportedError, "the whole object"),
+        (part().replace(b"206 Partial Content", b"200 OK"), UnsupportedError, "other bytes: bytes 10-19/100"),
         (
             part(10, 19, "Content-Type: multipart/byteranges; boundary=x").replace(b"Content-Range", b"X"),
             UnsupportedError,
@@ -208,6 +209,12 @@ def test_more_than_was_asked_for_is_left(reader: Reading) -> None:
 
         assert 10 == reader(url).read_into("object", 10, memoryview(memory)[10:20], version=None)
         assert bytes(10) + CONTENT[10:20] + bytes(10) == memory
+
+
+def test_a_content_that_is_longer_than_its_range(reader: Reading) -> None:
+    """The bytes that the answer says it holds are taken, and no others."""
+    with server(part(10, 19).replace(b"bytes 10-19/100", b"bytes 10-13/100")) as (url, _):
+        assert CONTENT[10:14] == read(reader(url))
 
 
 def test_an_encoding_may_be_metadata(reader: Reading) -> None:
@@ -302,9 +309,16 @@ def test_silence_gives_a_short_count(reader: Reading, tmp_path: Path, tls: bool)
         silent.set()
 
 
-def test_closing_ends_a_read(reader: Reading) -> None:
-    """For good: it is not tried again."""
-    with server(ranges, piece=lambda _sock, _content: time.sleep(1)) as (url, _):
+@pytest.mark.parametrize("arrived", [0, 4])
+def test_closing_ends_a_read(reader: Reading, arrived: int) -> None:
+    """For good: it is not tried again, also where some bytes had arrived."""
+
+    def send(sock: socket.socket, content: bytes) -> None:
+        if arrived:
+            sock.sendall(content[: arrived - 10])
+        time.sleep(1)
+
+    with server(ranges, piece=send) as (url, _):
         reading: Any = reader(url)
         threading.Timer(0.2, reading.close).start()
 
@@ -378,7 +392,7 @@ def test_renewals_have_a_bound(reader: Reading) -> None:
 
 
 def test_a_token_does_not_go_along_a_redirect(reader: Reading) -> None:
-    """The signer alone decides what the other place is told."""
+    """The signer alone decides which headers go to the other server."""
     with server(ranges) as (elsewhere, other), server(_refused("302 Found", f"Location: {elsewhere}/")) as (url, _):
         signer = Tokens(url, [elsewhere])
 

@@ -369,9 +369,9 @@ _BROKEN: dict[str, tuple[str, list[str]]] = {
         + returning("StorageProvider('b', ('aa',), print)").replace("hookimpl\ndef mx_register_storages", _SECOND),
         ["aa twice"],
     ),
-    "alternative that cannot be told from the other": (
+    "alternative with the name of the other": (
         returning("StorageProvider('a', ('aa',), print), StorageProvider('a', ('aa',), print, alternative=True)"),
-        ["aa twice", "name of its own"],
+        ["aa twice", "different names"],
     ),
     "factory that is no function": (
         "@hookimpl\ndef mx_register_storages():\n    return [StorageProvider('a', ('aa',), None)]",
@@ -472,7 +472,7 @@ def test_keyboard_interrupt_is_not_swallowed(site: Site, discover: Discover) -> 
 
 
 def test_a_plugin_that_exits_does_not_end_the_process(site: Site) -> None:
-    """``sys.exit`` in a plugin's module is that plugin's problem; shown in a process of its own."""
+    """``sys.exit`` in a plugin's module is that plugin's problem; shown in a separate process."""
     site.install("mx-exit", "import sys; sys.exit(7)")
     code = (
         f"import sys; sys.path.insert(0, {str(site.root)!r})\n"

@@ -53,11 +53,11 @@ def error(status: int, retry_after: str | None = None) -> BackendError:
 )
 def test_a_status_has_a_meaning(status: int, kind: type[BackendError], retryable: bool) -> None:
     """Its class, and with it whether trying again can help."""
-    told = error(status)
+    raised = error(status)
 
-    assert kind is type(told)
-    assert retryable is told.retryable
-    assert f"could not read bytes 0-9 of web://host/object: HTTP {status} Some Reason" == str(told).split("\n")[0]
+    assert kind is type(raised)
+    assert retryable is raised.retryable
+    assert f"could not read bytes 0-9 of web://host/object: HTTP {status} Some Reason" == str(raised).split("\n")[0]
 
 
 def test_errors_say_what_to_do() -> None:

@@ -1,13 +1,12 @@
-"""``P2pService``: workers publish what they hold, and others find it."""
+"""``P2pService``: workers publish the models that they hold, and find others that hold the same."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
-import grpc.aio
 
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.contracts.metadata_store import (
@@ -18,24 +17,35 @@ from modelexpress_core.contracts.metadata_store import (
     SourceStatus,
     StoredSource,
 )
+from modelexpress_core.contracts.service import ServiceContext
+from modelexpress_core.server.settings import ServerSettings
+from modelexpress_core.settings import from_env
 from modelexpress_core.wire.authentication import caller
 from modelexpress_core.wire.identities import identity_from_message
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+from modelexpress_core.wire.rpc import P2P, RpcContext, handler
 
-__all__ = ["P2pService"]
-
-_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+__all__ = ["P2pService", "make_p2p"]
 
 _MAX_U64 = (1 << 64) - 1
 _DIGITS = 20
 
 
+def make_p2p(context: ServiceContext) -> grpc.GenericRpcHandler[Any, Any]:
+    """The handler of ``P2pService``."""
+    settings = from_env(ServerSettings, context.settings)
+    return handler(P2P, P2pService(context.store, settings.heartbeat_timeout_seconds))
+
+
 class P2pService:
-    """Requests that make no sense are answered in the response, as clients expect; failures of the store are not.
+    """Keeps sources in the store, and lists them.
+
+    A request that lacks something is answered with ``success=False``, as clients expect, and a failure of the store
+    with a gRPC status.
 
     Args:
-        store: Where sources are kept.
-        heartbeat_timeout_seconds: A source whose worker is silent for longer is not offered as ready.
+        store: The store of sources.
+        heartbeat_timeout_seconds: A source without a heartbeat for longer is not listed as ready.
     """
 
     def __init__(self, store: MetadataStore, heartbeat_timeout_seconds: float) -> None:
@@ -43,9 +53,9 @@ class P2pService:
         self._timeout_ms = int(heartbeat_timeout_seconds * 1000)
 
     async def publish_metadata(
-        self, request: p2p_pb2.PublishMetadataRequest, context: _Context
+        self, request: p2p_pb2.PublishMetadataRequest, context: RpcContext
     ) -> p2p_pb2.PublishMetadataResponse:
-        """Keep what a worker holds."""
+        """Store what a worker holds."""
         problem = _problem(request)
         if problem:
             return p2p_pb2.PublishMetadataResponse(success=False, message=problem)
@@ -56,7 +66,7 @@ class P2pService:
             worker_id=request.worker_id,
             model_name=identity.model_name,
             worker_rank=worker.worker_rank,
-            status=_known(worker.status),
+            status=_known_status(worker.status),
             accelerator=worker.accelerator,
             topology=worker.topology,
             training_step=_training_step(identity),
@@ -74,8 +84,8 @@ class P2pService:
             success=True, message="published", mx_source_id=record.source_id, worker_id=record.worker_id
         )
 
-    async def list_sources(self, request: p2p_pb2.ListSourcesRequest, _: _Context) -> p2p_pb2.ListSourcesResponse:
-        """Sources that fit all filters, those that spoke last first."""
+    async def list_sources(self, request: p2p_pb2.ListSourcesRequest, _: RpcContext) -> p2p_pb2.ListSourcesResponse:
+        """Sources that pass all filters, those with the latest heartbeat first."""
         source_id = identity_from_message(request.identity).source_id if request.identity.model_name else None
         query = SourceQuery(
             source_id=source_id,
@@ -84,12 +94,12 @@ class P2pService:
         )
         listing = await self._store.list(query)
         since = listing.as_of_ms - self._timeout_ms if query.status == SourceStatus.READY else 0
-        records = [record for record in listing.records if record.updated_at_ms >= since and _fits(record, request)]
+        records = [record for record in listing.records if record.updated_at_ms >= since and _passes(record, request)]
         records.sort(key=lambda record: (-record.updated_at_ms, record.worker_id))
         return p2p_pb2.ListSourcesResponse(instances=_references(records[: request.limit or None]))
 
-    async def get_metadata(self, request: p2p_pb2.GetMetadataRequest, _: _Context) -> p2p_pb2.GetMetadataResponse:
-        """All that a worker published."""
+    async def get_metadata(self, request: p2p_pb2.GetMetadataRequest, _: RpcContext) -> p2p_pb2.GetMetadataResponse:
+        """Everything that a worker published."""
         source = await self._store.get(request.mx_source_id, request.worker_id)
         if source is None:
             return p2p_pb2.GetMetadataResponse(found=False)
@@ -104,13 +114,13 @@ class P2pService:
         return response
 
     async def update_status(
-        self, request: p2p_pb2.UpdateStatusRequest, context: _Context
+        self, request: p2p_pb2.UpdateStatusRequest, context: RpcContext
     ) -> p2p_pb2.UpdateStatusResponse:
-        """A heartbeat, or a change of state. Whoever is told that nobody knows the worker has to publish again."""
+        """A heartbeat, or a change of state. A worker that is unknown has to publish again."""
         load = request.source_load if math.isfinite(request.source_load) and request.HasField("source_load") else None
         try:
             known = await self._store.update(
-                request.mx_source_id, request.worker_id, _known(request.status), load, caller.get()
+                request.mx_source_id, request.worker_id, _known_status(request.status), load, caller.get()
             )
         except NotPublisherError as exc:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(exc))
@@ -121,7 +131,7 @@ class P2pService:
 
 
 def _problem(request: p2p_pb2.PublishMetadataRequest) -> str:
-    """The first thing that is missing, in the order and the words of the protocol; empty where nothing is."""
+    """The first missing part, in the order and the words of the protocol; empty if nothing is missing."""
     if not request.HasField("identity"):
         return "identity is required"
     if not request.identity.model_name:
@@ -131,8 +141,8 @@ def _problem(request: p2p_pb2.PublishMetadataRequest) -> str:
     return "" if request.HasField("worker") else "worker is required"
 
 
-def _known(status: int) -> int:
-    """``status``, or UNKNOWN in place of a number that means nothing: stores keep an index of each."""
+def _known_status(status: int) -> int:
+    """``status``, or UNKNOWN for a number without a meaning: stores keep an index of each."""
     return status if status in _STATUSES else SourceStatus.UNKNOWN
 
 
@@ -147,8 +157,8 @@ def _training_step(identity: SourceIdentity) -> int | None:
     return None
 
 
-def _fits(record: SourceRecord, request: p2p_pb2.ListSourcesRequest) -> bool:
-    """Whether ``record`` passes the filters that the store does not know."""
+def _passes(record: SourceRecord, request: p2p_pb2.ListSourcesRequest) -> bool:
+    """Whether ``record`` passes the filters that stores do not have."""
     if request.HasField("worker_rank_filter") and record.worker_rank != request.worker_rank_filter:
         return False
     if request.HasField("min_updated_at") and record.updated_at_ms < request.min_updated_at:

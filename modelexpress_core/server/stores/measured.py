@@ -1,4 +1,4 @@
-"""A store that tells how long it took, around any other."""
+"""A metadata store that measures the calls of another one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from modelexpress_core.contracts.metadata_store import (
+    LeaderLease,
     Listing,
     MetadataStore,
     Reaped,
@@ -20,11 +21,11 @@ __all__ = ["MeasuredStore"]
 
 
 class MeasuredStore:
-    """Does what ``store`` does.
+    """Passes each call on to ``store``, and records its duration or its failure.
 
     Args:
-        store: The store.
-        metrics: Where it is counted.
+        store: The store that is measured.
+        metrics: Metrics of the server.
     """
 
     def __init__(self, store: MetadataStore, metrics: ServerMetrics) -> None:
@@ -63,7 +64,7 @@ class MeasuredStore:
         with self._measured("counts"):
             return await self._store.counts()
 
-    async def lead(self, role: str, holder: str, seconds: float) -> bool:
+    async def lead(self, role: str, holder: str, seconds: float) -> LeaderLease | None:
         """As the store."""
         with self._measured("lead"):
             return await self._store.lead(role, holder, seconds)

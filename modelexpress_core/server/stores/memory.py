@@ -1,4 +1,4 @@
-"""Metadata in this process: for one server, and lost with it."""
+"""Metadata in this process, for one server: it ends with the process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import attrs
-from attrs import define
+from attrs import define, frozen
 
 from modelexpress_core.contracts.metadata_store import (
+    LeaderLease,
     Listing,
     NotPublisherError,
     Reaped,
@@ -28,10 +29,10 @@ _N = TypeVar("_N", int, str)
 
 @define(eq=False)
 class _Kept:
-    """A source as it was published, and what heartbeats change.
+    """A source as it was published, and the fields that heartbeats change.
 
-    They change it in place. A new record for each heartbeat would take longer to make than all the rest, and would have
-    the garbage collector go through all sources every few seconds, while nobody is answered.
+    Heartbeats change them in place. To make a new record for each heartbeat would take longer than the rest of the
+    call, and the garbage collector would go through all sources every few seconds, while no call is answered.
     """
 
     published: StoredSource
@@ -40,7 +41,7 @@ class _Kept:
     source_load: float | None
 
     def record(self) -> SourceRecord:
-        """As of now."""
+        """The record with the present state."""
         return attrs.evolve(
             self.published.record,
             status=self.status,
@@ -49,11 +50,19 @@ class _Kept:
         )
 
 
+@frozen
+class _Role:
+    """A lease, and the store's time at which it ends."""
+
+    lease: LeaderLease
+    until_ms: float
+
+
 class MemoryStore:
-    """Sources by id, with indexes by source and by model.
+    """Sources by id, with indexes by source, model and state.
 
     Args:
-        clock: Seconds since 1970.
+        clock: The store's clock: seconds since 1970.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
@@ -62,10 +71,10 @@ class MemoryStore:
         self._by_source: defaultdict[str, set[_Key]] = defaultdict(set)
         self._by_model: defaultdict[str, set[_Key]] = defaultdict(set)
         self._by_status: defaultdict[int, set[_Key]] = defaultdict(set)
-        self._roles: dict[str, tuple[str, float]] = {}
+        self._roles: dict[str, _Role] = {}
 
     async def publish(self, source: StoredSource) -> None:
-        """Keep ``source`` in place of what was there under its ids, as of now."""
+        """Store ``source``, with the present time, in place of any record with the same ids."""
         record = source.record
         key = (record.source_id, record.worker_id)
         before = self._sources.get(key)
@@ -78,14 +87,14 @@ class MemoryStore:
         self._by_status[record.status].add(key)
 
     async def get(self, source_id: str, worker_id: str) -> StoredSource | None:
-        """The source with these ids, if there is one."""
+        """The source with these ids; None if there is none."""
         kept = self._sources.get((source_id, worker_id))
         if kept is None:
             return None
         return StoredSource(kept.record(), kept.published.identity, kept.published.worker, self._now_ms())
 
     async def list(self, query: SourceQuery) -> Listing:
-        """The sources that ``query`` asks for."""
+        """The sources that match ``query``."""
         kept = (self._sources[key] for key in self._keys(query))
         wanted = [
             each.record()
@@ -98,7 +107,7 @@ class MemoryStore:
     async def update(
         self, source_id: str, worker_id: str, status: int, source_load: float | None, publisher: str
     ) -> bool:
-        """Set the state of a source, as of now; False where there is no such source."""
+        """Set the state, the time and the load of a source; whether there is such a source."""
         key = (source_id, worker_id)
         kept = self._sources.get(key)
         if kept is None:
@@ -111,7 +120,7 @@ class MemoryStore:
         return True
 
     async def reap(self, stale_after_seconds: float, removed_after_seconds: float) -> Reaped:
-        """Make sources stale whose worker has been silent so long, and remove stale ones after so long a silence."""
+        """Mark silent sources as stale, and remove stale sources that have been silent for longer."""
         now = self._now_ms()
         stale = removed = 0
         for key in [*self._by_status.get(SourceStatus.STALE, ())]:
@@ -127,23 +136,29 @@ class MemoryStore:
         return Reaped(stale, removed)
 
     async def counts(self) -> Mapping[int, int]:
-        """How many sources are in each state."""
+        """The number of sources in each state."""
         return Counter({status: len(keys) for status, keys in self._by_status.items() if keys})
 
-    async def lead(self, role: str, holder: str, seconds: float) -> bool:
-        """Whether ``holder`` has ``role`` for the next ``seconds``."""
-        now = self._clock()
-        other, until = self._roles.get(role, (holder, now))
-        if other != holder and now < until:
-            return False
-        self._roles[role] = (holder, now + seconds)
-        return True
+    async def lead(self, role: str, holder: str, seconds: float) -> LeaderLease | None:
+        """Take or renew the lease of ``role``; None if another holder has it.
+
+        Tokens begin with the time in milliseconds, so that they also grow from one process to the next.
+        """
+        now = self._clock() * 1000
+        last = self._roles.get(role)
+        lease = None if last is None else last.lease
+        if last is None or lease is None or lease.holder != holder:
+            if last is not None and now < last.until_ms:
+                return None
+            lease = LeaderLease(role, holder, max(int(now), 0 if lease is None else lease.token) + 1)
+        self._roles[role] = _Role(lease, now + seconds * 1000)
+        return lease
 
     async def check(self) -> None:
-        """It can always be asked."""
+        """Return: it always answers."""
 
     async def close(self) -> None:
-        """It holds nothing open."""
+        """Return: there is nothing to close."""
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)

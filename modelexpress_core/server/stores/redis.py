@@ -1,15 +1,21 @@
-"""Metadata in Redis: shared by many servers, and there after they are gone.
+"""Metadata in Redis, which many servers share and which outlives them.
 
-Each call is one script, so that it is atomic, and takes the time from Redis, so that there is one clock. A source is a
-hash; its ids stand in a set for its source and one for its model, and, by the time when its worker last spoke, in a
-sorted set for its state. All keys have one hash tag. A cluster is not spoken to: one Redis, or one with
-replicas behind one address.
+Each call is one script: it is atomic, and it takes the time from Redis, so that all servers go by one clock. A source
+is a hash. Its id is in one set for its source id, in one for its model, and in one sorted set for its state, ordered by
+the time of its last heartbeat. A lease is a hash that stays when the lease has expired, since its token must never go
+back. All keys have one hash tag. It may be one Redis, or one with replicas behind one address, but no cluster.
+
+After ``FLUSHALL``, or where Redis evicts the hash of a lease, sources are gone until their workers publish them again,
+and the lease is free at once: two servers may both act on it until the first one renews. Tokens begin with the time of
+Redis in milliseconds, so they still grow, unless its clock was set back meanwhile. The same holds for a replica that
+takes over and lacks the last writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -20,6 +26,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
 from modelexpress_core.contracts.metadata_store import (
+    LeaderLease,
     Listing,
     NotPublisherError,
     Reaped,
@@ -38,14 +45,14 @@ __all__ = ["RedisStore", "open_redis"]
 
 _PREFIX = "{mx}:"
 
-#: How long one call may take, and how often it is tried where the connection breaks: in all less than clients wait.
+#: Time-out of one try, and the number of further tries if the connection breaks: in all less than clients wait.
 _TIMEOUT_SECONDS = 2.5
 _RETRIES = 2
 
-#: Calls that Redis is asked at once; others wait for their turn as long as for Redis. It answers one at a time anyway.
+#: Calls in flight; further calls wait for a connection, no longer than for Redis itself. It runs one script at a time.
 _CONNECTIONS = 32
 
-#: Sources that are made stale or removed in one script: Redis does nothing else in that time.
+#: Sources that one script marks or removes at most: Redis does nothing else while it runs.
 _REAPED_AT_ONCE = 500
 
 _COMMON = """
@@ -74,7 +81,7 @@ local function forget(id)
     end
     redis.call('DEL', source(id))
 end
-local function another_published(id, publisher)
+local function published_by_another(id, publisher)
     local was = redis.call('HGET', source(id), 'publisher')
     return was and was ~= '' and was ~= publisher
 end
@@ -82,7 +89,7 @@ end
 
 _PUBLISH = """
 local id, source_id, model, status, publisher = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-if another_published(id, publisher) then return 0 end
+if published_by_another(id, publisher) then return 0 end
 forget(id)
 redis.call('HSET', source(id), 'source_id', source_id, 'model_name', model, 'status', status, 'publisher', publisher,
     'load', ARGV[6], 'updated', now, 'record', ARGV[7], 'identity', ARGV[8], 'worker', ARGV[9])
@@ -127,7 +134,7 @@ _UPDATE = """
 local id, status, load, publisher = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local was = redis.call('HMGET', source(id), 'status', 'record')
 if not was[2] then return 0 end  -- also where Redis has dropped what was there
-if another_published(id, publisher) then return -1 end
+if published_by_another(id, publisher) then return -1 end
 leave(was[1], id)
 redis.call('HSET', source(id), 'status', status, 'updated', now)
 if load ~= '' then redis.call('HSET', source(id), 'load', load) end
@@ -171,11 +178,15 @@ return counts
 """
 
 _LEAD = """
-local role, holder, milliseconds = prefix .. 'role:' .. ARGV[1], ARGV[2], ARGV[3]
-local has = redis.call('GET', role)
-if has and has ~= holder then return 0 end
-redis.call('SET', role, holder, 'PX', milliseconds)
-return 1
+local role, holder, milliseconds = prefix .. 'lease:' .. ARGV[1], ARGV[2], tonumber(ARGV[3])
+local was = redis.call('HMGET', role, 'holder', 'until', 'token')
+local token = was[3]
+if was[1] ~= holder then
+    if was[1] and now < tonumber(was[2]) then return false end
+    token = string.format('%.0f', math.max(now, tonumber(token or 0)) + 1)
+end
+redis.call('HSET', role, 'holder', holder, 'until', string.format('%.0f', now + milliseconds), 'token', token)
+return token
 """
 
 
@@ -183,7 +194,7 @@ def open_redis(uri: ModelURI, settings: Mapping[str, str]) -> RedisStore:  # noq
     """The store at ``redis://[user:password@]host[:port][/database]``; ``rediss`` is TLS. Connects at first use.
 
     Raises:
-        InvalidURIError: The database is no number, or redis-py does not know an option, or not such a value.
+        InvalidURIError: The database is no number, or redis-py does not take an option or its value.
     """
     if uri.path and not uri.path.isdigit():
         message = f"{uri} names no database of Redis: {uri.path!r} is no number"
@@ -194,7 +205,7 @@ def open_redis(uri: ModelURI, settings: Mapping[str, str]) -> RedisStore:  # noq
         return RedisStore(f"{uri.scheme}://{userinfo}{uri.authority}/{uri.path}{query}")
     except (TypeError, ValueError, redis.exceptions.RedisError) as exc:
         # Their messages name options, and may quote values.
-        message = f"{uri} has an option that redis-py does not take, or not such a value: {', '.join(uri.query)}"
+        message = f"{uri} has an option or a value that redis-py does not take: {', '.join(uri.query)}"
         raise InvalidURIError(message, hint="correct the part after the question mark") from exc
 
 
@@ -202,7 +213,7 @@ class RedisStore:
     """Sources in a Redis that servers share.
 
     Args:
-        url: Where it is, as redis-py takes it.
+        url: Its URL, in the form that redis-py takes.
     """
 
     def __init__(self, url: str) -> None:
@@ -213,10 +224,10 @@ class RedisStore:
             socket_timeout=_TIMEOUT_SECONDS,
             socket_connect_timeout=_TIMEOUT_SECONDS,
             health_check_interval=30,
-            retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), _RETRIES),  # every call may be made twice
+            retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), _RETRIES),  # every script may run twice
             retry_on_error=[redis.exceptions.ConnectionError, redis.exceptions.TimeoutError],
         )
-        # Says now which options make no sense, and connects to nothing.
+        # Raises for options that make no sense, and connects to nothing.
         pool.make_connection()  # type: ignore[no-untyped-call]  # it has no annotations
         self._redis = redis.asyncio.Redis.from_pool(pool)
         self._scripts = {
@@ -225,7 +236,7 @@ class RedisStore:
         }
 
     async def publish(self, source: StoredSource) -> None:
-        """Keep ``source`` in place of what was there under its ids, as of now."""
+        """Store ``source``, with the present time, in place of any record with the same ids."""
         record = source.record
         done = await self._run(
             _PUBLISH,
@@ -243,14 +254,14 @@ class RedisStore:
             raise NotPublisherError(record.worker_id)
 
     async def get(self, source_id: str, worker_id: str) -> StoredSource | None:
-        """The source with these ids, if there is one."""
+        """The source with these ids; None if there is none."""
         record, status, load, updated, identity, worker, now = await self._run(_GET, _id(source_id, worker_id))
         if record is None:
             return None
         return StoredSource(_unpacked(record, status, load, updated), identity, worker, int(now))
 
     async def list(self, query: SourceQuery) -> Listing:
-        """The sources that ``query`` asks for."""
+        """The sources that match ``query``."""
         status = "" if query.status is None else query.status
         now, *rows = await self._run(_LIST, query.source_id or "", query.model_name or "", status)
         records = [_unpacked(*rows[start : start + 4]) for start in range(0, len(rows), 4)]
@@ -259,7 +270,7 @@ class RedisStore:
     async def update(
         self, source_id: str, worker_id: str, status: int, source_load: float | None, publisher: str
     ) -> bool:
-        """Set the state of a source, as of now; False where there is no such source."""
+        """Set the state, the time and the load of a source; whether there is such a source."""
         load = "" if source_load is None else repr(source_load)
         done = await self._run(_UPDATE, _id(source_id, worker_id), status, load, publisher)
         if done < 0:
@@ -267,7 +278,7 @@ class RedisStore:
         return bool(done)
 
     async def reap(self, stale_after_seconds: float, removed_after_seconds: float) -> Reaped:
-        """Make sources stale whose worker has been silent so long, and remove stale ones after so long a silence."""
+        """Mark silent sources as stale, and remove stale sources that have been silent for longer."""
         stale = removed = 0
         while True:
             made_stale, gone = await self._run(
@@ -282,32 +293,34 @@ class RedisStore:
                 return Reaped(stale, removed)
 
     async def counts(self) -> Mapping[int, int]:
-        """How many sources are in each state."""
+        """The number of sources in each state."""
         found = await self._run(_COUNTS)
         return {int(state): int(count) for state, count in zip(found[::2], found[1::2], strict=True)}
 
-    async def lead(self, role: str, holder: str, seconds: float) -> bool:
-        """Whether ``holder`` has ``role`` for the next ``seconds``."""
-        return bool(await self._run(_LEAD, role, holder, max(1, int(seconds * 1000))))
+    async def lead(self, role: str, holder: str, seconds: float) -> LeaderLease | None:
+        """Take or renew the lease of ``role``; None if another holder has it."""
+        # The time of Redis is cut to whole milliseconds: one more, and no lease ends early.
+        token = await self._run(_LEAD, role, holder, math.ceil(seconds * 1000) + 1)
+        return None if token is None else LeaderLease(role, holder, int(token))
 
     async def check(self) -> None:
-        """Return where Redis answers."""
-        async with _told():
+        """Return if Redis answers."""
+        async with _as_store_unavailable():
             await self._redis.ping()
 
     async def close(self) -> None:
-        """Give up the connections."""
+        """Close the connections."""
         await self._redis.aclose()
 
     async def _run(self, script: str, *arguments: str | bytes | int) -> Any:  # noqa: ANN401 - what the script returns
         plain = [int(argument) if isinstance(argument, int) else argument for argument in arguments]  # no enumerations
-        async with _told():
+        async with _as_store_unavailable():
             return await self._scripts[script](keys=[f"{_PREFIX}states"], args=plain)
 
 
 @contextlib.asynccontextmanager
-async def _told() -> AsyncIterator[None]:
-    """Whatever keeps Redis from answering, told as that. Its messages name host and port, and no password."""
+async def _as_store_unavailable() -> AsyncIterator[None]:
+    """Raise errors of redis-py as ``StoreUnavailableError``. Their messages name host and port, and no password."""
     try:
         yield
     except (redis.exceptions.RedisError, OSError) as exc:
@@ -315,12 +328,12 @@ async def _told() -> AsyncIterator[None]:
 
 
 def _id(source_id: str, worker_id: str) -> str:
-    """One text for both; no other two ids make the same."""
+    """One text for the two ids; different pairs give different texts."""
     return f"{len(source_id)}:{source_id}:{worker_id}"
 
 
 def _packed(record: SourceRecord) -> str:
-    """What a new record changes, and a heartbeat does not."""
+    """The fields that a new publication changes, and a heartbeat does not."""
     fixed: Sequence[Any] = (
         record.source_id,
         record.worker_id,

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
 from modelexpress_core.settings import boolean, from_env
 from modelexpress_core.sources.client import ServerClient
@@ -13,7 +14,6 @@ from modelexpress_core.sources.metrics import source_metrics
 from modelexpress_core.sources.ranking import uniform
 from modelexpress_core.sources.settings import ServerAddress
 from modelexpress_core.uri import SCHEME_PATTERN, ModelURI
-from modelexpress_core.wire.channel import Endpoint
 from modelexpress_core.wire.identities import identity_to_message
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 

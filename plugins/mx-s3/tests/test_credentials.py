@@ -38,9 +38,9 @@ def test_credentials_of_a_profile(opened: Callable[..., S3Storage], tmp_path: Pa
     assert "access key ...MPLE, from the profile serving in the credentials file (shared-credentials-file)" == said
 
 
-def test_nobodys_credentials(opened: Callable[..., S3Storage]) -> None:
+def test_anonymous_requests_have_no_credentials(opened: Callable[..., S3Storage]) -> None:
     """Unsigned requests have no key."""
-    assert "nobody: requests are not signed (MX_S3_ANONYMOUS)" == opened(MX_S3_ANONYMOUS="1").credentials()
+    assert "none: requests are not signed (MX_S3_ANONYMOUS)" == opened(MX_S3_ANONYMOUS="1").credentials()
 
 
 def test_no_credentials(opened: Callable[..., S3Storage]) -> None:

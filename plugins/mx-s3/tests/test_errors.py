@@ -100,7 +100,7 @@ def test_made_up_answers_are_classified(
     assert "mx-s3" == error.provider
 
 
-def test_a_made_up_answer_that_nobody_knows_is_quoted() -> None:
+def test_a_made_up_answer_that_is_in_no_table_is_quoted() -> None:
     """Code and words of the server are all there is to say."""
     error = _translated(_answer("StrangeThing", 400, "The moon is\n in the wrong phase"))
 

@@ -129,7 +129,7 @@ def test_a_load_over_tls_through_a_tunnel(proxy: HttpProxy, tmp_path: Path) -> N
 
 
 def test_an_endpoint_with_an_ipv6_address(server: SeaweedFS, etag: str) -> None:
-    """Signatures, connections and the doctor's endpoint, each with the form of the address that it wants."""
+    """Signatures, connections and the doctor's endpoint, each with its own form of the address."""
     port = urlsplit(server.endpoint).port
     assert port is not None
     try:

@@ -1,4 +1,4 @@
-"""Buckets in another region than the client was told: found, and remembered."""
+"""Buckets in another region than the configured one are found, and remembered."""
 
 from __future__ import annotations
 

@@ -244,7 +244,7 @@ def test_a_reader_reads_what_it_may(opened: Callable[..., S3Storage], put: Calla
         ("s3://models", {"MX_S3_ANONYMOUS": "1"}, "AccessDenied"),
     ],
 )
-def test_who_may_not_read_is_told_why(
+def test_a_denied_read_says_why(
     opened: Callable[..., S3Storage], put: Callable[..., str], uri: str, options: dict[str, str], code: str
 ) -> None:
     """A user of another bucket, a wrong secret, an unknown key, no key: denied in every operation, never retried."""

@@ -316,14 +316,14 @@ _STS_ANSWERS: Mapping[str, Meaning] = {
     ),
     "InvalidIdentityToken": Meaning(
         AccessDeniedError,
-        "the account has no OIDC provider for whoever issued the token, or the token is meant for another audience",
+        "the account has no OIDC provider for the issuer of the token, or the token is meant for another audience",
         "check the OIDC provider in IAM, and that the audience of the service account's token is sts.amazonaws.com",
     ),
     "IDPRejectedClaim": Meaning(
-        AccessDeniedError, "whoever issued the token says it is no longer valid", "get a new token"
+        AccessDeniedError, "the issuer of the token says it is no longer valid", "get a new token"
     ),
     "IDPCommunicationError": Meaning(
-        AccessDeniedError, "STS cannot reach whoever issued the token", "try again later", retryable=True
+        AccessDeniedError, "STS cannot reach the issuer of the token", "try again later", retryable=True
     ),
     "ExpiredTokenException": Meaning(
         AccessDeniedError,
@@ -450,7 +450,7 @@ class S3Failures(Failures):
 def translated(
     exc: Exception, *, uri: str, operation: str, endpoint: str = "", silence_seconds: float | None = None
 ) -> BackendError:
-    """The error of ours that stands for ``exc``; to be raised from it.
+    """``exc`` as an error of ModelExpress; to be raised from it.
 
     Args:
         exc: What botocore, a connection or the operating system raised.
@@ -497,7 +497,7 @@ def _without_credentials(exc: CredentialsError, uri: str, operation: str) -> Bac
                 reason += f"; the instance metadata service was asked at {_shown(exc.kwargs['metadata'])}"
                 return _error(_NO_MACHINE_CREDENTIALS, reason, uri, operation)
             if details.get("provider") == "container-role":
-                # The status is only in the text, behind which there is the agent's own, which nobody vouches for.
+                # Only the text has the status. The agent's own words follow it, and may hold anything.
                 answer = re.search(r"non 200 response (\d{3})", str(details.get("error_msg", "")))
                 reason += f"; the agent of the container answered HTTP {answer[1]}" if answer else ""
                 refused = answer is not None and answer[1].startswith("4")
@@ -553,7 +553,7 @@ def _quoted(text: str) -> str:
 
 
 def _chain(exc: BaseException) -> Iterator[BaseException]:
-    """``exc`` and what lies behind it, in its cause and where botocore and urllib3 keep it."""
+    """``exc`` and its causes, also where botocore and urllib3 keep them."""
     pending, seen = [exc], set()
     while pending:
         link = pending.pop(0)

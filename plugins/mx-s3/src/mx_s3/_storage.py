@@ -144,7 +144,7 @@ class S3Storage:
     def credentials(self) -> str:
         """Whose key requests are signed with, and where it was found."""
         if self._identity is None:
-            return "nobody: requests are not signed (MX_S3_ANONYMOUS)"
+            return "none: requests are not signed (MX_S3_ANONYMOUS)"
         try:
             return self._identity.describe()
         except FAILURES as exc:
