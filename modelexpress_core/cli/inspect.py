@@ -1,4 +1,4 @@
-"""``mx inspect``: what a checkpoint holds, from its headers."""
+"""``mx inspect``: shows the contents of a checkpoint, from its headers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``mx pull``: copy the files below a URI into a directory."""
+"""``mx pull``: copies the files below a URI into a directory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from modelexpress_core.report import PullReport, format_bytes, format_files
 
 __all__ = ["pull"]
 
-#: Bars of single files that are shown at once.
-_MOST_BARS = 8
+#: Most files with a progress bar at one time.
+_MAX_FILE_BARS = 8
 
 
 class _Bars:
-    """A bar for all files, and one for each file that is under way."""
+    """A bar for all files, and one for each file that is being copied."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -35,7 +35,7 @@ class _Bars:
         bars = self._progress
         description = f"{event.files_done} of {event.files} files"
         bars.update(self._overall, description=description, completed=event.bytes_done, total=event.bytes)
-        active = {file.name: file for file in event.active[:_MOST_BARS]}
+        active = {file.name: file for file in event.active[:_MAX_FILE_BARS]}
         for name in self._files.keys() - active.keys():
             bars.remove_task(self._files.pop(name))
         for name, file in active.items():
@@ -47,20 +47,20 @@ class _Bars:
 def pull(
     uri: Annotated[str, typer.Argument(help="A directory or one file: a URI or a path.", metavar="URI")],
     directory: Annotated[
-        str, typer.Argument(help="Where the files go; made where it is not there.", metavar="DIR", show_default=False)
+        str, typer.Argument(help="Directory for the files; created if missing.", metavar="DIR", show_default=False)
     ],
     no_weights: Annotated[
-        bool, typer.Option("--no-weights", help="Leave files of weights out: configuration and tokenizer only.")
+        bool, typer.Option("--no-weights", help="Copy no weights: only configuration and tokenizer files.")
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Copy files into a directory: verified, each whole or not there; run again, it goes on where it stopped."""
+    """Copy files into a directory and verify them. Only complete files appear there. Run again to resume."""
     plugins = PluginManager.discover()
     try:
         with _bars() as bars:
             report = pull_files(uri, directory, weights=not no_weights, on_progress=bars, plugins=plugins)
     except KeyboardInterrupt:
-        message = "Interrupted. Files that were complete are in place; the same command goes on where this one stopped."
+        message = "Interrupted. Complete files are in place; run the same command again to resume."
         status_console().print(message, style="red")
         raise typer.Exit(1) from None
     if json_output:
@@ -71,7 +71,7 @@ def pull(
 
 @contextmanager
 def _bars() -> Iterator[_Bars | None]:
-    """Bars on a terminal; nothing elsewhere."""
+    """Show progress bars if there is a terminal."""
     progress = progress_bars()
     if progress is None:
         yield None

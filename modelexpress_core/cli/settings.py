@@ -1,4 +1,4 @@
-"""``mx settings``: every variable that is read, its value, and where that came from."""
+"""``mx settings``: lists every setting, its value, and the source of the value."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["settings"]
 def settings(json_output: JsonOption = False) -> None:
     """List every setting, its value and where it came from; secrets are hidden."""
     core = [value for cls in CORE_SETTINGS for value in describe(cls, os.environ, owner=CORE)]
-    # Variables of core that cannot be used must not keep the plugins, and theirs, from being listed.
+    # An unusable variable of core must not prevent the plugins' settings from being listed.
     usable = {name: text for name, text in os.environ.items() if name not in _unusable(core)}
     plugins = PluginManager.discover({**usable, "MX_STRICT_PLUGINS": ""}).settings_classes()
     values = [*core, *(value for owner, cls in plugins for value in describe(cls, os.environ, owner=owner))]
@@ -28,7 +28,7 @@ def settings(json_output: JsonOption = False) -> None:
     if unusable and not json_output:
         _print(values)
     if unusable:
-        # Settings that do not fit together have one problem.
+        # Settings that contradict each other share one problem.
         problems = "\n  ".join(dict.fromkeys(value.problem for value in values if value.problem))
         raise SettingsError(f"settings that cannot be used:\n  {problems}", hint="correct or unset them")
     if json_output:

@@ -1,1 +1,1 @@
-"""Who has a model: identities, servers that know, and workers that tell them."""
+"""Which workers hold a model: identities, publishing, discovery and ranking."""

@@ -1,7 +1,7 @@
-"""Telling a server what a worker holds and that it is alive, and taking it back at once when the worker ends.
+"""Publishes a worker's record to a server, sends its heartbeats, and withdraws the record when the worker ends.
 
-One thread talks, for as long as the worker lives. What it says is therefore in order: once it has said that the record
-is stale, no heartbeat that was on its way comes after it.
+One thread sends all messages of a worker, so they arrive in order: no heartbeat follows the message that marks the
+record stale.
 """
 
 from __future__ import annotations
@@ -39,37 +39,38 @@ _INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
 _READY = p2p_pb2.SOURCE_STATUS_READY
 _STALE = p2p_pb2.SOURCE_STATUS_STALE
 
-_WORDS = {_INITIALIZING: "initializing", _READY: "ready", _STALE: "stale"}
+_STATUS_NAMES = {_INITIALIZING: "initializing", _READY: "ready", _STALE: "stale"}
 
-#: First bound of the time until a failed turn is taken again.
-_BASE_SECONDS = 0.2
+#: Upper bound of the first retry delay; it doubles with each failure.
+_FIRST_RETRY_SECONDS = 0.2
 
-#: Highest bound, as a part of the interval: where a server comes back, so do all its workers, well within one interval.
-#: High enough that a fleet that cannot be served asks a few times an interval, and does not keep its server down.
-_CAP_OF_INTERVAL = 1 / 3
+#: Largest retry delay, as a share of the heartbeat interval. Low enough that all workers reconnect well within one
+#: interval of the server's return; high enough that a fleet does not overload a server that is down, since each
+#: worker tries only a few times per interval.
+_MAX_RETRY_INTERVAL_SHARE = 1 / 3
 
-#: The random numbers of the operating system: engines seed Python's own, all with the same number.
+#: Random numbers of the operating system: engines seed Python's generator, all with the same seed.
 _RANDOM = random.SystemRandom()
 
-#: How long a worker that ends waits for its record to be taken back.
+#: How long a worker that ends waits until its record is withdrawn.
 _WITHDRAWAL_SECONDS = 2.0
 
-#: How often whoever waits for that looks.
+#: Time between two checks whether the record is withdrawn.
 _POLL_SECONDS = 0.005
 
 
 @frozen
 class PublishingState:
-    """What a publisher has done until now.
+    """What a publisher has done so far.
 
     Attributes:
-        status: What the server took last: ``"initializing"``, ``"ready"`` or ``"stale"``; empty before that.
-        published: How often the record was published: once, and again where the server had lost it.
-        heartbeats: Heartbeats that the server took.
-        failures: Turns that failed.
-        failures_in_a_row: Those since the last that went well.
-        last_error: Why the last of them failed; empty where the last turn went well.
-        seconds_since_success: Since the server took something; None where it never did.
+        status: Last status that the server accepted: ``"initializing"``, ``"ready"`` or ``"stale"``; empty before.
+        published: How often the record was published: once, and again each time the server had lost it.
+        heartbeats: Heartbeats that the server accepted.
+        failures: Attempts that failed.
+        failures_in_a_row: Failed attempts since the last success.
+        last_error: Why the last attempt failed; empty if it succeeded.
+        seconds_since_success: Seconds since the server last accepted a message; None if it never did.
     """
 
     status: str = ""
@@ -82,26 +83,26 @@ class PublishingState:
 
 
 class _RefusedError(ModelExpressError):
-    """The server answered that it does not take the record."""
+    """The server refused the record."""
 
 
 class Publisher:
     """Publishes one worker, and keeps its record alive until the end of the ``with`` block.
 
+    Only the constructor raises: failures of calls to the server are in ``state`` and in the log.
+
     Args:
-        client: The server. The publisher has a connection of its own to it.
-        identity: What the worker holds.
-        worker: What others need to read it. Its status is left out of account.
-        worker_id: Who it is: a name that no other process uses.
-        interval_seconds: Time between heartbeats, ``PublishingSettings.interval_seconds`` as a rule.
-        load: How busy the worker is, from 0 to 1, or None where it cannot say. Called for each heartbeat by the
-            publisher's own thread: it has to be quick, and takes no lock, which a thread that SIGTERM interrupts may
-            hold.
+        client: The server. The publisher opens a second connection to it.
+        identity: Identity of the tensors that the worker holds.
+        worker: The record that readers need. Its status is ignored.
+        worker_id: A name that no other process uses.
+        interval_seconds: Time between heartbeats, normally ``PublishingSettings.interval_seconds``.
+        load: Returns how busy the worker is, from 0 to 1, or None if unknown. The publisher's thread calls it for each
+            heartbeat: it must be quick, and must take no lock, because a thread that SIGTERM interrupts may hold it.
 
     Raises:
-        ValueError: By the constructor, for an interval that is not above zero. Nothing else raises: what goes wrong
-            with the server is in ``state`` and in the log.
-        SettingsError: By the constructor, where certificates cannot be used.
+        ValueError: The interval is not above zero.
+        SettingsError: Certificates cannot be used.
     """
 
     def __init__(
@@ -115,10 +116,10 @@ class Publisher:
         load: Callable[[], float | None] | None = None,
     ) -> None:
         if not 0 < interval_seconds < math.inf:
-            message = f"interval_seconds is {interval_seconds!r}, which is no time between heartbeats"
+            message = f"interval_seconds must be above zero and finite: {interval_seconds!r}"
             raise ValueError(message)
-        # One of its own: a signal may come while the main thread holds a lock of the other, and the last words, which
-        # are waited for then, would wait for that lock.
+        # A separate connection: a signal may arrive while the main thread holds a lock of the caller's connection, and
+        # the withdrawal, which the signal handler waits for, would wait for that lock.
         self._client = client.another()
         self._identity = identity
         self._worker = p2p_pb2.WorkerMetadata()
@@ -129,16 +130,16 @@ class Publisher:
         self._load = load
         self._load_failed = False
         self._pid = os.getpid()
-        # Signal handlers must be able to wake the thread: this queue is made for that, events and conditions are not.
+        # A signal handler must be able to wake the thread. SimpleQueue is reentrant; events and conditions are not.
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"mx-publisher-{worker_id}", daemon=True)
         self._ready = False
         self._withdraw_by: float | None = None  # monotonic
         self._ended = False
-        self._tried = False
+        self._publish_attempted = False
         self._state = PublishingState()
         self._succeeded_at: float | None = None  # monotonic
-        self._said: set[str] = set()  # what was logged since the last success
+        self._logged: set[str] = set()  # failures that were logged since the last success
 
     def __enter__(self) -> Publisher:
         self.start()
@@ -148,38 +149,38 @@ class Publisher:
         self.withdraw()
 
     def start(self) -> None:
-        """Publish the worker as initializing, and go on from there; returns at once. Does nothing a second time."""
+        """Start the thread that publishes the worker, as initializing first. Further calls do nothing."""
         if self._thread.ident is None:
             self._pid = os.getpid()
             self._thread.start()
 
     def ready(self) -> None:
-        """Others may read the worker from now on: told at once. Changes nothing after ``withdraw``."""
+        """Publish at once that the worker is ready to be read. Does nothing after ``withdraw``."""
         if not self._ready:
             self._ready = True
             self._wake.put(None)
 
     @property
     def state(self) -> PublishingState:
-        """What was done until now."""
+        """What the publisher has done so far."""
         since = None if self._succeeded_at is None else time.monotonic() - self._succeeded_at
         return attrs.evolve(self._state, seconds_since_success=since)
 
     def withdraw(self, seconds: float = _WITHDRAWAL_SECONDS) -> bool:
-        """Have the record marked as stale, and end: nothing is said of the worker after that.
+        """Mark the record stale and stop: no message about the worker follows.
 
-        Does nothing a second time, nor in a forked child, whose parent goes on.
+        Further calls do nothing, and neither does a call in a forked child: the record belongs to the parent.
 
         Args:
-            seconds: How long to try. A heartbeat that is under way is waited for.
+            seconds: How long to try. This time includes a heartbeat that is already under way.
 
         Returns:
-            Whether the server was told, or had nothing to be told.
+            True if the server marked the record stale, or the record was never published.
         """
         self._begin_withdrawal(seconds)
         return self._wait_for_withdrawal(time.monotonic() + seconds)
 
-    # What follows is also called by a signal handler, which may have interrupted whoever holds a lock: it takes none.
+    # A signal handler calls these two as well. It may have interrupted code that holds a lock, so they take none.
 
     def _begin_withdrawal(self, seconds: float) -> None:
         if os.getpid() == self._pid and self._withdraw_by is None:
@@ -191,22 +192,22 @@ class Publisher:
             return True
         while not self._ended and time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
-        return self._ended and (self._state.status == "stale" or not self._tried)
+        return self._ended and (self._state.status == "stale" or not self._publish_attempted)
 
     # The thread.
 
     def _run(self) -> None:
         try:
-            self._talk()
+            self._publish_until_withdrawn()
         finally:
             self._ended = True
             self._client.close()
 
-    def _talk(self) -> None:
+    def _publish_until_withdrawn(self) -> None:
         beat_at: float | None = None
         while self._withdraw_by is None:
-            retry_seconds = self._turn()
-            if beat_at is None:  # the fleet was started together, and is not to speak in step
+            retry_seconds = self._update()
+            if beat_at is None:  # spread the heartbeats of workers that started together
                 beat_at = time.monotonic() + _RANDOM.uniform(0, self._interval_seconds)
             while beat_at <= time.monotonic():
                 beat_at += self._interval_seconds
@@ -217,41 +218,41 @@ class Publisher:
     def _pause(self, seconds: float) -> None:
         with contextlib.suppress(Empty):
             self._wake.get(timeout=max(0.0, seconds))
-        with contextlib.suppress(Empty):  # whatever it was, the next turn sees it
+        with contextlib.suppress(Empty):  # one update handles all wake-ups
             while True:
                 self._wake.get_nowait()
 
-    def _turn(self) -> float | None:
-        """Say what is to be said now; seconds until it is to be tried again, None where that can wait for its turn."""
+    def _update(self) -> float | None:
+        """Publish or send a heartbeat; return seconds until a retry, or None to wait for the next heartbeat."""
         status = _READY if self._ready else _INITIALIZING
         try:
-            self._tell(status)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the worker goes on, and so do heartbeats
-            return self._failed(exc)
-        if self._said:
-            _log.info("the server takes what worker %s says again", self._worker_id)
-            self._said.clear()
+            self._publish_or_beat(status)
+        except Exception as exc:  # noqa: BLE001 - no failure may end the heartbeats
+            return self._record_failure(exc)
+        if self._logged:
+            _log.info("the server accepts the record of worker %s again", self._worker_id)
+            self._logged.clear()
         return None
 
-    def _tell(self, status: p2p_pb2.SourceStatus) -> None:
+    def _publish_or_beat(self, status: p2p_pb2.SourceStatus) -> None:
         if self._state.published:
             if self._beat(status):
                 return
-            _log.info("the server does not know worker %s any more: publishing it again", self._worker_id)
-        self._tried = True
+            _log.info("the server no longer knows worker %s: publishing it again", self._worker_id)
+        self._publish_attempted = True
         self._worker.status = status
         answer = self._client.publish(self._identity, self._worker, self._worker_id)
         if not answer.success:
             raise _RefusedError(answer.message)
-        # Another server may derive ids otherwise: what counts is under which the record is.
+        # Another server may derive ids differently: heartbeats need the id under which it stored the record.
         self._source_id = answer.mx_source_id or self._source_id
         self._state = attrs.evolve(self._state, published=self._state.published + 1)
-        self._took(status)
-        if self._load is not None:  # which a record does not hold when it is published
+        self._record_success(status)
+        if self._load is not None:  # the published record has no field for the load: a heartbeat carries it
             self._beat(status)
 
     def _beat(self, status: p2p_pb2.SourceStatus) -> bool:
-        """Whether the server knows the worker."""
+        """Send a heartbeat; return whether the server knows the worker."""
         request = p2p_pb2.UpdateStatusRequest(
             mx_source_id=self._source_id,
             worker_rank=self._worker.worker_rank,
@@ -262,7 +263,7 @@ class Publisher:
         if not self._client.update_status(request).success:
             return False
         self._state = attrs.evolve(self._state, heartbeats=self._state.heartbeats + 1)
-        self._took(status)
+        self._record_success(status)
         return True
 
     def _current_load(self) -> float | None:
@@ -271,83 +272,88 @@ class Publisher:
         try:
             load = self._load()
             load = None if load is None else float(load)
-        except BaseException as exc:  # noqa: BLE001 - also SystemExit: no load ends the heartbeats
+        except BaseException as exc:  # noqa: BLE001 - not even SystemExit from the callback may end the heartbeats
             if not self._load_failed:
-                _log.warning("heartbeats of worker %s go without its load: %r", self._worker_id, exc, exc_info=exc)
+                _log.warning(
+                    "heartbeats of worker %s carry no load, because its callback failed: %r",
+                    self._worker_id,
+                    exc,
+                    exc_info=exc,
+                )
             self._load_failed = True
             return None
         return None if load is None or math.isnan(load) else min(1.0, max(0.0, load))
 
-    def _took(self, status: p2p_pb2.SourceStatus) -> None:
+    def _record_success(self, status: p2p_pb2.SourceStatus) -> None:
         self._succeeded_at = time.monotonic()
-        self._state = attrs.evolve(self._state, status=_WORDS[status], failures_in_a_row=0, last_error="")
+        self._state = attrs.evolve(self._state, status=_STATUS_NAMES[status], failures_in_a_row=0, last_error="")
 
-    def _failed(self, exc: Exception) -> float | None:
-        """Note it; seconds until trying again can help, None where it cannot."""
+    def _record_failure(self, exc: Exception) -> float | None:
+        """Count and log the failure; return seconds until a retry, or None if a retry cannot help."""
         in_a_row = self._state.failures_in_a_row + 1
         headline = exc.headline if isinstance(exc, ModelExpressError) else f"{type(exc).__name__}: {exc}"
         self._state = attrs.evolve(
             self._state, failures=self._state.failures + 1, failures_in_a_row=in_a_row, last_error=headline
         )
         retryable = isinstance(exc, BackendError) and exc.retryable
-        # An outage is one matter, though its messages differ from call to call.
-        matter = type(exc).__name__ if retryable else headline
-        if matter not in self._said:
-            self._said.add(matter)
-            _log.warning("the server does not take what worker %s says: %s", self._worker_id, exc)
+        # Log one outage once, although its messages differ from call to call.
+        failure = type(exc).__name__ if retryable else headline
+        if failure not in self._logged:
+            self._logged.add(failure)
+            _log.warning("the server does not accept the record of worker %s: %s", self._worker_id, exc)
         if not retryable:
             return None
-        cap = self._interval_seconds * _CAP_OF_INTERVAL
-        return _RANDOM.uniform(0, min(cap, _BASE_SECONDS * 2 ** min(in_a_row - 1, 30)))
+        cap = self._interval_seconds * _MAX_RETRY_INTERVAL_SHARE
+        return _RANDOM.uniform(0, min(cap, _FIRST_RETRY_SECONDS * 2 ** min(in_a_row - 1, 30)))
 
     def _mark_stale(self, until: float) -> None:
-        """The last words, which are tried once at least."""
-        while self._tried:
+        """Mark the record stale; try at least once."""
+        while self._publish_attempted:
             try:
                 self._beat(_STALE)
             except Exception as exc:  # noqa: BLE001 - the server will notice that heartbeats end
-                wait = self._failed(exc)
+                wait = self._record_failure(exc)
                 if wait is None or time.monotonic() + wait >= until:
                     return
                 time.sleep(wait)
             else:
-                self._took(_STALE)  # a server that does not know the worker does not offer it either
+                self._record_success(_STALE)  # a server that does not know the worker does not offer it either
                 return
 
 
-#: Publishers to withdraw when the process ends: replaced as a whole, since a signal handler may read it at any time.
+#: Publishers to withdraw when the process ends. Replaced, never changed: a signal handler may read it at any time.
 _publishers: tuple[weakref.ref[Publisher], ...] = ()
 
-#: The process in which exits are watched.
+#: The process that has the exit handlers.
 _watched_pid: int | None = None
 
 
 def withdraw_on_exit(publisher: Publisher) -> None:
-    """Withdraw ``publisher`` when the process ends by itself, by an exception, or by SIGTERM.
+    """Withdraw ``publisher`` when the process exits, raises an exception, or receives SIGTERM.
 
-    SIGTERM goes on as it would have without this: a handler of Python that was there is called, and where there was
-    none the process is ended by the signal. A process that ignores SIGTERM goes on ignoring it. Python runs handlers
-    in the main thread and between two of its steps: not while that thread is in a long call of C. From another thread
-    than the main one, SIGTERM cannot be asked for.
+    After that, SIGTERM has its usual effect: a Python handler that was installed before is called; without one the
+    signal ends the process. A process that ignores SIGTERM still ignores it. Python runs signal handlers in the main
+    thread, between two bytecodes: not during a long call into C. A call of this function from another thread cannot
+    install the handler.
 
     Args:
-        publisher: One that is started. It is withdrawn in the process that called this, not in forked children.
+        publisher: A started publisher. It is withdrawn in the process that called this, not in forked children.
     """
     global _publishers  # noqa: PLW0603 - there is one end of a process
     _publishers = (*(each for each in _publishers if each() is not None), weakref.ref(publisher))
     _watch_exit()
     if threading.current_thread() is not threading.main_thread():
-        _log.debug("not in the main thread: worker records are not withdrawn on SIGTERM")
+        _log.debug("called outside the main thread: worker records are not withdrawn on SIGTERM")
         return
     previous = signal.getsignal(signal.SIGTERM)
-    # None: a handler that Python does not know, and could not call.
+    # None: a handler that was not installed from Python, which Python cannot call.
     if previous in {signal.SIG_IGN, None} or isinstance(previous, _OnTermination):
         return
     signal.signal(signal.SIGTERM, _OnTermination(previous))
 
 
 def _watch_exit() -> None:
-    """Once for each process. Children that multiprocessing forks end without ``atexit``, and by a way of their own."""
+    """Register exit handlers, once per process. Children of multiprocessing skip ``atexit`` and run finalizers."""
     global _watched_pid  # noqa: PLW0603 - as above
     if _watched_pid == os.getpid():
         return
@@ -358,9 +364,9 @@ def _watch_exit() -> None:
 
 
 class _OnTermination:
-    """Withdraws all publishers, and lets the signal do what it would have done.
+    """Withdraws all publishers, then lets the signal have its usual effect.
 
-    It does not speak itself: the interrupted code may hold the locks that a call takes.
+    The handler makes no call itself: the interrupted code may hold the locks that a call takes.
     """
 
     def __init__(self, previous: Any) -> None:  # noqa: ANN401 - what signal.getsignal returned

@@ -1,9 +1,9 @@
-"""Which place is tried first: kinds of places in a fixed order, and peers of a kind spread over those who ask.
+"""The order in which candidates are tried: tiers in a fixed order, and readers spread over the peers of a tier.
 
-Peers are put in order by rendezvous hashing (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates",
-1998): each reader has its own order of all peers, evenly spread, which every process computes alike and without talking
-to others. Where a peer comes or goes, only its own readers move. With weights (Schindelhauer and Schomaker, "Weighted
-Distributed Hash Tables", 2005) a peer is chosen in proportion to what it has to spare.
+Peers are ordered by rendezvous hashing (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates",
+1998). Each reader has its own order of all peers. Every process computes the same order without communication, and
+readers are spread evenly. If a peer joins or leaves, only its own readers change. With weights (Schindelhauer and
+Schomaker, "Weighted Distributed Hash Tables", 2005) a peer is chosen in proportion to its spare capacity.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from modelexpress_core.sources.settings import SELECTORS
 
 __all__ = ["rank", "uniform"]
 
-#: A peer that says nothing of its load is taken for half busy.
+#: Load assumed for a peer that reports none.
 _UNKNOWN_LOAD = 0.5
 
-#: What even the busiest peer has to spare, so that it is not left out where all are busy.
-_LEAST_WEIGHT = 0.05
+#: Weight of the busiest peer: above zero, so that it is still used when all peers are busy.
+_MIN_WEIGHT = 0.05
 
-#: The random numbers of the operating system: engines seed Python's own, all with the same number.
+#: Random numbers of the operating system: engines seed Python's generator, all with the same seed.
 _RANDOM = random.SystemRandom()
 
-#: A float holds this many bits exactly, and one more for the half that keeps it from 0 and 1.
-_BITS = 52
+#: A float holds 53 bits exactly; one of them is for the added half, which excludes 0 and 1.
+_HASH_BITS = 52
 
 
 def rank(request: LoadRequest, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """All ``candidates``, best first: by tier, those of the lowest first.
+    """Return all ``candidates``, best first: the lowest tier first.
 
-    Peers of a tier are in the order that ``request.selector`` gives this reader; other places stay as they were found.
+    Within a tier, ``request.selector`` orders the peers for this reader; other candidates keep their order and follow.
 
     Raises:
         SettingsError: There is no such selector.
@@ -43,7 +43,7 @@ def rank(request: LoadRequest, candidates: Sequence[Candidate]) -> tuple[Candida
     try:
         order = _ORDERS[request.selector]
     except KeyError:
-        message = f"no way to choose a peer: {request.selector!r}"
+        message = f"unknown selector of peers: {request.selector!r}"
         raise SettingsError(message, hint=f"set MX_P2P_SOURCE_SELECTOR to one of {', '.join(SELECTORS)}") from None
     ranked: list[Candidate] = []
     for tier in sorted({candidate.tier for candidate in candidates}):
@@ -63,7 +63,7 @@ def _by_hash(reader: str, candidates: Sequence[Candidate]) -> Sequence[Candidate
 
 
 def _by_load(reader: str, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-    return _by_score(reader, candidates, _spare)
+    return _by_score(reader, candidates, _spare_capacity)
 
 
 _ORDERS: Mapping[str, Callable[[str, Sequence[Candidate]], Sequence[Candidate]]] = {
@@ -84,25 +84,25 @@ def _by_score(
 
 
 def _name(candidate: Candidate) -> str:
-    """What tells one peer from others, whoever found it."""
+    """Return a name that is the same for a peer whichever discovery found it."""
     if candidate.peer is not None and candidate.peer.worker_id:
         return candidate.peer.worker_id
     return f"{candidate.uri.authority}/{candidate.uri.path}"
 
 
-def _spare(candidate: Candidate) -> float:
-    """What a peer has to spare, from 0.05 to 1."""
+def _spare_capacity(candidate: Candidate) -> float:
+    """Return the share of a peer's capacity that is free, from 0.05 to 1."""
     load = candidate.peer.load if candidate.peer is not None else None
     if load is None or math.isnan(load):
         load = _UNKNOWN_LOAD
-    return min(1.0, max(_LEAST_WEIGHT, 1.0 - load))
+    return min(1.0, max(_MIN_WEIGHT, 1.0 - load))
 
 
 def uniform(reader: str, name: str) -> float:
-    """A number between 0 and 1, both excluded, that looks drawn at random; the same in every process."""
+    """Return a pseudorandom number between 0 and 1, both excluded; the same in every process."""
     digest = hashlib.blake2b(digest_size=8)
     for text in (reader, name):
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    drawn = int.from_bytes(digest.digest(), "big") >> (64 - _BITS)
-    return (drawn + 0.5) / (1 << _BITS)
+    drawn = int.from_bytes(digest.digest(), "big") >> (64 - _HASH_BITS)
+    return (drawn + 0.5) / (1 << _HASH_BITS)

@@ -1,4 +1,4 @@
-"""What can be set of the integration."""
+"""The settings of the integration."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class VllmSettings:
         "MX_MODEL_URI",
         default=None,
         shown=redacted,
-        help="Where the weights are: any URI or path. Unset: the files that vLLM itself finds for its --model.",
+        help="Location of the weights: any URI or path. Unset: the files that vLLM finds for its --model.",
     )
     fallback: bool = env(
         "MX_FALLBACK",
         default=True,
         converter=boolean,
-        help="Whether vLLM's own loader loads the weights, on every rank, where ours fails on any.",
+        help="If a load fails on any rank, let vLLM's own loader load the weights on every rank.",
     )
