@@ -1,4 +1,4 @@
-"""The functions that users call. What they do, step by step, is in ``modelexpress_core.loader``."""
+"""The functions that users call. ``modelexpress_core.loader`` describes their steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_checkpoint(
     environ: Mapping[str, str] | None = None,
     plugins: PluginManager | None = None,
 ) -> Checkpoint:
-    """Files, versions and tensors of the checkpoint at ``uri``. Reads headers only, and needs no torch.
+    """Return files, versions and tensors of the checkpoint at ``uri``. Reads headers only, and needs no torch.
 
     Args:
         uri: A directory, an index, or one safetensors file, as a URI or a path.
@@ -37,9 +37,9 @@ def open_checkpoint(
         plugins: Plugins to use; by default all that are installed and allowed.
 
     Raises:
-        ResolveError: The URI leads nowhere.
+        ResolveError: The URI is not valid, or no plugin handles it.
         BackendError: The storage failed.
-        CheckpointError: What is there is no valid checkpoint.
+        CheckpointError: The files there are no valid checkpoint.
     """
     loader = Loader(environ, plugins)
     return loader.first(loader.request(uri), loader.open_headers)
@@ -53,12 +53,12 @@ def load_state_dict(
     environ: Mapping[str, str] | None = None,
     plugins: PluginManager | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors of the checkpoint at ``uri``, by name, in memory of their own.
+    """Return the tensors of the checkpoint at ``uri``, by name, in new memory.
 
     Args:
         uri: A directory, an index, or one safetensors file, as a URI or a path.
-        names: Only these tensors (a single name will do); by default all.
-        device: Where the tensors are made.
+        names: Only these tensors (a string selects one); by default all.
+        device: Device for the tensors.
         environ: Variables to read settings from; by default the process's.
         plugins: Plugins to use; by default all that are installed and allowed.
 
@@ -66,9 +66,9 @@ def load_state_dict(
         Tensors in the stored dtype and shape (an F4 tensor packs two values in one element, as torch does).
 
     Raises:
-        ResolveError: The URI leads nowhere.
+        ResolveError: The URI is not valid, or no plugin handles it.
         BackendError: The storage failed.
-        CheckpointError: What is there is no valid checkpoint.
+        CheckpointError: The files there are no valid checkpoint.
         PlacementError: A name is not in the checkpoint, or torch has no dtype for a tensor.
     """
     from modelexpress_core.loads.targets import NewTensors
@@ -94,23 +94,23 @@ def load_into(
     """Load the checkpoint at ``uri`` into the tensors of ``target``, in place.
 
     Every parameter and persistent buffer is written, or this raises. Names, shapes and dtypes are compared before a
-    byte is moved. Parameters on the meta device get memory first, and become the module's own at the end.
+    byte moves. Parameters on the meta device get memory, and replace those of the module at the end.
 
     Args:
         target: A module, or tensors by name. They may be strided, tied, or on any device.
         uri: A directory, an index, or one safetensors file, as a URI or a path.
-        strict: Refuse a checkpoint that holds tensors ``target`` has no place for.
-        cast: Convert to the destination's dtype where it differs.
-        device: Where tensors on the meta device get memory.
+        strict: Refuse a checkpoint with tensors that ``target`` does not have.
+        cast: Convert to the destination's dtype if it differs.
+        device: Device on which tensors on the meta device get memory.
         environ: Variables to read settings from; by default the process's.
         plugins: Plugins to use; by default all that are installed and allowed.
 
     Raises:
-        IncompleteLoadError: A destination has no tensor in the checkpoint, or (``strict``) a tensor no destination.
+        IncompleteLoadError: A destination has no tensor in the checkpoint, or (``strict``) a tensor has no destination.
         PlacementError: A shape or (without ``cast``) a dtype differs.
-        ResolveError: The URI leads nowhere.
-        BackendError: The storage failed; what was written until then is undefined.
-        CheckpointError: What is there is no valid checkpoint.
+        ResolveError: The URI is not valid, or no plugin handles it.
+        BackendError: The storage failed; the contents of ``target`` are then undefined.
+        CheckpointError: The files there are no valid checkpoint.
     """
     import torch
 
@@ -129,7 +129,7 @@ def deferred_weights(
     environ: Mapping[str, str] | None = None,
     plugins: PluginManager | None = None,
 ) -> DeferredWeights:
-    """The weights at ``uri`` for code that narrows, slices and copies: only what it copies is read, into place.
+    """Return the weights at ``uri`` as deferred tensors: code slices and copies them, and only copied bytes are read.
 
     Example::
 
@@ -137,13 +137,14 @@ def deferred_weights(
             model.load_weights(weights)
         print(weights.report)
 
-    Within the block, torch operations of this thread are watched, so that code which reads what it has just loaded
-    sees real values. The block ends when every byte is in place. Memory that code reached past torch before the block
-    (a pointer, a numpy array) is not watched.
+    Bytes go straight into the memory that they are copied to. Within the block, torch operations of this thread are
+    intercepted, so that code which reads a tensor that it has just loaded sees real values. The block ends when every
+    byte is in place. Access that bypasses torch, through a pointer or a numpy array from before the block, is not
+    intercepted.
 
     Args:
         uri: A directory, an index, or one safetensors file, as a URI or a path.
-        model: Where given, every parameter and persistent buffer of it must be written in the block.
+        model: If given, each of its parameters and persistent buffers must be written in the block.
         environ: Variables to read settings from; by default the process's.
         plugins: Plugins to use; by default all that are installed and allowed.
 
@@ -158,7 +159,7 @@ class DeferredWeights:
 
     Attributes:
         checkpoint: The checkpoint, once the block was entered.
-        report: What was done, once the block has ended well; None before.
+        report: The report, once the block has ended without an error; None before.
     """
 
     checkpoint: Checkpoint
@@ -181,7 +182,7 @@ class DeferredWeights:
 
     def __enter__(self) -> DeferredWeights:
         if self._entered:
-            message = "these deferred weights were used already"
+            message = "these deferred weights have already been used"
             raise PlacementError(message, hint="call deferred_weights again for each load")
         self._entered = True
         self._block.__enter__()

@@ -1,15 +1,15 @@
 """The story of a load: a ranked list of candidates, each opened, fetched and completed, or aborted for the next.
 
-1. **Candidates.** ``mx_rewrite_uri`` may replace the URI that was asked for. Discoveries name workers that hold the
-   model, if the request has an identity. ``mx_rank_candidates`` puts all places in order, best first. The scheme of
-   each picks the plugin.
-2. **Open.** A checkpoint: headers only, in parallel. A peer: the layouts of its tensors, and a lease. Either is
-   compared with the destination, and no weight byte has moved.
+1. **Candidates.** ``mx_rewrite_uri`` may replace the requested URI. If the request has an identity, discoveries find
+   workers that hold the model. ``mx_rank_candidates`` ranks all candidates, best first. The scheme of each selects the
+   plugin.
+2. **Open.** A checkpoint: headers only, in parallel. A peer: the layouts of its tensors, and a lease. The load compares
+   either with the destination. No weight byte has moved.
 3. **Fetch.** From here on the destination is *touched*. Bytes go straight into place.
-4. **Complete.** Every planned byte arrived, digests are right, the peer confirms its lease, every destination was
-   written; otherwise the load raises.
-5. **Abort.** Nothing writes to the destination any more. If it is untouched, or can be made anew, the next candidate
-   follows; otherwise the error is the caller's.
+4. **Complete.** Every planned byte has arrived, digests are right, the peer confirms its lease, and every destination
+   was written; otherwise the load raises.
+5. **Abort.** Nothing writes to the destination any more. If it is untouched, or can be initialized again, the next
+   candidate follows; otherwise the caller gets the error.
 
 The two kinds of load are ``loads.checkpoint`` and ``loads.peer``; what is written is a ``loads.destination``.
 """
@@ -41,12 +41,12 @@ __all__ = ["Loader"]
 _log = logging.getLogger(__name__)
 _R = TypeVar("_R")
 
-#: Errors of one place: another may do better.
+#: Errors after which the next candidate may succeed.
 _TRY_NEXT = (BackendError, CheckpointError, ResolveError)
 
 
 class Loader(LoadContext):
-    """Finds the places to load from, and tries them, with the settings and plugins of one call."""
+    """Finds candidates and loads from them, with the settings and plugins of one call."""
 
     def request(
         self,
@@ -56,26 +56,26 @@ class Loader(LoadContext):
         worker_rank: int = 0,
         reader: str = "",
     ) -> LoadRequest:
-        """What is asked for, once plugins may have rewritten the URI.
+        """Return the request of a load; plugins may rewrite its URI.
 
         Args:
             uri: The checkpoint.
-            identity: The model as it will be in memory, for discoveries to find workers that hold it; without one, no
-                discovery is asked.
-            worker_rank: Which part of it is needed.
-            reader: Who asks, as ``LoadRequest`` has it.
+            identity: The model as it will be in memory, by which discoveries find workers that hold it; None to use no
+                discovery.
+            worker_rank: Rank of the part that is needed.
+            reader: Name of the reader, see ``LoadRequest``.
 
         Raises:
-            InvalidURIError: ``uri`` is not one.
+            InvalidURIError: ``uri`` is not valid.
         """
         return LoadRequest(self.plugins.rewrite_uri(ModelURI.parse(uri)), identity, worker_rank, reader)
 
     def candidates(self, request: LoadRequest) -> tuple[Candidate, ...]:
-        """The places to try, best first.
+        """Return the candidates to try, best first.
 
         Raises:
             ResolveError: A plugin dropped them all.
-            SettingsError: A variable that says which discoveries are asked makes no sense.
+            SettingsError: A variable that configures discoveries is not valid.
         """
         ranked = find_candidates(self.plugins, self.environ, request)
         if not ranked:
@@ -86,12 +86,13 @@ class Loader(LoadContext):
     def first(
         self, request: LoadRequest, attempt: Callable[[Candidate], _R], destination: Destination | None = None
     ) -> _R:
-        """What ``attempt`` returns for the first candidate that it succeeds with; the last one's error otherwise.
+        """Call ``attempt`` on candidates until it succeeds, and return its result; raise the last error otherwise.
 
         Args:
-            request: What is asked for.
+            request: The request.
             attempt: Tries one candidate.
-            destination: What it writes to, made ready for the next candidate after a failure; None if it only reads.
+            destination: Destination of the attempt, prepared for the next candidate after a failure; None if the
+                attempt only reads.
         """
         *others, last = self.candidates(request)
         for candidate in others:
@@ -100,7 +101,7 @@ class Loader(LoadContext):
             except _TRY_NEXT as exc:
                 if destination is not None:
                     _prepare_for_next(destination, exc)
-                _log.warning("trying the next place, because loading from %s failed: %s", candidate.uri, exc)
+                _log.warning("trying the next candidate, because loading from %s failed: %s", candidate.uri, exc)
         return attempt(last)
 
     def load(self, request: LoadRequest, destination: Destination) -> LoadReport:
@@ -115,7 +116,7 @@ class Loader(LoadContext):
         return self.first(request, attempt, destination)
 
     def open_checkpoint(self, request: LoadRequest, destination: Destination) -> CheckpointLoad:
-        """A load of the first candidate that opens, for code that copies from it: use it in a ``with`` statement."""
+        """Return a load of the first candidate that opens, for code that copies from it in a ``with`` block."""
 
         def attempt(candidate: Candidate) -> CheckpointLoad:
             with contextlib.ExitStack() as opened:
@@ -127,7 +128,7 @@ class Loader(LoadContext):
         return self.first(request, attempt, destination)
 
     def open_headers(self, candidate: Candidate) -> Checkpoint:
-        """The checkpoint at ``candidate``, without a load."""
+        """Return the checkpoint at ``candidate``, without a load."""
         registered, storage = self.plugins.open(STORAGE, candidate.uri, self.environ)
         with contextlib.closing(storage):
             return self.read_headers(candidate.uri, registered, storage, self.new_budget())
@@ -139,7 +140,7 @@ class Loader(LoadContext):
 
 
 def _prepare_for_next(destination: Destination, exc: Exception) -> None:
-    """Make ``destination`` ready for the next candidate; raise ``exc`` if that is not possible."""
+    """Prepare ``destination`` for the next candidate; raise ``exc`` if that is not possible."""
     try:
         destination.prepare_for_next()
     except DestinationTouchedError:

@@ -1,4 +1,4 @@
-"""Builds the command line: core's commands, those of plugins, logging, exit codes."""
+"""Builds the command line: built-in commands, commands of plugins, logging, exit codes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from modelexpress_core.plugins import COMMAND, CORE, PluginManager
 
 __all__ = ["build_app"]
 
-_HELP = "Load model weights from storages and peers straight into place."
+_HELP = "Load model weights from storages and peers straight into the memory where they belong."
 _EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong usage."
 _LEVELS = ("debug", "info", "warning", "error")
 
 
-def _on_version(wanted: bool) -> None:
-    if wanted:
+def _on_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"mx {version(CORE)}")
         raise typer.Exit
 
 
 def _log_level(text: str) -> str:
     if text.lower() not in _LEVELS:
-        message = f"{text!r} is none of {', '.join(_LEVELS)}"
+        message = f"expected one of {', '.join(_LEVELS)}: {text!r}"
         raise typer.BadParameter(message)
     return text.upper()
 
@@ -39,7 +39,9 @@ def _log_level(text: str) -> str:
 def _begin(
     log_level: Annotated[
         str,
-        typer.Option(help="debug, info, warning or error; logs go to stderr.", callback=_log_level, metavar="LEVEL"),
+        typer.Option(
+            help="Log at this level, to stderr: debug, info, warning or error.", callback=_log_level, metavar="LEVEL"
+        ),
     ] = "warning",
     show_version: Annotated[  # noqa: ARG001 - its callback does the work
         bool,
@@ -49,12 +51,12 @@ def _begin(
     logging.basicConfig(level="WARNING", stream=sys.stderr, format="%(levelname)s %(message)s", force=True)
     # Only our loggers: detailed logs of SDKs contain credentials.
     logging.getLogger("modelexpress_core").setLevel(log_level)
-    # We do not need numpy, and it may not be installed.
+    # This package needs no numpy, so a minimal installation has none.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def build_app() -> typer.Typer:
-    """The application, with the commands of plugins. A failing plugin does not affect core's commands."""
+    """Build the application, with the commands of plugins. A broken plugin never stops the built-in commands."""
     app = typer.Typer(
         name="mx",
         help=_HELP,
@@ -75,24 +77,23 @@ def build_app() -> typer.Typer:
 
 
 def _add_plugin_commands(app: typer.Typer) -> None:
-    logging.getLogger("modelexpress_core").setLevel(logging.ERROR)  # each command reports broken plugins itself
+    logging.getLogger("modelexpress_core").setLevel(logging.ERROR)  # each command warns about broken plugins itself
     try:
         found = tuple(each.provider for each in PluginManager.discover(os.environ).records(COMMAND))
     except ModelExpressError:  # reported by the command that needs the setting or the plugin
         found = ()
     finally:
         logging.getLogger("modelexpress_core").setLevel(logging.NOTSET)
-    ours = {command.name for command in app.registered_commands}
+    built_in = {command.name for command in app.registered_commands}
     for provider in found:
-        if provider.name in ours:
-            logging.getLogger(__name__).warning(
-                "the command %s of a plugin is ignored: mx has a command of that name", provider.name
-            )
+        if provider.name in built_in:
+            message = "skipping a plugin's command, because mx has a built-in command of that name: %s"
+            logging.getLogger(__name__).warning(message, provider.name)
             continue
         try:
             command = provider.factory()
-        except Exception as exc:  # noqa: BLE001 - code of a plugin
-            logging.getLogger(__name__).warning("the command %s of a plugin cannot be used: %s", provider.name, exc)
+        except Exception as exc:  # noqa: BLE001 - a plugin's error must not stop other commands
+            logging.getLogger(__name__).warning("skipping a plugin's command, %s, which fails: %s", provider.name, exc)
             continue
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=provider.name, help=provider.help)

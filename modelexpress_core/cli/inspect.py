@@ -1,4 +1,4 @@
-"""``mx inspect``: the content of a checkpoint, from its headers."""
+"""``mx inspect``: shows the contents of a checkpoint, from its headers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def inspect(
     ],
     json_output: JsonOption = False,
 ) -> None:
-    """Show tensors, dtypes, shapes, sizes, files and versions. Reads headers only."""
+    """Show tensors, dtypes, shapes, sizes, files and versions; reads headers only."""
     checkpoint = open_checkpoint(uri)
     if json_output:
         print_json(_as_data(checkpoint))

@@ -1,4 +1,4 @@
-"""``mx load``: load a checkpoint into memory and report."""
+"""``mx load``: loads a checkpoint into memory, and reports time, bytes and memory."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-class _Watch:
+class _LoadObserver:
     """Observes the load: keeps the report, and updates the progress bar if there is one."""
 
     def __init__(self, bar: Progress | None) -> None:
         self._bar = bar
         self._task = bar.add_task("opening", total=None) if bar else None
-        self._what = ""
+        self._description = ""
         self.report: LoadReport | None = None
 
     @hookimpl
     def mx_load_started(self, event: LoadStarted) -> None:
-        self._what = f"{event.tensors} tensors"
+        self._description = f"{event.tensors} tensors"
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=self._what, total=event.checkpoint_bytes)
+            self._bar.update(self._task, description=self._description, total=event.checkpoint_bytes)
 
     @hookimpl
     def mx_load_progress(self, event: LoadProgress) -> None:
         if self._bar is not None and self._task is not None:
-            what = f"{self._what} (limit: {event.limiter})" if event.limiter else self._what
+            description = f"{self._description} (limit: {event.limiter})" if event.limiter else self._description
             total = max(event.bytes_planned, event.bytes_done)
-            self._bar.update(self._task, description=what, completed=event.bytes_done, total=total)
+            self._bar.update(self._task, description=description, completed=event.bytes_done, total=total)
 
     @hookimpl
     def mx_load_finished(self, event: LoadFinished) -> None:
@@ -64,16 +64,18 @@ def load(
     json_output: JsonOption = False,
     digests: Annotated[
         Path | None,
-        typer.Option(help="Write a JSON object, tensor name to SHA-256 (hex) of its bytes.", metavar="FILE"),
+        typer.Option(
+            help="Write a JSON object to this file: tensor name to SHA-256 (hex) of its bytes.", metavar="FILE"
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Device of the tensors.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Create the tensors on this device.")] = "cpu",
 ) -> None:
-    """Load a checkpoint into memory and report."""
+    """Load a checkpoint into memory and report time, bytes and memory."""
     plugins = PluginManager.discover()
     with _digest_file(digests) as write_digests:
         bar = progress_bars()
-        watch = _Watch(bar)
-        plugins.register(watch, name="mx-load-command")
+        observer = _LoadObserver(bar)
+        plugins.register(observer, name="mx-load-command")
         if bar is None:
             state = load_state_dict(uri, device=_checked(device), plugins=plugins)
         else:
@@ -81,13 +83,13 @@ def load(
                 state = load_state_dict(uri, device=_checked(device), plugins=plugins)
         if digests is not None:
             write_digests(state)
-    if watch.report is None:
+    if observer.report is None:
         message = "the load ended without a report"
         raise ModelExpressError(message, hint="this is a bug in ModelExpress; please report it")
     if json_output:
-        print_json(watch.report.to_dict())
+        print_json(observer.report.to_dict())
     else:
-        _print(watch.report, digests)
+        _print(observer.report, digests)
 
 
 def _checked(device: str) -> torch.device:
@@ -106,13 +108,13 @@ def _checked(device: str) -> torch.device:
 
 @contextmanager
 def _digest_file(path: Path | None) -> Iterator[_DigestWriter]:
-    """Open the file before the load, so that a wrong path fails early. It is in place only when it is complete."""
+    """Open the file before the load, so that a wrong path fails early; move it into place when it is complete."""
     if path is None:
         yield _DigestWriter(None)
         return
     if path.is_dir() or path.suffix == ".safetensors":
-        what = "a directory" if path.is_dir() else "named like a checkpoint file"
-        raise ModelExpressError(f"cannot write the digests to {path}: it is {what}", hint="name another file")
+        reason = "it is a directory" if path.is_dir() else "it has the name of a checkpoint file"
+        raise ModelExpressError(f"cannot write the digests to {path}: {reason}", hint="choose another file")
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)

@@ -1,4 +1,4 @@
-"""Output of commands: results on stdout, everything else on stderr, errors without a traceback."""
+"""Output of the commands: results to stdout, everything else to stderr; errors without a traceback."""
 
 from __future__ import annotations
 
@@ -32,29 +32,28 @@ __all__ = [
 
 _F = TypeVar("_F", bound=Callable[..., None])
 
-#: Columns of output without a terminal: enough to print names in full.
-_WIDE = 200
+#: Width of the output if there is no terminal: enough that no name is cut.
+_WIDTH_WITHOUT_TERMINAL = 200
 
 #: C0, DEL and C1.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
 
 
 def console() -> Console:
-    """The console for results."""
-    return Console(
-        width=None if (sys.stdout and sys.stdout.isatty()) or "COLUMNS" in os.environ else _WIDE, highlight=False
-    )
+    """Return the console for results."""
+    width_known = (sys.stdout and sys.stdout.isatty()) or "COLUMNS" in os.environ
+    return Console(width=None if width_known else _WIDTH_WITHOUT_TERMINAL, highlight=False)
 
 
 def status_console() -> Console:
-    """The console for progress, warnings and errors."""
+    """Return the console for progress, warnings and errors."""
     return Console(stderr=True, highlight=False)
 
 
 def progress_bars() -> Progress | None:
-    """Progress bars with bytes, rate and time left, which disappear at the end; None without a terminal."""
+    """Return bars with bytes, rate and time left, which disappear at the end; None if there is no terminal."""
     status = status_console()
     if not status.is_terminal:
         return None
@@ -70,47 +69,47 @@ def progress_bars() -> Progress | None:
 
 
 def printable(text: str) -> str:
-    """``text`` with escaped control characters, which could otherwise control the terminal or forge lines."""
+    """Escape the control characters in ``text``, so that foreign text cannot control the terminal or forge lines."""
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def print_json(value: object) -> None:
-    """Print ``value`` as JSON on stdout."""
+    """Print ``value`` as JSON to stdout."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
     sys.stdout.flush()
 
 
 def exit_code(exc: ModelExpressError) -> int:
-    """The exit code of a command that failed with ``exc``: 2 for wrong usage, else 1."""
+    """Return the exit code for ``exc``: 2 for wrong usage, otherwise 1."""
     return 2 if isinstance(exc, InvalidURIError) else 1
 
 
 def silence_grpc() -> None:
-    """Stop gRPC's core from logging to stderr, unless the user configured it: commands report failures."""
+    """Stop gRPC's C core from logging to stderr, unless the user configured it: the commands report failures."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def package_missing(what: str, exc: ModuleNotFoundError) -> PluginLoadError:
-    """The error for ``what`` (``"the server"``) if a package of the extra ``server`` is missing."""
+    """Return the error for ``what`` (``"the server"``), whose packages the extra ``server`` installs."""
     message = f"{what} needs the package {exc.name}, which is not installed"
     return PluginLoadError(message, plugin="modelexpress-core", hint="pip install 'modelexpress-core[server]'")
 
 
 def errors_reported(command: _F) -> _F:
-    """``command`` with our errors as a message on stderr (with ``--json`` also on stdout), and an exit code."""
+    """Wrap ``command`` so that our errors become a message on stderr (with --json also on stdout) and an exit code."""
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the parameters of the command
+    def run(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the arguments of any command
         try:
             command(*args, **kwargs)
         except ModelExpressError as exc:
             _report(exc, as_json=bool(kwargs.get("json_output")))
             raise typer.Exit(exit_code(exc)) from exc
         except KeyboardInterrupt:
-            status_console().print("Interrupted. Nothing was kept.", style="red")
+            status_console().print("Interrupted; nothing was kept.", style="red")
             raise typer.Exit(1) from None
         except BrokenPipeError:
-            # The reader of our output is gone. Without this, Python reports another error when it flushes.
+            # The reader of our output has closed it. Without this, Python would report the error again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except OSError as exc:

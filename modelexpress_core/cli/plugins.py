@@ -1,4 +1,4 @@
-"""``mx plugins``: every installed plugin, and why a plugin is broken."""
+"""``mx plugins``: lists the installed plugins, with the reasons why some are broken."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _STYLES = {"loaded": "green", "broken": "red", "disabled": "yellow"}
 
 
 def plugins(json_output: JsonOption = False) -> None:
-    """List every plugin: distribution, version, schemes, status, and why it is broken or disabled."""
-    # Strict mode stops at the first broken plugin, but this command lists all.
+    """List every plugin: distribution, version, schemes, status, and the reason if it is broken."""
+    # Strict mode would stop at the first broken plugin; this command lists all of them.
     manager = PluginManager.discover({**os.environ, "MX_STRICT_PLUGINS": ""})
     conflicts = [conflict for table in manager.tables() for conflict in table.conflicts()]
     if json_output:

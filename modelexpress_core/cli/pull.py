@@ -1,4 +1,4 @@
-"""``mx pull``: copy the files below a URI into a directory."""
+"""``mx pull``: copies the files below a URI into a directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from modelexpress_core.report import PullReport, format_bytes, format_files
 
 __all__ = ["pull"]
 
-#: Largest number of files with their own bar.
+#: Most files with a progress bar at one time.
 _MAX_FILE_BARS = 8
 
 
@@ -47,23 +47,20 @@ class _Bars:
 def pull(
     uri: Annotated[str, typer.Argument(help="A directory or one file: a URI or a path.", metavar="URI")],
     directory: Annotated[
-        str,
-        typer.Argument(
-            help="Directory for the files; created if it does not exist.", metavar="DIR", show_default=False
-        ),
+        str, typer.Argument(help="Directory for the files; created if missing.", metavar="DIR", show_default=False)
     ],
     no_weights: Annotated[
-        bool, typer.Option("--no-weights", help="Copy no weights: only configuration and tokenizer.")
+        bool, typer.Option("--no-weights", help="Copy no weights: only configuration and tokenizer files.")
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Copy files into a directory, verified, each only when complete. Run it again to resume."""
+    """Copy files into a directory and verify them. Only complete files appear there. Run again to resume."""
     plugins = PluginManager.discover()
     try:
         with _bars() as bars:
             report = pull_files(uri, directory, weights=not no_weights, on_progress=bars, plugins=plugins)
     except KeyboardInterrupt:
-        message = "Interrupted. Complete files are in place. Run the same command again to resume."
+        message = "Interrupted. Complete files are in place; run the same command again to resume."
         status_console().print(message, style="red")
         raise typer.Exit(1) from None
     if json_output:
@@ -74,7 +71,7 @@ def pull(
 
 @contextmanager
 def _bars() -> Iterator[_Bars | None]:
-    """Bars on a terminal, else None."""
+    """Show progress bars if there is a terminal."""
     progress = progress_bars()
     if progress is None:
         yield None

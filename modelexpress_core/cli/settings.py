@@ -1,4 +1,4 @@
-"""``mx settings``: every variable, its value, and where the value came from."""
+"""``mx settings``: lists every setting, its value, and the source of the value."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["settings"]
 
 
 def settings(json_output: JsonOption = False) -> None:
-    """List every setting, its value and where it came from. Secrets are hidden."""
+    """List every setting, its value and where it came from; secrets are hidden."""
     core = [value for cls in CORE_SETTINGS for value in describe(cls, os.environ, owner=CORE)]
-    # Invalid variables of core must not prevent the list of plugins and their settings.
+    # An unusable variable of core must not prevent the plugins' settings from being listed.
     usable = {name: text for name, text in os.environ.items() if name not in _unusable(core)}
     plugins = PluginManager.discover({**usable, "MX_STRICT_PLUGINS": ""}).settings_classes()
     values = [*core, *(value for owner, cls in plugins for value in describe(cls, os.environ, owner=owner))]

@@ -1,4 +1,4 @@
-"""``mx health`` and ``mx sources``: the state of a server, and the workers that it lists."""
+"""``mx health`` and ``mx sources``: show the state of a server, and the workers that it knows."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["health", "sources"]
 
 _WATCH_SECONDS = 2.0
 
-#: Status of a worker that is in no list by status: it was ready and is silent for too long, so that the server does not
-#: offer it any more, or it has a status that this version does not know.
+#: For a worker that the server returns for no known status: it was ready but has been silent for too long, so that the
+#: server no longer offers it, or this version does not know its status.
 _NO_STATUS = "silent or unknown"
 
 UrlOption = Annotated[
     str | None,
-    typer.Option("--url", help="Server; by default MODEL_EXPRESS_URL, or localhost:8001.", metavar="URL"),
+    typer.Option("--url", help="Call this server; by default MODEL_EXPRESS_URL, or localhost:8001.", metavar="URL"),
 ]
 
 
 def health(url: UrlOption = None, json_output: JsonOption = False) -> None:
-    """Show the status, version and uptime of a server."""
+    """Show status, version and uptime of a server."""
     with _client(url) as client:
         begun = time.perf_counter()
         response = client.health()
@@ -43,14 +43,14 @@ def health(url: UrlOption = None, json_output: JsonOption = False) -> None:
         print_json({"status": response.status, "version": response.version, "uptime_seconds": response.uptime})
         return
     uptime = timedelta(seconds=response.uptime)
-    said = f"{response.status}, version {response.version}, up {uptime}, answered in {milliseconds:.0f} ms"
-    console().print(printable(said), markup=False)
+    text = f"{response.status}, version {response.version}, up {uptime}, answered in {milliseconds:.0f} ms"
+    console().print(printable(text), markup=False)
 
 
 def sources(
     url: UrlOption = None,
     json_output: JsonOption = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Update the list until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh the list until Ctrl-C.")] = False,
     model: Annotated[str | None, typer.Option(help="List only workers of this model.", metavar="NAME")] = None,
 ) -> None:
     """List the workers that hold models, the latest heartbeat first."""
@@ -77,7 +77,7 @@ def _as_data(client: ServerClient, model: str | None) -> list[dict[str, object]]
     from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
     everything = client.list_sources(p2p_pb2.ListSourcesRequest(model_name_filter=model))
-    # A list does not contain the status of its sources.
+    # A list contains no status, so each status is listed separately.
     statuses: dict[tuple[str, str], str] = {}
     for constant in p2p_pb2.SourceStatus.keys():  # noqa: SIM118 - no dictionary
         request = p2p_pb2.ListSourcesRequest(status_filter=constant, model_name_filter=model)
@@ -99,7 +99,7 @@ def _as_data(client: ServerClient, model: str | None) -> list[dict[str, object]]
 
 
 def _load(source: p2p_pb2.SourceInstanceRef) -> float | None:
-    """The load that the worker reports; None if it reports none, or no number."""
+    """Return the load that the worker reports; None if it reports none, or no finite number."""
     known = source.HasField("source_load") and math.isfinite(source.source_load)
     return round(source.source_load, 4) if known else None
 
@@ -125,5 +125,5 @@ def _client(url: str | None) -> ServerClient:
     try:
         from modelexpress_core.sources.client import ServerClient
     except ModuleNotFoundError as exc:
-        raise package_missing("a query of a server", exc) from exc
+        raise package_missing("a call to a server", exc) from exc
     return ServerClient.from_env(os.environ, url=url)

@@ -1,4 +1,4 @@
-"""A load from the files of a checkpoint: any rank of any layout reads just its bytes."""
+"""A load from the files of a checkpoint: any rank of any layout reads only the bytes it needs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CheckpointLoad(Load):
         self._engine: FetchEngine | None = None
 
     def open(self) -> None:
-        """Read the headers of all files, in parallel: which tensor lies where, in which version of which file."""
+        """Read the headers of all files, in parallel: position of each tensor, and version of each file."""
         self._registered, storage = self._plugins.open(STORAGE, self._uri, self._context.environ)
         self._closing.callback(storage.close)
         budget = self._context.new_budget()

@@ -1,4 +1,4 @@
-"""What every load needs: settings, plugins, and how a checkpoint is opened with them."""
+"""Settings and plugins of a load, and how it opens a checkpoint with them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["LoadContext", "redacted_uris"]
 
 
 def redacted_uris(uri: ModelURI) -> Callable[[str], str]:
-    """A function from the path of an object in the storage of ``uri`` to its redacted URI."""
+    """Return a function from the path of an object in the storage of ``uri`` to its redacted URI."""
     return lambda path: str(uri.with_path(path))
 
 
@@ -49,7 +49,7 @@ class LoadContext:
         self.plugins = plugins
 
     def new_budget(self) -> RetryBudget:
-        """The waiting time of one load."""
+        """Return the retry budget of one load."""
         return RetryBudget(self.settings.retry_budget_seconds)
 
     def read_headers(
@@ -61,14 +61,14 @@ class LoadContext:
         *,
         to_load: bool = False,
     ) -> Checkpoint:
-        """The checkpoint at ``uri`` in an open storage, with the retries that the user set.
+        """Return the checkpoint at ``uri`` in an open storage, with retries as the settings say.
 
         Args:
-            uri: Where it is.
+            uri: The checkpoint.
             registered: The record of the storage.
             storage: The storage.
             budget: Waiting time for retries.
-            to_load: Whether its files come with the digests that they are compared with.
+            to_load: Whether a load follows, which needs the digests of the files.
         """
         policy = RetryPolicy.from_settings(self.settings)
         retrying = RetryingStorage(storage, policy, budget, uri_of=redacted_uris(uri))

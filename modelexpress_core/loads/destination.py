@@ -1,4 +1,4 @@
-"""What a load writes to, and whether another candidate may still follow."""
+"""The destination of a load, and whether another candidate may follow a failure."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["Destination", "DestinationTouchedError"]
 
 
 class DestinationTouchedError(ModelExpressError):
-    """A load failed after it began to write, and its destination cannot be made anew here: its owner has to."""
+    """A load failed after it began to write, and only the owner of the destination can initialize it again."""
 
 
 class Destination:
-    """What a load writes to: *untouched* until a load may have written to it, *touched* from then on.
+    """The destination of a load: *untouched* until a load may have written to it, *touched* from then on.
 
-    While it is untouched, the next candidate can be tried after a failure. A touched one has to be made anew first.
-    Subclasses say what is written and how it is checked; the base is for owners that write on their own.
+    An untouched destination is ready for the next candidate after a failure. A touched one must be initialized again
+    first. Subclasses define what is written and how it is checked. The base class is for owners that write themselves.
 
     Args:
-        renew: Makes the memory anew, so that nothing of a failed load is left; None if that is not possible here.
+        renew: Initializes the memory again, so that nothing of a failed load remains; None if only the owner can.
 
     Attributes:
         touched: Whether anything may have been written.
@@ -40,44 +40,44 @@ class Destination:
         self._renew = renew
 
     def touch(self) -> None:
-        """From now on, something may be written."""
+        """Mark the destination as touched: from now on a load may write to it."""
         self.touched = True
 
     def prepare_for_next(self) -> None:
-        """Make the destination ready for the next candidate: a touched one is made anew.
+        """Prepare the destination for the next candidate: initialize it again if it was touched.
 
         Raises:
-            DestinationTouchedError: It is touched, and cannot be made anew.
+            DestinationTouchedError: It is touched, and only its owner can initialize it.
         """
         if not self.touched:
             return
         if self._renew is None:
-            message = "the load failed after it began to write, and its destination cannot be used for another"
-            raise DestinationTouchedError(message, hint="make the model anew, and load into that")
+            message = "the load failed after it began to write, so its destination cannot take another load"
+            raise DestinationTouchedError(message, hint="create the model again, and load into the new one")
         self._renew()
         self.touched = False
 
     # -- loads of checkpoints -----------------------------------------------------------------------------------------
 
     def check_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Raise unless ``checkpoint`` fits; called before a byte is moved."""
+        """Raise unless ``checkpoint`` fits; called before a byte moves."""
 
     def new_recorder(self, checkpoint: Checkpoint, engine: FetchEngine) -> Recorder:
-        """What records the copies from ``checkpoint`` to this destination."""
+        """Return a recorder for the copies from ``checkpoint`` to this destination."""
         from modelexpress_core.placement import Recorder
 
         return Recorder(checkpoint, engine)
 
     def copy_from(self, checkpoint: Checkpoint, recorder: Recorder) -> None:
-        """Record the copy of each tensor of ``checkpoint`` that is wanted; not where code records copies by itself."""
+        """Record the copy of each requested tensor; do nothing if the owner's code makes the copies."""
 
     # -- loads from peers ---------------------------------------------------------------------------------------------
 
     def run_time_tensors(self) -> Mapping[str, torch.Tensor] | None:
-        """The tensors as the engine uses them, which a peer may hold, too; None if only a checkpoint will do."""
+        """Return the tensors as the engine uses them, which a peer may hold too; None if peers cannot be used."""
         return None
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def complete(self, report: LoadReport) -> None:
-        """Called when every byte is in place: raise if anything is missing, else make the result the owner's."""
+        """Called when every byte is in place: raise if anything is missing, else hand the result to the owner."""

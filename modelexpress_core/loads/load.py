@@ -25,19 +25,19 @@ __all__ = ["Load", "peak_rss_bytes"]
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
+    """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Load(ABC):
     """One attempt to load from one candidate: ``open``, ``fetch``, ``complete``, or ``abort`` after any of them.
 
-    As a context manager it aborts on an error, and gives up what it holds open in any case.
+    As a context manager it aborts on an error, and always closes its connections.
 
     Args:
-        candidate: Where to load from.
+        candidate: The source.
         context: Settings and plugins.
-        destination: What is written. Touched before the first byte may be written to it.
+        destination: The destination, which becomes touched before the first byte is written.
     """
 
     def __init__(self, candidate: Candidate, context: LoadContext, destination: Destination) -> None:
@@ -66,12 +66,12 @@ class Load(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Find out what is there, and compare it with the destination. No weight byte moves.
+        """Read what the source holds, and compare it with the destination. No weight byte moves.
 
         Raises:
-            BackendError: It cannot be read.
-            CheckpointError: What is there is no valid checkpoint.
-            PlacementError, IncompleteLoadError: It does not fit the destination.
+            BackendError: The source cannot be read.
+            CheckpointError: The files there are no valid checkpoint.
+            PlacementError, IncompleteLoadError: The source does not fit the destination.
         """
 
     @abstractmethod
@@ -79,11 +79,11 @@ class Load(ABC):
         """Touch the destination, and move every byte into place.
 
         Raises:
-            BackendError: Bytes did not arrive, or are not the right ones.
+            BackendError: Bytes did not arrive, or are wrong.
         """
 
     def complete(self) -> LoadReport:
-        """Check the account, make the result the owner's, and report.
+        """Check that everything was written, hand the result to the owner, and report.
 
         Raises:
             IncompleteLoadError: Something was not written.
@@ -98,31 +98,31 @@ class Load(ABC):
         """End a load that failed with ``exc``.
 
         Raises:
-            ModelExpressError: Something still writes to the destination, so that no other candidate may follow.
+            ModelExpressError: Reads may still write to the destination, so that no other candidate may follow.
         """
         stopped = self._stop(exc)
         seconds = time.monotonic() - self._begun
         self._plugins.load_failed(LoadFailed(load_id=self._id, uri=str(self._uri), error=exc, seconds=seconds))
         if not stopped:
-            message = f"reads of {self._uri} go on after the load has failed, so its destination must not be used"
+            message = f"reads of {self._uri} continue after the load has failed, so its destination must not be used"
             raise ModelExpressError(message, hint="end this process") from exc
 
-    # -- what the two kinds tell --------------------------------------------------------------------------------------
+    # -- what subclasses implement ------------------------------------------------------------------------------------
 
     @abstractmethod
     def _account(self) -> LoadReport:
-        """The figures of this load, once everything that it needs was checked."""
+        """Return the report of this load."""
 
     @abstractmethod
     def _stop(self, exc: BaseException) -> bool:
-        """Stop reading; whether nothing is written to the destination any more."""
+        """Stop reading; return whether nothing can write to the destination any more."""
 
     @abstractmethod
     def _progress_event(self) -> LoadProgress:
-        """How far this load is."""
+        """Return the progress of this load."""
 
     def _announce(self, *, provider: str, files: int, tensors: int, size_bytes: int) -> None:
-        """Tell observers that the load is open."""
+        """Notify observers that the load is open."""
         self._opened = time.monotonic()
         self._plugins.load_started(
             LoadStarted(

@@ -28,8 +28,8 @@ class PeerLoad(Load):
     Args:
         candidate: The worker.
         context: Settings and plugins.
-        destination: What is written: it has run-time tensors.
-        request: What is asked for; its identity is the one that the worker must hold.
+        destination: A destination with run-time tensors.
+        request: The request; the worker must hold its identity.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class PeerLoad(Load):
         self._closing.callback(self._session.close)
         tensors = self.destination.run_time_tensors()
         if tensors is None:
-            reason = "the destination takes tensors of a checkpoint, and a worker holds those of an engine"
+            reason = "the destination takes tensors of a checkpoint, but a worker holds those of an engine"
             raise UnsupportedError(reason, uri=str(self._uri), operation=_COMPARE)
         own = tensor_layouts(tensors)
         self._compare(own, self._session.layouts)
-        # One read for each memory: tied tensors are read once.
+        # Tied tensors share memory, and are read once.
         self._reads = tuple(TensorRead(each.name, tensors[each.name]) for each in own if not each.same_memory_as)
         self._planned_bytes = sum(read.destination.nbytes for read in self._reads)
         self._planning_done = True
@@ -80,22 +80,22 @@ class PeerLoad(Load):
         )
 
     def fetch(self) -> None:
-        """Read every tensor into place; the worker confirms afterwards that its memory did not change meanwhile."""
+        """Read every tensor into place; afterwards the worker confirms that its memory did not change."""
         assert self._session is not None  # noqa: S101 - for the type checker: the load is open
         self.destination.touch()
         left = {read.name: read.destination.nbytes for read in self._reads}
         for completion in self._session.read(self._reads):
-            wanted = left.pop(completion.name, None)
-            if wanted != completion.bytes:
-                reason = f"the transport delivered {completion.bytes} bytes of {completion.name}, not {wanted or 0}"
-                raise self._broken(reason)
+            expected = left.pop(completion.name, None)
+            if expected != completion.bytes:
+                reason = f"the transport delivered {completion.bytes} bytes of {completion.name}, not {expected or 0}"
+                raise self._transport_error(reason)
             self._arrived_bytes += completion.bytes
             self._progress.arrived()
         if left:
-            raise self._broken(f"the transport ended without {len(left)} tensors: {listed(sorted(left))}")
+            raise self._transport_error(f"the transport did not deliver {len(left)} tensors: {listed(sorted(left))}")
         self._session.release()
 
-    def _broken(self, reason: str) -> IntegrityError:
+    def _transport_error(self, reason: str) -> IntegrityError:
         return IntegrityError(
             reason,
             uri=str(self._uri),
@@ -105,7 +105,7 @@ class PeerLoad(Load):
         )
 
     def _stop(self, exc: BaseException) -> bool:  # noqa: ARG002 - a session needs no reason
-        self._closing.close()  # no read writes to memory once the session is closed
+        self._closing.close()  # a closed session writes to no memory
         return True
 
     def _progress_event(self) -> LoadProgress:
@@ -151,6 +151,6 @@ class PeerLoad(Load):
 
 
 def _expected_peer(request: LoadRequest) -> Peer:
-    """What a worker is expected to hold that was named by its address alone."""
+    """Return the peer that is expected at a worker of which only the address is known."""
     source_id = request.identity.source_id if request.identity is not None else ""
     return Peer(source_id=source_id, worker_id="", worker_rank=request.worker_rank)

@@ -1,4 +1,4 @@
-"""The destinations of the public functions: a dictionary of new tensors, a model, and code that copies by itself."""
+"""The destinations of the public functions: new tensors, a model, and deferred tensors that the caller copies."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class NewTensors(Destination):
     """New tensors with the shapes and dtypes of the checkpoint.
 
     Args:
-        names: Names of the tensors that are wanted; None for all.
-        device: Where they are made.
+        names: Names of the tensors to load; None for all.
+        device: Device for the tensors.
 
     Attributes:
         tensors: The tensors by name.
@@ -39,18 +39,18 @@ class NewTensors(Destination):
         self._device = device
 
     def check_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Raise unless ``checkpoint`` has every tensor that is wanted."""
+        """Raise unless ``checkpoint`` has every requested tensor."""
         for name in self._names or ():
             if name not in checkpoint.tensors:
                 message = f"{checkpoint.uri} has no tensor {name!r}"
-                raise PlacementError(message, tensor=name, hint="`mx inspect` lists those it has")
+                raise PlacementError(message, tensor=name, hint="`mx inspect` lists the tensors that it has")
 
     def new_recorder(self, checkpoint: Checkpoint, engine: FetchEngine) -> Recorder:
-        """A recorder for memory that nothing else uses yet."""
+        """Return a recorder for new memory, which no other code uses yet."""
         return Recorder(checkpoint, engine, fresh=True)
 
     def copy_from(self, checkpoint: Checkpoint, recorder: Recorder) -> None:
-        """Make each tensor, and record its copy."""
+        """Allocate each tensor, and record its copy."""
         for name in checkpoint.tensors if self._names is None else self._names:
             info = checkpoint.tensors[name]
             tensor = torch.empty(torch_shape(info), dtype=torch_dtype(info), device=self._device)
@@ -58,19 +58,19 @@ class NewTensors(Destination):
             recorder.copy_whole(info, tensor)
 
 
-def _overwritten_by_the_next() -> None:
-    """Nothing of a load that failed is left once the next has written every tensor."""
+def _keep() -> None:
+    """Do nothing: the next load overwrites every tensor that a failed one wrote."""
 
 
 class Target(Destination):
     """The tensors of a model, or of a mapping.
 
     Args:
-        tensors: The tensors, and whether a checkpoint fits them.
-        strict: Refuse a checkpoint that holds tensors without a destination.
-        cast: Convert to the destination's dtype where it differs.
-        renew: Makes them anew after a load that failed; by default nothing, since the next load writes all of them.
-            None if only the owner can.
+        tensors: The tensors, and the check whether a checkpoint fits them.
+        strict: Refuse a checkpoint with tensors that have no destination.
+        cast: Convert to the destination's dtype if it differs.
+        renew: Initializes the tensors after a failed load; by default does nothing, since the next load writes all of
+            them. None if only the owner can.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Target(Destination):
         *,
         strict: bool,
         cast: bool,
-        renew: Callable[[], None] | None = _overwritten_by_the_next,
+        renew: Callable[[], None] | None = _keep,
     ) -> None:
         super().__init__(renew)
         self._destinations = tensors
@@ -97,19 +97,19 @@ class Target(Destination):
                 recorder.copy_whole(info, self._destinations.tensors[name])
 
     def run_time_tensors(self) -> Mapping[str, torch.Tensor]:
-        """The tensors that are written."""
+        """Return the tensors that are written."""
         return self._destinations.tensors
 
-    def complete(self, report: LoadReport) -> None:  # noqa: ARG002 - of the base
+    def complete(self, report: LoadReport) -> None:  # noqa: ARG002 - signature of the base class
         """Give the model the memory of its tensors that were on the meta device."""
         self._destinations.adopt()
 
 
 class DeferredTarget(Destination):
-    """Whatever code copies deferred tensors to. It cannot be made anew: only its owner knows what it is.
+    """Any memory that the caller's code copies deferred tensors to. Only the caller can initialize it again.
 
     Args:
-        model: Where given, every parameter and persistent buffer of it must be written.
+        model: If given, each of its parameters and persistent buffers must be written.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, torch.Tensor] | None) -> None:
@@ -117,24 +117,24 @@ class DeferredTarget(Destination):
         self._coverage = None if model is None else Coverage(_named_tensors(model))
 
     def new_recorder(self, checkpoint: Checkpoint, engine: FetchEngine) -> Recorder:
-        """A recorder that also keeps account of what of the model was written."""
+        """Return a recorder that also tracks which tensors of the model were written."""
         return Recorder(checkpoint, engine, self._coverage)
 
     def complete(self, report: LoadReport) -> None:
-        """Raise if a tensor of the model was not written, or nothing of the checkpoint was used."""
+        """Raise if a tensor of the model was not written, or no tensor of the checkpoint was used."""
         missing = () if self._coverage is None else self._coverage.missing()
         if missing:
             raise IncompleteLoadError(
-                f"{len(missing)} tensors of the model were not wholly written: {listed(missing)}",
+                f"{len(missing)} tensors of the model were not completely written: {listed(missing)}",
                 missing=missing,
-                cause="the checkpoint is of another model, the code that loads skips what it does not know, or the "
-                "model is on the meta device, which has no memory",
+                cause="the checkpoint belongs to another model, the loading code skips names that it does not know, or "
+                "the model is on the meta device, which has no memory",
                 hint="compare the names with `mx inspect`; give a model on the meta device memory with to_empty",
             )
         if not report.tensors and report.tensors_in_checkpoint:
             raise IncompleteLoadError(
-                f"nothing of {report.uri} was used",
-                cause="the code that loads knows none of its names",
+                f"no tensor of {report.uri} was used",
+                cause="the loading code knows none of its names",
                 hint="compare the names with `mx inspect`",
             )
 

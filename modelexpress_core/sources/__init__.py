@@ -1,1 +1,1 @@
-"""Which worker holds which model: identities, publishing, discoveries, ranking, and clients of servers and workers."""
+"""Which workers hold a model: identities, publishing, discovery and ranking."""

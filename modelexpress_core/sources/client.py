@@ -1,4 +1,4 @@
-"""Calls to a server of the protocol, ours or another, with deadlines, retries and our errors."""
+"""Calls to a ModelExpress server, ours or another implementation, with deadlines, retries and our error classes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class ServerClient(Client):
     """A connection to one server. Thread-safe. The constructor sends nothing.
 
     Args:
-        url: Address of the server: ``host:port``, or a URL; ``https://`` is TLS.
+        url: Address of the server: ``host:port``, or a URL; ``https://`` selects TLS.
         deadline_seconds: How long each call may take, retries included.
-        security: Certificates and token; by default the system's certificates, and the token in its default file.
-        retries: Whether calls that reach no server are retried within their deadline.
+        security: Certificates and token; by default those of this system, and the token at the usual path.
+        retries: Whether a call to an unreachable server is retried within its deadline.
 
     Raises:
-        InvalidURIError: By the constructor: ``url`` is no address.
-        SettingsError: By the constructor: certificates cannot be used.
+        InvalidURIError: By the constructor, if ``url`` is no valid address.
+        SettingsError: By the constructor, if certificates cannot be used.
         BackendError: By each call: unavailable, access denied, deadline, unsupported.
     """
 
@@ -39,27 +39,27 @@ class ServerClient(Client):
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, *, url: str | None = None) -> ServerClient:
-        """A client with the settings in ``environ``, for the server at ``url`` if one is given.
+        """Connect as the environment variables say; ``url`` overrides the address.
 
         Raises:
             SettingsError: Variables, or files that they name, cannot be used.
-            InvalidURIError: The address is invalid.
+            InvalidURIError: The address is not valid.
         """
         address = from_env(ServerAddress, environ)
         security = Security.from_env(environ)
         return cls(url or address.url, deadline_seconds=address.deadline_seconds, security=security)
 
     def another(self) -> ServerClient:
-        """A separate connection to the same server, without retries, for callers that retry themselves.
+        """Return a second connection to the same server, without retries, for callers that retry themselves.
 
-        It shares no lock with this one, and is closed separately.
+        The two share no lock, and each is closed separately.
         """
         return ServerClient(
             str(self._endpoint), deadline_seconds=self._deadline_seconds, security=self._security, retries=False
         )
 
     def health(self) -> health_pb2.GetHealthResponse:
-        """Version, status and uptime of the server."""
+        """Return version, status and uptime of the server."""
         response: health_pb2.GetHealthResponse = self._call(HEALTH, "GetHealth", health_pb2.GetHealthRequest())
         return response
 
@@ -74,17 +74,17 @@ class ServerClient(Client):
         return response
 
     def list_sources(self, request: p2p_pb2.ListSourcesRequest | None = None) -> Sequence[p2p_pb2.SourceInstanceRef]:
-        """The sources that match, all by default. The latest heartbeat comes first."""
+        """Return the sources that match ``request``, all by default. The latest heartbeat comes first."""
         response: p2p_pb2.ListSourcesResponse = self._call(P2P, "ListSources", request or p2p_pb2.ListSourcesRequest())
         return response.instances
 
     def metadata(self, source_id: str, worker_id: str) -> p2p_pb2.GetMetadataResponse:
-        """The complete record of a worker; ``found`` is false if the server has none."""
+        """Return the whole record of a worker; ``found`` says whether the server has one."""
         request = p2p_pb2.GetMetadataRequest(mx_source_id=source_id, worker_id=worker_id)
         response: p2p_pb2.GetMetadataResponse = self._call(P2P, "GetMetadata", request)
         return response
 
     def update_status(self, request: p2p_pb2.UpdateStatusRequest) -> p2p_pb2.UpdateStatusResponse:
-        """Send a heartbeat. If the server does not know the worker, publish it again."""
+        """Send a heartbeat. If the server does not know the worker, the caller publishes the record again."""
         response: p2p_pb2.UpdateStatusResponse = self._call(P2P, "UpdateStatus", request)
         return response

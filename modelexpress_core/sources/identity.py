@@ -1,4 +1,4 @@
-"""The identity under which a worker publishes its tensors and finds equal ones."""
+"""The identity under which a worker publishes its tensors, and by which it finds workers with the same tensors."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def own_identity(
     engine_version: str,
     **details: Any,  # noqa: ANN401 - fields of SourceIdentity
 ) -> SourceIdentity:
-    """The identity under which an engine publishes ``tensors`` and finds workers with equal ones.
+    """Return the identity under which an engine publishes ``tensors``, and by which it finds equal workers.
 
-    Workers with equal identities have tensors of the same names, shapes, strides and dtypes, created by the same
-    versions of engine, torch and CUDA for the same accelerator. Their bytes are interchangeable.
+    Workers with equal identities have tensors of the same names, shapes, strides and dtypes, made by the same versions
+    of engine, torch and CUDA for the same accelerator: their bytes are interchangeable.
 
     Args:
         model_name: Name of the model.
-        tensors: Parameters and buffers by name, on the device where they are used.
+        tensors: The published parameters and buffers by name, on the device where they are used.
         engine: Number of the engine, see ``Engine``.
-        engine_version: Version of the engine.
-        **details: Other fields of ``SourceIdentity``: ``tensor_parallel_size``, ``dtype``, ``revision`` and so on. Keys
-            in ``extra_parameters`` are added to ``layout_signature``.
+        engine_version: Its version.
+        **details: Other fields of ``SourceIdentity``: ``tensor_parallel_size``, ``dtype``, ``revision`` and so on.
+            ``extra_parameters`` may hold any key but ``layout_signature``, which is added here.
     """
     import torch
 
     device = next((tensor.device for tensor in tensors.values() if tensor.device.type != "cpu"), torch.device("cpu"))
-    given = details.pop("extra_parameters", {})
-    taken = sorted(key for key in given if key.lower() == "layout_signature")
-    if taken:
-        message = f"extra_parameters has {', '.join(taken)}, which is derived from the tensors"
+    extra = details.pop("extra_parameters", {})
+    reserved = sorted(key for key in extra if key.lower() == "layout_signature")
+    if reserved:
+        message = f"extra_parameters must not contain {', '.join(reserved)}: it is computed from the tensors"
         raise ValueError(message)
-    extra = {**given, "layout_signature": layout_digest(tensor_layouts(tensors))}
+    extra = {**extra, "layout_signature": layout_digest(tensor_layouts(tensors))}
     return SourceIdentity(
         model_name,
         backend_framework=engine,
@@ -57,7 +57,7 @@ def own_identity(
 
 
 def _architecture(device: torch.device) -> str:
-    """``"sm_90"`` for an NVIDIA accelerator, ``"gfx942"`` for one of AMD, else torch's name of the device type."""
+    """Return, for example, ``"sm_90"`` for NVIDIA, ``"gfx942"`` for AMD, and torch's name of any other device."""
     import torch
 
     if device.type != "cuda":

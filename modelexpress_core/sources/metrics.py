@@ -1,6 +1,6 @@
-"""Prometheus metrics of the search for peers, if prometheus-client is installed (vLLM installs it).
+"""Prometheus metrics of peer discovery, if prometheus-client is installed (vLLM always brings it).
 
-The names are those of existing clients, so that their dashboards work.
+The metrics have the names that dashboards for existing clients use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["SourceMetrics", "source_metrics"]
 
 _log = logging.getLogger(__name__)
 
-#: Zero has its own bucket: it shows that no peer was published.
+#: Zero has its own bucket: it distinguishes "no worker published" from "all were filtered out".
 _COUNT_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 _SECONDS_BUCKETS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -28,22 +28,23 @@ _SECONDS_BUCKETS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @cache
 def source_metrics() -> SourceMetrics:
-    """The metrics of this process, in the default registry. They count nothing without prometheus-client."""
+    """Return the metrics of this process, in the default registry. Without prometheus-client they count nothing."""
     if importlib.util.find_spec("modelexpress") is not None:
-        return SourceMetrics(None)  # the existing client uses these names, and counts nothing if they are taken
+        # The existing client uses these names, and does not count if they are registered already.
+        return SourceMetrics(None)
     try:
         import prometheus_client
     except ImportError:
         return SourceMetrics(None)
     try:
         return SourceMetrics(prometheus_client.REGISTRY)
-    except ValueError as exc:  # the existing client has registered them in this process
-        _log.debug("the search for peers is not counted: %s", exc)
+    except ValueError as exc:  # the existing client is in this process too, and registered first
+        _log.debug("peer discovery is not counted: %s", exc)
         return SourceMetrics(None)
 
 
 class SourceMetrics:
-    """Counts the work of discoveries and ranking, by selector.
+    """Counts what discoveries and ranking do, labelled with the configured selector.
 
     Args:
         registry: Registry for the metrics; None to count nothing.
@@ -66,34 +67,34 @@ class SourceMetrics:
             registry=registry,
         )
         self._selections = Counter(
-            "mx_p2p_source_selections", "Loads that ranked a peer first.", ["policy"], registry=registry
+            "mx_p2p_source_selections", "Loads for which a peer ranked first.", ["policy"], registry=registry
         )
         self._seconds = Histogram(
             "mx_p2p_source_selection_seconds",
-            "Time to rank the candidates.",
+            "How long ranking the candidates took.",
             ["policy"],
             buckets=_SECONDS_BUCKETS,
             registry=registry,
         )
 
     def listed(self, policy: str, result: str) -> None:
-        """Count a request to a server: ``"ok"``, ``"empty"`` or ``"error"``."""
+        """Count a request to a server, which ended with ``"ok"``, ``"empty"`` or ``"error"``."""
         if self._counts:
             self._listed.labels(policy, result).inc()
 
     def counted(self, policy: str, stage: str, count: int) -> None:
-        """Count peers that were ``"listed"``, had the right rank (``"rank_matched"``), or are ``"usable"``."""
+        """Record how many peers were ``"listed"``, had the right rank (``"rank_matched"``), or are ``"usable"``."""
         if self._counts:
             self._candidates.labels(policy, stage).observe(count)
 
     def selected(self, policy: str) -> None:
-        """Count a load that ranked a peer first."""
+        """Count a load for which a peer ranked first."""
         if self._counts:
             self._selections.labels(policy).inc()
 
     @contextmanager
     def selecting(self, policy: str) -> Iterator[None]:
-        """Measure the time of a block that ranks candidates."""
+        """Measure the ranking of candidates in the ``with`` block."""
         begun = time.perf_counter()
         yield
         if self._counts:

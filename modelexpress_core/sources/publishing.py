@@ -1,6 +1,7 @@
-"""Publishes the record of a worker, sends its heartbeats, and withdraws the record when the worker ends.
+"""Publishes a worker's record to a server, sends its heartbeats, and withdraws the record when the worker ends.
 
-One thread sends everything, so that messages stay in order: no heartbeat follows the message that the record is stale.
+One thread sends all messages of a worker, so they arrive in order: no heartbeat follows the message that marks the
+record stale.
 """
 
 from __future__ import annotations
@@ -38,37 +39,38 @@ _INITIALIZING = p2p_pb2.SOURCE_STATUS_INITIALIZING
 _READY = p2p_pb2.SOURCE_STATUS_READY
 _STALE = p2p_pb2.SOURCE_STATUS_STALE
 
-_WORDS = {_INITIALIZING: "initializing", _READY: "ready", _STALE: "stale"}
+_STATUS_NAMES = {_INITIALIZING: "initializing", _READY: "ready", _STALE: "stale"}
 
-#: Upper bound of the wait after the first failed turn; it doubles with each failure.
-_BASE_SECONDS = 0.2
+#: Upper bound of the first retry delay; it doubles with each failure.
+_FIRST_RETRY_SECONDS = 0.2
 
-#: Largest bound of the wait, as a share of the interval. When a server returns, all its workers publish again within
-#: one interval; until then they send only a few requests per interval.
-_MAX_WAIT_SHARE = 1 / 3
+#: Largest retry delay, as a share of the heartbeat interval. Low enough that all workers reconnect well within one
+#: interval of the server's return; high enough that a fleet does not overload a server that is down, since each
+#: worker tries only a few times per interval.
+_MAX_RETRY_INTERVAL_SHARE = 1 / 3
 
-#: The random numbers of the operating system: engines seed Python's own, all with the same number.
+#: Random numbers of the operating system: engines seed Python's generator, all with the same seed.
 _RANDOM = random.SystemRandom()
 
-#: How long an ending worker waits for the withdrawal of its record.
+#: How long a worker that ends waits until its record is withdrawn.
 _WITHDRAWAL_SECONDS = 2.0
 
-#: How often it checks the withdrawal.
+#: Time between two checks whether the record is withdrawn.
 _POLL_SECONDS = 0.005
 
 
 @frozen
 class PublishingState:
-    """The state of a publication.
+    """What a publisher has done so far.
 
     Attributes:
-        status: The status that the server accepted last: ``"initializing"``, ``"ready"`` or ``"stale"``; empty if none.
+        status: Last status that the server accepted: ``"initializing"``, ``"ready"`` or ``"stale"``; empty before.
         published: How often the record was published: once, and again each time the server had lost it.
-        heartbeats: Number of heartbeats that the server accepted.
-        failures: Number of failed turns.
-        failures_in_a_row: Number of failed turns since the last successful one.
-        last_error: Error of the last turn; empty if it was successful.
-        seconds_since_success: Time since the last successful turn; None if there was none.
+        heartbeats: Heartbeats that the server accepted.
+        failures: Attempts that failed.
+        failures_in_a_row: Failed attempts since the last success.
+        last_error: Why the last attempt failed; empty if it succeeded.
+        seconds_since_success: Seconds since the server last accepted a message; None if it never did.
     """
 
     status: str = ""
@@ -87,19 +89,20 @@ class _RefusedError(ModelExpressError):
 class Publisher:
     """Publishes one worker, and keeps its record alive until the end of the ``with`` block.
 
+    Only the constructor raises: failures of calls to the server are in ``state`` and in the log.
+
     Args:
-        client: Client of the server. The publisher opens a separate connection.
-        identity: Identity of the worker's tensors.
-        worker: Metadata that readers need. Its status is ignored.
+        client: The server. The publisher opens a second connection to it.
+        identity: Identity of the tensors that the worker holds.
+        worker: The record that readers need. Its status is ignored.
         worker_id: A name that no other process uses.
-        interval_seconds: Time between heartbeats, usually ``PublishingSettings.interval_seconds``.
-        load: Returns the load of the worker, from 0 to 1, or None if it is unknown. The publisher's thread calls it for
-            each heartbeat. It must be quick and must not take a lock that the main thread may hold during SIGTERM.
+        interval_seconds: Time between heartbeats, normally ``PublishingSettings.interval_seconds``.
+        load: Returns how busy the worker is, from 0 to 1, or None if unknown. The publisher's thread calls it for each
+            heartbeat: it must be quick, and must take no lock, because a thread that SIGTERM interrupts may hold it.
 
     Raises:
-        ValueError: By the constructor: the interval is not positive.
-        SettingsError: By the constructor: certificates cannot be used. Nothing else raises: errors of the server are in
-            ``state`` and in the log.
+        ValueError: The interval is not above zero.
+        SettingsError: Certificates cannot be used.
     """
 
     def __init__(
@@ -113,10 +116,10 @@ class Publisher:
         load: Callable[[], float | None] | None = None,
     ) -> None:
         if not 0 < interval_seconds < math.inf:
-            message = f"interval_seconds is {interval_seconds!r}, which is not positive and finite"
+            message = f"interval_seconds must be above zero and finite: {interval_seconds!r}"
             raise ValueError(message)
-        # A separate connection: a signal may arrive while the main thread holds a lock of the other one, and the
-        # withdrawal would wait for that lock.
+        # A separate connection: a signal may arrive while the main thread holds a lock of the caller's connection, and
+        # the withdrawal, which the signal handler waits for, would wait for that lock.
         self._client = client.another()
         self._identity = identity
         self._worker = p2p_pb2.WorkerMetadata()
@@ -127,16 +130,16 @@ class Publisher:
         self._load = load
         self._load_failed = False
         self._pid = os.getpid()
-        # Signal handlers must be able to wake the thread: SimpleQueue is reentrant, events and conditions are not.
+        # A signal handler must be able to wake the thread. SimpleQueue is reentrant; events and conditions are not.
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"mx-publisher-{worker_id}", daemon=True)
         self._ready = False
         self._withdraw_by: float | None = None  # monotonic
         self._ended = False
-        self._tried = False
+        self._publish_attempted = False
         self._state = PublishingState()
         self._succeeded_at: float | None = None  # monotonic
-        self._logged: set[str] = set()  # errors that were logged since the last success
+        self._logged: set[str] = set()  # failures that were logged since the last success
 
     def __enter__(self) -> Publisher:
         self.start()
@@ -146,38 +149,38 @@ class Publisher:
         self.withdraw()
 
     def start(self) -> None:
-        """Start publishing, with the status initializing. Returns at once. Later calls do nothing."""
+        """Start the thread that publishes the worker, as initializing first. Further calls do nothing."""
         if self._thread.ident is None:
             self._pid = os.getpid()
             self._thread.start()
 
     def ready(self) -> None:
-        """Publish at once that others may read the worker. Does nothing after ``withdraw``."""
+        """Publish at once that the worker is ready to be read. Does nothing after ``withdraw``."""
         if not self._ready:
             self._ready = True
             self._wake.put(None)
 
     @property
     def state(self) -> PublishingState:
-        """The state of the publication."""
+        """What the publisher has done so far."""
         since = None if self._succeeded_at is None else time.monotonic() - self._succeeded_at
         return attrs.evolve(self._state, seconds_since_success=since)
 
     def withdraw(self, seconds: float = _WITHDRAWAL_SECONDS) -> bool:
-        """Mark the record as stale, and stop publishing.
+        """Mark the record stale and stop: no message about the worker follows.
 
-        Does nothing if called again, or in a forked child, whose parent continues.
+        Further calls do nothing, and neither does a call in a forked child: the record belongs to the parent.
 
         Args:
-            seconds: Time limit. It includes a heartbeat that is being sent.
+            seconds: How long to try. This time includes a heartbeat that is already under way.
 
         Returns:
-            Whether the server accepted it, or had no record.
+            True if the server marked the record stale, or the record was never published.
         """
         self._begin_withdrawal(seconds)
         return self._wait_for_withdrawal(time.monotonic() + seconds)
 
-    # A signal handler also calls the next two methods. It may interrupt a thread that holds a lock, so they take none.
+    # A signal handler calls these two as well. It may have interrupted code that holds a lock, so they take none.
 
     def _begin_withdrawal(self, seconds: float) -> None:
         if os.getpid() == self._pid and self._withdraw_by is None:
@@ -189,9 +192,9 @@ class Publisher:
             return True
         while not self._ended and time.monotonic() < until:
             time.sleep(_POLL_SECONDS)
-        return self._ended and (self._state.status == "stale" or not self._tried)
+        return self._ended and (self._state.status == "stale" or not self._publish_attempted)
 
-    # The publisher's thread.
+    # The thread.
 
     def _run(self) -> None:
         try:
@@ -203,8 +206,8 @@ class Publisher:
     def _publish_until_withdrawn(self) -> None:
         beat_at: float | None = None
         while self._withdraw_by is None:
-            retry_seconds = self._turn()
-            if beat_at is None:  # workers that start together must not send heartbeats together
+            retry_seconds = self._update()
+            if beat_at is None:  # spread the heartbeats of workers that started together
                 beat_at = time.monotonic() + _RANDOM.uniform(0, self._interval_seconds)
             while beat_at <= time.monotonic():
                 beat_at += self._interval_seconds
@@ -215,41 +218,41 @@ class Publisher:
     def _pause(self, seconds: float) -> None:
         with contextlib.suppress(Empty):
             self._wake.get(timeout=max(0.0, seconds))
-        with contextlib.suppress(Empty):  # the next turn handles all of them
+        with contextlib.suppress(Empty):  # one update handles all wake-ups
             while True:
                 self._wake.get_nowait()
 
-    def _turn(self) -> float | None:
-        """Publish or send a heartbeat. Returns the seconds until a retry, None to wait for the next heartbeat."""
+    def _update(self) -> float | None:
+        """Publish or send a heartbeat; return seconds until a retry, or None to wait for the next heartbeat."""
         status = _READY if self._ready else _INITIALIZING
         try:
-            self._send(status)
-        except Exception as exc:  # noqa: BLE001 - no error stops the worker or its heartbeats
-            return self._failed(exc)
+            self._publish_or_beat(status)
+        except Exception as exc:  # noqa: BLE001 - no failure may end the heartbeats
+            return self._record_failure(exc)
         if self._logged:
-            _log.info("the server accepts messages of worker %s again", self._worker_id)
+            _log.info("the server accepts the record of worker %s again", self._worker_id)
             self._logged.clear()
         return None
 
-    def _send(self, status: p2p_pb2.SourceStatus) -> None:
+    def _publish_or_beat(self, status: p2p_pb2.SourceStatus) -> None:
         if self._state.published:
             if self._beat(status):
                 return
-            _log.info("the server does not know worker %s any more: publishing it again", self._worker_id)
-        self._tried = True
+            _log.info("the server no longer knows worker %s: publishing it again", self._worker_id)
+        self._publish_attempted = True
         self._worker.status = status
         answer = self._client.publish(self._identity, self._worker, self._worker_id)
         if not answer.success:
             raise _RefusedError(answer.message)
-        # Another server may derive ids differently: use the id of the record.
+        # Another server may derive ids differently: heartbeats need the id under which it stored the record.
         self._source_id = answer.mx_source_id or self._source_id
         self._state = attrs.evolve(self._state, published=self._state.published + 1)
-        self._accepted(status)
-        if self._load is not None:  # a published record has no load
+        self._record_success(status)
+        if self._load is not None:  # the published record has no field for the load: a heartbeat carries it
             self._beat(status)
 
     def _beat(self, status: p2p_pb2.SourceStatus) -> bool:
-        """Send a heartbeat. Returns whether the server knows the worker."""
+        """Send a heartbeat; return whether the server knows the worker."""
         request = p2p_pb2.UpdateStatusRequest(
             mx_source_id=self._source_id,
             worker_rank=self._worker.worker_rank,
@@ -260,7 +263,7 @@ class Publisher:
         if not self._client.update_status(request).success:
             return False
         self._state = attrs.evolve(self._state, heartbeats=self._state.heartbeats + 1)
-        self._accepted(status)
+        self._record_success(status)
         return True
 
     def _current_load(self) -> float | None:
@@ -269,51 +272,56 @@ class Publisher:
         try:
             load = self._load()
             load = None if load is None else float(load)
-        except BaseException as exc:  # noqa: BLE001 - also SystemExit: no load ends the heartbeats
+        except BaseException as exc:  # noqa: BLE001 - not even SystemExit from the callback may end the heartbeats
             if not self._load_failed:
-                _log.warning("heartbeats of worker %s have no load: %r", self._worker_id, exc, exc_info=exc)
+                _log.warning(
+                    "heartbeats of worker %s carry no load, because its callback failed: %r",
+                    self._worker_id,
+                    exc,
+                    exc_info=exc,
+                )
             self._load_failed = True
             return None
         return None if load is None or math.isnan(load) else min(1.0, max(0.0, load))
 
-    def _accepted(self, status: p2p_pb2.SourceStatus) -> None:
+    def _record_success(self, status: p2p_pb2.SourceStatus) -> None:
         self._succeeded_at = time.monotonic()
-        self._state = attrs.evolve(self._state, status=_WORDS[status], failures_in_a_row=0, last_error="")
+        self._state = attrs.evolve(self._state, status=_STATUS_NAMES[status], failures_in_a_row=0, last_error="")
 
-    def _failed(self, exc: Exception) -> float | None:
-        """Record a failure. Returns the seconds until a retry; None if a retry cannot help."""
+    def _record_failure(self, exc: Exception) -> float | None:
+        """Count and log the failure; return seconds until a retry, or None if a retry cannot help."""
         in_a_row = self._state.failures_in_a_row + 1
         headline = exc.headline if isinstance(exc, ModelExpressError) else f"{type(exc).__name__}: {exc}"
         self._state = attrs.evolve(
             self._state, failures=self._state.failures + 1, failures_in_a_row=in_a_row, last_error=headline
         )
         retryable = isinstance(exc, BackendError) and exc.retryable
-        # Log an outage once, although its messages differ from call to call.
-        matter = type(exc).__name__ if retryable else headline
-        if matter not in self._logged:
-            self._logged.add(matter)
-            _log.warning("the server does not accept messages of worker %s: %s", self._worker_id, exc)
+        # Log one outage once, although its messages differ from call to call.
+        failure = type(exc).__name__ if retryable else headline
+        if failure not in self._logged:
+            self._logged.add(failure)
+            _log.warning("the server does not accept the record of worker %s: %s", self._worker_id, exc)
         if not retryable:
             return None
-        cap = self._interval_seconds * _MAX_WAIT_SHARE
-        return _RANDOM.uniform(0, min(cap, _BASE_SECONDS * 2 ** min(in_a_row - 1, 30)))
+        cap = self._interval_seconds * _MAX_RETRY_INTERVAL_SHARE
+        return _RANDOM.uniform(0, min(cap, _FIRST_RETRY_SECONDS * 2 ** min(in_a_row - 1, 30)))
 
     def _mark_stale(self, until: float) -> None:
-        """Mark the record as stale; at least one attempt."""
-        while self._tried:
+        """Mark the record stale; try at least once."""
+        while self._publish_attempted:
             try:
                 self._beat(_STALE)
-            except Exception as exc:  # noqa: BLE001 - the server notices missing heartbeats
-                wait = self._failed(exc)
+            except Exception as exc:  # noqa: BLE001 - the server will notice that heartbeats end
+                wait = self._record_failure(exc)
                 if wait is None or time.monotonic() + wait >= until:
                     return
                 time.sleep(wait)
             else:
-                self._accepted(_STALE)  # also if the server does not know the worker
+                self._record_success(_STALE)  # a server that does not know the worker does not offer it either
                 return
 
 
-#: Publishers to withdraw when the process ends. The tuple is replaced: a signal handler may read it at any time.
+#: Publishers to withdraw when the process ends. Replaced, never changed: a signal handler may read it at any time.
 _publishers: tuple[weakref.ref[Publisher], ...] = ()
 
 #: The process that has the exit handlers.
@@ -321,30 +329,31 @@ _watched_pid: int | None = None
 
 
 def withdraw_on_exit(publisher: Publisher) -> None:
-    """Withdraw ``publisher`` when the process ends by itself, by an exception, or by SIGTERM.
+    """Withdraw ``publisher`` when the process exits, raises an exception, or receives SIGTERM.
 
-    SIGTERM keeps its effect: the previous Python handler is called, or else the signal ends the process. A process that
-    ignores SIGTERM still ignores it. Python runs handlers in the main thread between two of its instructions, so not
-    during a long call of C code. Handlers can be installed from the main thread only.
+    After that, SIGTERM has its usual effect: a Python handler that was installed before is called; without one the
+    signal ends the process. A process that ignores SIGTERM still ignores it. Python runs signal handlers in the main
+    thread, between two bytecodes: not during a long call into C. A call of this function from another thread cannot
+    install the handler.
 
     Args:
         publisher: A started publisher. It is withdrawn in the process that called this, not in forked children.
     """
-    global _publishers  # noqa: PLW0603 - state of the process
+    global _publishers  # noqa: PLW0603 - there is one end of a process
     _publishers = (*(each for each in _publishers if each() is not None), weakref.ref(publisher))
     _watch_exit()
     if threading.current_thread() is not threading.main_thread():
-        _log.debug("not in the main thread: worker records are not withdrawn on SIGTERM")
+        _log.debug("called outside the main thread: worker records are not withdrawn on SIGTERM")
         return
     previous = signal.getsignal(signal.SIGTERM)
-    # None: a handler that was not installed from Python, and cannot be called.
+    # None: a handler that was not installed from Python, which Python cannot call.
     if previous in {signal.SIG_IGN, None} or isinstance(previous, _OnTermination):
         return
     signal.signal(signal.SIGTERM, _OnTermination(previous))
 
 
 def _watch_exit() -> None:
-    """Install the exit handler once per process. Children of multiprocessing end without ``atexit``."""
+    """Register exit handlers, once per process. Children of multiprocessing skip ``atexit`` and run finalizers."""
     global _watched_pid  # noqa: PLW0603 - as above
     if _watched_pid == os.getpid():
         return
@@ -355,9 +364,9 @@ def _watch_exit() -> None:
 
 
 class _OnTermination:
-    """Withdraws all publishers, and keeps the effect of the signal.
+    """Withdraws all publishers, then lets the signal have its usual effect.
 
-    It makes no call itself: the interrupted code may hold the locks of a call.
+    The handler makes no call itself: the interrupted code may hold the locks that a call takes.
     """
 
     def __init__(self, previous: Any) -> None:  # noqa: ANN401 - what signal.getsignal returned

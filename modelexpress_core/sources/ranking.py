@@ -1,9 +1,9 @@
-"""The order in which places are tried: by tier, with the peers of a tier spread over their readers.
+"""The order in which candidates are tried: tiers in a fixed order, and readers spread over the peers of a tier.
 
-Peers are put in order by rendezvous hashing (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates",
-1998): each reader has its own order of all peers, evenly distributed. Every process computes it alike, without
-communication. If a peer comes or goes, only its own readers move. With weights (Schindelhauer and Schomaker, "Weighted
-Distributed Hash Tables", 2005) a peer is chosen in proportion to its spare capacity.
+Peers are ordered by rendezvous hashing (Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit Rates",
+1998). Each reader has its own order of all peers. Every process computes the same order without communication, and
+readers are spread evenly. If a peer joins or leaves, only its own readers change. With weights (Schindelhauer and
+Schomaker, "Weighted Distributed Hash Tables", 2005) a peer is chosen in proportion to its spare capacity.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from modelexpress_core.sources.settings import SELECTORS
 
 __all__ = ["rank", "uniform"]
 
-#: Assumed load of a peer that reports none.
+#: Load assumed for a peer that reports none.
 _UNKNOWN_LOAD = 0.5
 
-#: Least weight of a peer, so that busy peers still share the readers if all are busy.
-_LEAST_WEIGHT = 0.05
+#: Weight of the busiest peer: above zero, so that it is still used when all peers are busy.
+_MIN_WEIGHT = 0.05
 
-#: The random numbers of the operating system: engines seed Python's own, all with the same number.
+#: Random numbers of the operating system: engines seed Python's generator, all with the same seed.
 _RANDOM = random.SystemRandom()
 
-#: Bits of the random integer: a float holds them exactly, with one more bit for the half that excludes 0 and 1.
-_BITS = 52
+#: A float holds 53 bits exactly; one of them is for the added half, which excludes 0 and 1.
+_HASH_BITS = 52
 
 
 def rank(request: LoadRequest, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """All ``candidates``, best first: the lowest tier first.
+    """Return all ``candidates``, best first: the lowest tier first.
 
-    Peers of a tier are in the order of ``request.selector`` for this reader. Other places keep their order.
+    Within a tier, ``request.selector`` orders the peers for this reader; other candidates keep their order and follow.
 
     Raises:
-        SettingsError: The selector is unknown.
+        SettingsError: There is no such selector.
     """
     try:
         order = _ORDERS[request.selector]
@@ -63,7 +63,7 @@ def _by_hash(reader: str, candidates: Sequence[Candidate]) -> Sequence[Candidate
 
 
 def _by_load(reader: str, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-    return _by_score(reader, candidates, _spare)
+    return _by_score(reader, candidates, _spare_capacity)
 
 
 _ORDERS: Mapping[str, Callable[[str, Sequence[Candidate]], Sequence[Candidate]]] = {
@@ -84,25 +84,25 @@ def _by_score(
 
 
 def _name(candidate: Candidate) -> str:
-    """A name that identifies a peer, independent of the discovery that found it."""
+    """Return a name that is the same for a peer whichever discovery found it."""
     if candidate.peer is not None and candidate.peer.worker_id:
         return candidate.peer.worker_id
     return f"{candidate.uri.authority}/{candidate.uri.path}"
 
 
-def _spare(candidate: Candidate) -> float:
-    """Spare capacity of a peer, from 0.05 to 1."""
+def _spare_capacity(candidate: Candidate) -> float:
+    """Return the share of a peer's capacity that is free, from 0.05 to 1."""
     load = candidate.peer.load if candidate.peer is not None else None
     if load is None or math.isnan(load):
         load = _UNKNOWN_LOAD
-    return min(1.0, max(_LEAST_WEIGHT, 1.0 - load))
+    return min(1.0, max(_MIN_WEIGHT, 1.0 - load))
 
 
 def uniform(reader: str, name: str) -> float:
-    """A pseudo-random number between 0 and 1, both excluded; the same in every process."""
+    """Return a pseudorandom number between 0 and 1, both excluded; the same in every process."""
     digest = hashlib.blake2b(digest_size=8)
     for text in (reader, name):
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    drawn = int.from_bytes(digest.digest(), "big") >> (64 - _BITS)
-    return (drawn + 0.5) / (1 << _BITS)
+    drawn = int.from_bytes(digest.digest(), "big") >> (64 - _HASH_BITS)
+    return (drawn + 0.5) / (1 << _HASH_BITS)

@@ -1,4 +1,4 @@
-"""Settings of clients and workers: the server, publishing, serving, and the search for peers."""
+"""The settings of workers and commands for the server, publishing and discovery."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["SELECTORS", "DiscoverySettings", "PublishingSettings", "ServerAddres
 #: Ways to choose one of several peers; see ``modelexpress_core.sources.ranking``.
 SELECTORS = ("load_aware", "random", "rendezvous_hash")
 
-#: Values of existing deployments, which name the server's store: the server is queried, independent of its store.
+#: Values of ``MX_METADATA_BACKEND`` in existing deployments -> the discovery. A store of the server means the server.
 _BACKENDS = {
     "server": "server://",
     "redis": "server://",
@@ -29,7 +29,7 @@ _BACKENDS = {
 
 
 def _backend(text: str) -> str:
-    """The discovery for a value of ``MX_METADATA_BACKEND``."""
+    """Return the discovery for a value of ``MX_METADATA_BACKEND``."""
     try:
         return _BACKENDS[text.strip().lower()]
     except KeyError:
@@ -49,7 +49,7 @@ def _shown(uris: tuple[str, ...]) -> str:
 
 
 def _host(text: str) -> str:
-    """A name or an address, IPv6 with brackets, as written before a port."""
+    """Parse a host name or an address; an IPv6 address is returned with brackets, ready for ``:port``."""
     host = text.strip()
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if ":" in bare:
@@ -65,52 +65,53 @@ def _host(text: str) -> str:
 
 @frozen
 class ServerAddress:
-    """The server that lists which worker holds which model."""
+    """The server that keeps the records of workers."""
 
     url: str = env(
         "MODEL_EXPRESS_URL",
         "MX_SERVER_ADDRESS",
         default="localhost:8001",
-        help="The server: host:port, http://host:port, or https://host:port for TLS.",
+        help="Address of the server: host:port, http://host:port, or https://host:port for TLS.",
     )
     deadline_seconds: float = env(
-        "MX_SERVER_DEADLINE_SECONDS", default=10.0, converter=seconds, help="Time limit of one call to the server."
+        "MX_SERVER_DEADLINE_SECONDS", default=10.0, converter=seconds, help="How long one call to the server may take."
     )
 
 
 @frozen
 class PublishingSettings:
-    """Heartbeats of workers."""
+    """How often workers send heartbeats."""
 
     interval_seconds: float = env(
         "MX_HEARTBEAT_INTERVAL_SECS",
         default=30.0,
         converter=seconds,
-        help="Time between heartbeats of a worker; well below MX_HEARTBEAT_TIMEOUT_SECS of the server.",
+        help="Time between two heartbeats of a worker; well below MX_HEARTBEAT_TIMEOUT_SECS of the server.",
     )
 
 
 @frozen
 class WorkerSettings:
-    """How a worker serves its tensors."""
+    """Where a worker offers its tensors, and how long it waits for readers."""
 
     host: str | None = env(
         "MX_WORKER_HOST",
         default=None,
         converter=_host,
-        help="Name or address by which other workers reach this one; unset: the local address towards the server.",
+        help="Host name or address at which other workers reach this one; unset: the local address on the route to "
+        "the server.",
     )
     port: int = env(
         "MX_WORKER_GRPC_PORT",
         default=6555,
         converter=tcp_port,
-        help="Port of the first device's WorkerService; other devices use the next ones. 0: any free port.",
+        help="Port of WorkerService for the first device; the others use the ports after it. 0: any free port.",
     )
     lease_seconds: float = env(
         "MX_WORKER_LEASE_SECONDS",
         default=600.0,
         converter=seconds,
-        help="Time limit of a reader; bytes that it read later are not trusted.",
+        help="How long a reader may take; data that it reads after that is discarded.",
     )
     drain_seconds: float = env(
         "MX_WORKER_DRAIN_SECONDS",
@@ -122,21 +123,21 @@ class WorkerSettings:
 
 @frozen
 class DiscoverySettings:
-    """The search for peers, and the choice among them."""
+    """Which discoveries find peers, and how one of the peers is chosen."""
 
     uris: tuple[str, ...] = env(
         "MX_DISCOVERY",
         default=(),
         converter=names,
         shown=_shown,
-        help="Discoveries (URIs, comma-separated): server://, server://host:port, static://, or a plugin's.",
+        help="Discoveries to use (URIs, comma-separated): server://, server://host:port, static://, or a plugin's.",
     )
     backend: str | None = env(
         "MX_METADATA_BACKEND",
         default=None,
         converter=_backend,
-        help="The discovery in the terms of existing deployments: server, redis and kubernetes mean server://. If "
-        "neither is set, server:// is used if MODEL_EXPRESS_URL is set, else none.",
+        help="The discovery by its name in existing deployments: server, redis and kubernetes mean server://. If "
+        "neither this nor MX_DISCOVERY is set, server:// is used if MODEL_EXPRESS_URL is set, otherwise none.",
     )
     selector: str = env(
         "MX_P2P_SOURCE_SELECTOR",
@@ -148,12 +149,12 @@ class DiscoverySettings:
 
 @frozen
 class StaticSources:
-    """Places that are listed in a variable."""
+    """Sources that are known in advance."""
 
     uris: tuple[str, ...] = env(
         "MX_STATIC_SOURCES",
         default=(),
         converter=names,
         shown=_shown,
-        help="Peers and checkpoints that static:// lists: grpc://10.0.0.5:6555,s3://bucket/model.",
+        help="Peers and checkpoints that static:// names: grpc://10.0.0.5:6555,s3://bucket/model.",
     )

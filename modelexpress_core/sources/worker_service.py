@@ -1,7 +1,7 @@
-"""``WorkerService``: a worker serves the addresses of its tensors, and keeps its memory unchanged under leases.
+"""``WorkerService``: gives readers the manifest of a worker's tensors, and leases that keep the memory unchanged.
 
 A reader takes a lease before it reads, and releases it afterwards. A worker drains before it changes or frees its
-memory: it grants no more leases, and waits for those that are held.
+memory: it grants no more leases, and waits for those that are active.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ _R = TypeVar("_R")
 
 
 class Leases:
-    """The leases of current readers. Thread-safe.
+    """The leases of the current readers. Thread-safe.
 
     Args:
-        seconds: A lease that is not released within this time expires: its reader is gone.
-        clock: Monotonic time in seconds.
+        seconds: A lease expires after this time, in case its reader has died.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
         self._until: dict[str, float] = {}
-        #: Released leases, until they would have expired: a repeated release gets the same answer.
-        self._returned: dict[str, float] = {}
+        #: Released leases, until they would have expired, so that a repeated release gets the same answer.
+        self._released: dict[str, float] = {}
         self._draining = False
         self._changed = threading.Condition()
 
     @property
     def draining(self) -> bool:
-        """Whether no more leases are granted."""
+        """Whether the worker has stopped granting leases."""
         return self._draining
 
     def grant(self) -> str | None:
-        """A new lease; None while draining."""
+        """Return a new lease; None while draining."""
         with self._changed:
             if self._draining:
                 return None
@@ -66,32 +66,32 @@ class Leases:
             return lease
 
     def release(self, lease: str) -> bool:
-        """Release a lease. False if it had expired or never existed: its reader cannot trust what it read.
+        """End a lease; return False if it had expired or never existed, so that its reader cannot trust its data.
 
         A call that is repeated because its answer was lost gets the same answer.
         """
         with self._changed:
-            self._count()
+            self._remove_expired()
             until = self._until.pop(lease, None)
             if until is not None:
-                self._returned[lease] = until
+                self._released[lease] = until
                 self._changed.notify_all()
-            return lease in self._returned
+            return lease in self._released
 
     def out(self) -> int:
-        """Number of leases that are held."""
+        """Return the number of active leases."""
         with self._changed:
-            return self._count()
+            return self._remove_expired()
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Grant no more leases, wait for those that are held, and return whether all were released in time.
+        """Grant no more leases and wait for the active ones; return whether all were released or expired in time.
 
-        The others expire: their readers get an error when they release them.
+        The others end: their readers get an error when they release them.
         """
         deadline = self._clock() + timeout_seconds
         with self._changed:
             self._draining = True
-            while self._count():
+            while self._remove_expired():
                 now = self._clock()
                 if now >= deadline:
                     self._until.clear()
@@ -99,15 +99,16 @@ class Leases:
                 self._changed.wait(min(deadline, *self._until.values()) - now)
             return True
 
-    def _count(self) -> int:
+    def _remove_expired(self) -> int:
+        """Forget expired leases; return the number of active ones."""
         now = self._clock()
         self._until = {lease: until for lease, until in self._until.items() if until > now}
-        self._returned = {lease: until for lease, until in self._returned.items() if until > now}
+        self._released = {lease: until for lease, until in self._released.items() if until > now}
         return len(self._until)
 
 
 class _WorkerService:
-    """The methods of the protocol that a worker answers."""
+    """The handlers of ``WorkerService``."""
 
     def __init__(self, manifest: p2p_pb2.GetTensorManifestResponse, leases: Leases) -> None:
         self._manifest = manifest
@@ -116,14 +117,14 @@ class _WorkerService:
     async def get_tensor_manifest(
         self, request: p2p_pb2.GetTensorManifestRequest, context: _Context
     ) -> p2p_pb2.GetTensorManifestResponse:
-        """Return the tensors and their addresses."""
+        """Return the manifest."""
         await self._check(request, context)
         return self._manifest
 
     async def prepare_tensor_read(
         self, request: p2p_pb2.PrepareTensorReadRequest, context: _Context
     ) -> p2p_pb2.PrepareTensorReadResponse:
-        """Return the same, with a lease."""
+        """Grant a lease, and return it with the manifest."""
         await self._check(request, context)
         lease = self._leases.grant()
         if lease is None:
@@ -133,10 +134,12 @@ class _WorkerService:
     async def release_tensor_read(
         self, request: p2p_pb2.ReleaseTensorReadRequest, context: _Context
     ) -> p2p_pb2.ReleaseTensorReadResponse:
-        """Release the lease of a reader, also while the worker drains."""
+        """Release a lease, also while the worker drains."""
         await self._check_ids(request, context)
         if not self._leases.release(request.lease_id):
-            await context.abort(_Code.NOT_FOUND, "no such lease: it has expired, and the memory may have changed since")
+            await context.abort(
+                _Code.NOT_FOUND, "no such lease: it has ended, and the memory may have changed since then"
+            )
         return p2p_pb2.ReleaseTensorReadResponse()
 
     async def _check(self, request: Any, context: _Context) -> None:  # noqa: ANN401 - one of two messages
@@ -166,34 +169,34 @@ class _WorkerHealth:
         self._leases = leases
 
     async def check(self, request: health_pb2.HealthCheckRequest, context: _Context) -> health_pb2.HealthCheckResponse:
-        """Report whether the worker serves readers."""
+        """Return SERVING until the worker drains."""
         if request.service not in {"", WORKER.name}:
             await context.abort(_Code.NOT_FOUND, f"unknown service: {request.service!r}")
         status = health_pb2.HealthCheckResponse
         return status(status=status.NOT_SERVING if self._leases.draining else status.SERVING)
 
     async def watch(self, _: health_pb2.HealthCheckRequest, context: _Context) -> None:
-        """Refuse: probes poll instead."""
-        await context.abort(_Code.UNIMPLEMENTED, "workers do not support watching")
+        """Refuse the call: probes call ``Check`` repeatedly."""
+        await context.abort(_Code.UNIMPLEMENTED, "workers do not implement Watch: call Check")
 
 
 class WorkerServer:
     """Serves ``WorkerService`` in a separate thread, so that any program can use it.
 
     Args:
-        manifest: The tensors of the worker, with its ids.
+        manifest: Manifest of the worker's tensors, with the ids of source and worker.
         address: Address to listen on: ``host:port``; port 0 is any free port.
-        tls: Files of TLS; the service uses TLS if they have a certificate.
-        authenticator: Names the callers; None to answer every caller.
-        lease_seconds: Time limit of a lease.
+        tls: Files of TLS; TLS is on if there is a certificate.
+        authenticator: Authenticates callers; None to accept every caller.
+        lease_seconds: How long a reader may keep a lease.
 
     Attributes:
-        port: Port that it listens on.
-        leases: The leases of current readers.
+        port: The port it listens on.
+        leases: The leases of the current readers.
 
     Raises:
         ModelExpressError: It cannot listen on the address.
-        SettingsError: Files of TLS cannot be used.
+        SettingsError: Files of TLS or tokens are not valid.
     """
 
     def __init__(
@@ -226,11 +229,11 @@ class WorkerServer:
         self.close()
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Grant no more leases, wait for those that are held, and return whether all were released in time."""
+        """Grant no more leases and wait for the active ones; return whether all ended in time."""
         return self.leases.drain(timeout_seconds)
 
     def close(self) -> None:
-        """Stop serving at once. Call ``drain`` first to wait for readers."""
+        """Stop the service at once. Call ``drain`` first to wait for readers."""
         if self._thread.is_alive():
             self._wait(self._server.stop(0))
             self._end_loop()
@@ -243,7 +246,7 @@ class WorkerServer:
             port = listen(server, self._address, tls=self._tls, authenticator=self._authenticator)
         except RuntimeError as exc:
             message = f"the worker cannot listen on {self._address}: {exc}"
-            hint = "stop the program that uses the port, or set MX_WORKER_GRPC_PORT"
+            hint = "end the program that uses the port, or set MX_WORKER_GRPC_PORT"
             raise ModelExpressError(message, hint=hint) from exc
         await server.start()
         return port, server

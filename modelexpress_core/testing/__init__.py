@@ -1,8 +1,8 @@
-"""Tests for authors of plugins: contracts to inherit, and a storage that injects faults.
+"""Test tools for plugin authors: contract classes to inherit, and a storage that fails on request.
 
-The contracts need pytest and hypothesis, and the contract of metadata stores needs the server:
-``pip install 'modelexpress-core[server,testing]'``. ``FaultyStorage`` needs neither. This package imports each name at
-first use, and never imports torch.
+The contracts need pytest and hypothesis; the contract of metadata stores also needs the server:
+``pip install 'modelexpress-core[server,testing]'``.
+``FaultyStorage`` needs no extra. No module here imports torch, and each name is imported at first use.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> object:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
     try:
-        if name == "MetadataStoreContract":  # so that its failures show the values
+        if name == "MetadataStoreContract":  # so that its failures show the values that differ
             importlib.import_module("pytest").register_assert_rewrite(f"{__name__}.{_MODULES[name]}")
         value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     except ModuleNotFoundError as exc:

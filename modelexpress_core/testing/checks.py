@@ -1,4 +1,4 @@
-"""Checked calls of a storage, and comparisons whose messages explain the mistake to its author."""
+"""Checked calls of a storage, and comparisons whose messages tell its author what is wrong."""
 
 from __future__ import annotations
 
@@ -51,36 +51,36 @@ __all__ = [
     "with_runs",
 ]
 
-#: The content of buffers before a read. Other bytes outside of the range of the read were written by mistake.
+#: Fills buffers before a read: any other value outside the returned bytes was written by the storage.
 _FILL = 0xA5
 _MARGIN_BYTES = 64
 
-#: How much longer than its patience a silent read may take on a busy machine.
-_OVERTIME_SECONDS = 3.0
+#: How much longer than the patience a stalled read may take, on a busy machine.
+_PATIENCE_MARGIN_SECONDS = 3.0
 
-#: Names of the digests that core supports.
+#: The digest algorithms that core supports.
 DIGESTS = ("crc32", "crc32c", "crc64nvme", "md5", "sha1", "sha256")
 
 
 def random_content(size: int, seed: int = 0) -> bytes:
-    """Pseudo-random bytes, so that a piece identifies its position."""
+    """Return random bytes, so that a read from a wrong offset is recognised."""
     return random.Random(seed).randbytes(size)  # noqa: S311 - no secret
 
 
 def same(expected: object, got: object, what: str) -> None:
-    """Check that ``got`` equals ``expected``; ``what`` begins the message, and ``got`` follows."""
+    """Fail unless ``got`` equals ``expected``; ``what`` is the start of the message, which ends with ``got``."""
     __tracebackhide__ = True
     if expected != got:
         violated(f"{what} {got!r}; expected {expected!r}")
 
 
 def listed_paths(storage: Storage, prefix: str) -> list[str]:
-    """The paths that ``list`` returns."""
+    """Return the paths that ``list`` returns."""
     return [info.path for info in storage.list(prefix)]
 
 
 def calls_of(storage: Storage) -> Mapping[str, Callable[[], object]]:
-    """One call of each operation, on an object that may not exist."""
+    """Return one call of each operation, on an object that may or may not exist."""
     return {
         "list": lambda: list(storage.list("model")),
         "stat": lambda: storage.stat("model/object"),
@@ -97,9 +97,9 @@ def checked_read(
     *,
     broken: bool = False,
 ) -> bytes:
-    """The bytes that ``read_into`` wrote to a buffer of ``length`` bytes, after a check that it wrote no others.
+    """Return the bytes that ``read_into`` wrote into a buffer of ``length`` bytes; fail if it wrote elsewhere.
 
-    If the connection is ``broken``, the buffer may have more bytes than were counted: core reads them again.
+    If the connection is ``broken``, the buffer may hold more bytes than were counted: core reads them again.
     """
     call = f"read_into({path!r}, {offset}, <buffer of {length} bytes>, version={version!r})"
     return _filled(call, length, lambda buffer: storage.read_into(path, offset, buffer, version=version), broken=broken)
@@ -107,12 +107,12 @@ def checked_read(
 
 @frozen
 class Runs:
-    """The arguments of ``read_runs``.
+    """The arguments of a call of ``read_runs``.
 
     Attributes:
         offset: First byte of the first run.
         run_bytes: Length of a run.
-        stride_bytes: Distance from the start of a run to the start of the next.
+        stride_bytes: From the start of a run to the start of the next.
         number: Number of runs.
     """
 
@@ -126,9 +126,9 @@ class Runs:
 
 
 def checked_runs(storage: RunStorage, path: str, runs: Runs, version: str | None = None) -> bytes:
-    """The bytes that ``read_runs`` wrote to a buffer, after a check that it wrote no others.
+    """Return the bytes that ``read_runs`` wrote into a buffer; fail if it wrote elsewhere.
 
-    A part of a run may follow the counted runs.
+    A part of a run may follow the runs that were counted.
     """
     call = f"read_runs({path!r}, {runs.offset}, {runs.run_bytes}, {runs.stride_bytes}, ..., version={version!r})"
 
@@ -137,142 +137,144 @@ def checked_runs(storage: RunStorage, path: str, runs: Runs, version: str | None
 
     got = _filled(call, runs.number * runs.run_bytes, read, broken=True)
     if len(got) % runs.run_bytes:
-        violated(f"{call} returned {len(got)}, which is no number of whole runs")
+        violated(f"{call} returned {len(got)}, which is not a multiple of the run length")
     return got
 
 
 def _filled(call: str, length: int, read: Callable[[memoryview], object], *, broken: bool) -> bytes:
-    """The bytes that ``read`` wrote to a buffer of ``length`` bytes. If ``broken``, uncounted bytes may follow."""
+    """Return the bytes that ``read`` wrote into a buffer; if ``broken``, it may have written more than it counted."""
     memory = bytearray([_FILL]) * (length + 2 * _MARGIN_BYTES)
     count = read(memoryview(memory)[_MARGIN_BYTES : _MARGIN_BYTES + length])
     if not isinstance(count, int) or not 0 <= count <= length:
-        violated(f"{call} returned {count!r}; it returns the number of bytes that it wrote, from 0 to {length}")
+        violated(f"{call} returned {count!r}; it must return the number of bytes that it wrote, from 0 to {length}")
     allowed = length if broken else count
     rest = memory[_MARGIN_BYTES + allowed :] + memory[:_MARGIN_BYTES]
     if rest.count(_FILL) != len(rest):
-        violated(f"{call} returned {count}, and wrote outside of the first {allowed} bytes of the buffer")
+        violated(f"{call} returned {count}, but wrote outside the first {allowed} bytes of the buffer")
     return bytes(memory[_MARGIN_BYTES : _MARGIN_BYTES + count])
 
 
 def check_bytes(content: bytes, offset: int, got: bytes, path: str, length: int | None = None) -> None:
-    """Compare ``got`` with ``content`` at ``offset``, and its length with ``length`` if given."""
+    """Compare ``got`` with the bytes at ``offset`` of ``content``, and its length with ``length`` if that is given."""
     __tracebackhide__ = True
     expected = content[offset : offset + len(got)]
     if expected != got:
-        wrong = (place for place, (one, other) in enumerate(zip(expected, got, strict=False)) if one != other)
-        place = next(wrong, len(expected))
-        message = f"a read of {path} at {offset} brought wrong bytes, the first of them at {offset + place}"
+        wrong = (index for index, (one, other) in enumerate(zip(expected, got, strict=False)) if one != other)
+        first = next(wrong, len(expected))
+        message = f"a read of {path} at {offset} returned wrong bytes, the first of them at {offset + first}"
         elsewhere = content.find(got) if len(got) > 7 else -1
         if elsewhere >= 0:
-            message += f": they are those that begin at {elsewhere}"
+            message += f": they are the bytes at {elsewhere}"
         elif got.count(_FILL) == len(got):
-            message += ": nothing was written into the buffer"
+            message += ": the buffer was not written"
         violated(message)
     if length is not None and len(got) != length:
-        violated(f"a read of {path} at {offset} brought {len(got)} of {length} bytes although nothing broke")
+        violated(f"a read of {path} at {offset} returned {len(got)} of {length} bytes although no connection broke")
 
 
 def check_runs(content: bytes, runs: Runs, got: bytes, path: str, number: int | None = None) -> None:
-    """Compare ``got`` with runs of ``content``, and their number with ``number`` if given."""
+    """Compare ``got`` with runs of ``content``, and their number with ``number`` if that is given."""
     __tracebackhide__ = True
     for index in range(len(got) // runs.run_bytes):
         position = runs.offset + index * runs.stride_bytes
         run = got[index * runs.run_bytes : (index + 1) * runs.run_bytes]
         if run != content[position : position + runs.run_bytes]:
-            found = "nothing was written for" if run.count(_FILL) == len(run) else "other bytes came for"
-            violated(f"read_runs of {path}, {runs}: {found} run {index}, which is at {position}")
+            problem = "not written" if run.count(_FILL) == len(run) else "wrong"
+            violated(f"read_runs of {path}, {runs}: run {index}, at {position}, is {problem}")
     if number is not None and len(got) != number * runs.run_bytes:
-        brought = len(got) // runs.run_bytes
-        violated(f"read_runs of {path}, {runs}, brought {brought}, although {number} are there as a whole")
+        returned = len(got) // runs.run_bytes
+        violated(f"read_runs of {path}, {runs}, returned {returned}, although the object holds {number} whole runs")
 
 
 def check_digest(content: bytes, algorithm: str, digest: str) -> None:
-    """Check that core supports the digest, and that it is the digest of ``content``."""
+    """Fail unless core supports the digest's algorithm, and the digest is that of ``content``."""
     __tracebackhide__ = True
     if algorithm not in DIGESTS:
-        violated(f"a digest is called {algorithm!r}, which core ignores; it supports {', '.join(DIGESTS)}")
+        violated(f"core ignores the digest {algorithm!r}, because it is unknown; known are {', '.join(DIGESTS)}")
     hasher = new_hasher(algorithm)
     hasher.update(memoryview(content))
     expected = hasher.hexdigest()
-    slip = ""
+    hint = ""
     if digest.lower() == expected:
-        slip = " (write it in lower case)"
+        hint = " (write it in lower case)"
     elif len(digest) != len(expected):
-        slip = f" (that is {len(digest)} characters, not {len(expected)} of hex: is it base64, or are zeros missing?)"
+        hint = (
+            f" (it has {len(digest)} characters, not {len(expected)} hex digits: is it base64, or are zeros missing?)"
+        )
     elif digest == bytes.fromhex(expected)[::-1].hex():
-        slip = " (its bytes are in the wrong order)"
-    same(expected, digest, f"the {algorithm} of the content is given{slip} as")
+        hint = " (its bytes are in the wrong order)"
+    same(expected, digest, f"the published {algorithm} of the content{hint} is")
 
 
 def with_runs(storage: Storage) -> RunStorage:
-    """``storage``, if it reads runs; else skips the test."""
+    """Return ``storage`` if it reads runs; otherwise skip the test."""
     if not hasattr(storage, "read_runs"):
         pytest.skip("the storage has no read_runs (see RunStorage)")
     return cast("RunStorage", storage)
 
 
 def with_patience(storage: Storage) -> PatientStorage:
-    """``storage``, if it has ``patience_seconds``; else skips the test."""
+    """Return ``storage`` if it has ``patience_seconds``; otherwise skip the test."""
     if not hasattr(storage, "patience_seconds"):
         pytest.skip("the storage has no patience_seconds (see PatientStorage)")
     return cast("PatientStorage", storage)
 
 
 def with_diagnosis(storage: Storage) -> DiagnosableStorage:
-    """``storage``, if it reports endpoint and credentials; else skips the test."""
+    """Return ``storage`` if it has ``endpoint`` and ``credentials``; otherwise skip the test."""
     lacking = [name for name in ("endpoint", "credentials") if not callable(getattr(storage, name, None))]
     if len(lacking) == 1:
-        violated(f"the storage has no {lacking[0]}; a DiagnosableStorage has endpoint and credentials")
+        violated(f"the storage has no {lacking[0]}; a DiagnosableStorage needs endpoint and credentials")
     if lacking:
         pytest.skip("the storage has neither endpoint nor credentials (see DiagnosableStorage)")
     return cast("DiagnosableStorage", storage)
 
 
 def check_waiting(storage: PatientStorage, path: str) -> None:
-    """Read bytes that never arrive, and check when and how the read ends."""
+    """Read an object that never sends a byte; fail unless the read ends in time with DeadlineError."""
     patience, begun = storage.patience_seconds, time.monotonic()
     try:
         got = checked_read(storage, path, 0, 1000, broken=True)
     except BackendError as exc:
-        check_class(exc, (DeadlineError,), "a read to which no byte came")
+        check_class(exc, (DeadlineError,), "a read that received no byte")
         if not exc.retryable:
             violated("the DeadlineError is not retryable, so that one dead connection would end a load", exc)
     else:
         if not got:
-            violated("a read to which no byte came returned 0; it must raise DeadlineError")
+            violated("a read that received no byte returned 0; it must raise DeadlineError")
     waited = time.monotonic() - begun
-    if not 0.8 * patience <= waited <= patience + _OVERTIME_SECONDS:
-        violated(f"with patience_seconds = {patience:g}, a read to which no byte came ended after {waited:.1f} s")
+    if not 0.8 * patience <= waited <= patience + _PATIENCE_MARGIN_SECONDS:
+        violated(f"with patience_seconds = {patience:g}, a read that received no byte ended after {waited:.1f} s")
 
 
 def check_patience(storage: PatientStorage, most: float | None) -> None:
-    """Check that the patience is a number of seconds, and at most ``most``."""
+    """Fail unless the patience is a positive number of seconds, and at most ``most``."""
     __tracebackhide__ = True
     seconds: object = storage.patience_seconds
     if not isinstance(seconds, (int, float)) or isinstance(seconds, bool) or not seconds > 0:
-        violated(f"patience_seconds is {seconds!r}; it is a number of seconds")
+        violated(f"patience_seconds is {seconds!r}; it must be a positive number")
     if most is not None and seconds > most:
-        violated(f"patience_seconds was set to {most:g}, and is {seconds:g}")
+        violated(f"patience_seconds was set to {most:g}, but is {seconds:g}")
 
 
 def check_endpoint(endpoint: object) -> None:
-    """Check the fields of an Endpoint."""
+    """Fail unless ``endpoint`` is an Endpoint with usable fields."""
     __tracebackhide__ = True
     if not isinstance(endpoint, Endpoint):
-        violated(f"endpoint returned {type(endpoint).__name__}, no Endpoint")
+        violated(f"endpoint returned {type(endpoint).__name__}, not Endpoint")
     host, port, proxy = endpoint.host, endpoint.port, endpoint.proxy
     if not isinstance(host, str) or not host or set(host) & set("/@[] "):
-        violated(f"the host of the endpoint is {host!r}; give the name or the address alone")
+        violated(f"the host of the endpoint is {host!r}; it must be a host name or an address alone")
     if not isinstance(port, int) or isinstance(port, bool) or not 1 <= port <= 65535:
-        violated(f"the port of the endpoint is {port!r}; where the URL has none, it is 443 or 80")
+        violated(f"the port of the endpoint is {port!r}; if the URL has none, use 443 or 80")
     if not isinstance(endpoint.tls, bool):
-        violated(f"tls of the endpoint is {endpoint.tls!r}; it is True or False")
+        violated(f"tls of the endpoint is {endpoint.tls!r}; it must be True or False")
     if proxy is not None and ("://" not in proxy or "@" in proxy):
         violated("the proxy of the endpoint is not a URL without credentials: http://host:port")
 
 
 def check_class(error: BackendError, kinds: tuple[type[BackendError], ...], what: str) -> None:
-    """Check that ``error`` is one of ``kinds``, and not retryable if its class never is."""
+    """Fail unless ``error`` is one of ``kinds``, and not retryable if its class never is."""
     __tracebackhide__ = True
     if not isinstance(error, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
@@ -282,23 +284,24 @@ def check_class(error: BackendError, kinds: tuple[type[BackendError], ...], what
 
 
 def check_final(error: BackendError, what: str) -> None:
-    """Check that core does not retry."""
+    """Fail if ``error`` is retryable."""
     __tracebackhide__ = True
     if error.retryable:
         violated(
-            f"{what} raised a {type(error).__name__} that is retryable, so core would retry in vain: {error}", error
+            f"{what} raised a {type(error).__name__} that is retryable, so that core would retry in vain: {error}",
+            error,
         )
 
 
 def check_error(error: BackendError, secrets: Sequence[str]) -> None:
-    """Check the fields of an error of a storage, its pickling, and that it hides credentials."""
+    """Check the rules for every error of a storage: its fields, pickling, no credentials."""
     __tracebackhide__ = True
     for name in ("provider", "uri", "operation"):
         if not getattr(error, name):
             violated(f"{type(error).__name__} without {name}=...: {error}", error)
     if "://" not in error.uri:
-        violated(f"the error's uri is {error.uri!r}; give str(ModelURI(...)), which hides credentials", error)
-    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled here
+        violated(f"the error's uri is {error.uri!r}; pass str(ModelURI(...)), which hides credentials", error)
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled on the same line
     same((type(error), str(error)), (type(copy), str(copy)), "after pickling, the error is")
     for link in _chain(error):
         text = "".join(traceback.TracebackException.from_exception(link).format_exception_only())
@@ -306,7 +309,7 @@ def check_error(error: BackendError, secrets: Sequence[str]) -> None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """``error`` and the errors that a traceback shows before it."""
+    """Yield ``error`` and the errors that a traceback shows before it."""
     link: BaseException | None = error
     while link is not None:
         yield link
@@ -314,38 +317,38 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def check_hidden(text: str, secrets: Sequence[str], where: str) -> None:
-    """Check that none of ``secrets`` is in ``text``."""
+    """Fail if ``text`` contains one of ``secrets``."""
     __tracebackhide__ = True
     for number, secret in enumerate(secrets):
         if secret in text:
             violated(f"{where} shows a credential (number {number} of the fixture `secrets`)")
 
 
-#: Socket operations while they are recorded; None otherwise.
-_deeds: list[str] | None = None
+#: Connections and look-ups in the current ``watched_sockets`` block; None outside.
+_socket_events: list[str] | None = None
 
 
 @functools.cache
 def _audit_sockets() -> None:
-    """Record connections and look-ups in ``_deeds``. An audit hook cannot be removed, so it is installed once."""
+    """Record connections and look-ups in ``_socket_events``. Audit hooks cannot be removed: this adds it once."""
 
-    def note(event: str, args: tuple[Any, ...]) -> None:
-        deeds = _deeds
-        if deeds is not None and event in {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname"}:
+    def record(event: str, args: tuple[Any, ...]) -> None:
+        events = _socket_events
+        if events is not None and event in {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname"}:
             address = args[1] if event == "socket.connect" else args[0]
-            deeds.append(f"{event} {address!r}"[:200])
+            events.append(f"{event} {address!r}"[:200])
 
-    sys.addaudithook(note)
+    sys.addaudithook(record)
 
 
 @contextmanager
 def watched_sockets() -> Iterator[Sequence[str]]:
-    """The socket operations of this process during the block, as far as Python sees them."""
-    global _deeds  # noqa: PLW0603 - the hook is never removed
+    """Yield a list of the connections and look-ups that Python makes during the block."""
+    global _socket_events  # noqa: PLW0603 - the hook lives as long as the process
     _audit_sockets()
-    deeds: list[str] = []
-    _deeds = deeds
+    events: list[str] = []
+    _socket_events = events
     try:
-        yield deeds
+        yield events
     finally:
-        _deeds = None
+        _socket_events = None

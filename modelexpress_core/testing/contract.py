@@ -1,8 +1,8 @@
-"""The base of all contracts: subclasses inherit all tests, and list gaps with a reason.
+"""The base class of all contracts: subclasses inherit every test, and declare known gaps with a reason.
 
-A contract must not be weakened silently. A subclass that replaces or removes a test cannot be created. Marks that skip
-tests, or expect them to fail, stop the collection. ``known_gaps`` lists rules that a plugin breaks so far; an entry
-fails as soon as the plugin keeps the rule.
+A contract must not be weakened silently. So a subclass that overrides or removes a test cannot be defined; marks that
+skip tests or expect them to fail stop the collection; and a rule that a plugin does not follow yet is listed in
+``known_gaps``, which fails as soon as the plugin follows the rule.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Contract:
 
     Attributes:
         known_gaps: Tests that fail, with the reason: ``{"test_close_may_be_called_again": "it closes once"}``. They are
-            reported as expected failures. A test in the list that passes is an error.
+            reported as expected failures; one that passes is an error, so that the list stays correct.
     """
 
     known_gaps: ClassVar[Mapping[str, str]] = {}
@@ -34,11 +34,11 @@ class Contract:
         """Refuse a subclass that weakens the contract.
 
         Args:
-            contract: Whether the class is a contract itself: its tests are rules for its subclasses.
-            **others: Arguments of other base classes.
+            contract: The class is a contract itself: the tests that it defines are rules for its subclasses.
+            **others: Arguments for other base classes.
 
         Raises:
-            TypeError: The class replaces or removes a test, or its ``known_gaps`` are invalid.
+            TypeError: The class overrides or removes a test, or its ``known_gaps`` are not valid.
         """
         super().__init_subclass__(**others)
         faults = _faults(cls)
@@ -50,13 +50,13 @@ class Contract:
 
     @pytest.fixture(autouse=True)
     def _known_gap(self, request: pytest.FixtureRequest) -> None:
-        """Expects the failures that ``known_gaps`` lists."""
+        """Expect the failures that ``known_gaps`` lists."""
         reason = self.known_gaps.get(request.node.originalname)
         if reason is not None:
             request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Check the complete class; pytest calls this for each collected test."""
+        """Check the class once more. pytest calls this for each test that it collects."""
         cls = metafunc.cls or type(self)
         faults = _faults(cls)
         if not faults and metafunc.definition.originalname in self._rules:
@@ -66,7 +66,7 @@ class Contract:
 
 
 def violated(message: str, cause: BaseException | None = None) -> NoReturn:
-    """Fail a test of a contract with a message for the author of the plugin.
+    """Fail a test of a contract with ``message``, which the author of the plugin reads.
 
     Raises:
         AssertionError: With ``message``, from ``cause``.
@@ -76,7 +76,7 @@ def violated(message: str, cause: BaseException | None = None) -> NoReturn:
 
 
 def _faults(cls: type[Contract]) -> str:
-    """How ``cls`` weakens the contract; empty if it does not."""
+    """Return how ``cls`` weakens the contract; empty if it does not."""
     name = cls.__name__
     for rule, original in {**cls._rules, **{final: vars(Contract)[final] for final in _FINAL}}.items():
         present = inspect.getattr_static(cls, rule, None)
@@ -84,24 +84,24 @@ def _faults(cls: type[Contract]) -> str:
             continue
         verb = "removes" if present is None else "overrides"
         return (
-            f"{name} {verb} {rule}, which is a part of the contract. Override fixtures, not tests; list a rule that "
-            f'the plugin breaks so far in known_gaps = {{"{rule}": "the reason"}}'
+            f"{name} {verb} {rule}, which is part of the contract. Override fixtures, not tests. If the plugin does "
+            f'not follow the rule yet, write known_gaps = {{"{rule}": "the reason"}}'
         )
     for rule, reason in cls.known_gaps.items():
         if rule not in cls._rules:
-            return f"known_gaps of {name} names {rule}, which is no test of the contract"
+            return f"known_gaps of {name} lists {rule}, which is not a test of the contract"
         if not isinstance(reason, str) or not reason.strip():
-            return f"known_gaps of {name} gives no reason for {rule}: say why, and where it will be fixed"
+            return f"known_gaps of {name} has no reason for {rule}: say why, and where it will be fixed"
     return ""
 
 
 def _marked(cls: type[Contract], metafunc: pytest.Metafunc) -> str:
-    """The mark that silently weakens a test of the contract; empty if there is none."""
+    """Return how a mark weakens a test of the contract silently; empty if none does."""
     for mark in metafunc.definition.iter_markers():
         if mark.name == "xfail" or (mark.name == "skip" and not (mark.args or mark.kwargs.get("reason"))):
             return (
-                f"{cls.__name__} is marked {mark.name}, which weakens the contract. List a rule that the plugin breaks "
-                f"so far in known_gaps, with the reason; skip a test that cannot run here with pytest.mark.skipif "
-                f"and a reason"
+                f"{cls.__name__} is marked {mark.name}, which weakens the contract. If the plugin does not follow a "
+                f"rule yet, list it in known_gaps with the reason. If a test cannot run here, use pytest.mark.skipif "
+                f"with a reason"
             )
     return ""

@@ -1,4 +1,4 @@
-"""A storage that wraps another and injects faults of networks and servers, reproducibly."""
+"""A storage that wraps another and fails as networks and servers do, with a reproducible sequence of faults."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from modelexpress_core.messages import byte_range
 
 __all__ = ["Fault", "FaultPolicy", "FaultyStorage"]
 
-#: Faults of a call; :class:`FaultPolicy` explains each.
+#: The faults that a call can have; :class:`FaultPolicy` describes them.
 Fault = Literal["reset", "truncation", "unavailable", "throttled", "stall", "flipped_bit", "changed"]
 
 _FAULTS: tuple[Fault, ...] = get_args(Fault)
 
-#: Faults of calls that return no bytes of an object.
+#: Faults of calls that read no bytes.
 _WITHOUT_BYTES = frozenset({"reset", "unavailable", "throttled", "stall", "changed"})
 
 _INVERTED = bytes(255 - value for value in range(256))
@@ -40,34 +40,35 @@ def _share() -> float:
 
 @frozen(kw_only=True)
 class FaultPolicy:
-    """The faults to inject, and how often.
+    """Which faults occur, and how often.
 
     A share is a probability from 0 to 1. The fault of a call depends only on ``seed``, the operation, the path, the
-    offset, and the number of equal calls before. The same load has the same faults in any order of threads.
+    offset, and the number of equal calls before it: the same load has the same faults, however its threads are
+    scheduled.
 
-    Reads are calls of ``read_into`` and of ``read_runs``, if the storage has it. A short ``read_runs`` ends after a
+    Reads are calls of ``read_into``, and of ``read_runs`` if the storage has it. A short ``read_runs`` ends with a
     whole run.
 
     Attributes:
         reset: Share of reads whose connection breaks: they are short, and the read that continues at their end fails
-            with UnavailableError. A read that breaks before its first byte fails itself.
-        truncation: Share of reads whose stream ends early, without an error: they are short.
-        unavailable: Share of calls that fail as with HTTP 503: UnavailableError.
-        throttled: Share of calls that fail as with HTTP 429: ThrottledError.
-        stall: Share of calls that wait for ``stall_seconds``, or until the storage is closed. Reads wait at most for
-            ``patience_seconds``, and then fail with DeadlineError.
-        flipped_bit: Share of reads with one wrong bit, without an error.
-        changed: Share of calls before which another object of the same size replaces the object: its bytes are
+            with UnavailableError. If it breaks before the first byte, the read itself fails.
+        truncation: Share of reads whose stream ends early, as if it were complete: they are short.
+        unavailable: Share of calls that fail with UnavailableError, as for HTTP 503.
+        throttled: Share of calls that fail with ThrottledError, as for HTTP 429.
+        stall: Share of calls that wait for ``stall_seconds``, or until the storage is closed. Reads wait only for the
+            storage's ``patience_seconds``, and then fail with DeadlineError.
+        flipped_bit: Share of reads with one wrong bit and no error.
+        changed: Share of calls before which the object is replaced by another of the same size: its bytes are
             inverted, its version differs, and reads of the old version fail with SourceChangedError.
         first: Faults of the first calls, in order; None is no fault. The shares apply to later calls.
-        operations: The operations that have faults.
-        most: Largest number of faults in all; None for no limit.
-        stall_seconds: Length of a stall; None for one that only ``close`` ends.
-        retry_after_seconds: Wait that a throttling server asks for.
+        operations: The operations that can have faults.
+        most: Maximum number of faults in all; None for no limit.
+        stall_seconds: Duration of a stall; None for a stall that lasts until the storage is closed.
+        retry_after_seconds: The waiting time in a ThrottledError.
         latency_seconds: Delay of every call.
-        bytes_per_second: Bandwidth of each read; None for no limit.
-        total_bytes_per_second: Bandwidth of all reads together; None for no limit.
-        seed: Seed of the random choices.
+        bytes_per_second: Limit for each read; None for no limit.
+        total_bytes_per_second: Limit for all reads together; None for no limit.
+        seed: Seed of the random choice of faults.
     """
 
     reset: float = _share()
@@ -94,14 +95,14 @@ class FaultPolicy:
     seed: int = 0
 
     def __attrs_post_init__(self) -> None:
-        """Check the shares and the operations."""
+        """Refuse shares above 1 in all, and unknown operations."""
         if math.fsum(self.shares.values()) > 1:
             message = f"the shares of a FaultPolicy add up to more than 1: {dict(self.shares)}"
             raise ValueError(message)
         known = get_args(_Operation)
         unknown = sorted(self.operations - {*known})
         if unknown:
-            message = f"unknown operations of a FaultPolicy: {', '.join(unknown)}; it supports {', '.join(known)}"
+            message = f"unknown operations of a FaultPolicy: {', '.join(unknown)}; known are {', '.join(known)}"
             raise ValueError(message)
 
     @property
@@ -112,11 +113,11 @@ class FaultPolicy:
 
 @frozen
 class _Read:
-    """A read of runs. A range is a read of runs of one byte without gaps.
+    """A read of runs. A read of one range counts as runs of one byte without gaps.
 
     Attributes:
         kind: The method.
-        operation: Description of the operation, for messages.
+        operation: The operation in words, for error messages.
         path: Path of the object.
         offset: First byte.
         run_bytes: Length of a run.
@@ -132,7 +133,7 @@ class _Read:
 
 
 class FaultyStorage:
-    """``inner``, with the faults of ``policy``. Thread-safe, as far as ``inner`` is.
+    """Wraps ``inner``, and adds the faults of ``policy``. Thread-safe if ``inner`` is.
 
     It reads runs if ``inner`` does, and is a ``PatientStorage``.
 
@@ -149,8 +150,8 @@ class FaultyStorage:
         Counter({'truncation': 1})
 
     Args:
-        inner: The storage to wrap; it is closed with this one.
-        policy: The faults to inject.
+        inner: The wrapped storage, which ``close`` closes.
+        policy: The faults.
     """
 
     def __init__(self, inner: Storage, policy: FaultPolicy) -> None:
@@ -171,7 +172,7 @@ class FaultyStorage:
 
     @property
     def patience_seconds(self) -> float:
-        """Longest wait of a read for a silent server; also that of the inner storage, if it has this attribute."""
+        """How long reads wait for the next byte; also set on the inner storage if that is a ``PatientStorage``."""
         return self._patience_seconds
 
     @patience_seconds.setter
@@ -182,36 +183,36 @@ class FaultyStorage:
 
     @property
     def injected(self) -> Counter[Fault]:
-        """Number of each injected fault so far."""
+        """How often each fault has occurred."""
         with self._lock:
             return self._injected.copy()
 
     @property
     def calls(self) -> Counter[str]:
-        """Number of calls of each operation so far."""
+        """How often each operation was called."""
         with self._lock:
             return self._calls.copy()
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """List as the inner storage does; a reset ends the list after some objects."""
+        """List objects of the inner storage; a reset ends the listing after some of them."""
         fault, chance = self._draw("list", prefix, 0)
         self._wait("list", prefix, fault)
-        found = [self._seen(info) for info in self._inner.list(prefix)]
+        found = [self._with_version(info) for info in self._inner.list(prefix)]
         if fault == "reset":
             yield from found[: chance.randrange(len(found) + 1)]
             raise self._error(UnavailableError, "the connection was reset [injected]", "list", prefix)
         yield from found
 
     def stat(self, path: str) -> ObjectInfo:
-        """Return the result of the inner storage, or fail."""
+        """Return the inner storage's information, or raise the fault."""
         fault, _ = self._draw("stat", path, 0)
         self._wait("stat", path, fault)
         if fault == "reset":
             raise self._error(UnavailableError, "the connection was reset [injected]", "stat", path)
-        return self._seen(self._inner.stat(path))
+        return self._with_version(self._inner.stat(path))
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
-        """Read from the inner storage, or inject a fault."""
+        """Read from the inner storage, or with a fault."""
         operation = f"read {byte_range(offset, len(buffer))}"
 
         def read(wanted: int, inner_version: str | None) -> int:
@@ -223,7 +224,7 @@ class FaultyStorage:
     def _read_runs(
         self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
     ) -> int:
-        """Read from the inner storage, or inject a fault."""
+        """Read from the inner storage, or with a fault."""
         inner = cast("RunStorage", self._inner)
         operation = f"read runs of {run_bytes} bytes from {offset} on"
 
@@ -236,7 +237,7 @@ class FaultyStorage:
     def _read(
         self, call: _Read, buffer: memoryview, version: str | None, read: Callable[[int, str | None], int]
     ) -> int:
-        """Call ``read`` with a number of bytes and a version, and inject the fault of the call."""
+        """Call ``read`` with a number of bytes and a version, and apply the call's fault."""
         operation, path = call.operation, call.path
         with self._lock:
             broken = (path, call.offset) in self._broken
@@ -267,7 +268,7 @@ class FaultyStorage:
         return count
 
     def close(self) -> None:
-        """Close the inner storage, and end every wait."""
+        """Close the inner storage, and end all waiting calls."""
         self._closed.set()
         self._inner.close()
 
@@ -276,10 +277,10 @@ class FaultyStorage:
         with self._lock:
             self._replaced[path] += 1
 
-    # -- choice of faults ---------------------------------------------------------------------------------------------
+    # -- faults -------------------------------------------------------------------------------------------------------
 
     def _draw(self, operation: _Operation, path: str, offset: int) -> tuple[Fault | None, random.Random]:
-        """The fault of this call, and the random generator for its details."""
+        """Return the fault of this call, and the random generator for its other random choices."""
         policy = self._policy
         with self._lock:
             self._calls[operation] += 1
@@ -305,7 +306,7 @@ class FaultyStorage:
             return fault, chance
 
     def _wait(self, operation: str, path: str, fault: Fault | None, patience_seconds: float = math.inf) -> None:
-        """Inject latency, stalls and refusals before a call of the inner storage."""
+        """Wait for latency or stall, and raise the fault if the call does not reach the inner storage."""
         silence = self._policy.latency_seconds
         if fault == "stall":
             silence += math.inf if self._policy.stall_seconds is None else self._policy.stall_seconds
@@ -320,7 +321,7 @@ class FaultyStorage:
             raise self._error(ThrottledError, reason, operation, path, retry_after_seconds=after)
 
     def _arrives_at(self, count: int, begun: float) -> float:
-        """Arrival time of the last of ``count`` bytes, which are sent at ``begun``, or as soon as the line is free."""
+        """Return when the last of ``count`` bytes arrives, if sending starts at ``begun`` or when the line is free."""
         alone, together = self._policy.bytes_per_second, self._policy.total_bytes_per_second
         arrival = begun if alone is None else begun + count / alone
         if together is None:
@@ -330,12 +331,12 @@ class FaultyStorage:
             return max(arrival, self._line_free_at)
 
     def _sleep(self, seconds: float, operation: str, path: str) -> None:
-        """Wait, at most until the storage is closed."""
+        """Wait; raise if the storage is closed meanwhile."""
         if seconds > 0 and self._closed.wait(None if math.isinf(seconds) else seconds):
             raise self._error(BackendError, "the storage was closed", operation, path)
 
     def _pinned(self, path: str, version: str | None, operation: str) -> tuple[str | None, int]:
-        """The inner storage's version for ``version``, and how often the object was replaced."""
+        """Return the inner storage's version for ``version``, and how often the object was replaced."""
         with self._lock:
             replaced = self._replaced[path]
         if version is None or not replaced:
@@ -346,8 +347,8 @@ class FaultyStorage:
             raise self._error(SourceChangedError, reason, operation, path)
         return start, replaced
 
-    def _seen(self, info: ObjectInfo) -> ObjectInfo:
-        """``info`` with the version of this storage."""
+    def _with_version(self, info: ObjectInfo) -> ObjectInfo:
+        """Return ``info`` with the version of this storage; without digests if the object was replaced."""
         with self._lock:
             replaced = self._replaced[info.path]
         if not replaced:

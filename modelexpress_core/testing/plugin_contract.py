@@ -1,4 +1,4 @@
-"""The contract of every plugin: its entry point, its imports, its hooks and records."""
+"""The contract of every plugin: its entry point, its files, the cost of its import, its hooks and settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from modelexpress_core.uri import ModelURI
 
 __all__ = ["PluginContract"]
 
-#: Packages that only factories may import: they take seconds to import, or are not installed everywhere.
+#: Packages that a plugin may import only in its factory: they take seconds, or are not installed everywhere.
 _HEAVY = frozenset(
     {
         *("azure", "boto3", "botocore", "google.cloud", "google.protobuf", "grpc", "huggingface_hub", "kubernetes"),
@@ -36,16 +36,16 @@ _HEAVY = frozenset(
     }
 )
 
-#: Imports and registers a plugin in a separate process, and records its actions.
+#: Program for a separate process: imports and registers a plugin's module, and prints imported modules and I/O.
 _PROBE = """
 import json, os, sys
 
-asked = json.loads(sys.argv[1])
-sys.path[:] = asked["path"]
+arguments = json.loads(sys.argv[1])
+sys.path[:] = arguments["path"]
 from modelexpress_core.plugins import PluginManager
 import importlib
 
-before, deeds, watching = set(sys.modules), [], []
+before, io_events, watching = set(sys.modules), [], []
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 EVENTS = ("socket.", "subprocess.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.remove", "os.mkdir")
 
@@ -53,20 +53,20 @@ def watch(event, args):
     if not watching:
         return
     if event.startswith(EVENTS) and event != "socket.gethostname":
-        deeds.append(f"{event} {args!r}"[:200])
+        io_events.append(f"{event} {args!r}"[:200])
     elif event == "open" and (set(str(args[1] or "")) & set("wax+") or (args[2] or 0) & WRITES):
-        deeds.append(f"open {args[0]!r} for writing"[:200])
+        io_events.append(f"open {args[0]!r} for writing"[:200])
 
 sys.addaudithook(watch)
 watching.append(True)
-module = importlib.import_module(asked["module"])
-PluginManager().register(module, name=asked["name"])
+module = importlib.import_module(arguments["module"])
+PluginManager().register(module, name=arguments["name"])
 watching.clear()
-print("\\n" + json.dumps({"modules": sorted(set(sys.modules) - before), "deeds": deeds}))
+print("\\n" + json.dumps({"modules": sorted(set(sys.modules) - before), "io_events": io_events}))
 """
 
-#: Capability -> members of a storage that has it.
-_CAPABILITY_MEMBERS: Mapping[str, Sequence[str]] = {
+#: Capability -> attributes that a storage with this capability has.
+_CAPABILITY_ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "read_batch": ("read_batch",),
     "read_runs": ("read_runs",),
     "patience": ("patience_seconds",),
@@ -86,10 +86,10 @@ class PluginContract(Contract, contract=True):
 
     Attributes:
         distribution: Name of the installed distribution.
-        sdks: Packages that its factories import, and that its module must not import.
-        example_uri: A URI of one of its storages. If it is set, the factory is called; nothing is read.
-        example_settings: Settings for the factory.
-        first_party: Whether the plugin is part of this project, whose plugins have the same file names.
+        sdks: Packages that its factories import and its module must not import.
+        example_uri: A URI of one of its storages; if set, tests open the storage, and read nothing.
+        example_settings: The settings for the factory.
+        first_party: Whether the plugin belongs to this project, whose plugins all have the same file names.
     """
 
     distribution: ClassVar[str] = ""
@@ -113,7 +113,7 @@ class PluginContract(Contract, contract=True):
             point for point in importlib.metadata.distribution(name).entry_points if point.group == ENTRY_POINT_GROUP
         ]
         if len(points) != 1:
-            violated(f"{name} has {len(points)} entry points in the group {ENTRY_POINT_GROUP}; it needs one")
+            violated(f"{name} has {len(points)} entry points in the group {ENTRY_POINT_GROUP}; it must have one")
         return points[0]
 
     @pytest.fixture
@@ -123,23 +123,23 @@ class PluginContract(Contract, contract=True):
 
     @pytest.fixture
     def manager(self, plugin: ModuleType) -> PluginManager:
-        """A manager with this plugin alone."""
+        """A manager with only this plugin."""
         manager = PluginManager()
         manager.register(plugin, name=self._name())
         return manager
 
-    # -- its entry point ----------------------------------------------------------------------------------------------
+    # -- entry point and files ----------------------------------------------------------------------------------------
 
     def test_the_entry_point_has_the_name_of_the_distribution(self, entry_point: importlib.metadata.EntryPoint) -> None:
-        """It points to a module, under the distribution's name, which users disable the plugin by."""
+        """The entry point names a module, and has the distribution's name, which users disable the plugin by."""
         name = self._name()
         if _normalised(entry_point.name) != _normalised(name):
-            violated(f"the entry point is called {entry_point.name!r}; give it the distribution's name, {name!r}")
+            violated(f"the entry point is named {entry_point.name!r}; give it the distribution's name, {name!r}")
         if entry_point.attr:
-            violated(f"the entry point is {entry_point.value!r}; point it to the module: {entry_point.module!r}")
+            violated(f"the entry point is {entry_point.value!r}; it must name a module: {entry_point.module!r}")
 
     def test_the_plugin_is_found_and_handles_its_schemes(self, manager: PluginManager) -> None:
-        """The installed plugin loads without an error, and each scheme of its records selects it."""
+        """The installed plugin loads without a warning, and each scheme of its records selects it."""
         name = _normalised(self._name())
         for kind in (kind for kind in KINDS if kind.by_scheme):
             for record in manager.table(kind).records:
@@ -153,10 +153,10 @@ class PluginContract(Contract, contract=True):
         PluginManager.discover({"MX_PLUGINS": name, "MX_STRICT_PLUGINS": "1"})
 
     def test_the_package_is_typed(self, plugin: ModuleType) -> None:
-        """It has ``py.typed`` (PEP 561), so that type checkers use its annotations."""
+        """The package contains ``py.typed`` (PEP 561), so that type checkers use its annotations."""
         package = _directory(plugin)
         if not (package / "py.typed").is_file():
-            violated(f"there is no py.typed in {package.name}: add an empty file of that name to the package")
+            violated(f"{package.name} has no py.typed: add an empty file of that name to the package")
 
     def test_the_files_have_the_usual_names(self, plugin: ModuleType, manager: PluginManager) -> None:
         """All first-party plugins have the same file names."""
@@ -167,15 +167,17 @@ class PluginContract(Contract, contract=True):
         expected |= {"_transport.py"} if manager.table(TRANSPORT).records else set()
         missing = sorted(expected - {path.name for path in _directory(plugin).iterdir()})
         if missing or not plugin.__name__.endswith(".plugin"):
-            violated(f"{plugin.__name__} has not the files of other plugins; missing: {', '.join(missing) or '-'}")
+            violated(
+                f"{plugin.__name__} does not have the files of other plugins; missing: {', '.join(missing) or '-'}"
+            )
 
-    # -- imports and I/O ----------------------------------------------------------------------------------------------
+    # -- import and registration --------------------------------------------------------------------------------------
 
     def test_importing_it_brings_nothing_heavy(self, entry_point: importlib.metadata.EntryPoint) -> None:
-        """Listing plugins imports all of them, so only factories import SDKs and torch, at first use."""
+        """Listing plugins imports all of them, so only factories import SDKs and torch."""
         for sdk in self.sdks:
             if importlib.util.find_spec(sdk) is None:
-                violated(f"sdks names {sdk}, which is not installed here, so that this test cannot fail")
+                violated(f"sdks names {sdk}, which is not installed here, so that the test would check nothing")
         imported = self._probed(entry_point)["modules"]
         heavy = sorted(name for name in {*_HEAVY, *self.sdks} if name in imported)
         if heavy:
@@ -183,30 +185,32 @@ class PluginContract(Contract, contract=True):
 
     def test_registering_does_no_io(self, entry_point: importlib.metadata.EntryPoint) -> None:
         """Import and register hooks open no socket, start no process and write no file."""
-        deeds = self._probed(entry_point)["deeds"]
-        if deeds:
-            violated(f"importing and registering {entry_point.module} did: {'; '.join(deeds)}. Do that in the factory")
+        events = self._probed(entry_point)["io_events"]
+        if events:
+            violated(
+                f"importing and registering {entry_point.module} did I/O: {'; '.join(events)}. Do it in the factory"
+            )
 
     def test_registering_twice_gives_the_same(self, plugin: ModuleType) -> None:
-        """Register hooks always return the same records."""
+        """Register hooks are pure: they always return the same records."""
         first, second = ([_comparable(record) for record in _records(plugin)] for _ in range(2))
         if first != second:
             violated(f"the register hooks of {plugin.__name__} returned {first}, and then {second}")
 
-    # -- hooks and records --------------------------------------------------------------------------------------------
+    # -- hooks, records and settings ----------------------------------------------------------------------------------
 
     def test_every_hook_is_marked_and_exists(self, plugin: ModuleType) -> None:
-        """A function with our prefix is named like a hook and marked with ``hookimpl``: others are never called."""
+        """A function named ``mx_...`` has the name of a hook and is marked with ``hookimpl``, or it is never called."""
         for name, value in vars(plugin).items():
             if not name.startswith("mx_") or not callable(value):
                 continue
             if not hasattr(value, f"{PROJECT_NAME}_impl"):
                 violated(f"{plugin.__name__}.{name} is not marked: have you forgotten @hookimpl above it?")
             if not hasattr(hookspecs, name) and not getattr(value, f"{PROJECT_NAME}_impl")["optionalhook"]:
-                violated(f"{plugin.__name__}.{name} is no hook; modelexpress_core.hookspecs has all of them")
+                violated(f"{plugin.__name__}.{name} is not a hook; modelexpress_core.hookspecs defines the hooks")
 
     def test_its_records_are_accepted(self, plugin: ModuleType) -> None:
-        """Core registers it, and it implements at least one hook."""
+        """Core registers the plugin, and the plugin implements at least one hook."""
         manager = PluginManager()
         info = manager.register(plugin, name=self._name())
         marked = [value for value in vars(plugin).values() if hasattr(value, f"{PROJECT_NAME}_impl")]
@@ -214,44 +218,44 @@ class PluginContract(Contract, contract=True):
             violated(f"{plugin.__name__} implements no hook: mark functions with modelexpress_core.hooks.hookimpl")
 
     def test_the_factory_opens_a_storage(self, manager: PluginManager) -> None:
-        """The factory returns a Storage for ``example_uri``, which can be closed."""
+        """The factory returns a Storage for ``example_uri``, and the storage closes."""
         if not self.example_uri:
             pytest.skip("example_uri is not set")
         _, storage = manager.open(STORAGE, ModelURI.parse(self.example_uri), self.example_settings)
         try:
             if not isinstance(storage, Storage):
-                violated(f"the factory returned {type(storage).__name__}, which lacks methods of Storage")
+                violated(f"the factory returned {type(storage).__name__}, which has not all methods of Storage")
         finally:
             storage.close()
 
     def test_capabilities_are_what_the_storage_has(self, manager: PluginManager) -> None:
-        """Core calls methods whose capability is declared, and no others."""
+        """A storage has exactly the capabilities that its record declares: core uses only declared ones."""
         if not self.example_uri:
             pytest.skip("example_uri is not set")
         registered, storage = manager.open(STORAGE, ModelURI.parse(self.example_uri), self.example_settings)
         try:
-            for capability, names in _CAPABILITY_MEMBERS.items():
+            for capability, names in _CAPABILITY_ATTRIBUTES.items():
                 declared = getattr(registered.provider.capabilities, capability)
                 lacking = [name for name in names if not hasattr(storage, name)]
                 if declared and lacking:
                     violated(
-                        f"the {registered.label} declares the capability {capability}, and its storage, "
+                        f"the {registered.label} declares the capability {capability}, but its storage, "
                         f"{type(storage).__name__}, has no {' and no '.join(lacking)}"
                     )
                 if not declared and not lacking:
                     violated(
-                        f"{type(storage).__name__} has {' and '.join(names)}, which core does not use: declare it with "
+                        f"{type(storage).__name__} has {' and '.join(names)}, but core ignores it: declare it with "
                         f"capabilities=StorageCapabilities({capability}=True)"
                     )
         finally:
             storage.close()
 
     def test_its_settings_are_documented(self, manager: PluginManager, readme: str) -> None:
-        """Every variable has a help text, a valid default, and a mention in the README."""
+        """Every variable has a help text and a valid default, and is named in the README."""
         for owner, settings in manager.settings_classes():
             for setting in describe(settings, {}, owner=owner):
                 if not setting.help.strip():
-                    violated(f"{setting.name} has no help text: describe it in a sentence")
+                    violated(f"{setting.name} has no help: describe it in one sentence")
                 names = (setting.name, *setting.aliases)
                 missing = [name for name in names if not re.search(rf"\b{name}\b", readme)]
                 if missing:
@@ -261,48 +265,48 @@ class PluginContract(Contract, contract=True):
 
     def _name(self) -> str:
         if not self.distribution:
-            violated(f'{type(self).__name__} does not name the plugin: distribution = "mx-..."')
+            violated(f'{type(self).__name__} does not name the plugin to test: set distribution = "mx-..."')
         return self.distribution
 
     def _probed(self, entry_point: importlib.metadata.EntryPoint) -> Mapping[str, Sequence[str]]:
-        """The imports and actions of importing and registering the plugin in a new process."""
+        """Import and register the plugin in a new process; return the imported modules and the I/O."""
         return _probed(entry_point.module, self._name(), tuple(sys.path))
 
 
 @functools.cache
 def _probed(module: str, name: str, path: Sequence[str]) -> Mapping[str, Sequence[str]]:
-    asked = json.dumps({"path": path, "module": module, "name": name})
+    arguments = json.dumps({"path": path, "module": module, "name": name})
     done = subprocess.run(  # noqa: S603 - this interpreter, with our own program
-        [sys.executable, "-B", "-c", _PROBE, asked], capture_output=True, text=True, check=False
+        [sys.executable, "-B", "-c", _PROBE, arguments], capture_output=True, text=True, check=False
     )
     if done.returncode:
         violated(f"importing and registering {module} in a new process failed:\n{done.stderr}")
-    seen: Mapping[str, Sequence[str]] = json.loads(done.stdout.splitlines()[-1])
-    return seen
+    result: Mapping[str, Sequence[str]] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def _normalised(name: str) -> str:
-    """``name`` normalised as in PEP 503."""
+    """Normalise the name of a distribution (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _directory(plugin: ModuleType) -> Path:
-    """The directory of the package of ``plugin``."""
+    """Return the directory of the package that contains ``plugin``."""
     package = importlib.import_module(plugin.__name__.partition(".")[0])
     if not getattr(package, "__path__", None):
-        violated(f"{package.__name__} is a module; a plugin is a package, so that it can have py.typed")
+        violated(f"{package.__name__} is a module; a plugin must be a package, so that it can contain py.typed")
     return Path(next(iter(package.__path__)))
 
 
 def _records(plugin: ModuleType) -> Iterator[Any]:
-    """The records that the register hooks return."""
+    """Yield the records that the register hooks return."""
     for name, function in sorted(vars(plugin).items()):
         if name.startswith("mx_register_") and hasattr(function, f"{PROJECT_NAME}_impl"):
             yield from function()
 
 
 def _comparable(record: Any) -> object:  # noqa: ANN401 - any kind of record
-    """The fields of a record, with the factory by its name, since equal functions may be different objects."""
+    """Return the fields of a record, with the factory's name for the factory: an equal function may be a new object."""
     if not attrs.has(type(record)):
         return record
     fields = {field.name: getattr(record, field.name) for field in attrs.fields(type(record))}

@@ -1,7 +1,7 @@
-"""The contract of every storage, as tests that run against a real storage.
+"""The contract of storages: the rules that core relies on, as tests that run against a real storage.
 
-The docstring of each test states one rule of ``contracts.storage.Storage``. A failure names the call that broke the
-rule, and often the usual mistake.
+Each test states one rule of ``modelexpress_core.contracts.storage.Storage`` in its docstring. A failure message names
+the call, its arguments and result, and often the usual mistake.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ __all__ = ["UNUSUAL_NAMES", "StorageContract"]
 
 _T = TypeVar("_T")
 
-#: Names that occur in checkpoints, and that break if a name becomes a part of a URL without encoding. Some are
-#: pairs that become equal if a name is decoded once too often.
+#: Object names that occur in practice and need care in a URL. Some pairs become one name if decoded twice.
 UNUSUAL_NAMES: tuple[str, ...] = (
     "with space",
     "plus+plus",
@@ -81,15 +80,15 @@ _OBJECT_BYTES = 100_003
 _LARGE_BYTES = (16 << 20) + 7
 _RUNS_BYTES = (2 << 20) + 3
 
-#: Duration of reads in tests that change something during reads.
-_CONCURRENT_SECONDS = 0.2
+#: How long reads continue in tests in which another thread acts during them.
+_MEANWHILE_SECONDS = 0.2
 
 
 class StorageContract(Contract, contract=True):
-    """The rules for every storage, tested on the storage of the fixtures.
+    """The rules for every storage, checked on the storage of the fixtures.
 
-    Override ``storage`` and ``put``. The other fixtures have a default, or enable tests. A rule that is not tested,
-    because of a fixture, an attribute or a missing feature, shows as a skipped test with its reason.
+    Override ``storage`` and ``put``; the other fixtures have a default, or enable tests. A rule that does not apply,
+    because of a fixture, an attribute, or a feature that the storage does not have, is a skipped test with a reason.
 
     Example:
         >>> import pytest
@@ -104,11 +103,11 @@ class StorageContract(Contract, contract=True):
         ...         return storage.put
 
     Attributes:
-        versions: Whether the storage has versions. Without them, ``version`` is always None.
-        root_is_listable: Whether ``list("")`` is small enough for a test.
-        page_size: Number of objects in one page of a listing; the test stores one more. 0 without pages.
-        unsupported_names: Names in ``UNUSUAL_NAMES`` that the storage cannot store, with the reason.
-        hang_seconds: Time after which a call counts as hanging.
+        versions: Whether the storage has versions. If not, ``version`` is always None.
+        root_is_listable: Whether ``list("")`` lists the whole authority, and a test may do so.
+        page_size: Objects in one page of a listing; a test puts one more. 0 if listings have no pages.
+        unsupported_names: Names in ``UNUSUAL_NAMES`` that the backend cannot store, with the reason.
+        hang_seconds: How long one call may take before it counts as hanging.
     """
 
     versions: ClassVar[bool] = True
@@ -121,7 +120,7 @@ class StorageContract(Contract, contract=True):
 
     @pytest.fixture
     def storage(self) -> Storage:
-        """The storage under test, a new one for each test, since some tests close it. Close it afterwards, too."""
+        """The storage under test: a new one for each test, since some tests close it. Close it afterwards, too."""
         violated(f"{type(self).__name__} needs a fixture `storage` that returns (or yields) a new storage")
 
     @pytest.fixture
@@ -131,27 +130,27 @@ class StorageContract(Contract, contract=True):
 
     @pytest.fixture
     def directory(self) -> str:
-        """An empty directory, as an argument for ``list``; a new one for each test."""
+        """Prefix of an empty directory, as ``list`` takes it; a new one for each test."""
         return f"contract-{uuid4().hex}"
 
     @pytest.fixture
     def secrets(self) -> Sequence[str]:
-        """Texts that no error and no log may contain: the credentials of the storage."""
+        """The credentials of the storage, which must not appear in errors or logs."""
         return ()
 
     @pytest.fixture
     def missing_authority(self) -> Storage | None:
-        """A storage of a bucket, account or share that does not exist; None if the storage has none of these."""
+        """A storage of a bucket, account or share that does not exist; None if the storage has no such concept."""
         return None
 
     @pytest.fixture
     def unreachable(self) -> Storage | None:
-        """A storage of a server that refuses connections; None without a server."""
+        """A storage of a server that refuses connections; None if there is no server."""
         return None
 
     @pytest.fixture
     def denied(self) -> Storage | None:
-        """A storage with credentials that the server refuses; None without credentials."""
+        """A storage whose credentials are refused; None if there are no credentials."""
         return None
 
     @pytest.fixture
@@ -161,22 +160,22 @@ class StorageContract(Contract, contract=True):
 
     @pytest.fixture
     def stalled(self) -> tuple[Storage, str] | None:
-        """A storage, and the path of an object in it whose bytes never arrive; None if nothing can stall."""
+        """A storage, and the path of an object that never sends a byte; None if reads cannot stall."""
         return None
 
     # -- the protocol -------------------------------------------------------------------------------------------------
 
     def test_it_is_a_storage(self, storage: Storage) -> None:
-        """It has the methods of the protocol."""
+        """The storage has the methods of the protocol."""
         if not isinstance(storage, Storage):
-            violated(f"{type(storage).__name__} lacks methods of modelexpress_core.contracts.storage.Storage")
+            violated(f"{type(storage).__name__} has not all methods of modelexpress_core.contracts.storage.Storage")
 
     # -- list ---------------------------------------------------------------------------------------------------------
 
     def test_list_finds_objects_at_any_depth(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """Directly in the directory and in directories below it, each once."""
+        """``list`` finds objects in the directory and in all directories below it, each once."""
         names = ("a", "b/c", "b/d/e/f/g")
         for name in names:
             put(f"{directory}/{name}", b"x")
@@ -184,94 +183,95 @@ class StorageContract(Contract, contract=True):
         same(
             sorted(f"{directory}/{name}" for name in names),
             sorted(listed_paths(storage, directory)),
-            f"list({directory!r}) gave paths",
+            f"list({directory!r}) returned paths",
         )
 
     def test_list_takes_its_prefix_for_a_directory(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """Neighbours whose name begins the same way are not below it: ``model-2`` is not in ``model``."""
+        """A prefix is a directory name, not the start of a string: ``model-2`` is not in ``model``."""
         for name in ("model/inside", "model-2/a", "model.safetensors", "model2", "mode/l"):
             put(f"{directory}/{name}", b"x")
 
         same(
             [f"{directory}/model/inside"],
             sorted(listed_paths(storage, f"{directory}/model")),
-            f"beside {directory}/model are model-2/, model2 and model.safetensors; list({directory + '/model'!r}) gave",
+            f"beside {directory}/model are model-2/, model2 and model.safetensors; "
+            f"list({directory + '/model'!r}) returned",
         )
 
     def test_list_of_nothing_is_empty(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """A directory without objects is no error. An object as the prefix is none either."""
+        """Below a directory without objects, and below an object, the list is empty, and no error."""
         put(f"{directory}/object", b"x")
 
         for prefix in (f"{directory}/nothing", f"{directory}/object", f"{directory}/nothing/at/all"):
-            same([], listed_paths(storage, prefix), f"nothing is below {prefix}, and list gave")
+            same([], listed_paths(storage, prefix), f"there is no object below {prefix}, but list returned")
 
     def test_list_of_the_root_finds_everything(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """The empty prefix is the authority itself."""
+        """The empty prefix lists the whole authority."""
         if not self.root_is_listable:
-            pytest.skip("the root of this storage is too large to list (root_is_listable is False)")
+            pytest.skip("the root of this storage cannot be listed (root_is_listable is False)")
         names = {f"{directory}/a", f"{directory}/b/c"}
         for name in names:
             put(name, b"x")
 
         missing = sorted(names - set(listed_paths(storage, "")))
-        same([], missing, "list('') did not give")
+        same([], missing, "list('') did not return")
 
     def test_list_goes_on_after_a_page(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """A listing of more than one page has all objects, each once."""
+        """``list`` returns all objects, each once, if they do not fit on one page."""
         if not self.page_size:
-            pytest.skip("its listings have no pages (page_size is 0)")
+            pytest.skip("listings of this storage have no pages (page_size is 0)")
         names = sorted(f"{directory}/{number:06}" for number in range(self.page_size + 1))
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda name: put(name, b""), names))
 
         listed = sorted(listed_paths(storage, directory))
-        same(len(names), len(listed), "the number of objects that list gave is")
-        same(names, listed, "list gave")
+        same(len(names), len(listed), "the number of objects that list returned is")
+        same(names, listed, "list returned")
 
     def test_list_agrees_with_stat(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """The paths are those that ``stat`` and ``read_into`` take; sizes and versions are the same."""
+        """``stat`` and ``read_into`` accept the listed paths; sizes and versions are the same."""
         contents = {f"{directory}/{name}": random_content(size) for name, size in (("a", 1), ("b/c", 1000))}
         for path, content in contents.items():
             put(path, content)
 
         for info in storage.list(directory):
             if not isinstance(info, ObjectInfo):
-                violated(f"list gave {type(info).__name__}, not ObjectInfo")
-            told = storage.stat(info.path)
+                violated(f"list returned {type(info).__name__}, not ObjectInfo")
+            found = storage.stat(info.path)
             content = contents[info.path]
-            same((info.path, len(content)), (told.path, told.size), f"stat({info.path!r}) told path and size")
-            same(len(content), info.size, f"list told for {info.path} the size")
-            same(told.version, info.version, f"stat told for {info.path} the version {told.version!r}, and list")
+            same((info.path, len(content)), (found.path, found.size), f"stat({info.path!r}) returned path and size")
+            same(len(content), info.size, f"list returned for {info.path} the size")
+            same(found.version, info.version, f"stat returned for {info.path} the version {found.version!r}, but list")
             check_bytes(content, 0, checked_read(storage, info.path, 0, len(content), info.version), info.path)
 
     def test_list_of_a_missing_authority_is_not_found(self, missing_authority: Storage | None) -> None:
-        """A bucket, account or share that does not exist is no empty directory."""
+        """Listing a bucket, account or share that does not exist raises NotFoundError."""
         if missing_authority is None:
-            pytest.skip("nothing to test with: the fixture `missing_authority` is None")
+            pytest.skip("the fixture `missing_authority` is None")
         error = self._failing("list('model')", lambda: list(missing_authority.list("model")))
-        check_class(error, (NotFoundError,), "listing what does not exist")
+        check_class(error, (NotFoundError,), "listing an authority that does not exist")
 
     # -- stat ---------------------------------------------------------------------------------------------------------
 
     def test_stat_tells_the_size(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """The size is that of the current object, also after it was replaced."""
+        """``stat`` returns the current size, also after the object was replaced."""
         for size in (7, 0, 70_000):
             put(f"{directory}/object", random_content(size))
 
-            same(size, storage.stat(f"{directory}/object").size, "stat told the size")
+            same(size, storage.stat(f"{directory}/object").size, "stat returned the size")
 
     def test_stat_of_nothing_is_not_found(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """Also if the path is the start of another path, or continues below an object."""
+        """``stat`` of a missing object raises NotFoundError, also for the start of a path, or below an object."""
         put(f"{directory}/model/object", b"x")
 
         for path in ("model/obj", "model/object2", "elsewhere/object", "model/object/below"):
@@ -281,7 +281,7 @@ class StorageContract(Contract, contract=True):
     def test_stat_of_a_directory_is_an_error(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """A directory is no object."""
+        """``stat`` of a directory raises BackendError: a directory is not an object."""
         put(f"{directory}/model/object", b"x")
 
         error = self._failing("stat of a directory", lambda: storage.stat(f"{directory}/model"))
@@ -290,7 +290,7 @@ class StorageContract(Contract, contract=True):
     def test_digests_are_those_of_the_content(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """They cover the whole current object, in lower-case hex, under names that core supports."""
+        """Published digests are those of the whole current object, in lower-case hex; core knows the algorithms."""
         path, published = f"{directory}/object", False
         for content in (random_content(_OBJECT_BYTES), random_content(_OBJECT_BYTES, seed=1)):
             put(path, content)
@@ -304,7 +304,7 @@ class StorageContract(Contract, contract=True):
     # -- read_into ----------------------------------------------------------------------------------------------------
 
     def test_reads_any_range(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """A read writes exactly the bytes of the range, nothing outside of the buffer, and returns their number."""
+        """A read writes all bytes of the range into the buffer, nothing outside it, and returns their number."""
         path, content = f"{directory}/object", random_content(_OBJECT_BYTES)
         put(path, content)
         version = storage.stat(path).version
@@ -326,7 +326,7 @@ class StorageContract(Contract, contract=True):
     def test_reads_the_object_that_was_asked_for(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """Objects of equal size and name in several directories are not confused, in any order of reads."""
+        """Objects of equal size and equal name in several directories are distinguished, in any order."""
         contents = {
             f"{directory}/{name}": random_content(5000, seed) for seed, name in enumerate(("a/x", "b/x", "x", "A/x"))
         }
@@ -347,7 +347,7 @@ class StorageContract(Contract, contract=True):
         check_bytes(content, 3, got, path, _LARGE_BYTES - 3)
 
     def test_reads_into_any_memory(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """A buffer may be any kind of memory: of a tensor, a mapped file, shared or pinned, at any address."""
+        """A buffer may be any memory: of a tensor, a mapped file, shared or pinned, at any address."""
         path, content = f"{directory}/object", random_content(10_000)
         put(path, content)
 
@@ -370,7 +370,7 @@ class StorageContract(Contract, contract=True):
     def test_a_read_over_the_end_is_short(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """It reads the existing bytes, returns their number, and does not change the rest of the buffer."""
+        """A read beyond the end returns the number of existing bytes, and leaves the rest of the buffer unchanged."""
         path, content = f"{directory}/object", random_content(1000)
         put(path, content)
 
@@ -381,7 +381,7 @@ class StorageContract(Contract, contract=True):
     def test_a_read_behind_the_end_brings_nothing(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """It returns 0 or raises SourceChangedError, since the object was cut after its size was read."""
+        """A read behind the end returns 0, or raises SourceChangedError because the object was truncated."""
         path = f"{directory}/object"
         put(path, random_content(1000))
 
@@ -389,16 +389,16 @@ class StorageContract(Contract, contract=True):
             self._brings_nothing(storage, path, offset)
 
     def test_empty_objects(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """They are listed, have the size 0, and a read returns no byte."""
+        """Empty objects are listed, have size 0, and a read returns 0 bytes."""
         path = f"{directory}/empty"
         put(path, b"")
 
-        same([path], listed_paths(storage, directory), "list gave")
-        same(0, storage.stat(path).size, "stat told the size")
+        same([path], listed_paths(storage, directory), "list returned")
+        same(0, storage.stat(path).size, "stat returned the size")
         self._brings_nothing(storage, path, 0)
 
     def test_unusual_names(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """Names with spaces, percent signs and similar characters are listed unchanged, and can be read."""
+        """Names with spaces, percent signs and so on are listed unchanged, and can be read under these names."""
         for name, reason in self.unsupported_names.items():
             if name not in UNUSUAL_NAMES or not reason.strip():
                 violated(f"unsupported_names: {name!r} is not in UNUSUAL_NAMES, or has no reason")
@@ -411,17 +411,17 @@ class StorageContract(Contract, contract=True):
         for path in paths:
             expected = path.encode()
             try:
-                same(len(expected), storage.stat(path).size, "stat told the size")
+                same(len(expected), storage.stat(path).size, "stat returned the size")
                 check_bytes(expected, 0, checked_read(storage, path, 0, len(expected)), path)
             except (BackendError, AssertionError) as exc:
                 problems.append(f"{path!r}: {exc}")
         same([], problems, "stat and read_into fail for these names")
-        same(sorted(paths), sorted(listed_paths(storage, directory)), "list gave paths")
+        same(sorted(paths), sorted(listed_paths(storage, directory)), "list returned paths")
 
     def test_a_read_of_nothing_is_not_found(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """With and without a version."""
+        """A read of a missing object raises NotFoundError, with and without a version."""
         put(f"{directory}/object", b"x")
 
         for version in (None, storage.stat(f"{directory}/object").version):
@@ -433,19 +433,19 @@ class StorageContract(Contract, contract=True):
     def test_versions_are_what_was_declared(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """``stat`` and ``list`` return a text as the version, or None if the storage has no versions."""
+        """Versions from ``stat`` and ``list`` are non-empty strings, or always None if there are no versions."""
         put(f"{directory}/object", b"x")
 
         for info in (storage.stat(f"{directory}/object"), *storage.list(directory)):
             if self.versions and not (isinstance(info.version, str) and info.version):
-                violated(f"the version is {info.version!r}; a storage without versions says so: versions = False")
+                violated(f"the version is {info.version!r}; if the storage has no versions, set versions = False")
             if not self.versions and info.version is not None:
                 violated(f"the version is {info.version!r}, although versions is False: set it to True")
 
     def test_another_content_is_another_version(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """Also if the size is equal. The version does not change without a change of the object."""
+        """Another content of the same size has another version; without a change the version stays the same."""
         self._needs_versions()
         path = f"{directory}/object"
         seen = []
@@ -455,13 +455,13 @@ class StorageContract(Contract, contract=True):
             same([version] * 2, [info.version for info in (storage.stat(path), *storage.list(directory))], "versions")
             seen.append(version)
 
-        same(3, len(set(seen)), f"three contents of one size had the versions {seen}: their number is")
+        same(3, len(set(seen)), f"three contents of one size have the versions {seen}: the number of versions is")
 
     @pytest.mark.parametrize("size", [1000, 900, 1100], ids=["same size", "shorter", "longer"])
     def test_a_replaced_object_is_not_read_under_its_old_version(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str, size: int
     ) -> None:
-        """The read raises SourceChangedError, which is not retryable, or returns the old bytes if they are kept."""
+        """A read under the old version raises SourceChangedError, or returns the old bytes if they are kept."""
         self._needs_versions()
         path, old = f"{directory}/object", random_content(1000)
         put(path, old)
@@ -480,7 +480,7 @@ class StorageContract(Contract, contract=True):
     def test_without_a_version_any_is_read(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """None reads any version since the storage was opened, but never a mixture."""
+        """Without a version, a read returns the current content, or one since the storage was opened; no mixture."""
         path, stored = f"{directory}/object", []
         for seed in range(3):
             stored.append(random_content(1000, seed))
@@ -493,7 +493,7 @@ class StorageContract(Contract, contract=True):
     def test_versions_are_never_mixed(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """While the object is replaced, a read returns the bytes of the version that it names, or fails."""
+        """While the object is being replaced, a read returns bytes of the requested version, or fails."""
         self._needs_versions()
         path, done = f"{directory}/object", threading.Event()
         put(path, bytes([1]) * 50_000)
@@ -504,19 +504,19 @@ class StorageContract(Contract, contract=True):
         def read_whole(version: str | None) -> bytes:
             return checked_read(storage, path, 0, 50_000, version)
 
-        ways = (read_whole, read_runs) if hasattr(storage, "read_runs") else (read_whole,)
+        methods = (read_whole, read_runs) if hasattr(storage, "read_runs") else (read_whole,)
         byte_of: dict[str | None, int] = {}
 
         def replace() -> None:
             try:
                 for value in range(2, 16):
                     put(path, bytes([value]) * 50_000)
-                    time.sleep(0.01)  # the clock of a file system is coarse
+                    time.sleep(0.01)  # timestamps of file systems are coarse
             finally:
                 done.set()
 
         def read(number: int) -> None:
-            read_once = ways[number % len(ways)]
+            read_once = methods[number % len(methods)]
             while not done.is_set():
                 version = storage.stat(path).version
                 try:
@@ -524,16 +524,16 @@ class StorageContract(Contract, contract=True):
                 except SourceChangedError:
                     continue
                 values = sorted(set(got))
-                same(1, len(values), f"one read of {path} brought bytes of the contents {values}: their number is")
+                same(1, len(values), f"one read of {path} returned bytes of the contents {values}: their number is")
                 first = byte_of.setdefault(version, values[0])
-                same(first, values[0], f"the version {version!r} had the content {first}, and then")
+                same(first, values[0], f"the version {version!r} had the content {first}, and later")
 
         self._in_threads(4, read, meanwhile=replace)
 
-    # -- runs, where the storage has read_runs ------------------------------------------------------------------------
+    # -- runs, if the storage has read_runs ---------------------------------------------------------------------------
 
     def test_reads_any_runs(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """It reads the bytes of each run, one after another, and writes nothing outside of the buffer."""
+        """``read_runs`` returns the bytes of all runs, one after another, and writes nothing outside the buffer."""
         running = with_runs(storage)
         path, content = f"{directory}/object", random_content(_RUNS_BYTES)
         put(path, content)
@@ -564,7 +564,7 @@ class StorageContract(Contract, contract=True):
     def test_runs_over_the_end_are_short(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """It reads the whole runs that the object has, and returns the number of their bytes."""
+        """``read_runs`` beyond the end returns only the runs that are whole, and the number of their bytes."""
         running = with_runs(storage)
         path, content = f"{directory}/object", random_content(1000)
         put(path, content)
@@ -576,14 +576,14 @@ class StorageContract(Contract, contract=True):
             except SourceChangedError as exc:
                 check_final(exc, "read_runs over the end")
                 if whole:
-                    violated(f"{whole} whole runs are at {offset} of {path}, and read_runs brought none: {exc}", exc)
+                    violated(f"{path} has {whole} whole runs at {offset}, but read_runs returned none: {exc}", exc)
                 continue
             check_runs(content, runs, got, path, whole)
 
     def test_runs_of_nothing_are_not_found(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """NotFoundError, as for any read."""
+        """``read_runs`` of a missing object raises NotFoundError."""
         running = with_runs(storage)
         put(f"{directory}/object", b"x")
 
@@ -593,7 +593,7 @@ class StorageContract(Contract, contract=True):
     def test_runs_of_a_replaced_object_are_not_read_under_its_old_version(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """The read raises SourceChangedError, which is not retryable, or returns the old bytes if they are kept."""
+        """A read under the old version raises SourceChangedError, or returns the old bytes if they are kept."""
         running = with_runs(storage)
         self._needs_versions()
         path, old = f"{directory}/object", random_content(1000)
@@ -612,7 +612,7 @@ class StorageContract(Contract, contract=True):
     def test_close_ends_runs_in_other_threads(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """They and later ones end soon, with their bytes or with a BackendError that is not retryable."""
+        """After ``close``, running and later calls end soon, with bytes or a BackendError that is not retryable."""
         running = with_runs(storage)
         path, content = f"{directory}/object", random_content(1 << 20)
         put(path, content)
@@ -623,12 +623,12 @@ class StorageContract(Contract, contract=True):
 
         self._ends_at_close(storage, read)
 
-    # -- patience, where the storage has patience_seconds -------------------------------------------------------------
+    # -- patience, if the storage has patience_seconds ----------------------------------------------------------------
 
     def test_patience_may_be_set_while_reads_run(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """It is a number of seconds. It does not end reads whose bytes arrive."""
+        """``patience_seconds`` can be set at any time; reads that receive bytes continue."""
         patient = with_patience(storage)
         path, content, done = f"{directory}/object", random_content(_OBJECT_BYTES), threading.Event()
         put(path, content)
@@ -640,7 +640,7 @@ class StorageContract(Contract, contract=True):
 
         def set_it() -> None:
             try:
-                end = time.monotonic() + _CONCURRENT_SECONDS
+                end = time.monotonic() + _MEANWHILE_SECONDS
                 while time.monotonic() < end:
                     for seconds in (20.0, 600.0, 15, 1e9):
                         patient.patience_seconds = seconds
@@ -651,59 +651,61 @@ class StorageContract(Contract, contract=True):
         self._in_threads(3, read, meanwhile=lambda: self._soon("setting patience_seconds", set_it))
 
     def test_patience_ends_a_read_that_waits(self, stalled: tuple[Storage, str] | None) -> None:
-        """The read raises DeadlineError, which is retryable, after the ``patience_seconds`` of its start."""
+        """A stalled read raises a retryable DeadlineError after the ``patience_seconds`` of its start."""
         if stalled is None:
-            pytest.skip("nothing to test with: the fixture `stalled` is None")
+            pytest.skip("the fixture `stalled` is None")
         storage, path = stalled
         patient = with_patience(storage)
 
         for seconds in (0.3, 1.2):
             patient.patience_seconds = seconds
-            what = f"a read whose bytes never arrive, with patience_seconds = {seconds:g},"
+            what = f"a read that receives no byte, with patience_seconds = {seconds:g},"
             self._in_threads(2, lambda _: check_waiting(patient, path), what=what)
 
-        def increase_patience() -> None:
-            time.sleep(_CONCURRENT_SECONDS)
+        def set_patience() -> None:
+            time.sleep(_MEANWHILE_SECONDS)
             begun = time.monotonic()
             patient.patience_seconds = 2.0
             if time.monotonic() - begun > 0.5:
-                violated("setting patience_seconds blocked until a waiting read ended")
+                violated("setting patience_seconds waited for a stalled read")
 
-        self._in_threads(2, lambda _: check_waiting(patient, path), meanwhile=increase_patience)
+        self._in_threads(2, lambda _: check_waiting(patient, path), meanwhile=set_patience)
 
-    # -- diagnosis, where the storage has endpoint and credentials ----------------------------------------------------
+    # -- diagnosis, if the storage has endpoint and credentials -------------------------------------------------------
 
     def test_endpoint_says_where_requests_go(self, storage: Storage, unreachable: Storage | None) -> None:
-        """It returns host and port without credentials and without a connection, also for an unreachable server."""
+        """``endpoint`` returns host and port without credentials, and makes no connection, even without a server."""
         for each in (storage, unreachable):
             if each is None:
                 continue
             diagnosable = with_diagnosis(each)
-            with watched_sockets() as deeds:
+            with watched_sockets() as events:
                 endpoint = self._soon("endpoint", diagnosable.endpoint)
-                same(endpoint, diagnosable.endpoint(), "endpoint gave")
-            if deeds:
-                violated(f"endpoint must not open connections, and did: {', '.join(deeds)}")
+                same(endpoint, diagnosable.endpoint(), "endpoint returned")
+            if events:
+                violated(f"endpoint must not use the network, but did: {', '.join(events)}")
             check_endpoint(endpoint)
 
     def test_credentials_say_who_asks(
         self, storage: Storage, denied: Storage | None, secrets: Sequence[str], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """It returns one line of text without a secret, also for credentials that the server refuses."""
+        """``credentials`` returns one line without a secret, also for credentials that are refused."""
         with caplog.at_level("INFO"):
             for each in (storage, denied):
                 if each is None:
                     continue
-                told: object = self._soon("credentials", with_diagnosis(each).credentials)
-                if not isinstance(told, str) or not told.strip() or "\n" in told:
-                    violated(f"credentials returned {type(told).__name__}; it must return one line of text")
-                check_hidden(told, secrets, "what credentials returned")
+                text: object = self._soon("credentials", with_diagnosis(each).credentials)
+                if not isinstance(text, str) or not text.strip() or "\n" in text:
+                    violated(
+                        f"credentials returned {type(text).__name__}; it must return one line that names the identity"
+                    )
+                check_hidden(text, secrets, "the result of credentials")
         check_hidden(caplog.text, secrets, "the log")
 
     def test_missing_credentials_are_denied(self, without_credentials: Storage | None, secrets: Sequence[str]) -> None:
-        """``credentials`` raises AccessDeniedError, as do requests."""
+        """Without credentials, requests and ``credentials`` raise AccessDeniedError."""
         if without_credentials is None:
-            pytest.skip("nothing to test with: the fixture `without_credentials` is None")
+            pytest.skip("the fixture `without_credentials` is None")
         calls = dict(calls_of(without_credentials))
         if hasattr(without_credentials, "credentials"):
             calls["credentials"] = with_diagnosis(without_credentials).credentials
@@ -717,7 +719,7 @@ class StorageContract(Contract, contract=True):
     def test_threads_do_not_disturb_each_other(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """Many threads call read, list and stat at once; each gets its own result."""
+        """Many threads read, list and stat at once; each gets the right result."""
         contents = {f"{directory}/{name}": random_content(_OBJECT_BYTES, seed) for seed, name in enumerate("ab")}
         for path, content in contents.items():
             put(path, content)
@@ -732,9 +734,9 @@ class StorageContract(Contract, contract=True):
                 got = checked_read(storage, path, offset, length, infos[path].version)
                 check_bytes(contents[path], offset, got, f"{path} (while other threads read)", length)
                 if turn % 20 == 0:
-                    same(_OBJECT_BYTES, storage.stat(path).size, "while other threads read, stat told the size")
+                    same(_OBJECT_BYTES, storage.stat(path).size, "while other threads read, stat returned the size")
                     listed = sorted(listed_paths(storage, directory))
-                    same(sorted(contents), listed, "while other threads read, list gave")
+                    same(sorted(contents), listed, "while other threads read, list returned")
 
         before = sys.getswitchinterval()
         sys.setswitchinterval(1e-5)
@@ -746,20 +748,20 @@ class StorageContract(Contract, contract=True):
     # -- close --------------------------------------------------------------------------------------------------------
 
     def test_close_may_be_called_again(self, storage: Storage) -> None:
-        """Repeatedly, before and after use."""
+        """``close`` may be called several times."""
         for _ in range(3):
             self._soon("close", storage.close)
 
     def test_calls_after_close_end(self, storage: Storage, put: Callable[[str, bytes], object], directory: str) -> None:
-        """They return their result, or raise a BackendError that is not retryable."""
+        """Calls after ``close`` end soon, with a result or with a BackendError that is not retryable."""
         path, content = f"{directory}/object", random_content(1000)
         put(path, content)
         checked_read(storage, path, 0, 1000)
         storage.close()
 
         calls: Mapping[str, Callable[[], object]] = {
-            "list": lambda: same([path], listed_paths(storage, directory), "list gave"),
-            "stat": lambda: same(1000, storage.stat(path).size, "stat told the size"),
+            "list": lambda: same([path], listed_paths(storage, directory), "list returned"),
+            "stat": lambda: same(1000, storage.stat(path).size, "stat returned the size"),
             "read_into": lambda: check_bytes(content, 0, checked_read(storage, path, 0, 1000), path),
         }
         for name, call in calls.items():
@@ -771,7 +773,7 @@ class StorageContract(Contract, contract=True):
     def test_close_ends_reads_in_other_threads(
         self, storage: Storage, put: Callable[[str, bytes], object], directory: str
     ) -> None:
-        """They end soon, with their bytes or with a BackendError that is not retryable."""
+        """``close`` ends reads in other threads soon, with bytes or a BackendError that is not retryable."""
         path, content = f"{directory}/object", random_content(1 << 20)
         put(path, content)
 
@@ -782,9 +784,9 @@ class StorageContract(Contract, contract=True):
         self._ends_at_close(storage, read)
 
     def test_close_ends_a_read_that_waits(self, stalled: tuple[Storage, str] | None) -> None:
-        """A load that failed elsewhere must not wait for a silent server."""
+        """``close`` ends a stalled read, so that a failed load does not wait for a silent server."""
         if stalled is None:
-            pytest.skip("nothing to test with: the fixture `stalled` is None")
+            pytest.skip("the fixture `stalled` is None")
         storage, path = stalled
 
         def read(_: int) -> None:
@@ -796,8 +798,8 @@ class StorageContract(Contract, contract=True):
             violated("the read returned without an error, although it should stall: check the fixture `stalled`")
 
         def close() -> None:
-            time.sleep(_CONCURRENT_SECONDS)
-            self._soon("close during a read that stalls", storage.close)
+            time.sleep(_MEANWHILE_SECONDS)
+            self._soon("close during a stalled read", storage.close)
 
         self._in_threads(3, read, meanwhile=close)
 
@@ -811,7 +813,7 @@ class StorageContract(Contract, contract=True):
         secrets: Sequence[str],
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """They have the object's URI, the operation and the provider, can be pickled, and contain no credential."""
+        """Errors name URI, operation and provider, survive pickling, and contain no credential."""
         put(f"{directory}/object", b"x")
         missing = f"{directory}/no-such-object"
         with caplog.at_level("INFO"):
@@ -821,29 +823,31 @@ class StorageContract(Contract, contract=True):
             ]
 
         for error in errors:
-            check_class(error, (NotFoundError,), "what does not exist")
+            check_class(error, (NotFoundError,), "a call for an object that does not exist")
             check_error(error, secrets)
             if not error.uri.endswith("/no-such-object"):
                 violated(f"the error's uri is {error.uri!r}, which does not name the object, {missing}")
         check_hidden(caplog.text, secrets, "the log")
 
     def test_an_unreachable_server_is_unavailable(self, unreachable: Storage | None, secrets: Sequence[str]) -> None:
-        """Calls soon raise UnavailableError or DeadlineError, which are retryable: core does the retries."""
+        """An unreachable server raises a retryable UnavailableError or DeadlineError soon: only core retries."""
         if unreachable is None:
-            pytest.skip("nothing to test with: the fixture `unreachable` is None")
+            pytest.skip("the fixture `unreachable` is None")
         for name, call in calls_of(unreachable).items():
             error = self._failing(f"{name} without a server", call)
             check_class(error, (UnavailableError, DeadlineError), f"{name} without a server")
             check_error(error, secrets)
             if not error.retryable:
-                violated(f"the {type(error).__name__} of {name} is not retryable, so a restart of the server is fatal")
+                violated(
+                    f"the {type(error).__name__} of {name} is not retryable, so that a restart of the server is fatal"
+                )
 
     def test_refused_credentials_are_denied(
         self, denied: Storage | None, secrets: Sequence[str], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Calls raise AccessDeniedError, which is not retryable and does not contain the credentials."""
+        """Refused credentials raise AccessDeniedError, not retryable, which does not contain the credentials."""
         if denied is None:
-            pytest.skip("nothing to test with: the fixture `denied` is None")
+            pytest.skip("the fixture `denied` is None")
         with caplog.at_level("INFO"):
             for name, call in calls_of(denied).items():
                 error = self._failing(f"{name} with refused credentials", call)
@@ -863,10 +867,10 @@ class StorageContract(Contract, contract=True):
         except BackendError as exc:
             check_class(exc, (SourceChangedError,), f"a read of {path} at {offset}, behind its end,")
         else:
-            same(b"", got, f"there is nothing at {offset} of {path}, and a read brought")
+            same(b"", got, f"{path} has no bytes at {offset}, but a read returned")
 
     def _ends_at_close(self, storage: Storage, read: Callable[[int], None]) -> None:
-        """Close ``storage`` while threads call ``read`` repeatedly. Check that these and later calls end."""
+        """Close ``storage`` while threads call ``read`` repeatedly; fail unless running and later calls end."""
         done = threading.Event()
 
         def keep_reading(number: int) -> None:
@@ -879,9 +883,9 @@ class StorageContract(Contract, contract=True):
 
         def close() -> None:
             try:
-                time.sleep(_CONCURRENT_SECONDS / 4)
+                time.sleep(_MEANWHILE_SECONDS / 4)
                 self._soon("close during reads", storage.close)
-                time.sleep(_CONCURRENT_SECONDS / 2)
+                time.sleep(_MEANWHILE_SECONDS / 2)
             finally:
                 done.set()
 
@@ -892,12 +896,12 @@ class StorageContract(Contract, contract=True):
             check_final(exc, "a read after close")
 
     def _soon(self, what: str, function: Callable[[], _T]) -> _T:
-        """The result of ``function``, if it ends in time."""
+        """Call ``function``; fail if it does not return or raise in time."""
         (result,) = self._in_threads(1, lambda _: function(), what=what)
         return result
 
     def _failing(self, what: str, function: Callable[[], object]) -> BackendError:
-        """The BackendError that ``function`` raises, in time."""
+        """Return the BackendError that ``function`` raises; fail if it raises none in time."""
         try:
             result = self._soon(what, function)
         except BackendError as exc:
@@ -905,9 +909,9 @@ class StorageContract(Contract, contract=True):
         except AssertionError:
             raise
         except Exception as exc:
-            message = f"{what} raised {type(exc).__name__}, no BackendError: translate it, with `raise ... from`"
+            message = f"{what} raised {type(exc).__name__}, not BackendError: translate it with `raise ... from`"
             raise AssertionError(message) from exc
-        message = f"{what} should fail, and returned {result!r}"
+        message = f"{what} should fail, but returned {result!r}"
         raise AssertionError(message)
 
     def _in_threads(
@@ -918,7 +922,7 @@ class StorageContract(Contract, contract=True):
         meanwhile: Callable[[], object] | None = None,
         what: str = "a call",
     ) -> list[_T]:
-        """The results of ``function`` in ``number`` threads. Raises the first error."""
+        """Call ``function`` in ``number`` threads, and return the results; raise the first error if there is one."""
         results: list[_T] = []
         errors: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""``inproc://``: tensors of another model in this process, for tests, notebooks, and as an example of a transport."""
+"""``inproc://``: reads tensors of another model in this process; for tests and notebooks, and a simple example."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _lock = threading.Lock()
 
 
 class InprocServed:
-    """Tensors of one worker of this process, which others may read until ``close``.
+    """Tensors of one worker in this process, readable until ``close``.
 
     Args:
         table: The tensors.
 
     Attributes:
-        endpoint: The authority of its URIs.
-        topology: Nothing.
+        endpoint: The authority of the worker's URIs.
+        topology: Empty.
     """
 
     topology: Mapping[str, str] = {}
@@ -44,14 +44,14 @@ class InprocServed:
         self._draining = False
 
     def grant(self, lease: int) -> bool:
-        """Keep the memory as it is for ``lease``; False while draining."""
+        """Keep the memory unchanged for ``lease``; return False while draining."""
         with self._changed:
             if not self._draining:
                 self._leases.add(lease)
             return not self._draining
 
     def release(self, lease: int) -> bool:
-        """``lease`` ends; False if it had ended before."""
+        """End ``lease``; return False if it had ended before."""
         with self._changed:
             held = lease in self._leases
             self._leases.discard(lease)
@@ -59,7 +59,10 @@ class InprocServed:
             return held
 
     def drain(self, timeout_seconds: float) -> bool:
-        """Grant no more leases, and wait for those that are held; those that remain end."""
+        """Grant no more leases and wait for the active ones; return whether all were released in time.
+
+        The others end.
+        """
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
             self._draining = True
@@ -72,14 +75,14 @@ class InprocServed:
             return True
 
     def close(self) -> None:
-        """Serve no more; every lease ends."""
+        """Stop serving, and end every lease."""
         with _lock:
             _served.pop(self.endpoint, None)
         self.drain(0)
 
 
 class InprocSession:
-    """A reader of one worker.
+    """A session that reads one worker's tensors.
 
     Args:
         served: The worker's tensors.
@@ -96,7 +99,7 @@ class InprocSession:
         self._lease = next(_numbers)
 
     def lease(self) -> None:
-        """Have the worker keep its memory as it is."""
+        """Ask the worker to keep its memory unchanged."""
         if not self._served.grant(self._lease):
             reason = "the worker is about to change its memory"
             raise UnavailableError(
@@ -104,7 +107,7 @@ class InprocSession:
             )
 
     def read(self, reads: Sequence[TensorRead]) -> Iterator[Completion]:
-        """Copy tensor by tensor."""
+        """Copy one tensor after the other."""
         import torch
 
         tensors = self._served.table.tensors
@@ -115,9 +118,9 @@ class InprocSession:
             yield Completion(read.name, source.nbytes)
 
     def release(self) -> None:
-        """Give the lease back, and have it confirmed."""
+        """Release the lease; raise if it had ended before."""
         if not self._served.release(self._lease):
-            reason = "the lease ended before the reads did, so what was read cannot be trusted"
+            reason = "the lease ended before the reads did, so the data cannot be trusted"
             raise UnavailableError(
                 reason,
                 uri=self._uri,
@@ -125,7 +128,7 @@ class InprocSession:
                 provider=_PROVIDER,
                 retryable=False,
                 peer_at_fault=True,
-                cause="the worker changed or gave up its memory meanwhile",
+                cause="the worker changed or freed its memory during the reads",
             )
 
     def close(self) -> None:
@@ -137,7 +140,7 @@ class InprocTransport:
     """Serves and reads tensors within this process.
 
     Args:
-        uri: The worker that ``connect`` leads to; for ``serve`` its authority is empty.
+        uri: The worker for ``connect``; for ``serve`` its authority is empty.
     """
 
     def __init__(self, uri: ModelURI) -> None:
@@ -155,7 +158,7 @@ class InprocTransport:
         with _lock:
             served = _served.get(self._uri.authority)
         if served is None:
-            reason = "no worker of this process serves tensors under that name"
+            reason = "no worker in this process has that name"
         elif peer.source_id != served.table.source_id or peer.worker_id not in {"", served.table.worker_id}:
             reason = f"the worker is {served.table.worker_id!r} and holds source {served.table.source_id!r}"
         else:
@@ -163,9 +166,9 @@ class InprocTransport:
         raise NotFoundError(reason, uri=str(self._uri), operation="connect", provider=_PROVIDER)
 
     def close(self) -> None:
-        """It holds nothing open."""
+        """Do nothing: nothing is open."""
 
 
 def open_inproc(uri: ModelURI, settings: Mapping[str, str]) -> InprocTransport:  # noqa: ARG001 - the factory's signature
-    """The transport for ``inproc`` URIs."""
+    """Open the transport for ``inproc`` URIs."""
     return InprocTransport(uri)

@@ -1,4 +1,4 @@
-"""How tensors lie in a worker's memory, and the digest that tells two layouts apart."""
+"""Layouts of the tensors in a worker's memory, and a digest that differs for different layouts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _DIGEST_DIGITS = 16
 
 
 def layout_digest(tensors: Iterable[TensorLayout]) -> str:
-    """16 lower-case hex digits, the same for the same tensors in any order and for nothing else.
+    """Return 16 lower-case hex digits, which are equal for equal layouts in any order, and differ for others.
 
-    They begin the SHA-256 of compact JSON: the sorted list of ``[name, shape, stride, dtype, same_memory_as]``. JSON
-    marks where each text and each list ends, so that nothing can move from one to the next unseen.
+    They are the start of the SHA-256 of compact JSON: the sorted list of ``[name, shape, stride, dtype,
+    same_memory_as]``. JSON marks the end of each string and list, so that different layouts never give the same text.
     """
     ordered = sorted(tensor.canonical for tensor in tensors)
     text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False)
@@ -29,27 +29,28 @@ def layout_digest(tensors: Iterable[TensorLayout]) -> str:
 
 
 def tensor_layouts(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorLayout, ...]:
-    """The layouts of tensors by name, parameters and buffers of a model for instance.
+    """Return the layouts of tensors by name, for example of a model's parameters and buffers.
 
-    Tied tensors are told from such as only have equal content: what is read into one of them is read into all.
+    Tensors are tied if they start at the same address; equal content does not count. A read into one is a read into
+    all.
     """
     first: dict[tuple[str, int], str] = {}
     for name in sorted(tensors):
-        first.setdefault(_place(name, tensors[name]), name)
+        first.setdefault(_memory_key(name, tensors[name]), name)
     return tuple(
         TensorLayout(
             name,
             tensor.shape,
             tensor.stride(),
             str(tensor.dtype).removeprefix("torch."),
-            "" if (owner := first[_place(name, tensor)]) == name else owner,
+            "" if (owner := first[_memory_key(name, tensor)]) == name else owner,
         )
         for name, tensor in tensors.items()
     )
 
 
-def _place(name: str, tensor: torch.Tensor) -> tuple[str, int]:
-    """Where the tensor begins; what has no memory is a place of its own."""
+def _memory_key(name: str, tensor: torch.Tensor) -> tuple[str, int]:
+    """Return device and address of the tensor, or a key from its name if it has no memory."""
     import torch
 
     has_memory = tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() > 0

@@ -14,7 +14,7 @@ import pytest
 from rich.progress import Progress
 
 import modelexpress_core as core
-from modelexpress_core.cli.load import _Watch
+from modelexpress_core.cli.load import _LoadObserver
 from modelexpress_core.events import LoadProgress, LoadStarted
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -94,7 +94,7 @@ def test_a_terminal_sees_a_progress_bar(sharded: Path, on_terminal: Callable[...
 def test_the_bar_says_what_limits_the_load() -> None:
     """As soon as that is known."""
     bar = Progress()
-    watch = _Watch(bar)
+    watch = _LoadObserver(bar)
     watch.mx_load_started(LoadStarted("1", "file:///m", "file", files=1, tensors=17, checkpoint_bytes=100))
 
     def shown(limiter: str) -> str:

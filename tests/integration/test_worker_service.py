@@ -127,7 +127,7 @@ def test_what_was_given_back_is_forgotten() -> None:
     now = 11.0
     leases.out()
 
-    assert {} == leases._returned
+    assert {} == leases._released
 
 
 def test_leases_end_by_themselves() -> None:

@@ -1128,11 +1128,11 @@ _WEAKENED = {
     ),
     "deletes": (
         "class TestIt(Filled):\n    __test__ = True\n    test_reads_any_range = None",
-        "TestIt removes test_reads_any_range",
+        "TestIt takes away test_reads_any_range",
     ),
     "deletes_from_the_kit": (
         "class TestIt(Filled):\n    __test__ = True\ndel StorageContract.test_reads_any_range",
-        "TestIt removes test_reads_any_range",
+        "TestIt takes away test_reads_any_range",
     ),
     "overrides_later": (
         "class TestIt(Filled):\n    __test__ = True\nTestIt.test_reads_any_range = lambda self: None",
@@ -1164,11 +1164,11 @@ _WEAKENED = {
     ),
     "gives_no_reason": (
         "class TestIt(Filled):\n    __test__ = True\n    known_gaps = {'test_empty_objects': ' '}",
-        "known_gaps of TestIt gives no reason for test_empty_objects",
+        "known_gaps of TestIt has no reason for test_empty_objects",
     ),
     "names_no_test": (
         "class TestIt(Filled):\n    __test__ = True\n    known_gaps = {'test_empty': 'hard'}",
-        "known_gaps of TestIt names test_empty, which is no test of the contract",
+        "known_gaps of TestIt lists test_empty, which is not a test of the contract",
     ),
     "takes_the_guard_away": (
         "class TestIt(Filled):\n    __test__ = True\n    def pytest_generate_tests(self, metafunc): pass",

@@ -1,4 +1,4 @@
-"""Real vLLM in processes of its own, on generated checkpoints."""
+"""Fixtures that run real vLLM in separate processes, on generated checkpoints."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def _nothing_configured(nothing_configured: None) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory with the checkpoint of an architecture, written once."""
-    made: dict[str, Path] = {}
+    """A function that returns the directory with the checkpoint of an architecture, written once per session."""
+    written: dict[str, Path] = {}
 
     def checkpoint(name: str) -> Path:
-        if name not in made:
+        if name not in written:
             models = Path(__file__).with_name("models.py")
-            made[name] = tmp_path_factory.mktemp("models") / name
-            subprocess.run([sys.executable, str(models), name, str(made[name])], check=True, timeout=_SECONDS)
-        return made[name]
+            written[name] = tmp_path_factory.mktemp("models") / name
+            subprocess.run([sys.executable, str(models), name, str(written[name])], check=True, timeout=_SECONDS)
+        return written[name]
 
     return checkpoint
 
 
 @pytest.fixture
 def generated(tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], str]]:
-    """What each of several runs of vLLM gave, one after another in one process, and all that was printed."""
+    """A function that runs vLLM several times in one process; returns the results and the output."""
 
     def generated(runs: Sequence[dict[str, Any]], **environ: str) -> tuple[list[dict[str, Any]], str]:
         in_one_process = all(run.get("tensor_parallel", 1) == 1 for run in runs)
@@ -75,12 +75,12 @@ def generated(tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], str]]
 
 
 @pytest.fixture(scope="session")
-def mischief(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What PYTHONPATH has to be for a plugin to be installed that does harm during loads."""
-    directory = tmp_path_factory.mktemp("mischief")
-    shutil.copy(Path(__file__).with_name("mischief.py"), directory)
-    information = directory / "mischief-1.0.dist-info"
+def faulty_plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The PYTHONPATH with which a plugin is installed that makes loads fail."""
+    directory = tmp_path_factory.mktemp("faulty-plugin")
+    shutil.copy(Path(__file__).with_name("faulty_plugin.py"), directory)
+    information = directory / "faulty_plugin-1.0.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: mischief\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text("[modelexpress.plugins]\nmischief = mischief\n")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty-plugin\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[modelexpress.plugins]\nfaulty-plugin = faulty_plugin\n")
     return str(directory)

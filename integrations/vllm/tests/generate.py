@@ -1,6 +1,6 @@
-"""Run by the tests in a process of its own: real vLLM, what it gives as JSON on the last line of stdout.
+"""Runs real vLLM, started by the tests in a separate process; prints results as JSON on the last line of stdout.
 
-That is tokens under greedy decoding, or vectors where ``texts`` are given.
+Results are tokens of greedy decoding, or vectors if ``texts`` are given.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PROMPTS = [[5, 9, 33, 7], [101, 2, 77, 250, 13, 64], [3]]
 
 
 def tokens(model: str, load_format: str, tensor_parallel: int, **options: Any) -> list[list[tuple[int, float]]]:
-    """The tokens after each prompt, each with its logarithmic probability, which depends on every weight."""
+    """Return the tokens after each prompt, each with its log probability, which depends on every weight."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -24,7 +24,7 @@ def tokens(model: str, load_format: str, tensor_parallel: int, **options: Any) -
         tensor_parallel_size=tensor_parallel,
         distributed_executor_backend="mp" if tensor_parallel > 1 else None,
         enforce_eager=True,
-        gpu_memory_utilization=0.3,  # it refuses to start where less than that of all memory is free
+        gpu_memory_utilization=0.3,  # vLLM refuses to start if less than this share of memory is free
         max_model_len=64,
         max_num_seqs=4,
         dtype="bfloat16",
@@ -47,7 +47,7 @@ def tokens(model: str, load_format: str, tensor_parallel: int, **options: Any) -
 
 
 def vectors(model: str, load_format: str, texts: list[str]) -> list[list[float]]:
-    """The embedding of each text."""
+    """Return the embedding of each text."""
     from vllm import LLM
 
     llm = LLM(

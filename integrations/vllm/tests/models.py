@@ -82,7 +82,7 @@ def _opt() -> Any:
 
 
 def _int8(model: Any) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
-    """Configuration and tensors of ``model`` in 8 bits with a scale for each row, as compressed-tensors stores them."""
+    """Return configuration and tensors of ``model`` in 8 bits with a scale per row, in compressed-tensors format."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if "_proj" not in name:
@@ -107,7 +107,7 @@ def _int8(model: Any) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
 
 
 def _gptq(model: Any) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
-    """Configuration and tensors of ``model`` in 4 bits, eight packed in an int32, as GPTQ stores them."""
+    """Return configuration and tensors of ``model`` in 4 bits, eight packed in an int32, in GPTQ format."""
     size = 128
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -123,7 +123,7 @@ def _gptq(model: Any) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
         tensors[f"{start}qweight"] = (fours.view(-1, 8, rows.shape[1]) << shifts[None, :, None]).sum(
             1, dtype=torch.int32
         )
-        # Eights everywhere, stored less one.
+        # All zero points are 8; GPTQ stores them minus one.
         tensors[f"{start}qzeros"] = torch.full((scales.shape[0], rows.shape[1] // 8), 0x77777777, dtype=torch.int32)
         tensors[f"{start}scales"] = scales.to(torch.float16)
         tensors[f"{start}g_idx"] = torch.arange(rows.shape[0], dtype=torch.int32) // size
@@ -142,7 +142,7 @@ ARCHITECTURES: Mapping[str, Callable[[], Any]] = {
     "opt": _opt,
 }
 
-#: Architecture, and what makes configuration and tensors out of such a model.
+#: Name -> architecture, and a function that returns configuration and tensors of the quantised model.
 QUANTIZED: Mapping[str, tuple[str, Callable[[Any], tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]]]] = {
     "llama-int8": ("llama", _int8),
     "llama-gptq": ("llama", _gptq),
@@ -150,11 +150,11 @@ QUANTIZED: Mapping[str, tuple[str, Callable[[Any], tuple[Mapping[str, Any], Mapp
 
 
 def write(name: str, directory: Path) -> Path:
-    """A checkpoint of the architecture ``name``, or of a quantised one, in ``directory``, with a tokenizer."""
+    """Write a checkpoint of ``name``, an architecture or a quantised model, with a tokenizer into ``directory``."""
     torch.manual_seed(1)
     architecture, quantize = QUANTIZED.get(name, (name, None))
     model = ARCHITECTURES[architecture]()
-    with torch.no_grad():  # large enough that tokens depend on every weight, and not on the prompt's embedding alone
+    with torch.no_grad():  # large enough that tokens depend on every weight, not only on the prompt's embedding
         for key, parameter in model.named_parameters():
             scale = 0.01 if "embed_tokens" in key and model.config.tie_word_embeddings else 0.08
             parameter.copy_(torch.randn_like(parameter) * scale + (1.0 if parameter.dim() == 1 else 0.0))

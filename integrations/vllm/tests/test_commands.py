@@ -1,4 +1,4 @@
-"""``mx vllm`` and ``mx explain`` before any vLLM runs: what they choose, what they would run, and what they refuse."""
+"""``mx vllm`` and ``mx explain`` without vLLM: which source they choose, the command they run, and what they refuse."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """``mx`` with arguments, where a program called vllm says what it was started with."""
+    """A function that runs ``mx`` with arguments; a program named vllm on the PATH prints how it was started."""
     programs = tmp_path / "bin"
     programs.mkdir()
     vllm = programs / "vllm"
@@ -69,8 +69,8 @@ def _without_vllm() -> bool:
 
 
 @pytest.mark.skipif(not _without_vllm(), reason="the environment has a real vLLM, which other tests start")
-def test_vllm_takes_the_place_of_the_command(run: Run, model: Path) -> None:
-    """Its arguments follow ours, its environment says where the weights are, its exit code is ours."""
+def test_vllm_replaces_the_command(run: Run, model: Path) -> None:
+    """vLLM gets our arguments and the user's, MX_MODEL_URI is set, and its exit code is that of the command."""
     done = run("vllm", "tiny", "--", "--port", "80", VLLM_PLUGINS="others")
 
     expected = f"uri={model} plugins=others,modelexpress arguments=serve {model} --load-format mx"
@@ -80,7 +80,7 @@ def test_vllm_takes_the_place_of_the_command(run: Run, model: Path) -> None:
 
 @pytest.mark.skipif(not _without_vllm(), reason="the environment has a vLLM")
 def test_without_vllm_the_message_says_what_to_install(run: Run, model: Path) -> None:
-    """Before anything is started."""
+    """The command fails before it starts a program, and gives the install command."""
     done = run("vllm", "tiny", PATH="/usr/bin:/bin")
 
     assert 1 == done.returncode
@@ -88,8 +88,8 @@ def test_without_vllm_the_message_says_what_to_install(run: Run, model: Path) ->
     assert "pip install vllm" in done.stderr
 
 
-def test_small_files_of_a_bucket_come_first(run: Run, model: Path, s3_server: SeaweedFS, tmp_path: Path) -> None:
-    """They are copied, the weights are not, and nothing is copied twice; a secret is not shown."""
+def test_small_files_of_a_bucket_are_copied(run: Run, model: Path, s3_server: SeaweedFS, tmp_path: Path) -> None:
+    """Configuration and tokenizer are copied once; weights are not copied."""
     uri = s3_server.upload(model, "models", "commands/tiny")
 
     first = run("vllm", uri, "--dry-run", "--", "--load-format=modelexpress", **s3_server.environ())
@@ -106,11 +106,11 @@ def test_small_files_of_a_bucket_come_first(run: Run, model: Path, s3_server: Se
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "expected"),
     [
-        (["tiny", "--", "--load-format", "auto"], 2, "loads with --load-format mx, and 'auto' was given"),
-        (["tiny", "--", "--model", "other"], 2, "the model is the URI, and another was given: other"),
-        (["tiny", "--", "other"], 2, "the model is the URI, and another was given: other"),
+        (["tiny", "--", "--load-format", "auto"], 2, "needs --load-format mx, but the arguments set 'auto'"),
+        (["tiny", "--", "--model", "other"], 2, "the URI is the model, but the arguments name another: other"),
+        (["tiny", "--", "other"], 2, "the URI is the model, but the arguments name another: other"),
         (["tiny", "--port", "80"], 2, "No such option: --port"),
         ([], 2, "Missing argument"),
         (["tinny"], 1, "`vllm serve NAME --load-format mx` serves a model of the Hugging Face Hub"),
@@ -119,24 +119,24 @@ def test_small_files_of_a_bucket_come_first(run: Run, model: Path, s3_server: Se
         (["memory://tiny", "--directory", "tiny/model.safetensors"], 1, "memory://tiny"),
     ],
 )
-def test_what_cannot_be_served_is_refused(run: Run, model: Path, arguments: list[str], code: int, said: str) -> None:
-    """With what is wrong, and without a traceback."""
+def test_invalid_arguments_are_refused(run: Run, model: Path, arguments: list[str], code: int, expected: str) -> None:
+    """The message says what is wrong; there is no traceback."""
     (model / "bare").mkdir()
 
     done = run("vllm", *arguments, "--dry-run") if "--" not in arguments else run("vllm", *arguments)
 
     assert code == done.returncode, done.stderr
-    assert said in done.stderr
+    assert expected in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_explaining_what_the_user_named(run: Run, model: Path, tmp_path: Path) -> None:
-    """What MX_MODEL_URI names is chosen, with its size; vLLM's own loader is next."""
+def test_explain_chooses_mx_model_uri(run: Run, model: Path, tmp_path: Path) -> None:
+    """The place in MX_MODEL_URI is chosen, with its size; vLLM's own loader is next."""
     done = run("explain", "some/model", "--json", MX_MODEL_URI=str(model))
 
-    said = json.loads(done.stdout)
-    first, second = said["places"]
-    assert said["usable"]
+    result = json.loads(done.stdout)
+    first, second = result["places"]
+    assert result["usable"]
     assert (model.as_uri(), "chosen", 1, 1, 4) == tuple(
         first[key] for key in ("place", "status", "tensors", "files", "bytes")
     )
@@ -144,8 +144,8 @@ def test_explaining_what_the_user_named(run: Run, model: Path, tmp_path: Path) -
     assert ("some/model", "next", "vLLM's own loader") == (second["place"], second["status"], second["reader"])
 
 
-def test_explaining_what_cannot_be_used(run: Run, model: Path) -> None:
-    """The reason and the next step stand beside it; without a fallback nothing is left, and the exit code says so."""
+def test_explain_gives_the_reason_of_an_unusable_place(run: Run, model: Path) -> None:
+    """An unusable place is shown with the reason; the exit code is 1 if no place is usable."""
     with_fallback = run("explain", "tiny", MX_MODEL_URI="/nowhere")
     without = run("explain", "tiny", MX_MODEL_URI="/nowhere", MX_FALLBACK="0")
 
@@ -154,11 +154,11 @@ def test_explaining_what_cannot_be_used(run: Run, model: Path) -> None:
     assert "nothing is there" in with_fallback.stdout
     assert "2. tiny: chosen" in with_fallback.stdout
     assert 1 == without.returncode
-    assert "vLLM could not load the weights from anywhere" in without.stdout
+    assert "vLLM could not load the weights from any of these places" in without.stdout
 
 
-def test_explaining_what_vllm_finds(run: Run, model: Path) -> None:
-    """Without MX_MODEL_URI: a directory, a name of the hub, a directory without weights, a URI."""
+def test_explain_without_mx_model_uri(run: Run, model: Path) -> None:
+    """Shows a directory, a name on the Hub, a directory without weights, and a URI."""
     directory = run("explain", "tiny")
     hub = run("explain", "some/model")
     (model / "model.safetensors").unlink()
@@ -169,13 +169,13 @@ def test_explaining_what_vllm_finds(run: Run, model: Path) -> None:
     assert "1 tensors, 4 B in 1 file" in directory.stdout
     assert "vLLM downloads it from the Hugging Face Hub" in hub.stdout
     assert 1 == bare.returncode
-    assert "no weights are there" in bare.stdout
+    assert "the directory has no weights" in bare.stdout
     assert 1 == uri.returncode
     assert "mx vllm memory://tiny" in uri.stdout
 
 
-def test_settings_lists_those_of_the_integration(run: Run) -> None:
-    """With their values, under its own name."""
+def test_settings_of_the_integration_are_listed(run: Run) -> None:
+    """``mx settings`` lists them with their values and without secrets, under the owner mx-vllm."""
     done = run("settings", "--json", MX_MODEL_URI="s3://key:hunter2@bucket/model", MX_FALLBACK="0")
 
     found = {setting["name"]: setting for setting in json.loads(done.stdout) if setting["owner"] == "mx-vllm"}

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the weights: vLLM's own loader gives the right tokens, or the error says what to do."""
+"""Loads that fail: vLLM's own loader gives the right tokens, or the error says what to do."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def _unused_port() -> int:
 
 
 @pytest.mark.timeout(1200)
-def test_what_fails_gives_way_or_says_why(
+def test_failures_fall_back_or_say_why(
     checkpoint: Callable[[str], Path],
     s3_server: SeaweedFS,
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
     tmp_path: Path,
 ) -> None:
-    """With MX_FALLBACK=0 each of them ends in an error that names place and cause; without, in the right tokens."""
+    """With MX_FALLBACK=0 each failure raises an error that names place and cause; else vLLM gives the right tokens."""
     directory = checkpoint("llama")
     uri = s3_server.upload(directory, "models", "vllm/failing")
     good = s3_server.environ()
@@ -50,9 +50,9 @@ def test_what_fails_gives_way_or_says_why(
         "no such bucket": ({**good, "MX_MODEL_URI": "s3://nothing/here"}, "s3://nothing"),
         "another architecture": ({"MX_MODEL_URI": str(checkpoint("opt"))}, "MX_MODEL_URI"),
         "another size": ({"MX_MODEL_URI": str(checkpoint("qwen3"))}, "MX_MODEL_URI"),
-        "a shard that was cut short": ({"MX_MODEL_URI": str(truncated)}, shard.name),
-        "a shard that is missing": ({"MX_MODEL_URI": str(partly)}, "1 of 4 shards missing"),
-        "a tensor that is missing": ({"MX_MODEL_URI": str(incomplete)}, "layers.1.mlp.down_proj.weight"),
+        "a truncated shard": ({"MX_MODEL_URI": str(truncated)}, shard.name),
+        "a missing shard": ({"MX_MODEL_URI": str(partly)}, "1 of 4 shards missing"),
+        "a missing tensor": ({"MX_MODEL_URI": str(incomplete)}, "layers.1.mlp.down_proj.weight"),
         "no plugin for the scheme": ({"MX_MODEL_URI": "zz://model"}, "zz"),
     }
     run = {"model": str(directory), "tensor_parallel": 1}
@@ -69,16 +69,16 @@ def test_what_fails_gives_way_or_says_why(
         fallen_back, failed = others[2 * number : 2 * number + 2]
         assert own == fallen_back, what
         assert named in failed.get("error", ""), (what, failed)
-    assert len(failures) == printed.count("so vLLM's own loader does")
+    assert len(failures) == printed.count("so vLLM's own loader loads them into")
 
 
 @pytest.mark.timeout(900)
-def test_where_both_fail_both_are_told(
+def test_if_both_loaders_fail_both_reasons_are_given(
     checkpoint: Callable[[str], Path],
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
     tmp_path: Path,
 ) -> None:
-    """As where a model's directory holds no weights, because they are to come from elsewhere."""
+    """For example, MX_MODEL_URI is wrong, and the model's directory holds no weights."""
     bare = shutil.copytree(checkpoint("llama"), tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors*"))
     environ = {"MX_MODEL_URI": str(tmp_path / "nowhere")}
 
@@ -93,10 +93,10 @@ def test_a_shard_that_is_replaced_during_the_load(
     checkpoint: Callable[[str], Path],
     s3_server: SeaweedFS,
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
-    mischief: str,
+    faulty_plugin: str,
     tmp_path: Path,
 ) -> None:
-    """By one of the same layout, after the headers were read, on a disk and in S3: nothing of it is used."""
+    """A shard is replaced by one of the same layout after the headers were read: the new one is not used."""
     directory = checkpoint("llama")
     shard = min(directory.glob("*.safetensors"))
     other = tmp_path / shard.name
@@ -108,11 +108,11 @@ def test_a_shard_that_is_replaced_during_the_load(
         copy = shutil.copytree(directory, tmp_path / f"copy{fallback}")
         uri = s3_server.upload(directory, "models", f"vllm/replaced{fallback}")
         for place, environ in ((str(copy), {}), (uri, s3_server.environ())):
-            harm = {"MISCHIEF_FROM": str(other), "MISCHIEF_TO": f"{place}/{shard.name}"}
-            all_of_it = {**environ, **harm, "MX_MODEL_URI": place, "MX_FALLBACK": fallback}
-            runs.append({**run, "load_format": "mx", "environ": all_of_it})
+            replacement = {"TEST_REPLACEMENT": str(other), "TEST_REPLACED": f"{place}/{shard.name}"}
+            combined = {**environ, **replacement, "MX_MODEL_URI": place, "MX_FALLBACK": fallback}
+            runs.append({**run, "load_format": "mx", "environ": combined})
 
-    results, _ = generated(runs, PYTHONPATH=mischief)
+    results, _ = generated(runs, PYTHONPATH=faulty_plugin)
 
     own, *others = results
     assert "tokens" in own
@@ -123,16 +123,16 @@ def test_a_shard_that_is_replaced_during_the_load(
 
 
 @pytest.mark.timeout(900)
-def test_all_ranks_take_weights_from_one_place(
+def test_all_ranks_use_the_same_source(
     checkpoint: Callable[[str], Path],
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
-    mischief: str,
+    faulty_plugin: str,
     tmp_path: Path,
 ) -> None:
-    """Where one rank of two cannot load its weights, or neither can, vLLM's own loader loads those of both."""
+    """If one of two ranks cannot load its weights, or neither can, vLLM's own loader loads both ranks."""
     directory = checkpoint("llama")
     run = {"model": str(directory), "tensor_parallel": 2}
-    one = {"MX_MODEL_URI": f"odd://{directory}"}
+    one = {"MX_MODEL_URI": f"refusing://{directory}"}
     neither = {"MX_MODEL_URI": str(tmp_path / "nowhere")}
 
     results, printed = generated(
@@ -141,28 +141,30 @@ def test_all_ranks_take_weights_from_one_place(
             {**run, "load_format": "mx", "environ": one},
             {**run, "load_format": "mx", "environ": neither},
         ],
-        PYTHONPATH=mischief,
+        PYTHONPATH=faulty_plugin,
     )
 
     own, *others = results
     assert "tokens" in own, own
     assert [own, own] == others
-    assert 1 == printed.count("into a new model (MX_FALLBACK=0 forbids that): could not read")
+    assert 1 == printed.count("into a new model (MX_FALLBACK=0 prevents this): could not read")
     assert 1 == printed.count("could not load the weights of another rank, so vLLM's own loader loads all")
-    assert 2 == printed.count("into the model, of which nothing was written yet")
+    assert 2 == printed.count("into the model, which is still unchanged")
 
 
 @pytest.mark.timeout(900)
-def test_a_rank_that_must_not_fall_back_ends_the_start(
+def test_without_fallback_a_failing_rank_ends_the_start(
     checkpoint: Callable[[str], Path],
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
-    mischief: str,
+    faulty_plugin: str,
 ) -> None:
-    """With MX_FALLBACK=0 the rank that fails says why, and the other is not left waiting."""
+    """With MX_FALLBACK=0 the failing rank logs the reason, and the other rank does not wait forever."""
     directory = checkpoint("llama")
     run = {"model": str(directory), "load_format": "mx", "tensor_parallel": 2}
 
-    results, printed = generated([run], PYTHONPATH=mischief, MX_MODEL_URI=f"odd://{directory}", MX_FALLBACK="0")
+    results, printed = generated(
+        [run], PYTHONPATH=faulty_plugin, MX_MODEL_URI=f"refusing://{directory}", MX_FALLBACK="0"
+    )
 
     assert "error" in results[0]
     assert "the second rank may not read" in printed

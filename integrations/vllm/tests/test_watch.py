@@ -1,4 +1,4 @@
-"""What users see of a load while it runs and after it: log lines, a bar, metrics."""
+"""Log lines, progress bar and metrics of a load."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def clock() -> list[float]:
-    """The time that watches see; tests move it on."""
+    """The time of the watches' clock; tests advance it."""
     return [100.0]
 
 
 @pytest.fixture
 def watching(registry: CollectorRegistry, clock: list[float]) -> Watching:
-    """Makes watches that write to ``registry`` and read ``clock``."""
+    """A function that makes watches with ``registry`` and ``clock``."""
     metrics = LoadMetrics(registry)
 
     def watching(**options: Any) -> LoadWatch:
@@ -85,14 +85,14 @@ def watching(registry: CollectorRegistry, clock: list[float]) -> Watching:
 
 
 @pytest.fixture(autouse=True)
-def _heard(caplog: pytest.LogCaptureFixture) -> None:
+def _log_level(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "test_watch")
 
 
-def test_the_choice_the_way_and_the_sum(
+def test_log_lines_of_a_load(
     watching: Watching, registry: CollectorRegistry, clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A line at the start, one every ten seconds, one at the end."""
+    """There is a line at the start, one every ten seconds, and one at the end."""
     watch = watching()
 
     watch.mx_load_started(_STARTED)
@@ -101,20 +101,20 @@ def test_the_choice_the_way_and_the_sum(
         watch.mx_load_progress(_PROGRESS)
     watch.mx_load_finished(LoadFinished("1", _REPORT))
 
-    chosen, way, still, summed = caplog.messages
-    assert chosen.startswith("ModelExpress reads 291 tensors (16.06 GB in 4 files) from s3://bucket/model with mx-s3")
-    assert chosen.endswith(", because MX_MODEL_URI names it")
-    assert way == still == "ModelExpress has read 5.00 GB of 8.00 GB (1.50 GB/s, 2 s left, limited by network)"
-    assert summed.startswith(
+    start, first, second, summary = caplog.messages
+    assert start.startswith("ModelExpress reads 291 tensors (16.06 GB in 4 files) from s3://bucket/model with mx-s3")
+    assert start.endswith(", because MX_MODEL_URI names it")
+    assert first == second == "ModelExpress has read 5.00 GB of 8.00 GB (1.50 GB/s, 2 s left, limited by network)"
+    assert summary.startswith(
         "ModelExpress loaded s3://bucket/model: 8.03 GB fetched (8030000000 bytes), 8.00 GB needed"
     )
-    assert summed.endswith("12.00 kB materialised, 1.33 GB/s, 3 retries, 6.00 s (open 0.50 s, load 5.50 s)")
+    assert summary.endswith("12.00 kB materialised, 1.33 GB/s, 3 retries, 6.00 s (open 0.50 s, load 5.50 s)")
 
 
-def test_other_ranks_say_only_what_is_their_own(
+def test_other_ranks_log_only_their_summary(
     watching: Watching, registry: CollectorRegistry, clock: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What each rank read differs; what was chosen does not."""
+    """Source and progress are the same on all ranks, so only the first rank logs them."""
     watch = watching(first_rank=False)
 
     watch.mx_load_started(_STARTED)
@@ -133,7 +133,7 @@ def test_a_terminal_gets_a_bar(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """In place of lines, unless vLLM was told to show none."""
+    """The bar replaces the progress lines, unless vLLM's use_tqdm_on_load is off."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     for watch in (watching(), watching(bar=False)):
         watch.mx_load_started(_STARTED)
@@ -146,7 +146,7 @@ def test_a_terminal_gets_a_bar(
 
 
 def test_metrics(watching: Watching, registry: CollectorRegistry) -> None:
-    """Loads by scheme and result, phases, and bytes by kind."""
+    """Durations are counted by scheme and outcome, phases by phase, and bytes by kind."""
     watch = watching()
 
     watch.mx_load_finished(LoadFinished("1", _REPORT))
@@ -165,7 +165,7 @@ def test_metrics(watching: Watching, registry: CollectorRegistry) -> None:
 
 
 def test_every_metric_is_documented(watching: Watching, registry: CollectorRegistry) -> None:
-    """With its labels, in the README."""
+    """The README lists every metric with its labels."""
     readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| `(mx_load_\w+)` \| (.*?) \|", readme, re.MULTILINE))
     metrics = {

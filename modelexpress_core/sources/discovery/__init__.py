@@ -1,4 +1,4 @@
-"""The discoveries of core, and asking all that are set."""
+"""The built-in discoveries, and the search through all configured discoveries."""
 
 from __future__ import annotations
 

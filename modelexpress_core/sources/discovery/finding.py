@@ -1,4 +1,4 @@
-"""Asking every discovery that is set, and putting what they found in order."""
+"""Collects candidates from all configured discoveries, and ranks them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,23 @@ __all__ = ["find_candidates"]
 
 _log = logging.getLogger(__name__)
 
-#: Whoever sets one of these means the server that it names to be asked.
-_SERVER = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
+#: If one of these is set and no discovery is, ``server://`` is used.
+_SERVER_VARIABLES = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
 
 
 def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request: LoadRequest) -> tuple[Candidate, ...]:
-    """The places to load from, best first: those that discoveries name, and the URI that was asked for.
+    """Return the candidates for a load, best first: those that discoveries find, and the requested URI.
 
-    Without an identity nobody is asked. A discovery that fails is passed over with a warning: the URI that was asked
-    for is always left. So is a place that no installed plugin reads, with a word in the debug log.
+    Without an identity no discovery is used. A discovery that fails is skipped with a warning; the requested URI always
+    remains. A candidate that no installed plugin reads is skipped with a debug message.
 
     Args:
-        plugins: Who finds, who reads, and who ranks.
-        environ: Variables that say which discoveries are asked, and how a peer is chosen (in place of
-            ``request.selector``).
-        request: What is to be loaded. A request without a reader is given one, of this host and process.
+        plugins: Plugins that find, read and rank candidates.
+        environ: Variables that configure discoveries and the selector (which replaces ``request.selector``).
+        request: What to load. If its reader is empty, it becomes a name made of host, process and rank.
 
     Raises:
-        SettingsError: A variable, or a URI in it, makes no sense.
+        SettingsError: A variable, or a URI in it, is not valid.
         PluginError: The ranking of a plugin failed.
     """
     own = _with_tier(plugins, Candidate(request.uri)) or Candidate(request.uri)
@@ -56,8 +55,8 @@ def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request:
     )
     found = [
         readable
-        for text in _asked(settings, environ)
-        for candidate in _ask(plugins, environ, request, text)
+        for text in _discovery_uris(settings, environ)
+        for candidate in _candidates_of(plugins, environ, request, text)
         if (readable := _with_tier(plugins, candidate)) is not None
     ]
     candidates: dict[ModelURI, Candidate] = {}
@@ -73,40 +72,42 @@ def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request:
     return ranked
 
 
-def _asked(settings: DiscoverySettings, environ: Mapping[str, str]) -> Sequence[str]:
-    """URIs of the discoveries to ask."""
+def _discovery_uris(settings: DiscoverySettings, environ: Mapping[str, str]) -> Sequence[str]:
+    """Return the URIs of the discoveries to use."""
     if settings.uris:
         return settings.uris
     if settings.backend is not None:
         return (settings.backend,)
-    return ("server://",) if any(environ.get(name, "").strip() for name in _SERVER) else ()
+    return ("server://",) if any(environ.get(name, "").strip() for name in _SERVER_VARIABLES) else ()
 
 
-def _ask(plugins: PluginManager, environ: Mapping[str, str], request: LoadRequest, text: str) -> Iterator[Candidate]:
-    """What the discovery at the URI ``text`` names."""
+def _candidates_of(
+    plugins: PluginManager, environ: Mapping[str, str], request: LoadRequest, text: str
+) -> Iterator[Candidate]:
+    """Yield the candidates that the discovery at the URI ``text`` finds."""
     if "://" not in text:
-        message = f"MX_DISCOVERY holds what is no URI of a discovery: {text!r}"
+        message = f"MX_DISCOVERY contains an invalid discovery URI: {text!r}"
         raise SettingsError(message, hint="write server://, static://, or the URI of a plugin's discovery")
     try:
         uri = ModelURI.parse(text)
     except InvalidURIError as exc:
-        message = f"MX_DISCOVERY holds what is no URI of a discovery: {exc.message}"
+        message = f"MX_DISCOVERY contains an invalid discovery URI: {exc.message}"
         raise SettingsError(message, hint=exc.hint) from exc
     try:
         _, discovery = plugins.open(DISCOVERY, uri, environ)
     except SettingsError:
         raise
     except ModelExpressError as exc:
-        _log.warning("going on without what %s knows, because it cannot be asked: %s", uri, exc)
+        _log.warning("skipping the discovery %s, because it failed: %s", uri, exc)
         return
     try:
         candidates = tuple(discovery.candidates(request))
         yield from (candidate for candidate in candidates if _is_candidate(candidate, uri))
     except ModelExpressError as exc:
-        _log.warning("going on without what %s knows, because it cannot be asked: %s", uri, exc)
-    except Exception as exc:  # noqa: BLE001 - of a plugin, which must not keep a load from the place it was given
+        _log.warning("skipping the discovery %s, because it failed: %s", uri, exc)
+    except Exception as exc:  # noqa: BLE001 - a plugin's error must not prevent the load from the requested URI
         _log.warning(
-            "going on without what %s knows, because its plugin failed: %s: %s",
+            "skipping the discovery %s, because its plugin failed: %s: %s",
             uri,
             type(exc).__name__,
             exc,
@@ -115,27 +116,27 @@ def _ask(plugins: PluginManager, environ: Mapping[str, str], request: LoadReques
     finally:
         try:
             discovery.close()
-        except Exception as exc:  # noqa: BLE001 - likewise
-            _log.warning("%s does not close: %s: %s", uri, type(exc).__name__, exc)
+        except Exception as exc:  # noqa: BLE001 - as above
+            _log.warning("closing the discovery %s failed: %s: %s", uri, type(exc).__name__, exc)
 
 
 def _is_candidate(candidate: object, uri: ModelURI) -> bool:
     if isinstance(candidate, Candidate):
         return True
-    _log.warning("%s named a %s among its candidates, which is passed over", uri, type(candidate).__name__)
+    _log.warning("skipping a candidate of %s, because it is no Candidate but a %s", uri, type(candidate).__name__)
     return False
 
 
 def _with_tier(plugins: PluginManager, candidate: Candidate) -> Candidate | None:
-    """``candidate`` in the tier of the plugin that reads it; None if no installed plugin does."""
+    """Return ``candidate`` with the tier of the plugin that reads it; None if no installed plugin does."""
     scheme = candidate.uri.scheme
     kinds: tuple[Kind[Any, Any], ...] = (STORAGE, TRANSPORT) if candidate.peer is None else (TRANSPORT,)
     for kind in kinds:
         if scheme in plugins.table(kind).schemes:
             try:
                 record = plugins.table(kind).lookup(scheme)
-            except ModelExpressError:  # a conflict, say: the load that tries it reports it
+            except ModelExpressError:  # for example a conflict: the load that tries the candidate reports it
                 return candidate
             return attrs.evolve(candidate, tier=record.provider.tier)
-    _log.debug("passing over %s, because no installed plugin handles %s", candidate.uri, scheme)
+    _log.debug("skipping %s, because no installed plugin handles %s", candidate.uri, scheme)
     return None

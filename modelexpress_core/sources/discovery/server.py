@@ -1,4 +1,4 @@
-"""``server://``: a server that workers publish to, ours or another that speaks the protocol."""
+"""``server://``: finds workers through the ModelExpress server that they publish to, ours or another implementation."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ __all__ = ["ENDPOINT_KEY", "TRANSPORTS_KEY", "ServerDiscovery", "open_server"]
 
 _log = logging.getLogger(__name__)
 
-#: Under it a worker's topology names the schemes of the transports that it can be read by: ``"nixl,grpc"``.
+#: Key in a worker's topology for the schemes of its transports: ``"nixl,grpc"``.
 TRANSPORTS_KEY = "mx_transports"
 
-#: Under it a worker's topology names its WorkerService: ``"10.0.0.5:6555"``, with ``https://`` in front for TLS.
+#: Key in a worker's topology for the address of its WorkerService: ``"10.0.0.5:6555"``, with ``https://`` for TLS.
 ENDPOINT_KEY = "mx_endpoint"
 
-#: Workers of other clients do not publish it in their topology. So many of them are looked up one by one.
+#: Other clients publish no endpoint in the topology. At most this many of their workers are looked up one by one.
 _MAX_LOOKUPS = 8
 
 
 class ServerDiscovery:
-    """Asks a server which workers hold a model and are ready.
+    """Finds the ready workers of a model that a server knows.
 
     Args:
-        client: The connection; it is closed with the discovery.
+        client: The connection, which ``close`` closes.
     """
 
     def __init__(self, client: ServerClient) -> None:
         self._client = client
 
     def candidates(self, request: LoadRequest) -> Sequence[Candidate]:
-        """Workers of the request's rank with an equal identity, once for each transport, but not the reader itself.
+        """Return the workers of the request's rank with an equal identity, one candidate per transport.
 
-        The URI of each names the worker's own endpoint, which comes with the list, or else with the worker's record: of
-        those the first few in this reader's order are looked up.
+        The reader itself is excluded. The URI of each candidate names the worker's endpoint. It comes with the list of
+        sources, or else from the worker's record; only the first few workers in this reader's order are looked up so.
 
         Raises:
-            BackendError: The server cannot be asked.
+            BackendError: A call to the server failed.
         """
         if request.identity is None:
             return ()
@@ -73,37 +73,37 @@ class ServerDiscovery:
             candidate
             for source in others
             if source.worker_id in endpoints
-            for candidate in _ways_to(source, endpoints[source.worker_id], request.assumed_transports)
+            for candidate in _candidates(source, endpoints[source.worker_id], request.assumed_transports)
         )
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._client.close()
 
     def _endpoints(self, sources: Sequence[p2p_pb2.SourceInstanceRef], reader: str) -> Mapping[str, Endpoint]:
-        """Endpoints of workers by id. A worker whose endpoint is missing or makes no sense is left out."""
-        told = {source.worker_id: source.topology.get(ENDPOINT_KEY, "") for source in sources}
-        untold = [source for source in sources if not told[source.worker_id]]
-        untold.sort(key=lambda source: uniform(reader, source.worker_id))
-        if len(untold) > _MAX_LOOKUPS:
-            _log.debug("looking up %d of %d workers whose endpoint is not in the list", _MAX_LOOKUPS, len(untold))
-        for source in untold[:_MAX_LOOKUPS]:
+        """Return endpoints of workers by id, without the workers whose endpoint is missing or invalid."""
+        published = {source.worker_id: source.topology.get(ENDPOINT_KEY, "") for source in sources}
+        missing = [source for source in sources if not published[source.worker_id]]
+        missing.sort(key=lambda source: uniform(reader, source.worker_id))
+        if len(missing) > _MAX_LOOKUPS:
+            _log.debug("looking up %d of %d workers whose endpoint is not in the list", _MAX_LOOKUPS, len(missing))
+        for source in missing[:_MAX_LOOKUPS]:
             response = self._client.metadata(source.mx_source_id, source.worker_id)
-            told[source.worker_id] = response.worker.worker_grpc_endpoint if response.found else ""
+            published[source.worker_id] = response.worker.worker_grpc_endpoint if response.found else ""
         endpoints = {}
-        for worker_id, text in told.items():
+        for worker_id, text in published.items():
             try:
                 if text:
                     endpoints[worker_id] = Endpoint.parse(text)
             except InvalidURIError as exc:
-                _log.debug("passing over the worker %r, whose endpoint makes no sense: %s", worker_id, exc)
+                _log.debug("skipping the worker %r, because its endpoint is invalid: %s", worker_id, exc)
         return endpoints
 
 
-def _ways_to(
+def _candidates(
     source: p2p_pb2.SourceInstanceRef, endpoint: Endpoint, assumed_transports: Sequence[str]
 ) -> Iterator[Candidate]:
-    """One candidate for each transport of the worker."""
+    """Yield one candidate for each transport of the worker."""
     peer = Peer(
         source_id=source.mx_source_id,
         worker_id=source.worker_id,
@@ -121,25 +121,25 @@ def _ways_to(
         if SCHEME_PATTERN.fullmatch(transport):
             yield Candidate(ModelURI(transport, endpoint.target, path, query), "server", peer)
         else:
-            _log.debug("the worker %r names a transport that is none: %r", peer.worker_id, transport)
+            _log.debug("skipping an invalid transport name of the worker %r: %r", peer.worker_id, transport)
 
 
 def open_server(uri: ModelURI, settings: Mapping[str, str]) -> ServerDiscovery:
-    """The discovery for ``server://`` (the server that the settings name) or ``server://host:port``.
+    """Open the discovery for ``server://`` (the server in the settings) or ``server://host:port``.
 
-    ``server://host:port?tls=1`` speaks TLS.
+    ``server://host:port?tls=1`` uses TLS.
 
     Raises:
-        SettingsError: The URI says something else.
+        SettingsError: The URI has another form.
     """
     address = from_env(ServerAddress, settings)
     if uri.path or uri.userinfo or uri.query.keys() - {"tls"} or (uri.query and not uri.authority):
-        message = f"no address of a server: {uri}"
+        message = f"invalid URI of a server: {uri}"
         raise SettingsError(message, hint="write server://, server://host:port, or server://host:port?tls=1")
     try:
         scheme = "https" if boolean(uri.query.get("tls", "0")) else "http"
     except ValueError as exc:
-        message = f"{uri} does not say whether the server speaks TLS: {exc}"
+        message = f"invalid value of tls in {uri}: {exc}"
         raise SettingsError(message, hint="write server://host:port?tls=1") from exc
     url = f"{scheme}://{uri.authority}" if uri.authority else address.url
     return ServerDiscovery(ServerClient.from_env(settings, url=url))

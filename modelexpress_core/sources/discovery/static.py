@@ -1,4 +1,4 @@
-"""``static://``: the places that ``MX_STATIC_SOURCES`` names, for fleets in which they do not change."""
+"""``static://``: the sources in ``MX_STATIC_SOURCES``, for fleets whose sources do not change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["StaticDiscovery", "open_static"]
 
 
 class StaticDiscovery:
-    """Names the same places to everybody.
+    """Returns the same candidates for every request.
 
     Args:
         uris: Peers (``grpc://10.0.0.5:6555``) and checkpoints (``s3://bucket/model``).
@@ -24,22 +24,22 @@ class StaticDiscovery:
         self._candidates = tuple(Candidate(uri, origin="static") for uri in uris)
 
     def candidates(self, request: LoadRequest) -> Sequence[Candidate]:  # noqa: ARG002 - the protocol's signature
-        """All of them: whether they hold what is asked for shows when they are read."""
+        """Return all sources. Whether one holds the model shows when a load opens it."""
         return self._candidates
 
     def close(self) -> None:
-        """It holds nothing open."""
+        """Do nothing: nothing is open."""
 
 
 def open_static(uri: ModelURI, settings: Mapping[str, str]) -> StaticDiscovery:
-    """The discovery for ``static://``.
+    """Open the discovery for ``static://``.
 
     Raises:
-        SettingsError: ``MX_STATIC_SOURCES`` holds something that is no URI, or there is something behind ``static://``.
+        SettingsError: ``MX_STATIC_SOURCES`` contains an invalid URI, or text follows ``static://``.
     """
     if uri.authority or uri.path or uri.query:
-        message = f"{uri} says more than static:// does"
-        raise SettingsError(message, hint="write static://, and the places into MX_STATIC_SOURCES")
+        message = f"nothing may follow static:// in the URI of the discovery: {uri}"
+        raise SettingsError(message, hint="write static://, and list the sources in MX_STATIC_SOURCES")
     uris, problems = [], []
     for text in from_env(StaticSources, settings).uris:
         try:
@@ -47,6 +47,6 @@ def open_static(uri: ModelURI, settings: Mapping[str, str]) -> StaticDiscovery:
         except InvalidURIError as exc:
             problems.append(exc.message)
     if problems:
-        message = "MX_STATIC_SOURCES holds what is no URI: " + "; ".join(problems)
+        message = "MX_STATIC_SOURCES contains an invalid URI: " + "; ".join(problems)
         raise SettingsError(message, hint="separate URIs by commas: grpc://10.0.0.5:6555,s3://bucket/model")
     return StaticDiscovery(uris)

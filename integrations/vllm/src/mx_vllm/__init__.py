@@ -1,6 +1,6 @@
 """ModelExpress for vLLM: the load formats ``mx`` and ``modelexpress``.
 
-vLLM calls ``register`` in each of its processes, which costs no import of torch before vLLM has done that itself.
+vLLM calls ``register`` in each of its processes. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ __all__ = ["LOAD_FORMATS", "register"]
 
 _log = logging.getLogger(__name__)
 
-#: vLLM has a built-in format of the second name, which imports another package: ours replaces it.
+#: The second name is a built-in format of vLLM that imports another package; ``register`` replaces it.
 LOAD_FORMATS = ("mx", "modelexpress")
 
 
 def register() -> None:
-    """Register the load formats with vLLM. May be called more than once. Never raises: vLLM continues without them."""
+    """Register the load formats with vLLM; may be called repeatedly. Never raises: vLLM then runs without them."""
     try:
         from mx_vllm._vllm import check_version, register_load_format
 
@@ -26,4 +26,4 @@ def register() -> None:
         for load_format in LOAD_FORMATS:
             register_load_format(load_format, MxModelLoader)
     except Exception:  # noqa: BLE001 - see above
-        _log.exception("ModelExpress could not register its load formats; vLLM continues without --load-format mx")
+        _log.exception("ModelExpress could not register its load formats; vLLM runs without --load-format mx")

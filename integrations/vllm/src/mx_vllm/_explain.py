@@ -1,4 +1,4 @@
-"""``mx explain``: the places of vLLM's weights and the choice among them, without a load."""
+"""``mx explain``: shows where vLLM's weights would come from and why, without loading any."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _STYLES = {"chosen": "bold green", "next": "", "unusable": "red"}
 
 
 @frozen
-class Explained:
-    """A possible place of the weights.
+class Place:
+    """A place that weights may come from.
 
     Attributes:
-        place: Redacted URI; the model's name where vLLM looks itself.
+        place: Redacted URI, or the name of the model if vLLM finds its files.
         why: Why it is a candidate.
-        status: ``"chosen"``, ``"next"`` (should those before it fail) or ``"unusable"``.
-        reader: Who reads it.
-        tensors: Number of tensors there; None where that is not known.
-        files: Number of files they are in; None where that is not known.
-        bytes: Bytes of all of them; None where that is not known.
-        problem: Why it is unusable; empty where it is not.
+        status: ``"chosen"``, ``"next"`` (tried if those before it fail) or ``"unusable"``.
+        reader: The loader and plugin that would read it.
+        tensors: Number of tensors; None if unknown.
+        files: Number of files; None if unknown.
+        bytes: Bytes of all tensors; None if unknown.
+        problem: Why it is unusable; empty otherwise.
     """
 
     place: str
@@ -52,7 +52,7 @@ class Explained:
 def explain(
     model: Annotated[
         str,
-        typer.Argument(help="A directory or a name of the Hugging Face Hub, as for vLLM; or a URI.", metavar="MODEL"),
+        typer.Argument(help="A directory or a name on the Hugging Face Hub, as for vLLM, or a URI.", metavar="MODEL"),
     ],
     json_output: JsonOption = False,
 ) -> None:
@@ -70,73 +70,73 @@ def explain(
         raise typer.Exit(1)
 
 
-def _ranked(model: str, settings: VllmSettings) -> list[Explained]:
-    """The first that is usable is chosen, the usable ones after it are next."""
-    places: list[Explained] = []
+def _ranked(model: str, settings: VllmSettings) -> list[Place]:
+    """Mark the first usable place as chosen, and the usable ones after it as next."""
+    places: list[Place] = []
     for place in _candidates(model, settings):
-        taken = any(before.status == "chosen" for before in places)
-        places.append(attrs.evolve(place, status="next") if taken and place.status == "chosen" else place)
+        chosen = any(before.status == "chosen" for before in places)
+        places.append(attrs.evolve(place, status="next") if chosen and place.status == "chosen" else place)
     return places
 
 
-def _candidates(model: str, settings: VllmSettings) -> Iterator[Explained]:
+def _candidates(model: str, settings: VllmSettings) -> Iterator[Place]:
     loader = Loader(None, PluginManager.discover())
     is_uri = "://" in model
     if settings.model_uri is not None:
         yield from _opened(loader, settings.model_uri, "MX_MODEL_URI names it")
     elif is_uri:
-        yield from _opened(loader, model, "it was asked for; vLLM is told by MX_MODEL_URI, or started by `mx vllm`")
+        why = "it is the given URI; to serve it, set MX_MODEL_URI or run `mx vllm`"
+        yield from _opened(loader, model, why)
     else:
         yield from _found_by_vllm(loader, model)
     if not is_uri and settings.fallback:
         yield _fallback(model)
 
 
-def _opened(loader: Loader, uri: str, why: str) -> Iterator[Explained]:
+def _opened(loader: Loader, uri: str, why: str) -> Iterator[Place]:
     for candidate in loader.candidates(loader.request(uri)):
         reason = why if candidate.origin == "caller" else f"{candidate.origin} found it"
         place = str(candidate.uri)
         try:
             checkpoint = loader.open_headers(candidate)
         except ModelExpressError as exc:
-            yield Explained(place, reason, "unusable", "ModelExpress", problem=str(exc))
+            yield Place(place, reason, "unusable", "ModelExpress", problem=str(exc))
             continue
         reader = f"ModelExpress, with {checkpoint.provider}"
         sizes = (len(checkpoint.tensors), len(checkpoint.files), checkpoint.tensor_bytes)
-        yield Explained(place, reason, "chosen", reader, *sizes)
+        yield Place(place, reason, "chosen", reader, *sizes)
 
 
-def _found_by_vllm(loader: Loader, model: str) -> Iterator[Explained]:
+def _found_by_vllm(loader: Loader, model: str) -> Iterator[Place]:
     folder = model if os.path.isdir(model) else _in_hub_cache(model)
     if folder is None:
         why = "MX_MODEL_URI is not set, and there is no such directory: vLLM downloads it from the Hugging Face Hub"
-        yield Explained(model, why, "chosen", "ModelExpress, once it is downloaded")
+        yield Place(model, why, "chosen", "ModelExpress, after the download")
         return
     where = "" if folder == model else ", in the cache of the Hugging Face Hub"
     yield from _opened(loader, folder, f"vLLM finds it for its model{where}, and MX_MODEL_URI is not set")
 
 
 def _in_hub_cache(model: str) -> str | None:
-    with contextlib.suppress(Exception):  # not installed, unknown name, not downloaded: vLLM reports these
+    with contextlib.suppress(Exception):  # not installed, unknown name, not downloaded: vLLM will report it
         from huggingface_hub import snapshot_download
 
         return str(snapshot_download(model, local_files_only=True))
     return None
 
 
-def _fallback(model: str) -> Explained:
+def _fallback(model: str) -> Place:
     if os.path.isdir(model) and not _has_weights(model):
-        return Explained(model, "it is vLLM's model", "unusable", "vLLM's own loader", problem="no weights are there")
-    return Explained(
-        model, "vLLM's own loader takes over where ours fails (MX_FALLBACK)", "chosen", "vLLM's own loader"
-    )
+        problem = "the directory has no weights"
+        return Place(model, "it is vLLM's model", "unusable", "vLLM's own loader", problem=problem)
+    return Place(model, "vLLM's own loader takes over if ours fails (MX_FALLBACK)", "chosen", "vLLM's own loader")
 
 
 def _has_weights(folder: str) -> bool:
     return any(name.endswith((".safetensors", ".bin", ".pt")) for name in os.listdir(folder))
 
 
-def _print(model: str, places: list[Explained]) -> None:
+def _print(model: str, places: list[Place]) -> None:
     out = console()
     command = f"mx vllm {model}" if "://" in model else f"vllm serve {model} --load-format mx"
     out.print(f"[bold]{escape(command)}[/]", soft_wrap=True)
@@ -153,4 +153,4 @@ def _print(model: str, places: list[Explained]) -> None:
         for line in place.problem.splitlines():
             out.print(f"   {escape(line)}", style="red", soft_wrap=True)
     if all(place.status == "unusable" for place in places):
-        out.print("\n[bold red]vLLM could not load the weights from anywhere.[/]")
+        out.print("\n[bold red]vLLM could not load the weights from any of these places.[/]")

@@ -1,4 +1,4 @@
-"""The model loader of vLLM for the formats ``mx`` and ``modelexpress``."""
+"""vLLM's model loader for the formats ``mx`` and ``modelexpress``."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 
 __all__ = ["MxModelLoader"]
 
-# A child of vLLM's, so that its settings for logs hold.
+# A child of vLLM's logger, so that vLLM's log settings apply.
 _log = logging.getLogger("vllm.modelexpress")
 
 
 class MxModelLoader(BaseModelLoader):
     """Reads weights through ModelExpress, from MX_MODEL_URI or from the files that vLLM finds.
 
-    Weights are handed to the model as deferred tensors: what it slices and copies is read, straight into its
-    parameters, and nothing else, so that each rank reads its own bytes.
+    The model gets the weights as deferred tensors. Only the parts that it copies are read, straight into its
+    parameters, so that each rank reads only its own bytes.
     """
 
     def __init__(self, load_config: LoadConfig) -> None:
@@ -58,27 +58,27 @@ class MxModelLoader(BaseModelLoader):
             raise ValueError(message)
         self._settings = from_env(VllmSettings, os.environ)
         self._own = own_loader(load_config)
-        self._of_another_model = False
+        self._is_draft_model = False
         self._may_fall_back = False
         self._destination = Destination()
         self._reason = ""
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Have the files ready, where they are not read from MX_MODEL_URI."""
+        """Download the files, unless MX_MODEL_URI is set."""
         if self._settings.model_uri is None:
             self._own.download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """The model with its weights. Where ours fail on any rank, vLLM's own loader loads all of them, on each rank.
+        """Return the model with its weights. If ModelExpress fails on any rank, vLLM's own loader loads all ranks.
 
-        Not with MX_FALLBACK=0, and not a draft model that is spread over several ranks.
+        There is no fallback with MX_FALLBACK=0, nor for a draft model on several ranks.
 
         Raises:
             ModelExpressError: The weights cannot be read, and there is no fallback.
         """
-        # A draft model of speculative decoding has files of its own, and not every rank loads it.
-        self._of_another_model = model_config is not vllm_config.model_config
-        ranks_agree = not self._of_another_model or vllm_config.parallel_config.world_size == 1
+        # A draft model of speculative decoding has separate files, and not every rank loads it.
+        self._is_draft_model = model_config is not vllm_config.model_config
+        ranks_agree = not self._is_draft_model or vllm_config.parallel_config.world_size == 1
         self._may_fall_back = self._settings.fallback and ranks_agree
         with forgotten_layers(vllm_config) as forget:
             try:
@@ -89,14 +89,14 @@ class MxModelLoader(BaseModelLoader):
                 return model
             finally:
                 self._may_fall_back = False
-            # The half-written model has gone with the traceback that held it.
+            # The half-written model was freed with the traceback that referred to it.
             forget()
         with self._both_reasons(model_config):
             own: nn.Module = self._own.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         return own
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        """Load into a model that exists.
+        """Load the weights into an existing model.
 
         Raises:
             ModelExpressError: The weights cannot be read, or leave a parameter unwritten.
@@ -107,15 +107,15 @@ class MxModelLoader(BaseModelLoader):
         self._reason = ""
         try:
             self._load(model, model_config)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, vLLM's own loader may do better
+        except Exception as exc:  # noqa: BLE001 - after any error, vLLM's own loader may succeed
             self._reason = str(exc) if isinstance(exc, ModelExpressError) else f"{type(exc).__name__}: {exc}"
-        # All ranks take their weights from one place, and do the same steps.
+        # All ranks must use the same source and the same steps.
         failed, touched = any_rank([bool(self._reason), self._destination.touched])
         if not failed:
             return
-        self._say_that_it_failed(touched=touched)
+        self._warn_of_failure(touched=touched)
         if touched:
-            self._destination.touch()  # also if it is another rank's: all of them make their models anew
+            self._destination.touch()  # also if only another rank's was touched: all ranks create their models again
         self._destination.prepare_for_next()
         with self._both_reasons(model_config):
             self._own.load_weights(model, model_config)
@@ -123,9 +123,9 @@ class MxModelLoader(BaseModelLoader):
     def _load(self, model: nn.Module, model_config: ModelConfig) -> None:
         self._destination = Destination()
         sources = sources_of(model, model_config)
-        # What a checkpoint lacks may come from another, so only one that is alone has to hold everything.
+        # With several checkpoints, each may lack tensors; a single one must hold all of them.
         quantized = model_config.quantization is not None
-        wanted = must_be_loaded(model, quantized=quantized) if len(sources) == 1 else None
+        required = must_be_loaded(model, quantized=quantized) if len(sources) == 1 else None
         share_log_handlers(logging.getLogger("modelexpress_core"))
         plugins = mx.PluginManager.discover()
         watch = LoadWatch(_log, model_config.model, first_rank=is_first_rank(), bar=self.load_config.use_tqdm_on_load)
@@ -134,12 +134,12 @@ class MxModelLoader(BaseModelLoader):
         weights: list[Iterable[tuple[str, torch.Tensor]]] = []
         with contextlib.ExitStack() as stack:
             for source in sources:
-                place = self._place(source, watch)
-                if place is None:
-                    _log.info("ModelExpress leaves the weights to vLLM, which found files of another kind")
+                uri = self._uri_of(source, watch)
+                if uri is None:
+                    _log.info("vLLM reads the weights itself, because its files are not a safetensors checkpoint")
                     weights.append(own_weights(self._own, source))
                     continue
-                block = stack.enter_context(mx.deferred_weights(place, model=wanted, plugins=plugins))
+                block = stack.enter_context(mx.deferred_weights(uri, model=required, plugins=plugins))
                 blocks.append(block)
                 weights.append(_prefixed(source.prefix, block))
             self._destination.touch()
@@ -150,24 +150,24 @@ class MxModelLoader(BaseModelLoader):
                 uris = ", ".join(str(block.checkpoint.uri) for block in blocks)
                 raise PlacementError(
                     f"the code of {type(model).__name__} cannot load {uris}: {type(exc).__name__}: {exc}",
-                    cause="it is the checkpoint of another model",
+                    cause="the checkpoint belongs to another model",
                     hint="compare MX_MODEL_URI with --model; `mx inspect` lists the names",
                 ) from exc
 
-    def _place(self, source: Source, watch: LoadWatch) -> str | None:
-        """Where to read ``source`` from; None where vLLM has to."""
-        if source.primary and self._settings.model_uri is not None and not self._of_another_model:
+    def _uri_of(self, source: Source, watch: LoadWatch) -> str | None:
+        """Return the URI or path to read ``source`` from; None if vLLM must read it."""
+        if source.primary and self._settings.model_uri is not None and not self._is_draft_model:
             watch.why = "MX_MODEL_URI names it"
             return self._settings.model_uri
         watch.why = "vLLM found it for its model" + (" and MX_MODEL_URI is not set" if source.primary else "")
         return safetensors_of(self._own, source)
 
-    def _say_that_it_failed(self, *, touched: bool) -> None:
-        into = "a new model" if touched else "the model, of which nothing was written yet"
+    def _warn_of_failure(self, *, touched: bool) -> None:
+        into = "a new model" if touched else "the model, which is still unchanged"
         if self._reason:
             _log.warning(
-                "ModelExpress could not load the weights, so vLLM's own loader does, into %s "
-                "(MX_FALLBACK=0 forbids that): %s",
+                "ModelExpress could not load the weights, so vLLM's own loader loads them into %s "
+                "(MX_FALLBACK=0 prevents this): %s",
                 into,
                 self._reason,
             )
@@ -181,8 +181,8 @@ class MxModelLoader(BaseModelLoader):
             yield
         except Exception as exc:
             message = f"neither ModelExpress nor vLLM's own loader can load {model_config.model}: {self._reason}"
-            cause = f"and vLLM's loader says: {exc}"
-            hint = "mend the first; MX_FALLBACK=0 shows it alone"
+            cause = f"the error of vLLM's loader is: {exc}"
+            hint = "fix the first error; MX_FALLBACK=0 shows it alone"
             raise IncompleteLoadError(message, cause=cause, hint=hint) from exc
 
 

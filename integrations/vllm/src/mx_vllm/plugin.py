@@ -1,4 +1,4 @@
-"""The commands that the integration adds to ``mx``. Imports neither vLLM nor torch."""
+"""Registers ``mx explain`` and ``mx vllm``; imports neither vLLM nor torch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def _vllm() -> Callable[..., None]:
 
 @hookimpl
 def mx_register_commands() -> list[CommandProvider]:
-    """``mx explain`` and ``mx vllm``."""
+    """Register ``mx explain`` and ``mx vllm``."""
     return [
-        CommandProvider("explain", _explain, help="Show the source of vLLM's weights, and why.", settings=VllmSettings),
+        CommandProvider(
+            "explain", _explain, help="Show where vLLM's weights would come from, and why.", settings=VllmSettings
+        ),
         CommandProvider("vllm", _vllm, help="Serve the model at a URI with vLLM.", settings=VllmSettings),
     ]

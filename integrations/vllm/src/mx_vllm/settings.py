@@ -1,4 +1,4 @@
-"""Settings of the integration."""
+"""The settings of the integration."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["VllmSettings"]
 
 @frozen
 class VllmSettings:
-    """The source of vLLM's weights."""
+    """Where vLLM's weights come from."""
 
     model_uri: str | None = env(
         "MX_MODEL_URI",
         default=None,
         shown=redacted,
-        help="The weights: any URI or path. Unset: the files that vLLM finds for its --model.",
+        help="Location of the weights: any URI or path. Unset: the files that vLLM finds for its --model.",
     )
     fallback: bool = env(
         "MX_FALLBACK",
         default=True,
         converter=boolean,
-        help="Whether vLLM's own loader loads the weights on every rank if ours fails on any.",
+        help="If a load fails on any rank, let vLLM's own loader load the weights on every rank.",
     )

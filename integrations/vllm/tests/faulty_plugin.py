@@ -1,4 +1,4 @@
-"""A plugin of ModelExpress that does what must not happen during a load; the tests install it by a path."""
+"""A plugin that makes loads fail: it refuses reads of one rank, and replaces files; tests install it by PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from modelexpress_core.uri import ModelURI
 
 
 class _RefusingSecondRank:
-    """Files that the second rank may list, but not read beyond their headers."""
+    """Files that the second rank may list, but of which it may read only the headers."""
 
     def __init__(self, uri: ModelURI, settings: Mapping[str, str]) -> None:
         self._files: Any = open_file(ModelURI("file", path=uri.path), settings)
@@ -29,19 +29,19 @@ class _RefusingSecondRank:
 
         if offset and torch.distributed.get_rank() == 1:
             message = "the second rank may not read"
-            raise AccessDeniedError(message, uri=f"odd://{path}", operation="read", provider="mischief")
+            raise AccessDeniedError(message, uri=f"refusing://{path}", operation="read", provider="faulty-plugin")
         return int(self._files.read_into(path, offset, buffer, version=version))
 
 
 @hookimpl
 def mx_register_storages() -> list[StorageProvider]:
-    return [StorageProvider("mischief", ("odd",), _RefusingSecondRank)]
+    return [StorageProvider("faulty-plugin", ("refusing",), _RefusingSecondRank)]
 
 
 @hookimpl
 def mx_load_started(event: LoadStarted) -> None:
-    """Headers were read: write over a file, here or in S3."""
-    replacement, replaced = os.environ.get("MISCHIEF_FROM"), os.environ.get("MISCHIEF_TO", "")
+    """Replace a file, local or in S3, after the headers were read."""
+    replacement, replaced = os.environ.get("TEST_REPLACEMENT"), os.environ.get("TEST_REPLACED", "")
     if replacement is None:
         return
     if not replaced.startswith("s3://"):
