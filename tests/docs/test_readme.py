@@ -82,6 +82,6 @@ def test_extras_in_the_readme_exist() -> None:
 
 
 def test_public_names_are_documented() -> None:
-    """Every exported function and class has a docstring of its own."""
+    """Every exported function and class has its own docstring."""
     assert [name for name in mx.__all__ if not (getattr(mx, name).__doc__ or callable(getattr(mx, name)))] == []
     assert [name for name in mx.__all__ if name != "hookimpl" and not getattr(mx, name).__doc__] == []
