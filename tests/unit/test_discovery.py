@@ -137,7 +137,7 @@ def test_a_place_that_several_name_is_tried_once() -> None:
         (raising(UnavailableError("nobody there", hint="start it")), "nobody there"),
         (raising(ZeroDivisionError("oops")), "ZeroDivisionError: oops"),
         (lambda _: None, "TypeError"),
-        (lambda _: ["nixl://server/id/w"], "named a str"),
+        (lambda _: ["nixl://server/id/w"], "it is no Candidate but a str"),
     ],
     ids=["an error", "a defect", "nothing", "no candidates"],
 )
@@ -183,7 +183,7 @@ def test_a_discovery_that_does_not_close_has_said_what_it_knows(caplog: pytest.L
             raise RuntimeError(reason)
 
     assert ["nixl://server:8001/id/w", str(_URI)] == found(Clinging(lambda _: [peer("w")]))
-    assert "does not close" in caplog.text
+    assert "closing the discovery test:// failed" in caplog.text
 
 
 def test_a_discovery_that_is_not_there_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:

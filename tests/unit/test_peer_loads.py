@@ -321,5 +321,5 @@ def test_a_worker_that_ends_its_offer_is_not_found(served: inproc.InprocServed, 
     uri = mx.ModelURI.parse(f"inproc://{served.endpoint}/{_IDENTITY.source_id}/w")
     served.close()
 
-    with pytest.raises(NotFoundError, match="no worker of this process"):
+    with pytest.raises(NotFoundError, match="no worker in this process has that name"):
         inproc.InprocTransport(uri).connect(Peer(_IDENTITY.source_id, "w"))
