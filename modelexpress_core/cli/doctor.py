@@ -1,4 +1,4 @@
-"""``mx doctor``: every step on the way to a model, and which of them fails."""
+"""``mx doctor``: diagnoses why a model does not load, step by step."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def doctor(
     ],
     json_output: JsonOption = False,
     timeout: Annotated[
-        float, typer.Option(help="How long one wait on the network may take.", min=0.1, metavar="SECONDS")
+        float, typer.Option(help="Time-out of one wait on the network.", min=0.1, metavar="SECONDS")
     ] = 5.0,
 ) -> None:
-    """Go to a model step by step, say what each step saw, and for one that fails the cause and what to do."""
+    """Diagnose why a model does not load: what each step finds, and for a failure the cause and the next step."""
     steps = []
     printer = _Printer(console())
     for step in diagnose(uri, timeout_seconds=timeout):
@@ -43,17 +43,17 @@ def doctor(
     else:
         _print_verdict(printer.out, steps, loads=loads)
     if not loads:
-        # As for the other commands: a URI that is none is wrong usage.
+        # As for other commands: what is no URI is wrong usage.
         raise typer.Exit(2 if any(step.error == InvalidURIError.__name__ for step in steps) else 1)
 
 
 def _shown(steps: list[Step]) -> str | None:
-    """The URI without secrets; None where it is none."""
+    """The URI without secrets; None if it cannot be parsed."""
     return next((step.facts.get("uri") for step in steps if step.name == "uri"), None)
 
 
 class _Printer:
-    """Prints steps as they come; those that are skipped for one reason together."""
+    """Prints steps as they come; steps that are skipped for the same reason share a line."""
 
     def __init__(self, out: Console) -> None:
         self.out = out
@@ -89,7 +89,7 @@ def _print_verdict(out: Console, steps: list[Step], *, loads: bool) -> None:
     if not loads:
         out.print(f"\n[bold red]The model cannot be loaded.[/] Failed: {failed}.", soft_wrap=True)
     elif failed:
-        text = f"The model can be loaded, though this failed: {failed}. The storage has a way of its own."
+        text = f"The model can be loaded, though this failed: {failed}. The storage uses another way."
         out.print(f"\n[bold yellow]{text}[/]", soft_wrap=True)
     else:
         out.print("\n[bold green]The model can be loaded.[/]")

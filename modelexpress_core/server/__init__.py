@@ -1,1 +1,1 @@
-"""The control plane: a gRPC server that knows which worker holds which model."""
+"""The control plane: a gRPC server that keeps which worker holds which model."""

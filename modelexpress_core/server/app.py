@@ -175,13 +175,13 @@ class Server:
                 self._metrics.counted(await self._store.counts())
             except StoreUnavailableError as exc:
                 if not silent:
-                    _log.error("the metadata store cannot be asked, so calls are answered with UNAVAILABLE: %s", exc)
+                    _log.error("the metadata store does not answer, so calls are answered with UNAVAILABLE: %s", exc)
                 silent = True
             except Exception:  # noqa: BLE001 - of a plugin's store, say
                 _log.exception("counting sources failed")
             else:
                 if silent:
-                    _log.info("the metadata store can be asked again")
+                    _log.info("the metadata store answers again")
                 silent = False
             await asyncio.sleep(_COUNT_SECONDS)
 

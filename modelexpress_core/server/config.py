@@ -1,6 +1,6 @@
-"""The configuration file of the server: YAML, strict, with every mistake told at once, by line.
+"""The configuration file of the server: strict YAML; all mistakes are reported at once, each with its line.
 
-At the top stand the fields of ``ServerSettings``, and below the name of a section those of another settings class::
+Fields of ``ServerSettings`` are at the top, and fields of other settings classes in sections::
 
     port: 8001
     metadata: redis://redis:6379/0
@@ -36,10 +36,10 @@ __all__ = ["Config", "read_config"]
 
 _T = TypeVar("_T")
 
-#: A configuration is short. What is longer is another file.
+#: A longer file is no configuration.
 _MAX_BYTES = 1 << 20
 
-#: What PyYAML raises where a tag, written out, does not fit the text behind it.
+#: Errors of PyYAML for an explicit tag that does not fit its value.
 _NO_VALUE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, yaml.YAMLError)
 
 _SWITCH = "tag:yaml.org,2002:bool"
@@ -47,26 +47,26 @@ _SWITCH = "tag:yaml.org,2002:bool"
 
 @frozen
 class Config:
-    """Settings that can be used, and where each came from.
+    """The settings of the server, and the source of each.
 
     Attributes:
-        sections: Settings class of each section of the file; the empty name is its top.
-        sources: Where the fields of each section come from.
+        sections: Settings class of each section of the file; the empty name stands for the top.
+        sources: Sources of the fields of each section.
     """
 
     sections: Mapping[str, type]
     sources: Mapping[str, SettingSources]
 
     def get(self, cls: type[_T]) -> _T:
-        """The settings of the class ``cls``, which one of the sections is."""
+        """The settings of ``cls``, the class of a section."""
         return from_sources(cls, self.sources[self._name(cls)])
 
     def usable(self, cls: type) -> Mapping[str, tuple[Any, str]]:
-        """The fields of ``cls`` that something sets, if it can be used: the value, and where that is from."""
+        """The fields of ``cls`` that are set to a usable value, with the value and its source."""
         return usable_values(cls, self.sources[self._name(cls)])
 
     def defaults(self, cls: type) -> tuple[str, ...]:
-        """The fields of ``cls`` that nothing sets."""
+        """The fields of ``cls`` that are not set."""
         rows = zip(field_names(cls), describe(cls, self.sources[self._name(cls)], owner=""), strict=True)
         return tuple(key for key, value in rows if value.source == "default")
 
@@ -77,7 +77,7 @@ class Config:
         return Config(self.sections, {**self.sources, name: sources})
 
     def describe(self, owner: str) -> tuple[tuple[str, SettingValue], ...]:
-        """Every setting by its key in the file, with its value and where that came from."""
+        """Every setting by its key in the file, with its value and source."""
         return tuple(
             (_joined(name, key), value)
             for name, cls in self.sections.items()
@@ -97,19 +97,19 @@ def read_config(
     also: Iterable[type] = (),
     complete: Callable[[Config], tuple[Config, Iterable[str]]] | None = None,
 ) -> Config:
-    """Settings from flags, variables and a file, where the first that has a value wins, in this order.
+    """Settings from flags, variables and a file; the first of them that has a value wins.
 
     Args:
-        sections: Settings class of each section of the file; the empty name is its top.
+        sections: Settings class of each section of the file; the empty name stands for the top.
         environ: Variables.
         path: The file; none by default.
         overrides: Flags, by key in the file: ``"log.level"``.
-        also: Settings classes that only variables set, to be checked with the others.
-        complete: Called with what was read, whether it can be used or not. Returns what is used instead, and what is
-            wrong with it besides: how settings of several classes fit together, say.
+        also: Settings classes that only variables set; they are checked, too.
+        complete: Called with the configuration, usable or not. Returns the one to use instead, and further problems,
+            such as settings that do not fit together.
 
     Raises:
-        SettingsError: The file cannot be read, or values cannot be used; all are named, without secrets.
+        SettingsError: The file cannot be read, or values cannot be used; all of them are named, without secrets.
     """
     reader = _Reader(path or "", sections)
     if path is not None:
@@ -146,7 +146,7 @@ def _joined(section: str, key: str) -> str:
 def _document(path: str) -> yaml.MappingNode:
     """The mapping in the file.
 
-    Messages quote nothing of it: it may hold secrets, and a slip of the pen puts them anywhere.
+    Messages quote nothing of it: it may hold secrets, and a typing error may put them anywhere.
     """
     try:
         with open(path, "rb") as file:
@@ -160,7 +160,7 @@ def _document(path: str) -> yaml.MappingNode:
     try:
         node = yaml.compose(data.decode(), Loader=yaml.SafeLoader)
     except UnicodeDecodeError:
-        raise _unreadable(path, "it is no text in UTF-8") from None  # which holds all of it
+        raise _unreadable(path, "it is no text in UTF-8") from None  # whose text has the whole content
     except yaml.MarkedYAMLError as exc:
         line = "" if exc.problem_mark is None else f"line {exc.problem_mark.line + 1}: "
         raise _unreadable(path, f"{line}{_without_content(exc)}") from None
@@ -175,11 +175,11 @@ def _document(path: str) -> yaml.MappingNode:
 
 
 def _without_content(exc: yaml.MarkedYAMLError) -> str:
-    """What is wrong with the YAML, without more of it than a character."""
+    """What is wrong with the YAML, quoting no more than one character."""
     if not isinstance(exc, (yaml.scanner.ScannerError, yaml.parser.ParserError)):
         return "one document without aliases is expected"
     problem = exc.problem or ""
-    # In pointed brackets are kinds of tokens, and behind a backslash is one character.
+    # Kinds of tokens are in pointed brackets, and one character follows a backslash.
     words = (text for text in re.findall(r"'([^']*)'", problem) if len(text) > 1)
     return problem if all(text.startswith(("<", "\\")) for text in words) else "it is no YAML from there on"
 
@@ -191,7 +191,7 @@ def _unreadable(path: str, reason: str) -> SettingsError:
 
 
 class _Reader:
-    """What a file says, by section and key, and what is wrong with it.
+    """Reads the values of a file, by section and key, and collects problems.
 
     Args:
         path: The file, for messages.
@@ -205,7 +205,7 @@ class _Reader:
         self.problems: list[str] = []
 
     def read(self, document: yaml.MappingNode) -> None:
-        """Go through the whole file, whatever is wrong on the way."""
+        """Read the whole file, in spite of problems."""
         for key, node, line in self._items(document, ""):
             if not key or key not in self._sections:
                 self._note("", key, node, line)
@@ -217,14 +217,17 @@ class _Reader:
                 self._wrong(line, f"{key}: expected a mapping with some of {expected}")
 
     def _items(self, mapping: yaml.MappingNode, section: str) -> Iterable[tuple[str, yaml.Node, int]]:
-        """Keys and values of ``mapping`` with the line of each. PyYAML would let the last win of those that are one."""
+        """Keys and values of ``mapping`` with their lines.
+
+        A key that occurs twice is a problem: PyYAML would take the last.
+        """
         lines: dict[str, int] = {}
         for key, value in mapping.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 self._wrong(line, "a key that is no text")
             elif key.value in lines:
-                self._wrong(line, f"{_joined(section, key.value)} stands in line {lines[key.value]} already")
+                self._wrong(line, f"{_joined(section, key.value)} is in line {lines[key.value]} already")
             else:
                 lines[key.value] = line
                 yield key.value, value, line
@@ -243,7 +246,7 @@ class _Reader:
             self.file_values[section][key] = FileValue(value, full, f"{self._path}, line {line}", word)
 
     def _guess(self, section: str, key: str) -> str:
-        """What ``key`` may stand for: one like it in its section, the same in another, or else all that there are."""
+        """What ``key`` may be meant for: a similar key of its section, the same key of another, or else all keys."""
         here = [*field_names(self._sections[section]), *(name for name in self._sections if name and not section)]
         near = [_joined(section, each) for each in difflib.get_close_matches(key, here, n=1)]
         near += [_joined(name, key) for name, cls in self._sections.items() if key in field_names(cls)]
@@ -253,8 +256,8 @@ class _Reader:
         self.problems.append(f"{self._path}, line {line}: {problem}")
 
 
-def _value(node: yaml.Node, seen: set[int]) -> Any:  # noqa: ANN401 - whatever YAML can say
-    """What ``node`` says. A list or mapping may not stand in it twice, by an alias: it may hold itself."""
+def _value(node: yaml.Node, seen: set[int]) -> Any:  # noqa: ANN401 - any value of YAML
+    """The value of ``node``. An alias is refused: it may make a list or mapping that contains itself."""
     if isinstance(node, yaml.CollectionNode):
         if id(node) in seen:
             reason = "an alias"
@@ -266,7 +269,7 @@ def _value(node: yaml.Node, seen: set[int]) -> Any:  # noqa: ANN401 - whatever Y
         mapping: dict[Any, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.value in mapping:
-                reason = "a key that stands twice, or is no text"
+                reason = "a key that occurs twice, or is no text"
                 raise ValueError(reason)
             mapping[key.value] = _value(value, seen)
         return mapping

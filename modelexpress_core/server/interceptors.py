@@ -49,7 +49,7 @@ class MetricsInterceptor(Interceptor):
                 raised = exc
                 raise
             except StoreUnavailableError as exc:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, f"the metadata store cannot be asked: {exc}")
+                await context.abort(grpc.StatusCode.UNAVAILABLE, f"the metadata store does not answer: {exc}")
             except Exception:  # noqa: BLE001 - logged, and answered with a status
                 _log.exception("%s failed", path)
                 await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")

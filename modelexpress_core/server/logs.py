@@ -1,4 +1,4 @@
-"""How the server's log is written: for people or as JSON, and without what other packages say in detail."""
+"""The server's log: text or JSON, with only warnings and errors of other packages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from modelexpress_core.server.settings import LogSettings
 
 __all__ = ["announce", "write_log"]
 
-#: The loggers of this program.
+#: Parent of the loggers of this program.
 _OURS = "modelexpress_core"
 
 
 class _Announcement(logging.LogRecord):
-    """What is said whatever the level, and to people in so many words."""
+    """A record that is logged at every level, and as its message alone in text."""
 
 
 class _ForPeople(logging.Formatter):
@@ -27,7 +27,7 @@ class _ForPeople(logging.Formatter):
         super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        """Announcements are their message alone; anything else has time, level and logger before it."""
+        """Announcements are their message alone; other records have time, level and logger before it."""
         return record.getMessage() if isinstance(record, _Announcement) else super().format(record)
 
 
@@ -41,7 +41,7 @@ def _for_programs() -> logging.Formatter:
 
     class ForPrograms(JsonFormatter):
         def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
-            """The four that every line has come first, and no field of a record takes their place."""
+            """Put the four fields of every line first; no field of a record replaces them."""
             time_ = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="microseconds")
             always = {
                 "time": time_.replace("+00:00", "Z"),
@@ -59,7 +59,7 @@ def _for_programs() -> logging.Formatter:
 def write_log(settings: LogSettings) -> None:
     """Write the log to stderr as ``settings`` say, warnings of Python included.
 
-    Of other packages only warnings and errors are written: what SDKs log in detail holds credentials.
+    Other packages log warnings and errors alone: details that SDKs log contain credentials.
 
     Raises:
         ModuleNotFoundError: The format is ``json``, and python-json-logger is not installed.
@@ -72,11 +72,11 @@ def write_log(settings: LogSettings) -> None:
 
 
 def announce(message: str, **fields: object) -> None:
-    """Say where the server is, or that it ends: whatever the level is, since programs wait for it.
+    """Log where the server listens, or that it ends, at every level: programs wait for these lines.
 
     Args:
-        message: What people read.
-        **fields: What programs read.
+        message: The text, for people.
+        **fields: Fields of the record, for programs.
     """
     logger = logging.getLogger(__name__)
     record = _Announcement(logger.name, logging.INFO, __file__, 0, message, (), None)

@@ -1,4 +1,4 @@
-"""What Prometheus sees of a server."""
+"""Prometheus metrics of the server."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib.metadata import version
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from modelexpress_core.contracts.metadata_store import Reaped, SourceStatus
+from modelexpress_core.wire.rpc import split_path
 
 __all__ = ["ServerMetrics"]
 
@@ -15,10 +16,10 @@ _RPC_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
 
 
 class ServerMetrics:
-    """Counts in a registry of its own, which ``/metrics`` shows.
+    """Metrics in a registry of their own, which ``/metrics`` shows.
 
     Attributes:
-        registry: What is shown.
+        registry: The registry. Services of plugins add their metrics to it.
     """
 
     def __init__(self) -> None:
@@ -28,21 +29,21 @@ class ServerMetrics:
         )
         self._rpc_seconds = Histogram(
             "mx_server_rpc_seconds",
-            "How long answers took.",
+            "Duration of calls.",
             ["service", "method"],
             buckets=_RPC_BUCKETS,
             registry=self.registry,
         )
         self._store_seconds = Histogram(
             "mx_server_store_seconds",
-            "How long the metadata store took.",
+            "Duration of calls of the metadata store.",
             ["operation"],
             buckets=_RPC_BUCKETS,
             registry=self.registry,
         )
         self._store_errors = Counter(
             "mx_server_store_errors",
-            "Times the metadata store could not be asked.",
+            "Calls that the metadata store did not answer.",
             ["operation"],
             registry=self.registry,
         )
@@ -52,13 +53,13 @@ class ServerMetrics:
         )
         self._reaper_seconds = Histogram(
             "mx_server_reaper_seconds",
-            "How long looking for silent sources took.",
+            "Duration of a run of the reaper.",
             buckets=_RPC_BUCKETS,
             registry=self.registry,
         )
         build = Gauge("mx_build_info", "1, with the version as a label.", ["version"], registry=self.registry)
         build.labels(version("modelexpress-core")).set(1)
-        # Finding what has some labels takes longer than counting it.
+        # To find a metric by its labels takes longer than to count.
         self._of_answers: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._of_operations: dict[str, Histogram] = {}
 
@@ -66,7 +67,7 @@ class ServerMetrics:
         """A call was answered."""
         found = self._of_answers.get((path, code))
         if found is None:
-            service, _, method = path.strip("/").partition("/")
+            service, method = split_path(path)
             found = self._rpcs.labels(service, method, code), self._rpc_seconds.labels(service, method)
             self._of_answers[path, code] = found
         rpcs, rpc_seconds = found
@@ -81,16 +82,16 @@ class ServerMetrics:
         found.observe(seconds)
 
     def store_failed(self, operation: str) -> None:
-        """The store could not be asked."""
+        """The store did not answer."""
         self._store_errors.labels(operation).inc()
 
     def reaped(self, reaped: Reaped, seconds: float) -> None:
-        """The reaper went through the store."""
+        """The reaper ran."""
         self._reaped.labels("stale").inc(reaped.stale)
         self._reaped.labels("removed").inc(reaped.removed)
         self._reaper_seconds.observe(seconds)
 
     def counted(self, counts: Mapping[int, int]) -> None:
-        """How many sources are in each state now."""
+        """The present number of sources in each state."""
         for status in SourceStatus:
             self._sources.labels(status.name.lower()).set(counts.get(status, 0))

@@ -1,4 +1,4 @@
-"""What can be set of a server: by flag, in the environment, or in a file."""
+"""Settings of the server, set by flag, variable or file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["ConfigPath", "LogSettings", "ServerSettings", "SpanSettings", "Store
 
 _LEVELS = ("debug", "info", "warning", "error")
 
-#: What existing deployments of servers write for levels.
+#: Names of levels in existing deployments.
 _OTHER_LEVELS = {"trace": "debug", "warn": "warning"}
 
 _FORMATS = ("text", "json")
@@ -29,9 +29,9 @@ def _level(text: str) -> str:
 
 
 def has_stray_password(uri: str) -> bool:
-    """Whether an at sign stands behind the authority of ``uri``, as where a password has a slash that is not encoded.
+    """Whether ``uri`` has an at sign after its authority, as with a password that has a slash which is not encoded.
 
-    What comes before it would be taken for host and path, and shown.
+    The text before it would be taken for host and path, and shown.
     """
     return re.search(r"[/?#].*@", uri.partition("://")[2], re.DOTALL) is not None
 
@@ -41,14 +41,14 @@ def _redacted(uri: str) -> str:
 
 
 def _without_user(text: str) -> str:
-    """A word that is no URI, without what stands before an at sign: a URI where a host or a name belongs."""
+    """``text`` without the part before an at sign: somebody may write a URI in place of a host or a name."""
     before, at, rest = text.rpartition("@")
     return f"{'***' if before else ''}{at}{rest}"
 
 
 @frozen
 class ConfigPath:
-    """Where the configuration of the server is."""
+    """The configuration file of the server."""
 
     path: str | None = env(
         "MX_SERVER_CONFIG", default=None, help="YAML file with settings of the server; variables and flags win over it."
@@ -80,7 +80,7 @@ class ServerSettings:
         "MODEL_EXPRESS_HEALTH_PORT",
         default=None,
         converter=tcp_port,
-        help="Port that serves health alone, without TLS, for probes that speak none; unset: there is no such port.",
+        help="Port that serves health alone, without TLS, for probes without TLS; unset: no such port.",
     )
     metadata: str = env(
         "MX_METADATA_URI",
@@ -92,22 +92,25 @@ class ServerSettings:
         "MX_HEARTBEAT_TIMEOUT_SECS",
         default=90.0,
         converter=seconds,
-        help="A source whose worker has been silent for this long becomes stale.",
+        help="A source becomes stale after this time without a heartbeat.",
     )
     removal_seconds: float = env(
         "MX_GC_TIMEOUT_SECS",
         default=3600.0,
         converter=seconds,
-        help="A stale source whose worker has been silent for this long is removed.",
+        help="A stale source is removed after this time without a heartbeat.",
     )
     reaper_interval_seconds: float = env(
-        "MX_REAPER_SCAN_INTERVAL_SECS", default=30.0, converter=seconds, help="How often silent sources are looked for."
+        "MX_REAPER_SCAN_INTERVAL_SECS",
+        default=30.0,
+        converter=seconds,
+        help="How often the server looks for silent sources.",
     )
     drain_seconds: float = env(
         "MX_DRAIN_SECONDS",
         default=10.0,
         converter=seconds,
-        help="How long calls that are under way may take once the server is told to end.",
+        help="How long calls in flight may take after SIGTERM.",
     )
 
 
@@ -119,21 +122,21 @@ class LogSettings:
         "MODEL_EXPRESS_LOG_LEVEL",
         default="info",
         converter=_level,
-        help="What the server logs at least: debug (every call), info, warning or error.",
+        help="Lowest level that the server logs: debug (every call), info, warning or error.",
     )
     format: str = env(
         "MX_LOG_FORMAT",
         default="text",
         converter=one_of(_FORMATS),
-        help="How the server logs: text for people, or json, an object on each line.",
+        help="Format of the log: text for people, or json, an object on each line.",
     )
 
 
 @frozen
 class SpanSettings:
-    """Where the server's spans go.
+    """Where the server exports spans to.
 
-    OpenTelemetry's own variables, which its SDK reads; these decide whether the server exports at all.
+    They are variables of OpenTelemetry, whose SDK reads them, too; these decide whether the server exports at all.
     """
 
     exporters: tuple[str, ...] = env(
@@ -153,13 +156,13 @@ class SpanSettings:
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
         "OTEL_EXPORTER_OTLP_PROTOCOL",
         default="grpc",
-        help="How the collector is spoken to: grpc or http/protobuf.",
+        help="Protocol of the collector: grpc or http/protobuf.",
     )
 
 
 @frozen
 class StoreVariables:
-    """What existing deployments set instead of a URI for the metadata."""
+    """Variables that existing deployments set in place of a URI for the metadata."""
 
     backend: str | None = env(
         "MX_METADATA_BACKEND",
@@ -167,24 +170,22 @@ class StoreVariables:
         shown=_without_user,
         help="Where the server keeps metadata if no URI says so: memory, redis or kubernetes.",
     )
-    redis_url: str | None = env(
-        "REDIS_URL", default=None, shown=_redacted, help="The Redis that the backend redis stands for."
-    )
+    redis_url: str | None = env("REDIS_URL", default=None, shown=_redacted, help="URL of Redis, for the backend redis.")
     redis_host: str = env(
         "MX_REDIS_HOST",
         default="localhost",
         shown=_without_user,
-        help="Host of the Redis that the backend redis stands for, without a URL.",
+        help="Host of Redis, for the backend redis without a URL.",
     )
     redis_port: int = env(
         "MX_REDIS_PORT",
         default=6379,
         converter=tcp_port,
-        help="Port of the Redis that the backend redis stands for, without a URL.",
+        help="Port of Redis, for the backend redis without a URL.",
     )
 
     def metadata(self) -> Override | None:
-        """The URI that they stand for, and the variables that say so; None where none is set.
+        """The URI that they stand for, and their names; None if none is set.
 
         Raises:
             SettingsError: No backend has that name.

@@ -176,13 +176,16 @@ def make_handler(
     encode: Callable[[Any], bytes] | None = None,
 ) -> RpcHandler:
     """The handler of a method with these streams, which calls ``answer``."""
-    makers = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }
-    return makers[bool(request_streaming), bool(response_streaming)](answer, decode, encode)
+    return _HANDLER_MAKERS[bool(request_streaming), bool(response_streaming)](answer, decode, encode)
+
+
+#: gRPC's functions by whether requests, and whether responses, are a stream.
+_HANDLER_MAKERS: Mapping[tuple[bool, bool], Callable[..., RpcHandler]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
 
 
 def behaviour_of(handler: RpcHandler) -> Callable[..., Any]:

@@ -152,6 +152,22 @@ def test_the_readme_links_every_page() -> None:
     assert {path.name for path in DOCS.glob("*.md")} == linked
 
 
+def test_the_places_in_contributing_exist() -> None:
+    """Each path in the table: in the repository, in core, or beside the path before it."""
+    table = section((ROOT / "CONTRIBUTING.md").read_text(), "Where things are")
+    lost = []
+    for line in re.findall(r"^\| .+ \| (.+) \|$", table, re.MULTILINE)[1:]:
+        folders = [ROOT, ROOT / "modelexpress_core"]
+        for path in re.findall(r"`([\w*/.-]+(?:/|\.py|\.md|\.toml))`", line):
+            found = next((match for folder in folders for match in folder.glob(path)), None)
+            if found is None:
+                lost.append(path)
+            else:
+                folders.append(found if found.is_dir() else found.parent)
+
+    assert [] == lost
+
+
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
@@ -452,6 +468,22 @@ def test_the_layers_are_those_that_are_checked() -> None:
     told = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines() if line.startswith("| `")]
 
     assert [layer - {"__main__"} for layer in layers] == told
+
+
+def test_the_picture_of_the_rooms_shows_the_layers() -> None:
+    """Each row has the modules of one layer or of several that follow one another, from top to bottom."""
+    imports = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [set(layer.split(" | ")) - {"__main__"} for layer in imports[0]["layers"]]
+    picture = section(page("design.md"), "The rooms")
+    shown = [set(modules.split()) for modules in re.findall(r"^│ [^│]+│ ([^│]+)│$", picture, re.MULTILINE)]
+
+    assert len(shown) > 10
+    for row in shown:
+        taken: set[str] = set()
+        while layers and taken < row:
+            taken |= layers.pop(0)
+        assert taken == row
+    assert [] == layers
 
 
 def test_every_field_of_a_report_is_explained() -> None:

@@ -517,11 +517,11 @@ def test_the_example_of_the_page_runs(start: Start) -> None:
         timeout=120,
         check=False,
     )
+    assert 0 == done.returncode, done.stderr
     with ServerClient(url) as client:
         [source] = client.list_sources()
         metadata = client.metadata(source.mx_source_id, source.worker_id)
 
-    assert 0 == done.returncode, done.stderr
     assert "PublishingState(status='stale', published=1" in done.stdout
     assert ("acme/model", STALE) == (source.model_name, metadata.worker.status)
     assert 16 == len(source.layout_signature)

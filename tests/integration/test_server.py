@@ -287,7 +287,7 @@ def test_random_bytes_do_no_harm(start: Start) -> None:
     with open_channel(Endpoint.parse(serving.url)) as channel:
         for service in (P2P, API, HEALTH, STANDARD_HEALTH):
             for name, method in service.methods.items():
-                if method.streams:
+                if method.response_streaming:
                     continue
                 call = channel.unary_unary(service.path(name))
                 for _ in range(1000):

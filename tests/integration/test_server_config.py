@@ -142,6 +142,23 @@ def test_checking_looks_at_files(mx: Command, config: Callable[[str], str], tmp_
     assert "Traceback" not in bad.stderr + authority.stderr
 
 
+def test_an_unknown_mode_of_authentication(mx: Command, config: Callable[[str], str]) -> None:
+    """One message says which are installed, before anything is served, wherever the mode was set."""
+    path = config("auth: {mode: kerberos}\n")
+
+    for arguments, environ in (
+        (("--check",), {"MX_AUTH_MODE": "kerberos"}),
+        (("--check", "--config", path), {}),
+        (("--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", "--config", path), {}),
+    ):
+        done = mx("serve", *arguments, environ=environ)
+
+        assert (1, "") == (done.returncode, done.stdout)
+        said = " ".join(done.stderr.split())
+        assert "MX_AUTH_MODE is 'kerberos': no usable plugin offers the authenticator 'kerberos'" in said
+        assert "installed: mtls, token" in said
+
+
 def test_tokens_without_a_mode_are_no_setting(mx: Command, config: Callable[[str], str]) -> None:
     """Who names a file of tokens means that others are refused: `off`, said or not, would answer everybody."""
     for path, environ in (

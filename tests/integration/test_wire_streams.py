@@ -311,6 +311,18 @@ def test_a_server_that_is_killed_within_a_stream() -> None:
     assert raised.value.retryable
 
 
+def test_a_server_that_is_stopped_within_a_stream() -> None:
+    """Is an UnavailableError, and not one of the caller's: another server, or the same one later, may answer."""
+    with serving() as port:
+        client = EchoClient(port)
+        stream = client.stream("Many", message("1 HANG"))
+        next(stream)
+    with client, pytest.raises(UnavailableError) as raised:
+        next(stream)
+
+    assert raised.value.retryable
+
+
 # -- interceptors ------------------------------------------------------------------------------------------------------
 
 

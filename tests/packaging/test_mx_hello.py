@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import tokenize
 import venv
 from pathlib import Path
@@ -191,30 +192,47 @@ def test_it_depends_on_core_alone() -> None:
 
 # -- docs/write-a-plugin.md --------------------------------------------------------------------------------------------
 
-#: ``[path](link):`` before a block quotes a whole file.
+#: ``[path](link):`` before a block quotes a piece of a file.
 _QUOTED = re.compile(
     r"^\[`(?P<name>[^`]+)`\]\((?P<link>[^)]+)\):\n\n```\w+\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 
-
-def quoted() -> dict[str, tuple[Path, str]]:
-    return {m["name"]: ((_TEXT.parent / m["link"]).resolve(), m["code"]) for m in _QUOTED.finditer(_TEXT.read_text())}
+_QUOTED_FILES = {"pyproject.toml", "src/mx_hello/plugin.py", "src/mx_hello/_storage.py", "tests/test_contract.py"}
 
 
-def test_the_text_quotes_all_of_the_plugin() -> None:
-    """Packaging, code and contract tests."""
-    expected = {"pyproject.toml", "src/mx_hello/plugin.py", "src/mx_hello/_storage.py", "tests/test_contract.py"}
-
-    assert expected == set(quoted())
+def quotations() -> list[tuple[str, Path, str]]:
+    """Each piece of the example in the text: the file's name, the target of its link, and the code."""
+    return [(m["name"], (_TEXT.parent / m["link"]).resolve(), m["code"]) for m in _QUOTED.finditer(_TEXT.read_text())]
 
 
-@pytest.mark.parametrize("name", quoted())
-def test_the_text_quotes_the_files_as_they_are(name: str) -> None:
-    """What the text shows is what is tested."""
-    path, code = quoted()[name]
+def test_the_text_quotes_packaging_code_and_tests() -> None:
+    """In pieces, the longest of which fits on a screen."""
+    names, _, pieces = zip(*quotations(), strict=True)
 
-    assert _EXAMPLE / name == path
-    assert path.read_text() == code
+    assert set(names) == _QUOTED_FILES
+    assert len(pieces) > len(_QUOTED_FILES)
+    assert max(len(piece.splitlines()) for piece in pieces) <= 30
+
+
+def test_the_text_quotes_the_files_as_they_are() -> None:
+    """Each piece is a run of whole lines of the file that its link leads to; methods are shown without indentation."""
+    for name, path, piece in quotations():
+        text = f"\n{path.read_text()}"
+        assert _EXAMPLE / name == path
+        assert f"\n{piece}" in text or f"\n{textwrap.indent(piece, '    ')}" in text, f"{name} lacks:\n{piece}"
+
+
+@pytest.mark.parametrize("name", sorted(_QUOTED_FILES - {"pyproject.toml"}))
+def test_the_text_quotes_all_code(name: str) -> None:
+    """The pieces have every line of the file that is not above its first class or function."""
+    source = (_EXAMPLE / name).read_text()
+    lines = [line.strip() for line in source.splitlines()]
+    functions = (ast.ClassDef, ast.FunctionDef)
+    first = next(node for node in ast.parse(source).body if isinstance(node, functions))
+    begin = min(first.lineno, *(node.lineno for node in first.decorator_list)) if first.decorator_list else first.lineno
+    shown = {line for quoted, _, piece in quotations() if quoted == name for line in map(str.strip, piece.splitlines())}
+
+    assert [] == [line for line in lines[begin - 1 :] if line not in shown]
 
 
 def test_links_of_the_text_lead_somewhere() -> None:

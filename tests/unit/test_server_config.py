@@ -72,7 +72,7 @@ def test_all_mistakes_are_told_at_once(read: Read) -> None:
     )
 
     for line in (
-        "mx.yaml, line 2: port stands in line 1 already",
+        "mx.yaml, line 2: port is in line 1 already",
         "mx.yaml, line 3: nothing is called prot; did you mean port?",
         "mx.yaml, line 4: metrics_port: '9401': expected a whole number, and this is text",
         "mx.yaml, line 5: nothing is called level; did you mean log.level?",

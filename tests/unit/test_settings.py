@@ -199,7 +199,8 @@ def test_a_secret_is_in_no_repr() -> None:
 def test_the_environment_is_in_no_repr() -> None:
     """Not in that of what settings are read from, nor in that of what services are given."""
     environ = {"MX_TOKEN": _SECRET}
-    context = ServiceContext(cast("Any", None), environ, AsyncExitStack())
+    nothing = cast("Any", None)
+    context = ServiceContext(nothing, environ, nothing, nothing, AsyncExitStack())
 
     assert _SECRET not in repr(SettingSources(environ))
     assert _SECRET not in repr(context)

@@ -1,4 +1,4 @@
-"""The plugin keeps to the contracts of ModelExpress."""
+"""The plugin fulfils the contracts of ModelExpress."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TestHelloStorage(StorageContract):
 
     @pytest.fixture
     def stalled(self, storage: HelloStorage) -> tuple[HelloStorage, str]:
-        return storage, "silent"  # a file of which the server never sends a byte
+        return storage, "silent"  # the server sends no byte of this file
 
     @pytest.fixture
     def unreachable(self) -> HelloStorage:

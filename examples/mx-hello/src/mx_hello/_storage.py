@@ -1,4 +1,4 @@
-"""Reading ranges of files from a web server that lists its directories as JSON, as nginx does."""
+"""Reads ranges of files from a web server that lists its directories as JSON, as nginx does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class HelloStorage:
 
     def __init__(self, authority: str) -> None:
         if not re.fullmatch(r"([^:\[\]]+|\[[^\]]+\])(:\d+)?", authority):
-            raise InvalidURIError(f"no host and port: hello://{authority}", hint="write hello://host:port/path")
+            raise InvalidURIError(f"the URI has no host: hello://{authority}", hint="write hello://host:port/path")
         self.patience_seconds = 30.0  # until core sets it
         self._authority = authority
         self._sockets = OpenSockets()
@@ -51,7 +51,7 @@ class HelloStorage:
             return ObjectInfo(path, int(answer.headers["Content-Length"]), answer.headers["ETag"])
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
-        """Read into ``buffer``, as far as the connection holds."""
+        """Read into ``buffer``, until it is full or the connection breaks."""
         done, wanted = 0, f"{offset}-{offset + len(buffer) - 1}"
         with self._answer("GET", path, f"read bytes {wanted}", f"bytes={wanted}") as answer:
             if version not in (None, answer.headers["ETag"]):
@@ -62,17 +62,17 @@ class HelloStorage:
                 while count := answer.readinto(buffer[done : done + 65536]):
                     done += count
             except (OSError, HTTPException):
-                if not done:  # otherwise what arrived counts, and core goes on behind it
+                if not done:  # else core continues behind the bytes that arrived
                     raise
         return done
 
     def close(self) -> None:
-        """End the reads that are under way."""
+        """End the reads in other threads."""
         self._sockets.shut_down()
 
     @contextmanager
     def _answer(self, method: str, path: str, operation: str, byte_range: str = "") -> Iterator[HTTPResponse]:
-        """The server's answer to one request, and an error of ours for whatever goes wrong with it."""
+        """The server's answer to one request. Translates all errors."""
         named = self._named(path, operation)
         connection = HTTPConnection(self._authority, timeout=self.patience_seconds)
         try:
@@ -87,12 +87,12 @@ class HelloStorage:
             if self._sockets.closed:
                 raise BackendError("the storage was closed", **named) from exc
             kind = DeadlineError if isinstance(exc, TimeoutError) else UnavailableError
-            raise kind(f"no answer, or half of one: {type(exc).__name__}", **named) from exc
+            raise kind(f"the connection failed: {type(exc).__name__}", **named) from exc
         except (ValueError, TypeError, KeyError) as exc:
-            raise UnsupportedError("no answer of the kind that nginx gives", **named) from exc
+            raise UnsupportedError("the answer has another format than nginx sends", **named) from exc
         finally:
             connection.close()
 
     def _named(self, path: str, operation: str) -> dict[str, Any]:
-        """What every error says."""
+        """The object, the operation and the provider, for an error."""
         return {"uri": str(ModelURI("hello", self._authority, path)), "operation": operation, "provider": "mx-hello"}

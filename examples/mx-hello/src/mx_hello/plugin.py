@@ -1,4 +1,4 @@
-"""What the plugin offers; imports nothing that it does not need for that."""
+"""The hooks of the plugin. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def _open_hello(uri: ModelURI, _settings: Mapping[str, str]) -> Storage:
 
 @hookimpl
 def mx_register_storages() -> list[StorageProvider]:
-    """``hello``."""
+    """Offer the storage for ``hello://``."""
     return [StorageProvider("mx-hello", ("hello",), _open_hello, capabilities=StorageCapabilities(patience=True))]
