@@ -43,7 +43,7 @@ _START_SECONDS = 60
 
 @frozen
 class _Cores:
-    """The cores of server and clients: the server has a core of its own."""
+    """The cores of server and clients: the server runs alone on one core."""
 
     server: int
     clients: int
