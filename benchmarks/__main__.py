@@ -15,42 +15,42 @@ from rich.console import Console
 
 from benchmarks.measuring import Plan, Report, print_report, write_json
 
-#: In the order in which they are run where none is named.
+#: The default benchmarks, in the order in which they run.
 BENCHMARKS = ("local", "s3", "concurrency", "recording", "memory", "faults", "corruption", "control_plane")
-#: Only where they are named: they take long, and need more.
+#: Benchmarks that run only if named: they take long, and need another environment.
 _NAMED = ("vllm",)
 
 _RESULTS = Path(__file__).parent / "results"
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Figures as ratios, each from one run.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure ratios, each from one run.")
     parser.add_argument(
         "names",
         nargs="*",
         metavar="NAME",
-        help=f"what to run: {', '.join(BENCHMARKS)}; all of these by default; or {', '.join(_NAMED)}",
+        help=f"run this benchmark: {', '.join(BENCHMARKS)} (by default all of these), or {', '.join(_NAMED)}",
     )
-    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it works, and measures little")
-    parser.add_argument("--rounds", type=int, help="turns of each contender; 5 by default, 1 with --quick")
-    parser.add_argument("--json", type=Path, help="file for the results; one below benchmarks/results by default")
-    parser.add_argument("--scratch", type=Path, help="directory for what is generated; kept, and used again next time")
+    parser.add_argument("--quick", action="store_true", help="use small sizes, to check that the benchmarks work")
+    parser.add_argument("--rounds", type=int, help="measure each contender so often; 5 by default, 1 with --quick")
+    parser.add_argument("--json", type=Path, help="write the results to this file; by default below benchmarks/results")
+    parser.add_argument("--scratch", type=Path, help="keep generated files in this directory, and reuse them")
     parsed = parser.parse_args(arguments)
     unknown = sorted(set(parsed.names) - {*BENCHMARKS, *_NAMED})
     if unknown:
-        parser.error(f"no benchmark is named {', '.join(unknown)}; there are {', '.join(BENCHMARKS + _NAMED)}")
+        parser.error(f"unknown benchmarks: {', '.join(unknown)}; available are {', '.join(BENCHMARKS + _NAMED)}")
     return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is asked for; the exit code is 0 whether or not targets are met: figures are for people to judge."""
+    """Run the named benchmarks; the exit code is 0 even if targets are missed."""
     parsed = _arguments(arguments)
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
     for name in list(os.environ):
         if name.startswith(("AWS_", "MX_", "RUNAI_")):
-            del os.environ[name]  # the benchmarks say what holds
+            del os.environ[name]  # the benchmarks set these variables themselves
     os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
     reports: list[Report] = []
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as temporary:

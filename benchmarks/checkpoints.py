@@ -1,4 +1,4 @@
-"""What is loaded: generated checkpoints, where the bytes of their files go in one piece of memory, and their digest."""
+"""Generated checkpoints, their layout in one destination buffer, and their digest."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _ALIGNMENT = 64
 
 @frozen
 class Section:
-    """Where the tensors of one file lie, and where they go.
+    """The tensors of one file: their position in the file and in the destination.
 
     Attributes:
         name: The file's name.
         start: First byte of the tensors in the file.
         length: Bytes of the tensors.
-        there: Where they begin in the destination.
+        there: Offset of the first byte in the destination.
     """
 
     name: str
@@ -43,7 +43,7 @@ def _header(file: Path) -> tuple[int, dict[str, Any]]:
 
 
 def sections(directory: Path) -> list[Section]:
-    """The sections of all safetensors files in ``directory``, one after another in the destination."""
+    """Return the sections of all safetensors files in ``directory``, one after another in the destination."""
     found = []
     there = 0
     for file in sorted(directory.glob("*.safetensors")):
@@ -55,18 +55,18 @@ def sections(directory: Path) -> list[Section]:
 
 
 def pieces(parts: Sequence[Section], piece_bytes: int) -> Iterator[tuple[str, int, int, int]]:
-    """``(file, offset in it, length, offset in the destination)``, each of at most ``piece_bytes``."""
+    """Yield ``(file, offset in it, length, offset in the destination)``, each of at most ``piece_bytes``."""
     for part in parts:
         for done in range(0, part.length, piece_bytes):
             yield part.name, part.start + done, min(piece_bytes, part.length - done), part.there + done
 
 
 class Destination:
-    """Memory for a whole checkpoint, written to once, and its tensors as views of it.
+    """Memory for a whole checkpoint, already touched, and its tensors as views of it.
 
     Attributes:
-        memory: All of it.
-        tensors: By name.
+        memory: The whole memory.
+        tensors: The tensors by name.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -88,7 +88,7 @@ class Destination:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A digest of names and bytes."""
+    """Return a digest of names and bytes."""
     import torch
 
     value = 0
@@ -99,7 +99,7 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def digest_of_directory(directory: Path) -> str:
-    """The digest of what the safetensors library reads from the files of ``directory``."""
+    """Return the digest of the tensors that the safetensors library reads from the files of ``directory``."""
     from safetensors.torch import load_file
 
     files = sorted(directory.glob("*.safetensors"))
@@ -107,7 +107,7 @@ def digest_of_directory(directory: Path) -> str:
 
 
 def generated(scratch: Path, *, quick: bool) -> Path:
-    """The directory of a checkpoint of 1.1 GB in four files (10 MB in quick mode), made where it is not there."""
+    """Return the directory of a checkpoint of 1.1 GB in four files (10 MB in quick mode); create it if missing."""
     from devtools.models import generate_sharded
 
     directory = scratch / ("small" if quick else "large")

@@ -1,4 +1,4 @@
-"""How near the self-tuned concurrency comes to the best fixed one, on networks of all kinds."""
+"""Self-tuned concurrency compared with the best fixed setting, for several latencies and bandwidths."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LATENCIES_MS = (1, 20, 100)
 _CAPS_MB = (50, 200, None)
 _FIXED = (1, 2, 4, 8, 16, 32, 64, 128)
 
-#: A load is to take so long.
+#: Duration of a load.
 _SECONDS = 3.0
-#: Fixed settings that take part in the rounds: the best of a first run of all.
+#: Number of fixed settings in the rounds: the best of a first run of all.
 _FINALISTS = 4
-#: So many reads have destinations of their own.
+#: Number of separate destinations; later reads use them again.
 _SLOTS = 128
 
 
@@ -38,7 +38,7 @@ class _Rig:
         self._slots = slots
 
     def load(self, reads: int, fixed: int | None) -> tuple[float, int]:
-        """Seconds that ``reads`` reads take with ``fixed`` (None: self-tuned) at once, and the most there were."""
+        """Make ``reads`` reads, ``fixed`` at once (None: self-tuned); return seconds and most reads at once."""
         size = reads * PATTERN_BYTES
         (record,) = s3_plugin.mx_register_storages()
         file = CheckpointFile("file", "file", size, None, 0)
@@ -62,7 +62,7 @@ class _Rig:
         return seconds, engine.ledger.most_in_flight
 
     def check(self, reads: int) -> None:
-        """Whether the destinations of the last ``reads`` hold what the server sent."""
+        """Check that the destinations of the last ``reads`` hold the bytes of the server."""
         expected = np.frombuffer(pattern(), np.uint8)
         for number in range(min(reads, self._slots)):
             there = number * PATTERN_BYTES
@@ -79,9 +79,9 @@ def run(plan: Plan) -> Report:
     worst = min(row["of best"] for row in rows)
     return Report(
         "concurrency",
-        "8 MiB reads into touched memory, over loopback, from a server in a process of its own that sends the first "
-        "byte of an answer after the latency and lets all connections share the bandwidth; self-tuned with what mx-s3 "
-        "declares; fixed settings: the best of all powers of 2 up to 128",
+        "8 MiB reads into touched memory, over loopback, from a server in a separate process that sends the first "
+        "byte of an answer after the latency, and whose connections share the bandwidth; self-tuned with the "
+        "capabilities of mx-s3; fixed settings: the best of all powers of 2 up to 128",
         rows,
         [Target("self-tuned goodput over the best fixed setting's, on the worst network", worst, 0.95)],
         (),
@@ -128,7 +128,7 @@ def _row(plan: Plan, server: RangeServer, latency: int, cap: int | None) -> dict
 
 
 def _reads(rig: _Rig, cap: int | None, plan: Plan) -> int:
-    """How many reads take about the time that a load is to take."""
+    """Return the number of reads that take about ``_SECONDS``."""
     if plan.quick:
         return 8
     rate = cap * 1e6 if cap is not None else 64 * PATTERN_BYTES / min(rig.load(64, count)[0] for count in (8, 32))

@@ -1,6 +1,6 @@
-"""Everybody who loads the same checkpoint: ModelExpress, the libraries beside it, and what the machine can do at most.
+"""The loaders that are compared on one checkpoint: ModelExpress, other libraries, and the limits of the machine.
 
-Each is made in a process of its own (see ``benchmarks.workers``), and imports there what it needs.
+Each runs in a separate process (see ``benchmarks.workers``), and imports its library there.
 """
 
 from __future__ import annotations
@@ -37,34 +37,34 @@ __all__ = [
     "Tensorizer",
 ]
 
-#: How the requests of the raw clients are cut, unless a setting says otherwise.
+#: Size of the raw clients' requests, unless a setting overrides it.
 _PIECE_BYTES = 8 << 20
 
 
 class Contender(ABC):
-    """Loads one checkpoint again and again.
+    """Loads one checkpoint repeatedly.
 
     Attributes:
-        tensors: What the last run delivered, by name.
+        tensors: The tensors of the last run, by name.
     """
 
     tensors: Mapping[str, torch.Tensor]
 
     @abstractmethod
     def run(self, **setting: Any) -> Mapping[str, Any] | None:  # noqa: ANN401 - JSON
-        """Load once; what is returned is kept with the figures. This is timed."""
+        """Load once, which is timed; the result is stored with the figures."""
 
     def digest(self) -> str:
-        """The digest of what was loaded."""
+        """Return the digest of the loaded tensors."""
         return digest_of(self.tensors)
 
     @abstractmethod
     def release(self) -> None:
-        """Give up what was loaded, where it is not the next run's destination."""
+        """Free the loaded tensors, unless the next run loads into them."""
 
 
 class _IntoPlace(Contender):
-    """Loads into memory that was written to before."""
+    """Loads into touched memory."""
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
@@ -73,7 +73,7 @@ class _IntoPlace(Contender):
         self.tensors = self.destination.tensors
 
     def release(self) -> None:
-        """Nothing: its memory is the next run's destination."""
+        """Do nothing: the next run loads into the same memory."""
 
 
 class _Fresh(Contender):
@@ -86,7 +86,7 @@ class _Fresh(Contender):
 
     def release(self) -> None:
         self.tensors = {}
-        ctypes.CDLL(None).malloc_trim(0)  # or the next run may be given memory that is not fresh
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise the next run may get memory that is not fresh
 
 
 # -- ModelExpress -----------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class ModelExpressState(_Fresh):
 
 
 def _in_threads(count: int, work: Callable[[Callable[[], tuple[Any, ...] | None]], None], tasks: Sequence[Any]) -> None:
-    """``work`` in ``count`` threads, each with a function that hands out the next of ``tasks``, or None at the end."""
+    """Run ``work`` in ``count`` threads, each with a function that returns the next of ``tasks``, None at the end."""
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for task in itertools.chain(tasks, itertools.repeat(None, count)):
         waiting.put(task)
@@ -151,7 +151,7 @@ def _in_threads(count: int, work: Callable[[Callable[[], tuple[Any, ...] | None]
 
 
 class Preadv(_IntoPlace):
-    """Nothing but ``preadv`` in threads, of files that are open: the limit."""
+    """Only ``preadv`` in threads, on open files: the limit."""
 
     def __init__(self, directory: str) -> None:
         super().__init__(directory)
@@ -173,7 +173,7 @@ class Preadv(_IntoPlace):
 
 
 class SafetensorsClone(_Fresh):
-    """``load_file``, whose tensors are a mapping of the file, and a copy that is memory of one's own."""
+    """``load_file``, which maps the file, and a copy of each tensor into separate memory."""
 
     def run(self, **_setting: Any) -> None:  # noqa: ANN401 - as above
         from safetensors.torch import load_file
@@ -186,7 +186,7 @@ class FastSafetensors(_Fresh):
 
     def __init__(self, directory: str) -> None:
         super().__init__(directory)
-        import fastsafetensors  # noqa: F401 - here it says that it is not installed
+        import fastsafetensors  # noqa: F401 - fails here if it is not installed
         import torch
 
         self.device = torch.device("cpu")
@@ -207,7 +207,7 @@ class FastSafetensors(_Fresh):
 
 
 class Tensorizer(_Fresh):
-    """tensorizer, from a file in its own format that holds the same tensors."""
+    """tensorizer, from a file in its format with the same tensors."""
 
     def __init__(self, directory: str, copy: str) -> None:
         super().__init__(directory)
@@ -227,11 +227,11 @@ class Tensorizer(_Fresh):
 
 
 class RunaiStreamer(_Fresh):
-    """runai-model-streamer, whose tensors are the caller's to keep; from disk or from S3, as ``paths`` say."""
+    """runai-model-streamer, from disk or S3 (by ``paths``), with tensors that remain valid."""
 
     def __init__(self, directory: str, paths: Sequence[str] | None = None) -> None:
         super().__init__(directory)
-        import runai_model_streamer  # noqa: F401 - here it says that it is not installed
+        import runai_model_streamer  # noqa: F401 - fails here if it is not installed
 
         self.paths = list(paths) if paths is not None else self.files
 
@@ -247,7 +247,7 @@ class RunaiStreamer(_Fresh):
 
 
 class _Bucket(_IntoPlace):
-    """Reads objects of one bucket, with keys below ``prefix``, from the server that the AWS variables name."""
+    """Reads objects below ``prefix`` in one bucket, from the server in the AWS variables."""
 
     def __init__(self, directory: str, bucket: str, prefix: str) -> None:
         super().__init__(directory)
@@ -267,7 +267,7 @@ class _Bucket(_IntoPlace):
 
 
 class RawSockets(_Bucket):
-    """HTTP written by hand over plain sockets, with URLs signed beforehand: the limit."""
+    """HTTP over plain sockets with presigned URLs: the limit."""
 
     def __init__(self, directory: str, bucket: str, prefix: str) -> None:
         super().__init__(directory, bucket, prefix)
@@ -293,7 +293,7 @@ class RawSockets(_Bucket):
 
 
 def _receive(connection: socket.socket, view: memoryview) -> None:
-    """The body of one answer, straight into ``view``, but for what comes with the head."""
+    """Receive the body of one answer into ``view``; only bytes that arrive with the header are copied."""
     head = b""
     while b"\r\n\r\n" not in head:
         part = connection.recv(2048)
@@ -316,7 +316,7 @@ def _receive(connection: socket.socket, view: memoryview) -> None:
 
 
 class Boto3(_Bucket):
-    """boto3, a range for each request, its body read into place below the layers that copy."""
+    """boto3, one range per request; the body is read into place below botocore's copying layers."""
 
     def __init__(self, directory: str, bucket: str, prefix: str) -> None:
         super().__init__(directory, bucket, prefix)
@@ -328,8 +328,8 @@ class Boto3(_Bucket):
         def work(take: Callable[[], tuple[Any, ...] | None]) -> None:
             while (piece := take()) is not None:
                 name, offset, length, there = piece
-                wanted = f"bytes={offset}-{offset + length - 1}"
-                body = self.s3.get_object(Bucket=self.bucket, Key=self.keys[name], Range=wanted)["Body"]
+                byte_range = f"bytes={offset}-{offset + length - 1}"
+                body = self.s3.get_object(Bucket=self.bucket, Key=self.keys[name], Range=byte_range)["Body"]
                 raw = body._raw_stream  # noqa: SLF001 - botocore has no public way that does not copy
                 done = 0
                 while done < length:
@@ -344,7 +344,7 @@ class Boto3(_Bucket):
 
 
 class Obstore(_Bucket):
-    """obstore (the Rust crate object_store), whose buffers are copied into place."""
+    """obstore (the Rust crate object_store); its buffers are copied into place."""
 
     def __init__(self, directory: str, bucket: str, prefix: str) -> None:
         super().__init__(directory, bucket, prefix)
@@ -375,7 +375,7 @@ class Obstore(_Bucket):
 
 
 class S3TorchConnector(_Bucket):
-    """s3torchconnector, a sequential reader for each section of a file, read into place."""
+    """s3torchconnector, one sequential reader per section, read into place."""
 
     def __init__(self, directory: str, bucket: str, prefix: str) -> None:
         super().__init__(directory, bucket, prefix)

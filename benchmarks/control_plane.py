@@ -1,4 +1,4 @@
-"""How many workers the server bears, how fast it answers them, and what each of them costs it."""
+"""How many workers the server can handle, its latencies, and its memory per worker."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from modelexpress_core.wire.rpc import HEALTH, stub
 __all__ = ["run"]
 
 _TENSORS = 2000
-#: Calls a second that each store has to bear.
+#: Calls per second that the server must handle with each store.
 _RATES = {"memory": 2000, "redis": 1000}
-#: A worker speaks so often.
+#: Time between two heartbeats of a worker.
 _HEARTBEAT_SECONDS = 30.0
-#: Servers with few and with many workers list so often by turns, in each round.
+#: How often servers with few and with many workers alternate in each round.
 _TURNS = 10
 _TICKS = os.sysconf("SC_CLK_TCK")
 _START_SECONDS = 60
@@ -43,7 +43,7 @@ _START_SECONDS = 60
 
 @frozen
 class _Cores:
-    """Which core is whose: the server has one for itself."""
+    """The cores of server and clients: the server runs alone on one core."""
 
     server: int
     clients: int
@@ -71,7 +71,7 @@ class _Sizes:
 
 @contextlib.contextmanager
 def _on(core: int) -> Iterator[None]:
-    """What is started meanwhile runs on one core, with all of its threads."""
+    """Processes that are started in the block run on one core, with all of their threads."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -81,10 +81,10 @@ def _on(core: int) -> Iterator[None]:
 
 
 class _Process:
-    """A server on one core, from when it says that it serves; ended with SIGTERM."""
+    """A running server on one core; the end of the block stops it with SIGTERM."""
 
     def __init__(self, core: int, *arguments: str, **environ: str) -> None:
-        patient = {"MX_HEARTBEAT_TIMEOUT_SECS": "3600"}  # workers whose turn has not come stay ready
+        patient = {"MX_HEARTBEAT_TIMEOUT_SECS": "3600"}  # so that workers without heartbeats stay ready
         with _on(core):
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.control_plane_server", *arguments],
@@ -103,13 +103,13 @@ class _Process:
 
     @property
     def cpu_seconds(self) -> float:
-        """What it has used, in user and kernel mode (proc(5))."""
+        """CPU time of the server, in user and kernel mode (proc(5))."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
     @property
     def memory_bytes(self) -> int:
-        """Its share of the memory that it uses, once it has collected its garbage."""
+        """The proportional set size (Pss) of the server, after a garbage collection."""
         self._signal(signal.SIGUSR1)
         rollup = Path(f"/proc/{self._process.pid}/smaps_rollup").read_text()
         match = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
@@ -117,14 +117,14 @@ class _Process:
         return int(match[1]) * 1024
 
     def profile(self) -> None:
-        """Begin to profile the thread of the event loop, or end it and write what was found."""
+        """Start profiling the thread of the event loop, or stop and write the profile."""
         self._signal(signal.SIGUSR2)
 
     def _signal(self, number: signal.Signals) -> None:
-        """Returns when the server has done what it does at this signal."""
+        """Send a signal, and return when the server has handled it."""
         self._process.send_signal(number)
         with grpc.insecure_channel(self.target) as channel:
-            stub(HEALTH, channel)["GetHealth"](health_pb2.GetHealthRequest())  # signals are seen to before calls
+            stub(HEALTH, channel)["GetHealth"](health_pb2.GetHealthRequest())  # signals are handled before calls
 
     def __enter__(self) -> _Process:
         return self
@@ -140,7 +140,7 @@ def _serve(cores: _Cores, metadata: str, **environ: str) -> _Process:
 
 
 class _Clients:
-    """The process that makes calls to a server, and what the server used meanwhile."""
+    """The process that calls a server, with the server's CPU time during the calls."""
 
     def __init__(self, cores: _Cores, server: _Process) -> None:
         self._server = server
@@ -153,7 +153,7 @@ class _Clients:
             )
 
     def do(self, order: str, **arguments: float) -> dict[str, Any]:
-        """Have it done; the answer also says what the server used meanwhile, and for each call."""
+        """Send an order; return its results with the server's CPU use, in all and per call."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         used, begun = self._server.cpu_seconds, time.perf_counter()
@@ -180,7 +180,7 @@ class _Clients:
 
 
 class _Results:
-    """What each round measured, by what it is, in the order in which it was first measured."""
+    """Samples of all rounds, by measurement, in the order of the first round."""
 
     def __init__(self) -> None:
         self._samples: defaultdict[tuple[str, str, int], list[Mapping[str, Any]]] = defaultdict(list)
@@ -218,7 +218,7 @@ class _Results:
 
 @frozen
 class _Rig:
-    """What all measurements have in common."""
+    """What all measurements share."""
 
     cores: _Cores
     sizes: _Sizes
@@ -307,7 +307,7 @@ def _targets(results: _Results, sizes: _Sizes, rates: Mapping[str, int]) -> list
 
 
 def _starts(rig: _Rig) -> None:
-    """Seconds from exec to the first health check that is answered."""
+    """Measure seconds from exec to the first answered health check."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     command = [sys.executable, "-m", "modelexpress_core", "serve", "--host", "127.0.0.1", "--port", str(port)]
@@ -333,7 +333,7 @@ def _listens(port: int) -> bool:
 
 
 def _bare(rig: _Rig) -> None:
-    """What gRPC itself bears."""
+    """Measure the most calls that bare gRPC handles."""
     with (
         _Process(rig.cores.server, "bare") as server,
         _Clients(rig.cores, server) as clients,
@@ -344,7 +344,7 @@ def _bare(rig: _Rig) -> None:
 
 
 def _round(rig: _Rig, store: str, uri: str, rate: int) -> None:
-    """All calls, against a server that nobody asked anything before."""
+    """Measure all calls, on a new server."""
     most = rig.sizes.most
     with _serve(rig.cores, uri) as server, _Clients(rig.cores, server) as clients:
         clients.do("connect")
@@ -373,7 +373,7 @@ def _round(rig: _Rig, store: str, uri: str, rate: int) -> None:
 
 
 def _lists(rig: _Rig, store: str) -> None:
-    """Lists of servers with few and with many workers, which take turns: the machine is the same for all of them."""
+    """Measure lists of servers with few and with many workers in turn, under the same load of the machine."""
     with _on(rig.cores.clients), contextlib.ExitStack() as opened:
         asked: list[tuple[int, _Clients]] = []
         for workers in rig.sizes.workers:
@@ -398,7 +398,7 @@ def _memory_of_redis(rig: _Rig, server: RedisServer) -> None:
 
 
 def _memory_of_tensors(rig: _Rig) -> None:
-    """Of workers that publish all of their tensors."""
+    """Measure the memory of workers that publish all of their tensors."""
     count = rig.sizes.large * 4
     with _serve(rig.cores, "memory://") as server, _Clients(rig.cores, server) as clients:
         clients.do("publish", first=0, count=rig.sizes.large, tensors=_TENSORS)
@@ -408,8 +408,8 @@ def _memory_of_tensors(rig: _Rig) -> None:
         rig.results.add(f"memory of a worker with {_TENSORS} tensors", "memory", count, kib=kib)
 
 
-#: Whose code a function is, by what its file's path contains; the first that fits.
-_WHOSE = (
+#: Text in the path of a function's file -> the package that it belongs to; the first match counts.
+_OWNERS = (
     ("prometheus_client", "prometheus_client"),
     ("server/metrics", "server/metrics"),
     ("server/interceptors", "server/interceptors"),
@@ -428,7 +428,7 @@ _WHOSE = (
 
 
 def _profile(rig: _Rig, store: str, uri: str, file: Path) -> None:
-    """Where the time of UpdateStatus goes: shares of what the thread of the event loop does while it does anything."""
+    """Profile UpdateStatus: shares of the busy time of the event loop's thread, by package."""
     with _serve(rig.cores, uri, BENCHMARK_PROFILE=str(file)) as server, _Clients(rig.cores, server) as clients:
         clients.do("connect")
         clients.do("publish", first=0, count=rig.sizes.workers[0])
@@ -439,19 +439,19 @@ def _profile(rig: _Rig, store: str, uri: str, file: Path) -> None:
     for (path, _, name), (_, _, seconds, _, _) in pstats.Stats(str(file)).stats.items():  # type: ignore[attr-defined]  # undocumented
         if "poll" in name and "select" in name:
             continue  # waiting
-        shares[_whose(path, name)] += seconds
+        shares[_owner(path, name)] += seconds
     total = sum(shares.values())
-    for whose, seconds in sorted(shares.items(), key=lambda item: -item[1]):
+    for owner, seconds in sorted(shares.items(), key=lambda item: -item[1]):
         if seconds > 0.01 * total:
             rig.results.add(
-                f"profile of UpdateStatus: {whose}", store, rig.sizes.workers[0], percent=100 * seconds / total
+                f"profile of UpdateStatus: {owner}", store, rig.sizes.workers[0], percent=100 * seconds / total
             )
 
 
-def _whose(path: str, name: str) -> str:
+def _owner(path: str, name: str) -> str:
     if "Context" in name and "run" in name:
-        return "gRPC, compiled"  # its coroutines run in there, and the profiler does not see them
-    for part, whose in _WHOSE:
+        return "gRPC, compiled"  # gRPC's coroutines run in it, invisible to the profiler
+    for part, owner in _OWNERS:
         if part in path:
-            return whose
+            return owner
     return "built-in functions" if path == "~" else "other"

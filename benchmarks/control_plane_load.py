@@ -1,7 +1,7 @@
-"""Run by ``benchmarks.control_plane``: workers that publish, speak and list, as many as are asked for, in one process.
+"""Simulates many workers that publish, send heartbeats and list, in one process; run by ``benchmarks.control_plane``.
 
-Orders come as lines of JSON, ``{"do": NAME, ...}``, and each is answered by a line of JSON with what was measured. Each
-channel has a connection of its own; workers share them.
+It reads orders as lines of JSON, ``{"do": NAME, ...}``, and answers each with a line of JSON with the measurements.
+Each channel has a separate connection; workers share the channels.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from modelexpress_core.wire.identities import identity_to_message
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import HEALTH, MESSAGE_OPTIONS, P2P, stub
 
-#: Workers of one identity, as with tensor parallelism over so many ranks.
+#: Workers of one identity, as with tensor parallelism over 8 ranks.
 WORKERS_OF_A_SOURCE = 8
 
 _CHANNELS = 64
-#: What NIXL tells of an agent is about as long.
+#: Approximate size of NIXL's metadata of an agent.
 _NIXL_BYTES = 1536
 _OPTIONS = (*MESSAGE_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
 
-#: Makes one call for a worker, and says whether it was answered as it should be.
+#: Makes one call for a worker; returns whether the answer was right.
 _Call: TypeAlias = "Callable[[int], Awaitable[bool]]"
 
-#: What failed calls of the order that is being carried out said, and how often.
+#: Errors of failed calls of the current order -> how often they occurred.
 _failures: Counter[str] = Counter()
 
 
@@ -70,7 +70,7 @@ def _tensors(count: int) -> Iterable[p2p_pb2.TensorDescriptor]:
 
 
 def _publication(worker: int, tensors: int) -> p2p_pb2.PublishMetadataRequest:
-    """What a worker publishes: as it does where readers ask it for its tensors, unless there are some here."""
+    """Return the record of a worker, with ``tensors`` tensors; with none, readers would ask its WorkerService."""
     rank = worker % WORKERS_OF_A_SOURCE
     host = f"10.{worker >> 16 & 255}.{worker >> 8 & 255}.{worker & 255}"
     listed = [*_tensors(tensors)]
@@ -110,7 +110,7 @@ class _Load:
         self._lists: dict[int, p2p_pb2.ListSourcesRequest] = {}
 
     async def connect(self, connections: int = 0) -> Mapping[str, Any]:
-        """Every channel has its connection, and there are so many more, which stay."""
+        """Connect all channels, and open ``connections`` more, which stay open."""
         more = [grpc.aio.insecure_channel(self._target, options=_OPTIONS) for _ in range(connections)]
         for channel in [*self._channels, *more]:
             await stub(HEALTH, channel)["GetHealth"](health_pb2.GetHealthRequest())
@@ -118,52 +118,52 @@ class _Load:
         return {}
 
     async def publish(self, first: int, count: int, tensors: int = 0) -> Mapping[str, Any]:
-        """Publish so many workers, eight at a time."""
+        """Publish ``count`` workers, eight at a time."""
         wrong = 0
         waiting = iter(range(first, first + count))
 
         async def publishing() -> None:
             nonlocal wrong
             for worker in waiting:
-                done = await _tried(self._publish(_publication(worker, tensors), worker))
-                wrong += not done  # read after the wait, in which others add theirs
+                done = await _succeeded(self._publish(_publication(worker, tensors), worker))
+                wrong += not done  # read after the await, during which other tasks change it
 
         await asyncio.gather(*(publishing() for _ in range(8)))
         return {"wrong": wrong}
 
     async def publish_in_turn(self, times: int, tensors: int) -> Mapping[str, Any]:
-        """Publish one worker over and over; a time begins before the message is serialised."""
+        """Publish one worker repeatedly; a latency includes the serialisation of the message."""
         request = _publication(0, tensors)
-        return {**await _in_turn(times, lambda _: _tried(self._publish(request, 0))), "bytes": request.ByteSize()}
+        return {**await _in_turn(times, lambda _: _succeeded(self._publish(request, 0))), "bytes": request.ByteSize()}
 
     async def list_in_turn(self, times: int, workers: int) -> Mapping[str, Any]:
-        """List the sources of one identity after the other."""
+        """List the sources of one identity after another."""
         return await _in_turn(times, self._any_of(workers, self._list))
 
     async def list_beside(self, rate: float, beats: float, seconds: float, workers: int) -> Mapping[str, Any]:
-        """List at one rate, while workers speak at another; times are those of the lists."""
-        listed, spoken = await asyncio.gather(
+        """List at one rate while workers send heartbeats at another; latencies are those of the lists."""
+        listed, beaten = await asyncio.gather(
             _at_rate(rate, seconds, self._any_of(workers, self._list)),
             _at_rate(beats, seconds, self._any_of(workers, self._beat)),
         )
-        return {**listed, **{sum_of: listed[sum_of] + spoken[sum_of] for sum_of in ("calls", "wrong")}}
+        return {**listed, **{sum_of: listed[sum_of] + beaten[sum_of] for sum_of in ("calls", "wrong")}}
 
     async def beat(self, rate: float, seconds: float, workers: int) -> Mapping[str, Any]:
-        """Workers speak at a rate, whether or not the server keeps up."""
+        """Send heartbeats at a rate, whether or not the server keeps up."""
         return await _at_rate(rate, seconds, self._any_of(workers, self._beat))
 
     async def beat_most(self, seconds: float, workers: int, under_way: int = 64) -> Mapping[str, Any]:
-        """Workers speak as fast as they are answered, with so many calls under way."""
+        """Send heartbeats as fast as they are answered, with ``under_way`` calls at once."""
         call = self._any_of(workers, self._beat)
         return await _most(seconds, under_way, call)
 
     def _any_of(self, workers: int, call: _Call) -> _Call:
-        """``call`` for another worker each time, in no order that a cache could like, and always the same one."""
+        """Make ``call`` for another worker each time, in a random but fixed order, so that caches do not help."""
         order = [*range(workers)]
         random.Random(workers).shuffle(order)
 
         async def one(number: int) -> bool:
-            return await _tried(call(order[number % workers]))
+            return await _succeeded(call(order[number % workers]))
 
         return one
 
@@ -197,7 +197,7 @@ class _Load:
 
 
 def _figures(latencies: Sequence[float], wrong: int, seconds: float) -> Mapping[str, Any]:
-    """What a person wants to know of the latencies of calls, in milliseconds."""
+    """Return statistics of the latencies of calls, in milliseconds."""
     ordered = sorted(latencies)
     return {
         "p50_ms": statistics.median(ordered) * 1e3,
@@ -209,8 +209,8 @@ def _figures(latencies: Sequence[float], wrong: int, seconds: float) -> Mapping[
     }
 
 
-async def _tried(call: Awaitable[bool]) -> bool:
-    """Whether the answer was right; a call that fails was not, and its reason is counted."""
+async def _succeeded(call: Awaitable[bool]) -> bool:
+    """Return whether the answer was right; count the reason if the call failed."""
     try:
         return await call
     except grpc.aio.AioRpcError as exc:
@@ -219,7 +219,7 @@ async def _tried(call: Awaitable[bool]) -> bool:
 
 
 async def _in_turn(times: int, call: _Call) -> Mapping[str, Any]:
-    """One call after the other."""
+    """Make one call after another."""
     latencies, wrong = [], 0
     for number in range(times):
         begun = time.perf_counter()
@@ -229,7 +229,7 @@ async def _in_turn(times: int, call: _Call) -> Mapping[str, Any]:
 
 
 async def _at_rate(rate: float, seconds: float, call: _Call) -> Mapping[str, Any]:
-    """Calls begin when they are due, answered or not those before; a latency begins when its call was due."""
+    """Start calls when they are due, also if earlier ones are unanswered; latencies count from the due times."""
     latencies: list[float] = []
     wrong = 0
     begun = time.perf_counter()
@@ -238,7 +238,7 @@ async def _at_rate(rate: float, seconds: float, call: _Call) -> Mapping[str, Any
         nonlocal wrong
         done = await call(number)
         latencies.append(time.perf_counter() - due)
-        wrong += not done  # read after the wait, in which others add theirs
+        wrong += not done  # read after the await, during which other tasks change it
 
     calls = []
     for number in range(max(1, round(rate * seconds))):
@@ -250,7 +250,7 @@ async def _at_rate(rate: float, seconds: float, call: _Call) -> Mapping[str, Any
 
 
 async def _most(seconds: float, under_way: int, call: _Call) -> Mapping[str, Any]:
-    """So many calls are always under way."""
+    """Keep ``under_way`` calls running."""
     latencies: list[float] = []
     wrong = number = 0
     begun = time.perf_counter()
@@ -261,7 +261,7 @@ async def _most(seconds: float, under_way: int, call: _Call) -> Mapping[str, Any
             number += 1
             done = await call(number)
             latencies.append(time.perf_counter() - now)
-            wrong += not done  # read after the wait, in which others add theirs
+            wrong += not done  # read after the await, during which other tasks change it
 
     await asyncio.gather(*(calling() for _ in range(under_way)))
     return _figures(latencies, wrong, time.perf_counter() - begun)

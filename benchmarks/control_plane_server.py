@@ -1,8 +1,8 @@
-"""Run by ``benchmarks.control_plane``: ``mx serve`` that does as signals say, and what it is compared with.
+"""The servers of ``benchmarks.control_plane``: ``mx serve`` with signal handlers, and a bare gRPC server.
 
-``serve ...`` is the command itself. SIGUSR1 has it collect garbage. SIGUSR2 has it profile the thread of its event loop
-until the next one, which writes the profile to the file that ``BENCHMARK_PROFILE`` names. ``bare`` is a gRPC server
-that answers UpdateStatus and does nothing: the limit of what a server in this language can answer.
+``serve ...`` is the command itself. On SIGUSR1 it collects garbage. On SIGUSR2 it starts profiling the thread of its
+event loop; on the next SIGUSR2 it writes the profile to the file in ``BENCHMARK_PROFILE``. ``bare`` is a gRPC server
+that only answers UpdateStatus: the limit for a server in Python.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bits that flip on their way, in objects with a digest: how many are found, and whether a wrong tensor comes out."""
+"""Flipped bits in transfers of objects with a digest: how many are detected, and whether a wrong tensor results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from devtools.tcp_proxy import Fault, TcpProxy
 
 __all__ = ["run"]
 
-#: Digest -> how the object is uploaded so that it is the one that S3 publishes.
+#: Digest -> upload options with which S3 publishes this digest of the object.
 _UPLOADS: dict[str, dict[str, str]] = {
     "CRC32": {"ChecksumAlgorithm": "CRC32"},
     "CRC32C": {"ChecksumAlgorithm": "CRC32C"},
@@ -32,11 +32,11 @@ _BUCKET = "models"
 
 
 class _Flip:
-    """Flips one bit in the body of one answer of each load to a read of a range, at a place of its choice.
+    """Flips one random bit in the body of one answer to a range request in each load.
 
     Args:
-        seed: Another one gives other places.
-        header_bytes: Of the first read, which takes more than the header, only these are used.
+        seed: Seed of the random positions.
+        header_bytes: Bytes of the first read that are used; it reads more than the header.
     """
 
     def __init__(self, seed: int, header_bytes: int) -> None:
@@ -47,7 +47,7 @@ class _Flip:
         self.flipped = 0
 
     def arm(self, reads: int) -> None:
-        """Strike one of the next ``reads`` reads."""
+        """Flip a bit in one of the next ``reads`` reads."""
         with self._lock:
             self._left = self._chance.randrange(reads) + 1
 
@@ -101,18 +101,18 @@ def run(plan: Plan) -> Report:
                     expected=expected,
                 )
             )
-    struck = sum(row["corruptions"] for row in rows)
+    corruptions = sum(row["corruptions"] for row in rows)
     return Report(
         "corruption",
         f"an object of {len(content) / 1e3:.0f} kB on SeaweedFS, read in ranges of {_CHUNK_BYTES >> 10} KiB through a "
         "proxy that flips one bit of one answer of each load; every tensor is compared; fresh memory",
         rows,
         [
-            Target("corruptions", struck, 1000.0 if not plan.quick else 1.0),
+            Target("corruptions", corruptions, 1000.0 if not plan.quick else 1.0),
             Target(
-                "corruptions that were found: mended, or the load failed",
-                sum(row["mended"] + row["failed"] + row["header read again"] for row in rows) / struck
-                if struck
+                "corruptions that were detected: fetched again, or the load failed",
+                sum(row["repaired"] + row["failed"] + row["header read again"] for row in rows) / corruptions
+                if corruptions
                 else None,
                 1.0,
             ),
@@ -159,13 +159,13 @@ def _row(
             if digest_of(state) != expected:
                 ends["wrong"] += 1
             elif reports[-1].bytes_reread:
-                ends["mended"] += 1
+                ends["repaired"] += 1
             else:
                 ends["header read again"] += 1
     return {
         "digest": digest,
         "corruptions": flip.flipped,
-        "mended": ends["mended"],
+        "repaired": ends["repaired"],
         "failed": ends["failed"],
         "header read again": ends["header read again"],
         "wrong": ends["wrong"],

@@ -1,4 +1,4 @@
-"""Loads through a network that fails: how many end well, with the right bytes, and how much is fetched twice for it."""
+"""Loads over a faulty network: how many succeed with the right bytes, and how many bytes are fetched twice."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _BUCKET = "models"
 
 
 class _Faults:
-    """Strikes a share of the requests, wherever in their answers.
+    """Injects a fault into a share of the requests, at a random position of the answer.
 
     Args:
-        share: Of all requests.
-        body_bytes: How far into a body, at most.
+        share: Share of all requests.
+        body_bytes: Largest position in a body.
     """
 
     def __init__(self, share: float, body_bytes: int) -> None:
@@ -77,7 +77,11 @@ def run(plan: Plan) -> Report:
         rows,
         [
             *(
-                Target(f"{row['failing']} failing: loads that end well, byte-exact", row["right"] / row["loads"], 1.0)
+                Target(
+                    f"{row['failing']} failing: loads that succeed with the right bytes",
+                    row["right"] / row["loads"],
+                    1.0,
+                )
                 for row in rows[1:]
             ),
             Target(

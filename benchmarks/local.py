@@ -1,4 +1,4 @@
-"""From the page cache of this machine: how near to bare ``preadv``, and how far ahead of others."""
+"""Loads from the page cache, compared with bare ``preadv`` and with other libraries."""
 
 from __future__ import annotations
 

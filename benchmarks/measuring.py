@@ -1,4 +1,4 @@
-"""How all benchmarks measure: contenders take turns, round by round; figures are medians, and ratios are of medians."""
+"""What all benchmarks share: contenders alternate in rounds; figures are medians, and ratios are of medians."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.table import Table
 
 __all__ = ["Absent", "Plan", "Report", "Target", "median", "print_report", "write_json"]
 
-#: Columns that a person compares by; the rest of a row is only in the JSON.
+#: Parts of a row that are only in the JSON, not in the table.
 _HIDDEN = frozenset({"samples", "details"})
 
 
@@ -28,10 +28,10 @@ class Plan:
     """How much is measured.
 
     Attributes:
-        rounds: How often every contender has its turn, after one turn that is not counted.
-        quick: Small sizes and few settings: shows that everything works, and measures little.
-        scratch: Directory for what is generated.
-        console: Where progress is told.
+        rounds: Number of counted rounds; one round before them is not counted.
+        quick: Whether to use small sizes and few settings, to check that everything works.
+        scratch: Directory for generated files.
+        console: Console for progress messages.
     """
 
     rounds: int
@@ -40,24 +40,24 @@ class Plan:
     console: Console
 
     def say(self, text: str) -> None:
-        """Tell what goes on."""
+        """Print a progress message."""
         self.console.print(text, style="dim", markup=False)
 
     def pick(self, full: Any, quick: Any) -> Any:  # noqa: ANN401 - any size, and the same type comes back
-        """``full``, or ``quick`` in quick mode."""
+        """Return ``full``, or ``quick`` in quick mode."""
         return quick if self.quick else full
 
 
 @frozen
 class Target:
-    """What is asked for, and what was measured.
+    """A required bound, and the measured figure.
 
     Attributes:
-        name: One line that says what ``figure`` is.
-        figure: What was measured; None where it could not be.
-        bound: What is asked for.
-        at_most: Whether ``figure`` may be ``bound`` at most; at least, otherwise.
-        unit: Of both.
+        name: Description of ``figure`` in one line.
+        figure: The measured figure; None if it could not be measured.
+        bound: The required bound.
+        at_most: Whether ``bound`` is the largest allowed figure; otherwise it is the smallest.
+        unit: Unit of both.
     """
 
     name: str
@@ -93,13 +93,13 @@ class Absent:
 
 @frozen
 class Report:
-    """What one benchmark found.
+    """The results of one benchmark.
 
     Attributes:
         benchmark: Its name.
-        rig: What was measured on what, in a sentence or two.
+        rig: The conditions of the measurement, in a sentence or two.
         rows: One mapping for each line of the table, with the same keys.
-        targets: What is asked for.
+        targets: The required bounds.
         absent: Contenders that could not be measured.
         rounds: How often each row was measured.
         quick: Whether sizes were small.
@@ -130,7 +130,7 @@ class Report:
 
 
 def median(values: Sequence[float]) -> float:
-    """The median; an outlier of a noisy machine does not move it."""
+    """Return the median, which outliers of a noisy machine do not change."""
     return statistics.median(values)
 
 
@@ -143,7 +143,7 @@ def _shown(value: object) -> str:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The rows and targets of ``report`` as tables."""
+    """Print the rows and targets of ``report`` as tables."""
     size = ", small sizes: not a measurement" if report.quick else ""
     console.print(f"\n[bold]{report.benchmark}[/] ({report.rounds} rounds{size})")
     console.print(report.rig, markup=False)
@@ -176,7 +176,7 @@ def _version(distribution: str) -> str | None:
 
 
 def write_json(reports: Sequence[Report], path: Path) -> None:
-    """All ``reports`` and what they were measured on, in one file."""
+    """Write all ``reports``, the machine and the versions to one file."""
     distributions = (
         "boto3",
         "fastsafetensors",

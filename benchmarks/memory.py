@@ -1,4 +1,4 @@
-"""How much memory a load takes beside its destination, at full speed."""
+"""The memory that a load needs besides its destination."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def run(plan: Plan) -> Report:
             )
     return Report(
         "memory",
-        "load_into in a fresh process whose destination was touched; peak of its resident memory less what it had "
-        "right before the load; torch, the plugin and the SDK were imported by then, but nothing was connected",
+        "load_into in a new process whose destination was touched; peak of its resident memory minus that right "
+        "before the load; torch, the plugin and the SDK were imported by then, but no connection was open",
         rows,
         [
             Target(
@@ -84,7 +84,7 @@ def _main(directory: str, uri: str) -> None:
 
     destination = Destination(Path(directory))
     mx.open_checkpoint(uri)  # imports what is needed
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _resident("VmRSS")
     report = mx.load_into(destination.tensors, uri)
     peak = _resident("VmHWM") - before

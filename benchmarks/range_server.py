@@ -1,9 +1,9 @@
-"""A server of byte ranges with a latency and a bandwidth of one's choice, in a process of its own, and its storage.
+"""A server of byte ranges with configurable latency and bandwidth in a separate process, and a storage for it.
 
-A request is an offset and a length; the answer is that many bytes, of a file that repeats after ``PATTERN_BYTES``. The
-first byte of each answer comes after the latency. All connections together get no more than the bandwidth: they take
-turns by slices of ``_SLICE_BYTES``, in the order in which they ask. Bytes go from memory to the socket with
-``sendfile``, so that the server takes little of the CPUs that it shares with its clients.
+A request is an offset and a length; the answer is that many bytes of a file that repeats after ``PATTERN_BYTES``. The
+first byte of each answer is sent after the latency. All connections share the bandwidth: they alternate by slices of
+``_SLICE_BYTES``, in the order of their requests. The server sends with ``sendfile``, so that it uses little of the
+CPUs that it shares with its clients.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from modelexpress_core.errors import BackendError, UnavailableError
 
 __all__ = ["PATTERN_BYTES", "Bandwidth", "RangeServer", "RangeStorage", "pattern"]
 
-#: After so many bytes the file repeats.
+#: Period of the file: it repeats after this many bytes.
 PATTERN_BYTES = 8 << 20
 
 _REQUEST = struct.Struct("<QQ")
@@ -34,17 +34,17 @@ _UNSHAPED_BYTES = 8 << 20
 
 
 def pattern() -> bytes:
-    """What the file repeats."""
+    """Return the bytes that the file repeats."""
     return random.Random(20).randbytes(PATTERN_BYTES)
 
 
 class Bandwidth:
-    """So many bytes a second, for all who ask together.
+    """A limit of bytes per second that all callers share.
 
     Args:
-        bytes_per_second: None for no limit.
-        burst_seconds: What nobody asked for in this time may be had later, and waits shorter than this are made up for
-            by the next ones (falling asleep and waking up takes longer than the shortest).
+        bytes_per_second: The limit; None for no limit.
+        burst_seconds: Unused bandwidth of this time may be used later. Waits shorter than this are added to the next
+            ones, because a sleep takes longer than the shortest waits.
     """
 
     def __init__(self, bytes_per_second: float | None, burst_seconds: float = 0.002) -> None:
@@ -54,7 +54,7 @@ class Bandwidth:
         self._free_at = 0.0
 
     def take(self, count: int) -> None:
-        """Return when ``count`` bytes have had their time."""
+        """Wait until ``count`` bytes may pass."""
         if self._rate is None:
             return
         with self._lock:
@@ -66,7 +66,7 @@ class Bandwidth:
 
 
 class RangeServer:
-    """The server, running between ``with`` and its end.
+    """The server, which runs during the ``with`` block.
 
     Args:
         latency_seconds: Time before the first byte of each answer.
@@ -94,7 +94,7 @@ class RangeServer:
 
 
 class RangeStorage:
-    """Reads from a RangeServer, with a connection for each read that is under way. Thread-safe."""
+    """Reads from a RangeServer, with one connection per concurrent read. Thread-safe."""
 
     def __init__(self, port: int, size: int) -> None:
         self._port = port
@@ -105,15 +105,15 @@ class RangeStorage:
         self._closed = False
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """The one file."""
+        """List the only file."""
         yield self.stat(prefix)
 
     def stat(self, path: str) -> ObjectInfo:
-        """The one file."""
+        """Return the size of the only file."""
         return ObjectInfo(path, self._size)
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:  # noqa: ARG002 - the protocol's
-        """Ask, and receive into ``buffer``."""
+        """Request a range, and receive it into ``buffer``."""
         connection = self._connection()
         try:
             connection.sendall(_REQUEST.pack(offset, len(buffer)))

@@ -1,4 +1,4 @@
-"""What recording costs, and whether it hides behind fetching: a mixture of experts of 100,000 tensors, for TP 8."""
+"""The cost of recording, and whether fetching hides it: a mixture of experts with 100,000 tensors, for TP 8."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _INNER = 256
 _SHARDS = 4
 _DTYPE = torch.bfloat16
 
-#: What the sockets of a real network keep while nobody reads them.
+#: Bandwidth that a real network's socket buffers would hold, in seconds.
 _BURST_SECONDS = 0.03
 
 _CAPABILITIES = StorageCapabilities(read_runs=True, concurrency=8, most_concurrency=32, request_cost_bytes=128)
@@ -48,7 +48,7 @@ def _shapes(layers: int, experts: int) -> dict[str, tuple[int, int]]:
 
 
 def _write(directory: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Files whose tensors are holes: they are as long as they should be, and take no room."""
+    """Write sparse files: they have the full length, but use no disk space."""
     directory.mkdir(parents=True)
     names = list(shapes)
     for shard in range(_SHARDS):
@@ -65,7 +65,7 @@ def _write(directory: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
 
 
 class _Model:
-    """Parameters of one rank, as engines with fused experts keep them, and where each tensor goes."""
+    """Parameters of one rank in an engine with fused experts, and the destination of each tensor."""
 
     def __init__(self, layers: int, experts: int) -> None:
         inner = _INNER // _RANKS
@@ -114,7 +114,7 @@ def _columns_of(w2: torch.Tensor, expert: int) -> Callable[[torch.Tensor], objec
 
 
 class _Capped(FileStorage):
-    """Files, at no more than a bandwidth for all reads together."""
+    """Files with a bandwidth limit for all reads together."""
 
     def __init__(self, bandwidth: Bandwidth) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ def run(plan: Plan) -> Report:
 
 @contextlib.contextmanager
 def _submissions(batches: list[Sequence[Sequence[Range]]]) -> Iterator[None]:
-    """Keep what is submitted to engines meanwhile."""
+    """Store all submissions to engines in the block in ``batches``."""
     submit = FetchEngine.submit
 
     def kept(self: FetchEngine, given: Sequence[Sequence[Range]], **options: Any) -> None:  # noqa: ANN401 - passed on
@@ -236,7 +236,7 @@ def _submissions(batches: list[Sequence[Sequence[Range]]]) -> Iterator[None]:
 
 
 def _fetch_alone(batches: Sequence[Sequence[Sequence[Range]]], rate: float) -> float:
-    """Seconds that the same reads take where everything is known from the start."""
+    """Return the seconds that the same reads take if all are known from the start."""
     with contextlib.closing(_Capped(Bandwidth(rate, _BURST_SECONDS))) as storage:
         engine = FetchEngine(storage, LoadSettings(), _CAPABILITIES)
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""From a real S3 server on this machine: how near to the best raw client, how far ahead of others, at what CPU time."""
+"""Loads from a real S3 server on this machine, compared with raw clients and other libraries, with CPU time."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Real vLLM with each of its loaders: how long until weights are there and it is ready, what it reads, its memory.
+"""Real vLLM with several load formats: time to load and until ready, bytes read, and memory.
 
-Each start is a process of its own, in vLLM's environment, that runs ``benchmarks.vllm_run``.
+Each start is a separate process in vLLM's environment that runs ``benchmarks.vllm_run``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - not for files of ours
 _ENVIRON = {
     "HF_HUB_OFFLINE": "1",
     "MX_FALLBACK": "0",
-    # By default a second of silence ends a request, and a few of them the load: too soon where all share these CPUs.
+    # By default one second without data ends a request, and a few such requests end the load: too short on shared CPUs.
     "RUNAI_STREAMER_S3_REQUEST_TIMEOUT_MS": "30000",
     "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -60,7 +60,7 @@ def run(plan: Plan) -> Report:
     plan.say("starting SeaweedFS and uploading ...")
     with SeaweedFS(_BUCKET) as server:
         server.upload(directory, _BUCKET, _PREFIX, checksum="CRC64NVME")
-        os.sync()  # or the disk is busy with it while somebody is measured
+        os.sync()  # so that the disk is idle during the measurements
         environ = {**_ENVIRON, **server.environ(), "VLLM_CACHE_ROOT": str(plan.scratch / "vllm")}
         for ranks in _RANKS:
             plan.say(f"{total / 1e9:.2f} GB, tensor parallel over {ranks}")
@@ -75,14 +75,14 @@ def run(plan: Plan) -> Report:
             }
             entries = [Entry(name, name, {"source": source}, "fresh") for name in contenders for source in _SOURCES]
             with started(specifications) as (workers, not_started):
-                said = workers["auto"].run(digest=True, source="page cache").digest
-                measured, failed = measure(plan, workers, entries, str(said))
+                expected = workers["auto"].run(digest=True, source="page cache").digest
+                measured, failed = measure(plan, workers, entries, str(expected))
             rows += _rows(measured, ranks, total)
             absent += [*not_started, *failed]
     return Report(
         "vllm",
         f"vLLM {rows[0]['details']['version']} for CPUs, {total / 1e9:.2f} GB of bfloat16 in {_SHARDS} files; load: of "
-        "the slowest rank, from the loader's first call until the weights are there, before vLLM packs them for its "
+        "the slowest rank, from the loader's first call until the weights are loaded, before vLLM packs them for its "
         "kernels, and boto3's download for auto from S3; ready: from the start of the process; read: from the disk "
         "(read_bytes of proc(5), all ranks), or from S3 (by a proxy, in the round that is not counted); peak: resident "
         "memory of the largest rank in that time, mapped files included; rise: above what it had before",
@@ -99,22 +99,22 @@ def _python() -> str:
     python = environment / "bin" / "python"
     if not python.exists():
         message = (
-            f"there is no environment with vLLM in {environment}: make it with `make bench-vllm`, "
-            "or name another one in VLLM_VENV"
+            f"there is no environment with vLLM in {environment}: create it with `make bench-vllm`, "
+            "or set VLLM_VENV to another"
         )
         raise SystemExit(message)
     return str(python)
 
 
 def _contenders(ranks: int) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
-    """Options of vLLM and variables of its processes."""
+    """Return vLLM's options and the environment variables for each contender."""
     parallel = {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp" if ranks > 1 else None}
     contenders: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         load_format: ({"load_format": load_format, **parallel}, {}) for load_format in ("mx", "auto", "runai_streamer")
     }
     if ranks > 1:
         options = {"load_format": "runai_streamer", "model_loader_extra_config": {"distributed": True}, **parallel}
-        # Without it, the library does not distribute over gloo, which is what there is on CPUs.
+        # Without it, the library does not distribute over gloo, the only backend on CPUs.
         contenders["runai_streamer, distributed"] = options, {"RUNAI_STREAMER_DIST": "1"}
     return contenders
 
@@ -123,7 +123,7 @@ def _contenders(ranks: int) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
 
 
 def _generated(scratch: Path, *, quick: bool) -> Path:
-    """The directory of a Llama of 2.2 GB (10 MB in quick mode) with random weights, made where it is not there."""
+    """Return the directory of a Llama of 2.2 GB (10 MB in quick mode) with random weights; create it if missing."""
     directory = scratch / ("llama-small" if quick else "llama")
     if not directory.exists():
         incomplete = scratch / f"{directory.name}.incomplete"
@@ -184,7 +184,7 @@ def _write(directory: Path, *, layers: int, hidden: int, inner: int, vocabulary:
 
 
 def _warm_up(directory: Path) -> None:
-    """Have all weights in the page cache."""
+    """Read all weights into the page cache."""
     buffer = bytearray(_MIB)
     for file in directory.glob("*.safetensors"):
         with file.open("rb", buffering=0) as opened:
@@ -193,7 +193,7 @@ def _warm_up(directory: Path) -> None:
 
 
 def _forget(directory: Path) -> None:
-    """Have no weights in the page cache."""
+    """Drop all weights from the page cache."""
     for file in directory.glob("*.safetensors"):
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -203,12 +203,12 @@ def _forget(directory: Path) -> None:
 
 
 class Start(Contender):
-    """Starts vLLM, and has it say a few words.
+    """Starts vLLM, and generates a few tokens.
 
     Args:
-        python: Of vLLM's environment.
-        directory: That of the checkpoint.
-        options: For vLLM's constructor; what is missing there is said by the source.
+        python: The interpreter of vLLM's environment.
+        directory: Directory of the checkpoint.
+        options: Options of vLLM's constructor; the model is set for each source.
     """
 
     def __init__(self, python: str, directory: str, options: Mapping[str, Any]) -> None:
@@ -216,7 +216,7 @@ class Start(Contender):
         self.directory = Path(directory)
         self.options = options
         self.from_s3_bytes: int | None = None
-        self.said: Sequence[Any] = ()
+        self.tokens: Sequence[Any] = ()
 
     def run(self, *, source: str) -> Mapping[str, Any]:  # type: ignore[override]
         if source != "S3":
@@ -232,10 +232,10 @@ class Start(Contender):
         return {**figures, "read_bytes": self.from_s3_bytes}
 
     def digest(self) -> str:
-        return f"{zlib.crc32(json.dumps(self.said).encode()):08x}"
+        return f"{zlib.crc32(json.dumps(self.tokens).encode()):08x}"
 
     def release(self) -> None:
-        """Nothing: the process has ended."""
+        """Do nothing: the process has ended."""
 
     def _start_from_s3(self, **environ: str) -> Mapping[str, Any]:
         uri = f"s3://{_BUCKET}/{_PREFIX}"
@@ -266,19 +266,19 @@ class Start(Contender):
                 raise RuntimeError(_reason(done.stdout))
             *ranks, whole = (json.loads(line) for line in results.read_text().splitlines())
         assert len(ranks) == self.options["tensor_parallel_size"], ranks
-        self.said = whole["said"]
+        self.tokens = whole["tokens"]
         return {
             "version": whole["version"],
             "load_seconds": whole["download_seconds"] + max(rank["seconds"] for rank in ranks),
             "download_seconds": whole["download_seconds"],
-            "ready_seconds": whole["ready"] - begun,  # both of the machine's clock
+            "ready_seconds": whole["ready"] - begun,  # the monotonic clock is the same in all processes
             "ranks": ranks,
         }
 
 
 @contextlib.contextmanager
 def _shared_memory_removed() -> Iterator[None]:
-    """Remove what vLLM's ranks leave behind: 16 MiB of shared memory with each start."""
+    """Remove the 16 MiB of shared memory that vLLM's ranks leave behind after each start."""
     before = set(_SHARED_MEMORY.glob("vllm_dist_*"))
     try:
         yield
@@ -288,7 +288,7 @@ def _shared_memory_removed() -> Iterator[None]:
 
 
 def _reason(output: str) -> str:
-    """The error of all that was printed; the last, as those before led to it."""
+    """Return the last error in the output, which is the final cause."""
     errors = re.findall(r"\w+Error: .+", output)
     return errors[-1] if errors else f"it ended with: {output[-300:]}"
 
@@ -332,7 +332,7 @@ def _rows(measured: Sequence[Entry], ranks: int, total: int) -> list[dict[str, A
 
 
 def _targets(rows: Sequence[Mapping[str, Any]], source: str) -> list[Target]:
-    """What is asked for from one source, with as many ranks as is worst for mx."""
+    """Return the targets for one source, each for the number of ranks with the worst ratio."""
 
     def over_least_other(column: str) -> list[float]:
         ratios = []
@@ -343,8 +343,8 @@ def _targets(rows: Sequence[Mapping[str, Any]], source: str) -> list[Target]:
                 ratios.append(ours / min(others))
         return ratios
 
-    asked = {"load s": "time until weights are there", "ready s": "time until ready", "peak MiB": "peak memory"}
-    if source != "page cache":  # from which the least is nothing
+    asked = {"load s": "time until weights are loaded", "ready s": "time until ready", "peak MiB": "peak memory"}
+    if source != "page cache":  # from which others read no bytes
         asked["read/model"] = "bytes read"
     return [
         Target(

@@ -1,7 +1,7 @@
-"""Run by ``benchmarks.vllm`` in vLLM's environment: one start of vLLM, and what each of its ranks says of its load.
+"""Starts vLLM once and measures the load of each rank; ``benchmarks.vllm`` runs it in vLLM's environment.
 
-vLLM spawns its ranks, and each of them imports this module before anything else, so that what is done at its import
-holds in all of them. What they say goes as lines of JSON to the file that ``BENCHMARK_RESULTS`` names.
+vLLM spawns its ranks, and each imports this module first, so that its import patches all of them. The ranks write
+results as lines of JSON to the file in ``BENCHMARK_RESULTS``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from vllm.model_executor import model_loader
 _PROMPT = [5, 9, 33, 7]
 
 
-def _tell(**what: Any) -> None:  # noqa: ANN401 - JSON
+def _write_result(**figures: Any) -> None:  # noqa: ANN401 - JSON
     with Path(os.environ["BENCHMARK_RESULTS"]).open("a") as file:
-        file.write(json.dumps(what) + "\n")
+        file.write(json.dumps(figures) + "\n")
 
 
 def _of_this_process(file: str, name: str) -> int:
-    """A figure of proc(5)."""
+    """Return a figure of this process from proc(5)."""
     match = re.search(rf"^{name}:\s+(\d+)", Path(f"/proc/self/{file}").read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1])
@@ -42,19 +42,19 @@ def _usage() -> dict[str, float]:
 
 
 def _measured(loader: Any) -> Any:  # noqa: ANN401 - vLLM's, of any format
-    """``loader``, which tells what it used from the first call of it until the weights are there."""
+    """Wrap ``loader`` to measure from its first call until the weights are loaded."""
     load_model, load_weights = loader.load_model, loader.load_weights
     before: dict[str, float] = {}
 
     def measured_load_model(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - passed on
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before.update(_usage())
         return load_model(*arguments, **options)
 
     def measured_load_weights(*arguments: Any) -> None:  # noqa: ANN401 - passed on
         load_weights(*arguments)
         after = _usage()
-        _tell(
+        _write_result(
             seconds=after["seconds"] - before["seconds"],
             read_bytes=after["read_bytes"] - before["read_bytes"],
             before_bytes=before["resident_bytes"],
@@ -70,7 +70,7 @@ model_loader.get_model_loader = lambda load_config: _measured(_loader_of_vllm(lo
 
 
 def _download(bucket: str, prefix: str, directory: str) -> float:
-    """Seconds that boto3 takes to download all objects below ``prefix``, with its own settings for that."""
+    """Download all objects below ``prefix`` with boto3's default settings; return the seconds."""
     import boto3
 
     client = boto3.client("s3")
@@ -81,7 +81,7 @@ def _download(bucket: str, prefix: str, directory: str) -> float:
 
 
 def main(request: Mapping[str, Any]) -> None:
-    """Start vLLM, and have it say a few words."""
+    """Start vLLM, and generate a few tokens."""
     from vllm import LLM, SamplingParams, __version__
 
     download_seconds = _download(*request["download"]) if request["download"] else 0.0
@@ -99,9 +99,9 @@ def main(request: Mapping[str, Any]) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1, detokenize=False)
     first: Any = llm.generate(prompts, sampling, use_tqdm=False)[0].outputs[0]
     chosen = zip(first.token_ids, first.logprobs, strict=True)
-    # The logarithmic probabilities depend on every weight.
-    said = [(token, round(logprobs[token].logprob, 4)) for token, logprobs in chosen]
-    _tell(ready=ready, download_seconds=download_seconds, said=said, version=__version__)
+    # The log probabilities depend on every weight.
+    tokens = [(token, round(logprobs[token].logprob, 4)) for token, logprobs in chosen]
+    _write_result(ready=ready, download_seconds=download_seconds, tokens=tokens, version=__version__)
     llm.llm_engine.engine_core.shutdown()
 
 

@@ -1,6 +1,6 @@
-"""Contenders in processes of their own, which live through all rounds: threads, memory and settings are not shared.
+"""Contenders in separate processes for all rounds, so that they share no threads, memory or settings.
 
-A worker is told to run once with a setting, and says how long that took and what it cost.
+A worker gets an order to run once with a setting, and answers with time and CPU time.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["Entry", "Measurement", "Worker", "WorkerError", "measure", "started"
 _END_SECONDS = 10.0
 
 
-#: What a contender may use up: the checkpoint, and a copy of it in between.
+#: Memory that a contender may need: the checkpoint, and one copy of it.
 _BACKED_BYTES = 3 << 30
 #: <linux/mman.h>, since Linux 5.14; Python has no name for it.
 _MADV_POPULATE_WRITE = 23
 
 
 class WorkerError(RuntimeError):
-    """A contender failed; the message says how."""
+    """A contender failed, for the reason in the message."""
 
 
 @frozen
@@ -45,8 +45,8 @@ class Measurement:
     Attributes:
         seconds: Wall time.
         cpu_seconds: CPU time of the contender's process, all threads, in user and kernel mode.
-        digest: Of what was delivered, where it was asked for.
-        details: What the contender says beyond that.
+        digest: Digest of the loaded tensors, if requested.
+        details: Further figures of the contender.
     """
 
     seconds: float
@@ -56,13 +56,13 @@ class Measurement:
 
 
 class Worker:
-    """A contender in a process of its own.
+    """A contender in a separate process.
 
     Args:
         contender: ``module:class``. Its instances have ``run(**setting)``, which is timed and may return details,
-            and ``digest()`` of what the last run delivered, and ``release()``.
-        arguments: For its constructor.
-        environ: Variables of its process, besides this one's.
+            ``digest()`` of the tensors of the last run, and ``release()``.
+        arguments: Arguments of its constructor.
+        environ: Additional environment variables of its process.
     """
 
     def __init__(self, contender: str, arguments: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> None:
@@ -80,7 +80,7 @@ class Worker:
             raise
 
     def run(self, *, digest: bool = False, **setting: object) -> Measurement:
-        """Let it run once.
+        """Run the contender once.
 
         Raises:
             WorkerError: It failed.
@@ -120,12 +120,12 @@ class Entry:
     """One contender with one setting: a row of a table.
 
     Attributes:
-        contender: Name for people.
+        contender: Name in tables.
         worker: Name of the worker that runs it.
-        setting: For its ``run``.
-        destination: ``"touched"`` or ``"fresh"``: whether the memory that it writes to was written to before.
+        setting: Arguments of its ``run``.
+        destination: ``"touched"`` or ``"fresh"``: whether its destination memory was written before.
         measurements: One for each round.
-        error: Why it is not measured any more.
+        error: Why it is no longer measured.
     """
 
     contender: str
@@ -146,7 +146,7 @@ class Entry:
         return median([m.cpu_seconds for m in self.measurements])
 
     def row(self, total_bytes: int, limit_seconds: float | None) -> dict[str, Any]:
-        """The line of a table of loads of ``total_bytes``."""
+        """Return the row of a table of loads of ``total_bytes``."""
         return {
             "contender": self.contender,
             "setting": " ".join(f"{key}={value}" for key, value in self.setting.items()),
@@ -161,10 +161,10 @@ class Entry:
 
 
 def _back_free_memory(length: int) -> None:
-    """Touch memory and give it up again.
+    """Touch memory and free it again.
 
-    On a virtual machine, memory that was given up some seconds ago may have gone back to the host, and then costs ten
-    times as much at its first touch. Whoever comes after this gets memory that the machine still has.
+    On a virtual machine, memory that was freed some seconds ago may have returned to the host, and its first touch then
+    takes ten times as long. After this call, a contender gets memory that the machine still has.
     """
     with mmap.mmap(-1, length) as memory:
         memory.madvise(_MADV_POPULATE_WRITE)
@@ -173,7 +173,7 @@ def _back_free_memory(length: int) -> None:
 def measure(
     plan: Plan, workers: Mapping[str, Worker], entries: Sequence[Entry], expected: str
 ) -> tuple[list[Entry], list[Absent]]:
-    """Let all ``entries`` take turns; the first turn is not counted, and its bytes are compared with ``expected``.
+    """Measure all ``entries`` in rounds; the first round is not counted, and its bytes are compared with ``expected``.
 
     Returns:
         The entries that were measured in every round, and those that failed.
@@ -182,8 +182,8 @@ def measure(
         plan.say(
             f"  round {number} of {plan.rounds}" + (" (not counted; the bytes are compared)" if not number else "")
         )
-        # Another order in each round: nobody always comes after the same neighbour, who gives up memory that is then
-        # cheap to get, or leaves the processors hot.
+        # Another order in each round, so that no contender always follows the same one, which may leave cheap memory or
+        # hot processors.
         for entry in random.Random(number).sample(entries, len(entries)):
             if entry.error is not None or entry.worker not in workers:
                 continue
@@ -197,7 +197,7 @@ def measure(
             if number:
                 entry.measurements.append(measurement)
             elif measurement.digest != expected:
-                entry.error = f"it delivered other bytes: {measurement.digest}, not {expected}"
+                entry.error = f"it loaded wrong bytes: digest {measurement.digest}, not {expected}"
     absent = [
         Absent(f"{entry.contender} {dict(entry.setting)}", entry.error) for entry in entries if entry.error is not None
     ]
@@ -208,7 +208,7 @@ def measure(
 def started(
     specifications: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, str]]],
 ) -> Iterator[tuple[dict[str, Worker], list[Absent]]]:
-    """A worker for each ``name: (contender, arguments, environ)``, and those that did not start."""
+    """Start a worker for each ``name: (contender, arguments, environ)``; yield them, and those that did not start."""
     workers: dict[str, Worker] = {}
     absent: list[Absent] = []
     try:
@@ -239,7 +239,7 @@ def _serve(contender: str, arguments: Mapping[str, Any], answers: IO[str]) -> No
     module, _, name = contender.partition(":")
     try:
         instance = getattr(importlib.import_module(module), name)(**arguments)
-    except Exception as exc:  # noqa: BLE001 - whatever keeps it from starting is the reason that is reported
+    except Exception as exc:  # noqa: BLE001 - any error is reported as the reason
         answer({"error": f"{type(exc).__name__}: {exc}"})
         return
     answer({"ready": True})
@@ -259,7 +259,7 @@ def _serve(contender: str, arguments: Mapping[str, Any], answers: IO[str]) -> No
 
 
 def _main() -> None:
-    # What libraries print must not get between the answers.
+    # Output of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _serve(sys.argv[1], json.loads(sys.argv[2]), answers)

@@ -1,1 +1,1 @@
-"""What the tests, the demo and the benchmarks start: real servers, and a network that misbehaves on request."""
+"""Tools for tests, demo and benchmarks: real servers, faulty networks, checkpoints, and checks of the repository."""

@@ -44,7 +44,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _equal(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> int:
-    """How many tensors are equal: in name, shape, dtype and every bit."""
+    """Return how many tensors are equal in name, shape, dtype and every bit."""
     return sum(
         name in actual
         and actual[name].shape == tensor.shape
@@ -55,12 +55,12 @@ def _equal(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -
 
 
 def main() -> int:
-    """Run the demonstration; the exit code is 0 where everything is equal."""
+    """Run the demonstration; the exit code is 0 if all tensors are equal."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
-        del os.environ[name]  # the server has users of its own
+        del os.environ[name]  # the test server has other users
     table = Table(title="Loaded and compared with the safetensors library", title_justify="left", box=None)
     table.add_column("checkpoint", no_wrap=True)
     table.add_column("from", no_wrap=True)

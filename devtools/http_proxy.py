@@ -14,18 +14,18 @@ __all__ = ["HttpProxy"]
 
 
 class HttpProxy:
-    """Listens on ``127.0.0.1:port`` between ``with`` and its end.
+    """Listens on ``127.0.0.1:port`` during the ``with`` block.
 
     Args:
-        authorization: The Proxy-Authorization header that is asked for; empty for none.
-        context: TLS with the clients; None for none.
+        authorization: The required Proxy-Authorization header; empty for none.
+        context: TLS with the clients; None for plain text.
         answer: An answer to CONNECT instead of a tunnel.
-        route: Where a host and port really are; by default where they say.
+        route: Maps host and port to the address to connect to; unchanged by default.
 
     Attributes:
         tunnels: Host and port of each CONNECT so far.
         requests: First line of each request in absolute form so far.
-        headers: The headers of each of both, with names in lower case.
+        headers: The headers of all these requests, with names in lower case.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class HttpProxy:
 
     @property
     def url(self) -> str:
-        """Its URL, without credentials."""
+        """The URL of the proxy, without credentials."""
         return f"http{'' if self._context is None else 's'}://127.0.0.1:{self.port}"
 
     def _accept(self) -> None:
@@ -89,8 +89,8 @@ class HttpProxy:
                     self.requests.append(first)
                     url = urlsplit(target)
                     if server is None:
-                        place = self._route(url.hostname or "", url.port or 80)
-                        server = stack.enter_context(socket.create_connection(place))
+                        address = self._route(url.hostname or "", url.port or 80)
+                        server = stack.enter_context(socket.create_connection(address))
                     path = f"{url.path or '/'}?{url.query}" if url.query else url.path or "/"
                     kept = {name: value for name, value in headers.items() if name != "proxy-authorization"}
                     lines = "".join(f"{name}: {value}\r\n" for name, value in kept.items())
@@ -108,7 +108,7 @@ class HttpProxy:
             self._relay(client, server)
 
     def _relay_answer(self, server: socket.socket, client: socket.socket) -> bool:
-        """Pass bytes on until the client sends its next request; whether it did."""
+        """Relay the answer until the client sends its next request; return False if a side closed."""
         while not self._closing.is_set():
             ready = select.select([server, client], [], [], 0.02)[0]
             if server in ready:
@@ -136,7 +136,7 @@ class HttpProxy:
 
 
 def _head(client: socket.socket) -> tuple[str, dict[str, str], bytes] | None:
-    """First line, headers, and what came after them."""
+    """Return first line, headers, and the bytes after them."""
     received = b""
     while b"\r\n\r\n" not in received:
         piece = client.recv(1 << 16)

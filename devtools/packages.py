@@ -1,4 +1,4 @@
-"""Which packages this repository holds beside core: each folder of ``plugins/`` or ``integrations/`` is one."""
+"""The packages of this repository besides core: each folder of ``plugins/`` or ``integrations/`` is one."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ class Package:
 
 
 def pyproject(directory: Path) -> dict[str, Any]:
-    """The content of the ``pyproject.toml`` in ``directory``."""
+    """Return the content of the ``pyproject.toml`` in ``directory``."""
     text = (directory / "pyproject.toml").read_text(encoding="utf-8")
     content: dict[str, Any] = _TOML.loads(text)
     return content
 
 
 def discover(root: Path = ROOT) -> list[Package]:
-    """All packages below ``root``, sorted by folder."""
+    """Return all packages below ``root``, sorted by folder."""
     found = sorted(path.parent for parent in _PARENTS for path in root.glob(f"{parent}/*/pyproject.toml"))
     return [Package(directory, pyproject(directory)["project"]["name"]) for directory in found]
 
 
 def modules(source: Path, name: str) -> Iterator[str]:
-    """The names of the module ``name`` in the directory ``source`` and of all modules below it."""
+    """Yield the names of the module ``name`` in the directory ``source`` and of all modules below it."""
     for path in sorted((source / name).rglob("*.py")):
         parts = path.relative_to(source).with_suffix("").parts
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -1,4 +1,4 @@
-"""Servers that end with the program that started them, also where that is killed."""
+"""Ends server processes with the program that started them, even if that is killed."""
 
 from __future__ import annotations
 

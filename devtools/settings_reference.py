@@ -1,4 +1,4 @@
-"""The tables of docs/settings.md, from what the settings classes say: ``python -m devtools.settings_reference``."""
+"""Write the tables of docs/settings.md from the settings classes: ``python -m devtools.settings_reference``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TABLES = re.compile(r"(<!-- tables -->\n).*(<!-- end of tables -->\n)", re.DOTA
 
 
 def with_tables(text: str) -> str:
-    """``text`` with the tables as they should be between their marks."""
+    """Return ``text`` with current tables between their marks."""
     return _TABLES.sub(lambda marks: marks[1] + "\n".join(_lines()) + "\n" + marks[2], text)
 
 
@@ -36,10 +36,10 @@ def _lines() -> Iterator[str]:
 
 
 def classes() -> Iterator[tuple[str, type]]:
-    """Every settings class of this repository, with the distribution that it belongs to."""
+    """Yield every settings class of this repository, with its distribution."""
     for cls in CORE_SETTINGS:
         yield CORE, cls
-    # A plugin that is installed beside ours has its own documentation.
+    # Other installed plugins have their own documentation.
     first_party = {CORE, *(package.distribution for package in discover())}
     for owner, cls in PluginManager.discover({}).settings_classes():
         if owner in first_party:
@@ -57,7 +57,7 @@ def _default(row: SettingValue) -> str:
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Update the page."""
     PAGE.write_text(with_tables(PAGE.read_text()))
 
 

@@ -1,4 +1,4 @@
-"""A TCP proxy that misbehaves on request: what a network can do to a response."""
+"""A TCP proxy that injects network faults into responses."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _END_OF_HEADERS = b"\r\n\r\n"
 
 @frozen
 class Fault:
-    """What happens to one response.
+    """The fault of one response.
 
     Attributes:
-        kind: ``"reset"`` and ``"truncate"`` end the connection (hard, or as if all were sent), ``"stall"`` keeps it
-            open and sends nothing more, ``"delay"`` waits ``seconds`` once, ``"flip"`` inverts bits of one byte,
-            ``"unavailable"`` answers HTTP 503 in the server's place.
-        after_bytes: Bytes of the response that pass before.
-        of_body: Whether ``after_bytes`` are counted from the start of an HTTP body, and not from that of its headers.
-        seconds: How long a delay is.
-        bits: The bits that are inverted.
+        kind: ``"reset"`` resets the connection, ``"truncate"`` closes it as if the response were complete, ``"stall"``
+            keeps it open and sends no more, ``"delay"`` waits ``seconds`` once, ``"flip"`` inverts bits of one byte,
+            ``"unavailable"`` answers HTTP 503 instead of the server.
+        after_bytes: Bytes of the response that pass before the fault.
+        of_body: Whether ``after_bytes`` are counted from the start of the HTTP body, not of the headers.
+        seconds: Length of a delay.
+        bits: The bits to invert.
     """
 
     kind: Literal["reset", "truncate", "stall", "delay", "flip", "unavailable"]
@@ -48,7 +48,7 @@ Policy = Callable[[int, bytes], "Fault | None"]
 
 
 class _Answer:
-    """One response, and where in it its fault strikes."""
+    """One response, and the position of its fault."""
 
     def __init__(self, fault: Fault | None) -> None:
         self.refused = fault is not None and fault.kind == "unavailable"
@@ -56,8 +56,8 @@ class _Answer:
         self._passed = 0
         self._head = bytearray()
 
-    def strikes(self, content: memoryview) -> tuple[Fault | None, int]:
-        """The fault, if it strikes in ``content``, the next bytes, and how many of these pass before."""
+    def next_fault(self, content: memoryview) -> tuple[Fault | None, int]:
+        """Return the fault if it is in ``content``, the next bytes, and how many of these bytes pass before it."""
         fault = self._fault
         if fault is None:
             return None, len(content)
@@ -76,16 +76,16 @@ class _Answer:
 
 
 class TcpProxy:
-    """Stands in front of ``host:port`` between ``with`` and its end.
+    """Relays connections to ``host:port`` during the ``with`` block.
 
-    A request begins with the first bytes that a client sends on a connection or after a response to it; that is
-    right for HTTP without pipelining.
+    A request begins with the first bytes that a client sends on a connection, or after a response. This is correct for
+    HTTP without pipelining.
 
     Args:
-        host: Host of the server behind.
-        port: Port of the server behind.
-        policy: Says what happens to the response to each request; by default nothing.
-        listen: The address that it listens on.
+        host: Host of the server.
+        port: Port of the server.
+        policy: Returns the fault for the response to each request; by default none.
+        listen: The address to listen on.
 
     Attributes:
         connections: Connections so far.
@@ -134,7 +134,7 @@ class TcpProxy:
 
     def _relay(self, client: socket.socket, server: socket.socket) -> None:
         buffer = memoryview(bytearray(1 << 18))
-        client.settimeout(10)  # bounds what a client that stopped reading can hold up
+        client.settimeout(10)  # so that a client that stopped reading blocks only this long
         answer, answered = _Answer(None), True
         while not self._closing.is_set():
             ready = select.select([client, server], [], [], 0.05)[0]
@@ -154,9 +154,9 @@ class TcpProxy:
                 if not count:
                     return
                 answered = True
-                fault, before = answer.strikes(buffer[:count])
+                fault, before = answer.next_fault(buffer[:count])
                 self._send(client, buffer[:before])
-                if fault is not None and not self._strike(fault, client, buffer[before:count]):
+                if fault is not None and not self._inject(fault, client, buffer[before:count]):
                     return
 
     def _fault(self, request: bytes) -> Fault | None:
@@ -169,11 +169,11 @@ class TcpProxy:
         with self._lock:
             self.sent_bytes += len(content)
 
-    def _strike(self, fault: Fault, client: socket.socket, rest: memoryview) -> bool:
-        """Do what ``fault`` says; whether the connection lives on."""
+    def _inject(self, fault: Fault, client: socket.socket, rest: memoryview) -> bool:
+        """Apply ``fault``; return whether the connection stays open."""
         if fault.kind in {"reset", "truncate"}:
             if fault.kind == "reset":
-                # A reset throws away what was not yet acknowledged, and that is to pass.
+                # A reset discards unacknowledged bytes, but those before the fault must arrive.
                 while struct.unpack("i", fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)))[0]:
                     self._closing.wait(0.001)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)

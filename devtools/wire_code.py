@@ -1,6 +1,6 @@
-"""The generated modules of the wire protocol, from the proto files beside them: ``python -m devtools.wire_code``.
+"""Generate the modules of the wire protocol from the proto files: ``python -m devtools.wire_code``.
 
-With ``--check`` nothing is written; the exit code says whether what is committed is what would be generated.
+With ``--check`` it writes nothing; the exit code is 1 if a committed file differs from the generated one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ __all__ = ["generated"]
 _ROOT = Path(__file__).resolve().parents[1]
 _PROTOS = _ROOT / "modelexpress_core" / "wire" / "proto" / "modelexpress"
 
-#: Generated code refuses every runtime but its own major version and the next. What it then does is the same in all
-#: from 5 to 7, which a test shows.
+#: Generated code accepts only runtimes of its own major version and the next. This check is removed, because the code
+#: works with all runtimes from 5 to 7, as a test shows.
 _RUNTIME_CHECK = re.compile(
     r"^from google\.protobuf import runtime_version as _runtime_version\n"
     r"|^_runtime_version\.ValidateProtobufRuntimeVersion\(\n(?: .*\n)*\)\n",
@@ -27,7 +27,7 @@ _RUNTIME_CHECK = re.compile(
 
 
 def generated() -> Mapping[Path, str]:
-    """Text of every generated file, by its path."""
+    """Return the text of every generated file, by path."""
     protos = sorted(_PROTOS.glob("*.proto"))
     with tempfile.TemporaryDirectory() as temporary:
         subprocess.run(
@@ -48,7 +48,7 @@ def generated() -> Mapping[Path, str]:
 
 
 def main() -> int:
-    """Write the files, or compare them."""
+    """Write the files, or with ``--check`` compare them."""
     check = "--check" in sys.argv[1:]
     texts = generated()
     different = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]

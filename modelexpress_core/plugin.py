@@ -81,19 +81,21 @@ def _sources() -> Callable[..., None]:
 
 @hookimpl
 def mx_register_commands() -> list[CommandProvider]:
-    """``mx serve``, and those that ask a server."""
+    """``mx serve``, ``mx health`` and ``mx sources``."""
     return [
         CommandProvider(
             "serve",
             _serve,
-            help="Run a server: it knows which worker holds which model.",
+            help="Run a server, which lists the workers that hold models.",
             settings=(ConfigPath, ServerSettings, TlsSettings, AuthSettings, StoreVariables, LogSettings, SpanSettings),
         ),
-        CommandProvider("health", _health, help="Ask a server for its version and uptime.", settings=_CLIENT_SETTINGS),
+        CommandProvider(
+            "health", _health, help="Show the status, version and uptime of a server.", settings=_CLIENT_SETTINGS
+        ),
         CommandProvider(
             "sources",
             _sources,
-            help="List the workers that hold models, as a server knows them.",
+            help="List the workers that hold models.",
             settings=_CLIENT_SETTINGS,
         ),
     ]
@@ -103,9 +105,9 @@ def mx_register_commands() -> list[CommandProvider]:
 def mx_register_storages() -> list[StorageProvider]:
     """``file`` and ``memory``."""
     return [
-        # Gaps are skipped, however short: on a network file system bytes are what is dear, and rows of a matrix that
-        # are split among ranks have gaps. What lies in the page cache comes no faster with more threads than there are
-        # processors; a disk or a network file system shows soon that it can do more.
+        # Short gaps are skipped, too: bytes are the main cost on a network file system, and rows of a matrix that is
+        # split among ranks have gaps. More threads than processors do not speed up the page cache. The number of reads
+        # grows on a disk or a network file system.
         StorageProvider(
             "file",
             ("file",),
@@ -236,5 +238,5 @@ def mx_register_server_services() -> list[ServerServiceProvider]:
 
 @hookimpl(trylast=True)
 def mx_rank_candidates(request: LoadRequest, candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-    """Peers first, spread over those who ask; all else in the order in which it was found."""
+    """By tier; the peers of a tier are spread over their readers, other places keep their order."""
     return rank(request, candidates)

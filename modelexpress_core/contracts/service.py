@@ -30,7 +30,7 @@ class Plugins(Protocol):
 
         Raises:
             ResolveError: No usable plugin handles the scheme.
-            PluginError: The plugin failed for a reason of its own.
+            PluginError: The plugin failed with another error than ours.
             BackendError: The plugin reports this error.
         """
         ...

@@ -46,7 +46,7 @@ async def _next_lease(store: MetadataStore, role: str, holder: str, seconds: flo
     """The lease, as soon as ``holder`` gets it."""
     deadline = time.monotonic() + _TAKEOVER_SECONDS
     while (lease := await store.lead(role, holder, seconds)) is None:
-        assert time.monotonic() < deadline, f"nobody renews the lease, and {holder} does not get it"
+        assert time.monotonic() < deadline, f"the lease was not renewed, but {holder} does not get it"
         await asyncio.sleep(0.05)
     return lease
 

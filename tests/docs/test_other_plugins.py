@@ -63,8 +63,8 @@ def plugins() -> PluginManager:
     return made
 
 
-def test_the_discovery_names_who_holds_the_model(plugins: PluginManager, tmp_path: Path) -> None:
-    """Of the rank that is asked for; and where the table cannot be read, the load goes on without it."""
+def test_the_discovery_finds_the_workers_of_the_model(plugins: PluginManager, tmp_path: Path) -> None:
+    """It returns workers of the requested rank. If the table cannot be read, the load continues without it."""
     row = {"source": _IDENTITY.source_id, "worker": "w", "rank": 1, "address": "10.0.0.1:5555", "load": 0.5}
     rows = [row, {**row, "rank": 0}, {**row, "source": "other"}]
     table = tmp_path / "workers.json"
@@ -79,8 +79,8 @@ def test_the_discovery_names_who_holds_the_model(plugins: PluginManager, tmp_pat
     assert found[0].peer is not None
     assert 0.5 == found[0].peer.load
     assert [_REQUEST.uri] == [candidate.uri for candidate in without]
-    nobody = attrs.evolve(_REQUEST, identity=SourceIdentity("acme/other"))
-    assert [_REQUEST.uri] == [candidate.uri for candidate in find_candidates(plugins, environ, nobody)]
+    unknown = attrs.evolve(_REQUEST, identity=SourceIdentity("acme/other"))
+    assert [_REQUEST.uri] == [candidate.uri for candidate in find_candidates(plugins, environ, unknown)]
 
 
 def test_a_server_can_open_the_store(plugins: PluginManager, tmp_path: Path) -> None:

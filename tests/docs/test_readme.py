@@ -69,7 +69,7 @@ def test_make_targets_exist() -> None:
 
 def test_the_scheme_table_is_complete() -> None:
     """The README's table and the installed storages name the same schemes."""
-    table = set(re.findall(r"`([a-z0-9]+)://`", README.partition("## Which package reads what")[2].partition("##")[0]))
+    table = set(re.findall(r"`([a-z0-9]+)://`", README.partition("## Packages by scheme")[2].partition("##")[0]))
 
     assert table == set(mx.PluginManager.discover({}).table(STORAGE).schemes)
 
@@ -82,6 +82,6 @@ def test_extras_in_the_readme_exist() -> None:
 
 
 def test_public_names_are_documented() -> None:
-    """Every exported function and class has a docstring of its own."""
+    """Every exported function and class has its own docstring."""
     assert [name for name in mx.__all__ if not (getattr(mx, name).__doc__ or callable(getattr(mx, name)))] == []
     assert [name for name in mx.__all__ if name != "hookimpl" and not getattr(mx, name).__doc__] == []

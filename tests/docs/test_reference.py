@@ -1,4 +1,4 @@
-"""The reference pages say what the code says: settings, errors, hooks, records, events, reports, layers."""
+"""The reference agrees with the code: settings, errors, hooks, records, contracts, events, reports, layers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def code(text: str) -> str:
 
 
 def anchor(heading: str) -> str:
-    """What a heading is called in a link, as GitHub does it."""
+    """The anchor of a heading in links, as on GitHub."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -146,7 +146,7 @@ def _commands(block: str) -> list[str]:
 
 
 def test_the_readme_links_every_page() -> None:
-    """Nobody has to search docs/."""
+    """So that readers find all of docs/ from there."""
     linked = set(re.findall(r"\]\(docs/([\w-]+\.md)\)", PAGES[0].read_text()))
 
     assert {path.name for path in DOCS.glob("*.md")} == linked
@@ -465,9 +465,9 @@ def test_the_layers_are_those_that_are_checked() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = [set(layer.split(" | ")) for layer in contracts[0]["layers"]]
     table = page("design.md").partition("## Modules")[2]
-    told = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines() if line.startswith("| `")]
+    shown = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines() if line.startswith("| `")]
 
-    assert [layer - {"__main__"} for layer in layers] == told
+    assert [layer - {"__main__"} for layer in layers] == shown
 
 
 def test_the_picture_of_the_rooms_shows_the_layers() -> None:
@@ -500,8 +500,8 @@ def test_every_metric_of_the_server_is_explained() -> None:
     assert registered(ServerMetrics().registry) == explained_metrics(text)
 
 
-def test_every_metric_of_looking_for_peers_is_explained() -> None:
-    """Where the page tells how a source is chosen, with its labels."""
+def test_every_metric_of_the_search_for_peers_is_explained() -> None:
+    """In the section on choosing a source, with its labels."""
     registry = CollectorRegistry()
     SourceMetrics(registry)
 
@@ -538,7 +538,7 @@ def test_every_limiter_is_explained() -> None:
 
 
 def test_every_setting_of_a_load_is_in_the_page_on_tuning() -> None:
-    """Each has a row that says when to set it."""
+    """Each has a row with a reason to set it."""
     table = rows(page("tuning.md").partition("## What to set when")[2].partition("\n## ")[0])
 
     from modelexpress_core.settings import LoadSettings

@@ -24,7 +24,7 @@ NAMES = {
     "recording": {"what", "us a tensor", "seconds"},
     "memory": {"what", "destination", "peak over it MiB"},
     "faults": {"failing", "loads", "right", "fetched twice"},
-    "corruption": {"digest", "corruptions", "mended", "failed", "wrong"},
+    "corruption": {"digest", "corruptions", "repaired", "failed", "wrong"},
     "control_plane": {"what", "store", "workers", "wrong"},
 }
 
@@ -93,4 +93,4 @@ def test_a_benchmark_that_is_not_there_is_named() -> None:
     )
 
     assert done.returncode == 2
-    assert "no benchmark is named remote; there are local, s3" in done.stderr
+    assert "unknown benchmarks: remote; available are local, s3" in done.stderr

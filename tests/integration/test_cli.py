@@ -144,8 +144,15 @@ def test_plugins_lists_the_installed_ones(mx: Run) -> None:
     listed = {plugin["distribution"]: plugin for plugin in json.loads(done.stdout)["plugins"]}
     assert listed["modelexpress-core"]["schemes"] == {
         "storage": ["file", "memory"],
-        "metadata store": ["memory", "redis", "rediss"],
+        "transport": ["inproc"],
         "discovery": ["server", "static"],
+        "metadata store": ["memory", "redis", "rediss"],
+        "authenticator": ["token", "mtls"],
+        "server service": [
+            "model_express.health.HealthService",
+            "model_express.api.ApiService",
+            "model_express.p2p.P2pService",
+        ],
         "command": ["serve", "health", "sources"],
     }
     assert listed["mx-s3"]["schemes"] == {"storage": ["s3"]}

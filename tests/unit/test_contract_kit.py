@@ -1124,15 +1124,15 @@ class Filled(StorageContract):
 _WEAKENED = {
     "overrides": (
         "class TestIt(Filled):\n    __test__ = True\n    def test_reads_any_range(self): pass",
-        "TestIt overrides test_reads_any_range, which is a part of the contract",
+        "TestIt overrides test_reads_any_range, which is part of the contract",
     ),
     "deletes": (
         "class TestIt(Filled):\n    __test__ = True\n    test_reads_any_range = None",
-        "TestIt takes away test_reads_any_range",
+        "TestIt removes test_reads_any_range",
     ),
     "deletes_from_the_kit": (
         "class TestIt(Filled):\n    __test__ = True\ndel StorageContract.test_reads_any_range",
-        "TestIt takes away test_reads_any_range",
+        "TestIt removes test_reads_any_range",
     ),
     "overrides_later": (
         "class TestIt(Filled):\n    __test__ = True\nTestIt.test_reads_any_range = lambda self: None",

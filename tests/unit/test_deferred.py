@@ -873,7 +873,7 @@ def test_a_partially_written_parameter_fails_the_load(dtype: torch.dtype, which:
         with c.load({"whole": torch.zeros(4, 4, dtype=dtype), "half": parameter}) as weights:
             half.copy_(dict(weights)["w"].view(-1)[:8].view(half.shape))
 
-    with pytest.raises(mx.IncompleteLoadError, match="2 tensors of the model were not wholly written") as caught:
+    with pytest.raises(mx.IncompleteLoadError, match="2 tensors of the model were not completely written") as caught:
         block()
 
     assert ("half", "whole") == caught.value.missing

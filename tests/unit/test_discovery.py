@@ -79,8 +79,8 @@ def raising(error: Exception) -> Callable[[LoadRequest], Any]:
     return answer
 
 
-def test_what_is_found_comes_before_what_was_asked_for() -> None:
-    """The discovery sees the whole request, with the selector that is set, and is closed."""
+def test_discovered_peers_come_before_the_requested_uri() -> None:
+    """The discovery gets the whole request, with the configured selector, and is closed."""
     discovering = Discovering(lambda _: [peer("w")])
 
     uris = found(discovering, MX_DISCOVERY="test://", MX_P2P_SOURCE_SELECTOR="random")
@@ -90,8 +90,8 @@ def test_what_is_found_comes_before_what_was_asked_for() -> None:
     assert 1 == discovering.closed
 
 
-def test_a_reader_without_a_name_is_given_one() -> None:
-    """Readers that are all called the same would all read from one peer."""
+def test_a_reader_without_a_name_gets_one() -> None:
+    """Readers with equal names would all read from one peer."""
     discovering = Discovering(lambda _: ())
 
     found(discovering, attrs.evolve(_REQUEST, reader=""))
@@ -102,8 +102,8 @@ def test_a_reader_without_a_name_is_given_one() -> None:
     assert first != second
 
 
-def test_without_an_identity_nobody_is_asked() -> None:
-    """And no variable is read: loads that know no peers are as they were."""
+def test_without_an_identity_no_discovery_is_used() -> None:
+    """No variable is read: loads without an identity do not change."""
     discovering = Discovering(lambda _: [peer("w")])
 
     uris = found(discovering, LoadRequest(_URI), MX_DISCOVERY="test://", MX_P2P_SOURCE_SELECTOR="nonsense")
@@ -112,8 +112,8 @@ def test_without_an_identity_nobody_is_asked() -> None:
     assert [] == discovering.requests
 
 
-def test_a_peer_that_nothing_here_can_read_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    """With a word for whoever looks closely; nor is a scheme of storages one of peers."""
+def test_a_peer_without_an_installed_transport_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    """A debug message names it; a storage scheme is not used for peers."""
     others = [peer("w", "pigeon"), peer("v"), peer("u", "memory"), Candidate(ModelURI("pigeon", "x"), "test")]
 
     with caplog.at_level(logging.DEBUG):
@@ -124,8 +124,8 @@ def test_a_peer_that_nothing_here_can_read_is_left_out(caplog: pytest.LogCapture
     assert "no installed plugin handles pigeon" in caplog.text
 
 
-def test_a_place_that_several_name_is_tried_once() -> None:
-    """Two discoveries, or one and the caller."""
+def test_a_place_that_is_found_twice_is_tried_once() -> None:
+    """It may come from two discoveries, or from one and the caller."""
     discovering = Discovering(lambda _: [peer("w"), peer("w"), Candidate(_URI, "test")])
 
     assert ["nixl://server:8001/id/w", "memory://host/model"] == found(discovering, MX_DISCOVERY="test://,test://")
@@ -137,14 +137,14 @@ def test_a_place_that_several_name_is_tried_once() -> None:
         (raising(UnavailableError("nobody there", hint="start it")), "nobody there"),
         (raising(ZeroDivisionError("oops")), "ZeroDivisionError: oops"),
         (lambda _: None, "TypeError"),
-        (lambda _: ["nixl://server/id/w"], "named a str"),
+        (lambda _: ["nixl://server/id/w"], "it is no Candidate but a str"),
     ],
     ids=["an error", "a defect", "nothing", "no candidates"],
 )
-def test_a_discovery_that_fails_is_passed_over(
+def test_a_failing_discovery_is_skipped(
     answer: Callable[[LoadRequest], Any], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With a warning that names it and the reason; what others found, and the place itself, are left."""
+    """A warning names it and the reason; other candidates and the requested URI remain."""
     uris = found(Discovering(answer), MX_DISCOVERY="test://,static://", MX_STATIC_SOURCES="memory://mirror/model")
 
     assert ["memory://mirror/model", "memory://host/model"] == uris
@@ -162,20 +162,20 @@ def test_a_discovery_that_fails_is_passed_over(
         lambda: Peer("id", "w", load="much"),  # type: ignore[arg-type]
     ],
 )
-def test_what_is_no_candidate_is_found_out_where_it_is_made(make: Callable[[], object]) -> None:
-    """In the plugin, which is passed over, and not while peers are put in order."""
+def test_an_invalid_candidate_fails_in_its_constructor(make: Callable[[], object]) -> None:
+    """The error occurs in the plugin, which is skipped, and not during ranking."""
     with pytest.raises((TypeError, ValueError)):
         make()
     assert [str(_URI)] == found(Discovering(lambda _: [make()]))
 
 
-def test_a_load_that_is_a_text_is_a_number() -> None:
-    """As tables and JSON have it."""
+def test_a_load_given_as_text_becomes_a_number() -> None:
+    """Tables and JSON may contain text."""
     assert 0.5 == Peer("id", "w", load="0.5").load  # type: ignore[arg-type]
 
 
-def test_a_discovery_that_does_not_close_has_said_what_it_knows(caplog: pytest.LogCaptureFixture) -> None:
-    """What it named is not lost."""
+def test_a_discovery_that_fails_to_close_keeps_its_candidates(caplog: pytest.LogCaptureFixture) -> None:
+    """Its candidates are not lost."""
 
     class Clinging(Discovering):
         def close(self) -> None:
@@ -183,11 +183,11 @@ def test_a_discovery_that_does_not_close_has_said_what_it_knows(caplog: pytest.L
             raise RuntimeError(reason)
 
     assert ["nixl://server:8001/id/w", str(_URI)] == found(Clinging(lambda _: [peer("w")]))
-    assert "does not close" in caplog.text
+    assert "closing the discovery test:// failed" in caplog.text
 
 
-def test_a_discovery_that_is_not_there_is_passed_over(caplog: pytest.LogCaptureFixture) -> None:
-    """With what there is, and what to do."""
+def test_an_unknown_discovery_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
+    """The warning lists the installed ones and the next step."""
     assert ["memory://host/model"] == found(Discovering(lambda _: ()), MX_METADATA_BACKEND="k8s-service")
 
     assert "no usable plugin handles the discovery scheme 'k8s-service'" in caplog.text
@@ -206,8 +206,8 @@ def test_a_discovery_that_is_not_there_is_passed_over(caplog: pytest.LogCaptureF
         ({"MX_METADATA_BACKEND": "redis", "MX_DISCOVERY": "static://, other://x"}, ["static://", "other://x"]),
     ],
 )
-def test_who_is_asked(environ: dict[str, str], asked: list[str]) -> None:
-    """What is named; else the words of existing deployments; else a server that is set; else nobody."""
+def test_which_discoveries_are_used(environ: dict[str, str], asked: list[str]) -> None:
+    """MX_DISCOVERY, else MX_METADATA_BACKEND, else the server if its address is set, else none."""
     opened: list[str] = []
 
     class Recording(PluginManager):
@@ -236,8 +236,8 @@ def test_who_is_asked(environ: dict[str, str], asked: list[str]) -> None:
         ({"MX_DISCOVERY": "static://", "MX_STATIC_SOURCES": "s3:/b,://x,s3://b/m"}, ["s3:/b", "://x"]),
     ],
 )
-def test_settings_that_make_no_sense_are_told(environ: dict[str, str], fragments: list[str]) -> None:
-    """They are no failure of a discovery: what the user wants is not known."""
+def test_invalid_settings_raise(environ: dict[str, str], fragments: list[str]) -> None:
+    """They are not treated as a failing discovery, because the user's intention is unknown."""
     with pytest.raises(SettingsError) as raised:
         find_candidates(manager(), environ, _REQUEST)
 
@@ -245,8 +245,8 @@ def test_settings_that_make_no_sense_are_told(environ: dict[str, str], fragments
         assert fragment in str(raised.value)
 
 
-def test_secrets_in_settings_are_not_told() -> None:
-    """Neither where they are shown nor in messages."""
+def test_secrets_in_settings_are_hidden() -> None:
+    """They appear neither in the shown values nor in messages."""
     secret = "hush-hush"
     environ = {"MX_DISCOVERY": "static://", "MX_STATIC_SOURCES": f"s3:/me:{secret}@b/m,https://h/m?sig={secret}"}
 
@@ -259,7 +259,7 @@ def test_secrets_in_settings_are_not_told() -> None:
 
 
 def test_static_sources_are_peers_and_checkpoints() -> None:
-    """In the order of kinds; what is a peer shows in its scheme."""
+    """They are ordered by kind; the scheme shows which ones are peers."""
     uris = found(
         Discovering(lambda _: ()),
         MX_DISCOVERY="static://",
@@ -269,8 +269,8 @@ def test_static_sources_are_peers_and_checkpoints() -> None:
     assert ["nixl://10.0.0.5:5555", "memory://mirror/model", "file:///models/model", "memory://host/model"] == uris
 
 
-def test_the_loader_finds_peers_for_those_who_know_what_they_need() -> None:
-    """And for nobody else."""
+def test_the_loader_finds_peers_for_requests_with_an_identity() -> None:
+    """Other requests get no peers."""
     discovering = Discovering(lambda _: [peer("w")])
     loader = Loader({"MX_DISCOVERY": "test://"}, manager(discovering))
 
@@ -320,8 +320,8 @@ def value(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-def test_looking_for_peers_is_counted() -> None:
-    """Selections where a peer comes first, how many were usable, and the time that ranking takes."""
+def test_peer_discovery_is_counted() -> None:
+    """Loads for which a peer ranked first, usable peers, and the time of ranking."""
     names = {
         "mx_p2p_source_selections_total": {"policy": "random"},
         "mx_p2p_candidates_count": {"policy": "random", "stage": "usable"},

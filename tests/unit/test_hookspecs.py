@@ -1,4 +1,4 @@
-"""The hook contract reads like documentation: every hook is explained, and its example runs."""
+"""The hook contract is the reference of hooks: it explains every hook, with an example that runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_nothing_with_our_prefix_lacks_the_marker() -> None:
 
 @pytest.mark.parametrize("hook", sorted(_REGISTER))
 def test_register_hooks_take_no_arguments(hook: str) -> None:
-    """They return what a plugin offers, whatever the URI or the settings."""
+    """They always return the same records, independent of URI and settings."""
     assert [] == list(inspect.signature(_HOOKS[hook]).parameters)
     assert not getattr(_HOOKS[hook], f"{PROJECT_NAME}_spec")["firstresult"]
 
@@ -62,14 +62,14 @@ def test_policy_hooks_are_settled_by_the_first_result(hook: str) -> None:
 
 @pytest.mark.parametrize("hook", sorted(_OBSERVE))
 def test_observe_hooks_take_one_event(hook: str) -> None:
-    """One frozen object, so that fields can be added without breaking anyone."""
+    """One frozen object, so that new fields break no plugin."""
     assert ["event"] == list(inspect.signature(_HOOKS[hook]).parameters)
     assert not getattr(_HOOKS[hook], f"{PROJECT_NAME}_spec")["firstresult"]
 
 
 @pytest.mark.parametrize("hook", sorted(_HOOKS))
 def test_every_hook_says_when_it_is_not_called(hook: str) -> None:
-    """The question that plugin authors ask most."""
+    """Its docstring says so before the example."""
     text = " ".join((inspect.getdoc(_HOOKS[hook]) or "").partition("Example:")[0].split())
 
     assert re.search(r"(Not|not|Never) (called|used)\b.*\.", text), text
@@ -77,7 +77,7 @@ def test_every_hook_says_when_it_is_not_called(hook: str) -> None:
 
 @pytest.mark.parametrize("hook", sorted(_HOOKS))
 def test_the_example_of_every_hook_runs(hook: str) -> None:
-    """It is complete: it imports the marker, implements the hook it stands at, and does what it shows."""
+    """It imports the marker, implements its hook, and prints the output that it shows."""
     test = example(hook)
     printed: list[str] = []
 
@@ -90,7 +90,7 @@ def test_the_example_of_every_hook_runs(hook: str) -> None:
 
 @pytest.mark.parametrize("hook", sorted(_HOOKS))
 def test_the_example_of_every_hook_is_accepted_by_the_loader(hook: str) -> None:
-    """Who copies it into a module has a plugin that loads."""
+    """A module with a copy of it is a plugin that loads."""
     test = example(hook)
     doctest.DocTestRunner().run(test, out=lambda text: None, clear_globs=False)
 
@@ -106,7 +106,7 @@ def test_the_example_of_every_hook_is_accepted_by_the_loader(hook: str) -> None:
 
 
 def test_the_example_of_storages_imports_its_storage_in_the_factory_only() -> None:
-    """It is what authors copy, so it shows that SDKs come in with the factory."""
+    """Authors copy it, so it shows that the factory imports the SDK."""
     source = "".join(part.source for part in example("mx_register_storages").examples)
     outside = [node for node in ast.parse(source).body if isinstance(node, (ast.Import, ast.ImportFrom))]
     factories = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
@@ -124,7 +124,7 @@ def test_the_markers_bear_the_name_of_the_project() -> None:
 
 
 def test_the_module_of_the_markers_imports_nothing_but_pluggy() -> None:
-    """Whoever only wants to mark functions pays for nothing else."""
+    """So that marking functions costs no other import."""
     tree = ast.parse(inspect.getsource(hooks))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

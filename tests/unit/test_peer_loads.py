@@ -193,13 +193,13 @@ _BROKEN = {Lost: UnavailableError, Changed: UnavailableError, Short: IntegrityEr
 
 
 @pytest.mark.parametrize("session", [*_BROKEN, Draining], ids=lambda cls: cls.__name__)
-def test_a_peer_that_fails_gives_way_to_the_checkpoint(
+def test_after_a_failing_peer_the_checkpoint_is_loaded(
     served: inproc.InprocServed,
     checkpoint: tuple[str, Mapping[str, torch.Tensor]],
     session: type[inproc.InprocSession],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Whatever the peer wrote, the model holds the checkpoint afterwards, and nothing of the peer."""
+    """The model then holds the checkpoint's values, and none of the peer's."""
     uri, state = checkpoint
     plugin = Plugin(f"odd://{served.endpoint}/{_IDENTITY.source_id}/w", session=session)
     target = new_model(fill=7)
@@ -214,12 +214,12 @@ def test_a_peer_that_fails_gives_way_to_the_checkpoint(
 
 
 @pytest.mark.parametrize("session", [*_BROKEN, Draining], ids=lambda cls: cls.__name__)
-def test_what_was_touched_is_made_anew_before_the_next_candidate(
+def test_a_touched_destination_is_initialized_again_before_the_next_candidate(
     served: inproc.InprocServed,
     checkpoint: tuple[str, Mapping[str, torch.Tensor]],
     session: type[inproc.InprocSession],
 ) -> None:
-    """Its owner is asked to, once, and only where something may have been written."""
+    """Its owner initializes it once, and only if something may have been written."""
     uri, state = checkpoint
     target = new_model(fill=7)
     renewed: list[bool] = []
@@ -246,12 +246,12 @@ def test_what_was_touched_is_made_anew_before_the_next_candidate(
 
 
 @pytest.mark.parametrize("session", _BROKEN, ids=lambda cls: cls.__name__)
-def test_what_was_touched_and_cannot_be_made_anew_ends_the_load(
+def test_a_touched_destination_that_cannot_be_initialized_again_ends_the_load(
     served: inproc.InprocServed,
     checkpoint: tuple[str, Mapping[str, torch.Tensor]],
     session: type[inproc.InprocSession],
 ) -> None:
-    """With the peer's own error; the checkpoint is not opened."""
+    """The peer's error is raised; the checkpoint is not opened."""
     target = new_model(fill=7)
     plugin = Plugin(f"odd://{served.endpoint}/{_IDENTITY.source_id}/w", session=session)
     destination = Target(Destinations(target, torch.device("cpu")), strict=True, cast=False, renew=None)
@@ -299,7 +299,7 @@ def test_a_peer_that_holds_something_else_is_not_read(
 
 
 def test_code_that_copies_deferred_tensors_cannot_read_from_a_peer(served: inproc.InprocServed) -> None:
-    """It wants the tensors of a checkpoint; the peer is passed over before a byte moves."""
+    """It needs the tensors of a checkpoint; the peer is skipped before a byte moves."""
     plugin = Plugin()
     peer = Peer(_IDENTITY.source_id, "w")
 
@@ -317,9 +317,9 @@ def test_code_that_copies_deferred_tensors_cannot_read_from_a_peer(served: inpro
 
 
 def test_a_worker_that_ends_its_offer_is_not_found(served: inproc.InprocServed, source: nn.Module) -> None:
-    """Its URI leads nowhere from then on."""
+    """Its URI is not found from then on."""
     uri = mx.ModelURI.parse(f"inproc://{served.endpoint}/{_IDENTITY.source_id}/w")
     served.close()
 
-    with pytest.raises(NotFoundError, match="no worker of this process"):
+    with pytest.raises(NotFoundError, match="no worker in this process has that name"):
         inproc.InprocTransport(uri).connect(Peer(_IDENTITY.source_id, "w"))

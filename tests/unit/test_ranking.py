@@ -63,8 +63,8 @@ _CANDIDATES = st.lists(_PEERS | st.builds(place, _PLACES), max_size=12)
 
 
 @given(_CANDIDATES, st.text(max_size=5), st.sampled_from(SELECTORS))
-def test_nothing_is_lost_and_kinds_come_in_their_order(candidates: list[Candidate], reader: str, selector: str) -> None:
-    """Tier by tier; caches and origins stay as they were found."""
+def test_ranking_keeps_all_candidates_ordered_by_tier(candidates: list[Candidate], reader: str, selector: str) -> None:
+    """Caches and origins keep their order."""
 
     def kind(candidate: Candidate) -> int:
         return [*Tier].index(candidate.tier)
@@ -87,7 +87,7 @@ def test_nothing_is_lost_and_kinds_come_in_their_order(candidates: list[Candidat
 def test_the_order_in_which_peers_were_found_does_not_matter(
     candidates: list[Candidate], reader: str, random: Random, selector: str
 ) -> None:
-    """Servers list them as they like."""
+    """Servers list them in any order."""
     shuffled = [*candidates]
     random.shuffle(shuffled)
 
@@ -101,10 +101,10 @@ def test_the_order_in_which_peers_were_found_does_not_matter(
     st.text(max_size=5),
     st.data(),
 )
-def test_where_a_peer_goes_the_others_stay_as_they_are(
+def test_if_a_peer_leaves_the_others_keep_their_order(
     named: list[tuple[str, float | None]], reader: str, data: st.DataObject
 ) -> None:
-    """So only its own readers move, to what was next for them."""
+    """Only its own readers move, to the next peer in their order."""
     peers = [peer(*each) for each in named]
     gone = data.draw(st.sampled_from(peers))
     for selector in ("load_aware", "rendezvous_hash"):
@@ -116,7 +116,7 @@ def test_where_a_peer_goes_the_others_stay_as_they_are(
 
 @pytest.mark.slow
 def test_readers_are_spread_evenly() -> None:
-    """10,000 readers over 100 sources: as even as throwing them by chance, and no more uneven."""
+    """10,000 readers over 100 sources are spread as evenly as at random."""
     readers, sources = 10_000, 100
     peers = [peer(f"worker-{i}") for i in range(sources)]
 
@@ -132,8 +132,8 @@ def test_readers_are_spread_evenly() -> None:
 
 
 @pytest.mark.slow
-def test_busy_peers_are_chosen_in_proportion_to_what_they_spare() -> None:
-    """And those that say nothing as if they were half busy; the busiest still are, now and then."""
+def test_peers_are_chosen_in_proportion_to_their_spare_capacity() -> None:
+    """Peers without a reported load count as half busy; the busiest are still chosen sometimes."""
     loads = {"idle": 0.0, "half": 0.5, "silent": None, "busy": 0.9, "full": 1.0, "beyond": 7.0}
     spare = {"idle": 1.0, "half": 0.5, "silent": 0.5, "busy": 0.1, "full": 0.05, "beyond": 0.05}
     peers = [peer(name, load) for name, load in loads.items()]
@@ -147,8 +147,8 @@ def test_busy_peers_are_chosen_in_proportion_to_what_they_spare() -> None:
         assert abs(counts[name] - readers * share) < 5 * deviation, (name, counts)
 
 
-def test_the_hash_does_not_look_at_the_load() -> None:
-    """A reader keeps to its peer however busy that is."""
+def test_the_hash_ignores_the_load() -> None:
+    """A reader keeps its peer, however busy it is."""
     peers = [peer(str(i), load=i / 10) for i in range(10)]
     idle = [attrs.evolve(each, peer=attrs.evolve(each.peer, load=0.0)) for each in peers]  # type: ignore[type-var]
 
@@ -188,7 +188,7 @@ def test_two_texts_are_not_one() -> None:
 
 
 def test_an_unknown_selector_names_those_that_exist() -> None:
-    """For whoever builds a request themselves."""
+    """This matters for code that builds a request directly."""
     with pytest.raises(SettingsError) as raised:
         rank(request("reader", "best"), [peer("w")])
 

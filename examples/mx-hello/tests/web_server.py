@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 
 class WebServer:
-    """Files by path, served on 127.0.0.1 between ``with`` and its end."""
+    """Serves files by path on 127.0.0.1 during the ``with`` block."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -53,7 +53,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(404, b"no such file")
 
-    do_HEAD = do_GET  # noqa: N815 - the name that http.server wants
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server calls
 
     def _send_file(self, content: bytes) -> None:
         digest = hashlib.sha256(content)
@@ -82,4 +82,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""

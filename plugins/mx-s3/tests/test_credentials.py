@@ -59,7 +59,7 @@ def _error(code: str, status: int) -> tuple[int, dict[str, str], bytes]:
 @pytest.mark.parametrize(
     ("from_role", "asked", "whose"),
     [
-        ("web identity", "sts", "of a role that is assumed with a web identity token (assume-role-with-web-identity)"),
+        ("web identity", "sts", "of a role assumed with a web identity token (assume-role-with-web-identity)"),
         ("metadata", "metadata", "of the role of this machine, from the instance metadata service (iam-role)"),
         ("container", "container", "of the role of this container (container-role)"),
     ],

@@ -1,4 +1,4 @@
-"""As whom requests are signed: where credentials are looked for, and how they are renewed where S3 refuses them."""
+"""The credentials that sign requests: where they are found, and how they are renewed if S3 refuses them."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ from mx_s3.settings import S3Settings
 
 __all__ = ["RENEWAL_TRIED", "Identity", "new_session"]
 
-#: In the context of a request: other credentials were tried already.
+#: Key in the context of a request: other credentials were already tried.
 RENEWAL_TRIED = "mx_renewed"
 
-#: How botocore calls a place where it found credentials -> what people call it.
-_PLACES: Mapping[str, str] = {
+#: botocore's name of a source of credentials -> description.
+_SOURCE_DESCRIPTIONS: Mapping[str, str] = {
     "explicit": "from AWS_ACCESS_KEY_ID",
     "env": "from AWS_ACCESS_KEY_ID",
-    "assume-role": "of a role that {profile} names",
-    "assume-role-with-web-identity": "of a role that is assumed with a web identity token",
+    "assume-role": "of the role in {profile}",
+    "assume-role-with-web-identity": "of a role assumed with a web identity token",
     "sso": "from the single sign-on of {profile}",
     "login": "from the login of {profile}",
     "shared-credentials-file": "from {profile} in the credentials file",
     "config-file": "from {profile} in the config file",
-    "custom-process": "from the program that {profile} names",
+    "custom-process": "from the program in {profile}",
     "container-role": "of the role of this container",
     "iam-role": "of the role of this machine, from the instance metadata service",
 }
 
-#: Where keys can be exchanged without a request: asking again costs nothing.
+#: Sources that are files: reading them again costs no request.
 _FILES = frozenset({"shared-credentials-file", "config-file"})
 
-#: What cannot change while the process runs.
+#: Sources that cannot change while the process runs.
 _FIXED = frozenset({"explicit", "env"})
 
 
 class _Session(botocore.session.Session):
-    """A session whose clients for other services than S3 (STS, SSO) are reached as the settings say."""
+    """A session that applies the settings to clients of services other than S3 (STS, SSO)."""
 
     settings = S3Settings()
 
@@ -73,16 +73,16 @@ class _Session(botocore.session.Session):
 
 @cache
 def _descriptions() -> Any:  # noqa: ANN401 - botocore has no annotations
-    """What botocore knows of the services, which takes it a tenth of a second to read: once is enough."""
+    """Return botocore's descriptions of services; cached, since reading them takes a tenth of a second."""
     return botocore.session.Session().get_component("data_loader")
 
 
 def new_session(settings: S3Settings) -> botocore.session.Session:
-    """A session that has read nothing yet, for which ``settings`` go before the process's environment."""
+    """Return a new session, for which ``settings`` override the process's environment."""
     session = _Session(profile=settings.profile)
     session.settings = settings
     descriptions = _descriptions()
-    # Every session of boto3 adds its directory.
+    # Every session of boto3 adds its directory again.
     descriptions.search_paths[:] = dict.fromkeys(descriptions.search_paths)
     session.register_component("data_loader", descriptions)
     variables = {
@@ -98,11 +98,11 @@ def new_session(settings: S3Settings) -> botocore.session.Session:
 
 
 class Identity:
-    """The credentials that a client signs with, found at first use. botocore takes it for credentials of its own.
+    """The credentials of a client, found at first use. Has the interface of botocore's credentials.
 
     Args:
-        settings: What goes before the process's environment.
-        region: Where STS is asked.
+        settings: Settings that override the process's environment.
+        region: Region of the STS endpoint.
     """
 
     def __init__(self, settings: S3Settings, region: str) -> None:
@@ -118,33 +118,33 @@ class Identity:
         self._failure: CredentialsError | None = None
         self._final: ReadOnlyCredentials | None = None
 
-    # -- what botocore asks of credentials ----------------------------------------------------------------------------
+    # -- botocore's interface of credentials --------------------------------------------------------------------------
 
     method = "mx-s3"
 
     def load_credentials(self) -> Identity:
-        """Itself, so that a session takes it for its chain of places too, and looks for nothing yet."""
+        """Return itself, so that it can also replace a session's resolver, without a search yet."""
         return self
 
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
-        """The credentials of this moment; botocore fetches those that are about to expire anew."""
+        """Return the current credentials; botocore refreshes credentials that are about to expire."""
         found = self._found
-        if found is None:  # without the lock, which a renewal holds for as long as its requests take
+        if found is None:  # checked without the lock, which a renewal holds during its requests
             with self._lock:
                 found = self._found = self._found or self._find()
         frozen = self._last.signed_with = _frozen(found)
         return frozen
 
     def get_deferred_property(self, property_name: str) -> Callable[[], Any]:
-        """What gives the property when it is wanted."""
+        """Return a function that returns the property."""
         return lambda: getattr(self.get_frozen_credentials(), property_name, None)
 
     # -- renewal ------------------------------------------------------------------------------------------------------
 
     def watch(self, client: Any) -> None:  # noqa: ANN401 - botocore's clients are made at run time
-        """Repeat each request of ``client`` once, at once, where S3 refused its credentials and there are others now.
+        """Repeat a request of ``client`` once, at once, if S3 refused its credentials and new ones are found.
 
-        Here, and not in the retries of core, because waiting helps nothing, and because it is no failure of a read.
+        This is not left to the retries of core, because waiting does not help, and the read itself has not failed.
         """
         client.meta.events.register_last("request-created.s3", self._remember)
         client.meta.events.register("needs-retry.s3", self._repeat)
@@ -154,14 +154,14 @@ class Identity:
         request.context["mx_signed_with"] = hash(signed_with)
 
     def _repeat(self, response: Any, request_dict: Any, **_: object) -> int | None:  # noqa: ANN401 - as botocore's
-        """Zero, the seconds to wait, where the request is to be signed anew and sent again."""
+        """Return 0, the seconds to wait, if the request must be signed and sent again; None otherwise."""
         if response is None or self._found is None:
             return None
         http, parsed = response
         context = request_dict["context"]
         redirected = bool(context.get("s3_redirect", {}).get("redirected"))
         if redirected and not context.get("mx_redirected"):
-            context["mx_redirected"] = True  # to another region, by botocore, which sends it again for that
+            context["mx_redirected"] = True  # botocore sends it again, to another region
             return None
         code = str(parsed.get("Error", {}).get("Code", ""))
         if not wants_other_credentials(code, http.status_code, free=self._found.method in _FILES):
@@ -174,7 +174,7 @@ class Identity:
         return None
 
     def _renew(self, refused: int | None) -> bool:
-        """Whether there are other credentials than those that were ``refused``; looks for them once for all threads."""
+        """Search for credentials, once for all threads; return whether they differ from the ``refused`` ones."""
         renewals = self._renewals
         with self._lock:
             if self._found is None or hash(_frozen(self._found)) != refused:
@@ -191,32 +191,32 @@ class Identity:
                 self._failure = exc
                 raise
             finally:
-                self._renewals += 1  # at the end, so that threads that came meanwhile see that it was tried
+                self._renewals += 1  # at the end, so that waiting threads see that another thread has tried
             if hash(frozen) == refused:
-                self._final = frozen if found.method not in _FILES else None  # a file may be written any moment
+                self._final = frozen if found.method not in _FILES else None  # a file may change at any time
                 return False
             self._found = found
             return True
 
-    # -- looking ------------------------------------------------------------------------------------------------------
+    # -- search -------------------------------------------------------------------------------------------------------
 
     def describe(self) -> str:
-        """The end of the access key, and where it was found."""
+        """Return the end of the access key, and where it was found."""
         key = self.get_frozen_credentials().access_key or ""
         method = self._found.method if self._found is not None else ""
         profile = f"the profile {self._settings.profile or 'default'}"
-        place = _PLACES.get(method, f"by {method}").format(profile=profile)
-        return f"access key ...{key[-4:]}, {place} ({method})"
+        source = _SOURCE_DESCRIPTIONS.get(method, f"by {method}").format(profile=profile)
+        return f"access key ...{key[-4:]}, {source} ({method})"
 
     def _find(self) -> Credentials:
-        """Credentials from the first place that has any; nothing that was read before is used again."""
+        """Return credentials of the first source that has any, without using cached ones."""
         settings = self._settings
         if settings.access_key_id is not None and settings.secret_access_key is not None:
             return Credentials(settings.access_key_id, settings.secret_access_key, settings.session_token)
         try:
             chain = _Chain(settings, self._region)
             found: Credentials | None = chain.resolver.load_credentials()
-        except Exception as exc:  # providers raise what comes up, down to KeyError
+        except Exception as exc:  # providers raise any exception, even KeyError
             raise CredentialsError(error=exc) from exc
         if found is None:
             raise CredentialsError(error=NoCredentialsError(), metadata=chain.metadata_url)
@@ -231,7 +231,7 @@ def _frozen(found: Credentials) -> ReadOnlyCredentials:
 
 
 class _Chain:
-    """botocore's chain of places, with the settings laid over the environment that its providers read."""
+    """botocore's chain of credential providers, with settings that override the environment."""
 
     def __init__(self, settings: S3Settings, region: str) -> None:
         session = new_session(settings)
@@ -248,9 +248,9 @@ class _Chain:
             },
         )
         disabled = environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
-        #: Where the instance metadata service is asked; None where it is not.
+        #: URL of the instance metadata service; None if it is disabled.
         self.metadata_url = None if disabled else metadata.get_base_url()
-        agent: Any = ContainerMetadataFetcher(sleep=lambda _seconds: None)  # core waits between tries
+        agent: Any = ContainerMetadataFetcher(sleep=lambda _seconds: None)  # core waits between attempts
         replaced: dict[str | None, CredentialProvider] = {
             "container-role": ContainerProvider(environ, agent),
             "iam-role": InstanceMetadataProvider(metadata),
@@ -265,7 +265,7 @@ class _Chain:
 
 
 def _environ(settings: S3Settings) -> dict[str, str]:
-    """The process's environment, under those of the settings that botocore knows as variables only."""
+    """Return the process's environment, overridden by the settings that botocore reads only from variables."""
     container = {
         "AWS_CONTAINER_CREDENTIALS_FULL_URI": settings.container_credentials_full_uri,
         "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": settings.container_credentials_relative_uri,
@@ -279,14 +279,14 @@ def _environ(settings: S3Settings) -> dict[str, str]:
         "AWS_ROLE_SESSION_NAME": settings.role_session_name,
         "AWS_EC2_METADATA_DISABLED": None if disabled is None else str(disabled).lower(),
     }
-    # Those of a container stand for each other, so the process's go only together.
+    # A container's variables are alternatives: if the settings have one, all of the process's are dropped.
     replaced = container.keys() if any(container.values()) else ()
     process = {name: value for name, value in os.environ.items() if name not in replaced}
     return process | {name: value for name, value in {**container, **others}.items() if value is not None}
 
 
 def _web_identity(session: botocore.session.Session, environ: Mapping[str, str], region: str) -> Any:  # noqa: ANN401
-    """The provider that reads the token's file and the role from ``environ``, handed over as if from a profile."""
+    """Return the provider that takes the token file and the role from ``environ``, passed to it as a profile."""
     names = {
         "web_identity_token_file": "AWS_WEB_IDENTITY_TOKEN_FILE",
         "role_arn": "AWS_ROLE_ARN",

@@ -1,4 +1,4 @@
-"""The variables that the S3 plugin reads: those that every AWS tool knows, and a few of its own."""
+"""The settings of the S3 plugin: the usual variables of AWS tools, and a few ``MX_S3_`` variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modelexpress_core.settings import boolean, env, seconds
 
 __all__ = ["REGION_PATTERN", "S3Settings"]
 
-#: What can stand in a host name in place of a region.
+#: Names of regions that are valid in a host name.
 REGION_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
@@ -26,7 +26,7 @@ def _region(text: str) -> str:
 
 def _endpoint(text: str) -> str:
     text = text.strip()
-    if "@" in text:  # may hold a password, which a ValueError would show; see S3Settings
+    if "@" in text:  # may contain a password, which a ValueError would show; S3Settings refuses it without showing it
         return text
     try:
         parts = urlsplit(text)
@@ -49,17 +49,17 @@ def _addressing_style(text: str) -> str:
 
 @frozen
 class S3Settings:
-    """How S3 is reached, and as whom.
+    """How S3 is reached, and with which credentials.
 
-    What is not set here, botocore looks for where every AWS tool does: in the shared configuration files, in the
-    environment of a container, at the instance metadata service.
+    For settings that are unset, botocore uses the usual places of AWS tools: the shared configuration files, the
+    environment of a container, the instance metadata service.
     """
 
     access_key_id: str | None = env(
         "AWS_ACCESS_KEY_ID",
         default=None,
         secret=True,
-        help="Access key; goes with AWS_SECRET_ACCESS_KEY.",
+        help="Access key; needs AWS_SECRET_ACCESS_KEY too.",
     )
     secret_access_key: str | None = env(
         "AWS_SECRET_ACCESS_KEY",
@@ -77,53 +77,53 @@ class S3Settings:
         "AWS_PROFILE",
         "AWS_DEFAULT_PROFILE",
         default=None,
-        help="Profile in the shared configuration files; used where no access key is set.",
+        help="Profile in the shared configuration files; used if no access key is set.",
     )
     credentials_file: str | None = env(
         "AWS_SHARED_CREDENTIALS_FILE",
         default=None,
-        help="The file with credentials by profile; unset: ~/.aws/credentials.",
+        help="File with credentials by profile; unset: ~/.aws/credentials.",
     )
     config_file: str | None = env(
         "AWS_CONFIG_FILE",
         default=None,
-        help="The file with other settings by profile; unset: ~/.aws/config.",
+        help="File with other settings by profile; unset: ~/.aws/config.",
     )
     web_identity_token_file: str | None = env(
         "AWS_WEB_IDENTITY_TOKEN_FILE",
         default=None,
-        help="The file with the token that AWS_ROLE_ARN is assumed with (EKS: IRSA); used where no access key is set.",
+        help="File with the token for assuming AWS_ROLE_ARN (EKS: IRSA); used if no access key is set.",
     )
     role_arn: str | None = env(
         "AWS_ROLE_ARN",
         default=None,
-        help="The role that is assumed with AWS_WEB_IDENTITY_TOKEN_FILE.",
+        help="Role to assume with AWS_WEB_IDENTITY_TOKEN_FILE.",
     )
     role_session_name: str | None = env(
         "AWS_ROLE_SESSION_NAME",
         default=None,
-        help="What the session of AWS_ROLE_ARN is called in logs; unset: a name with the time.",
+        help="Name of the session of AWS_ROLE_ARN in logs; unset: a name with the time.",
     )
     container_credentials_full_uri: str | None = env(
         "AWS_CONTAINER_CREDENTIALS_FULL_URI",
         default=None,
-        help="URL that gives a container its credentials (EKS Pod Identity).",
+        help="URL from which a container gets its credentials (EKS Pod Identity).",
     )
     container_credentials_relative_uri: str | None = env(
         "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
         default=None,
-        help="The same as a path on 169.254.170.2 (ECS).",
+        help="Path on 169.254.170.2 from which a container gets its credentials (ECS).",
     )
     container_authorization_token_file: str | None = env(
         "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
         default=None,
-        help="The file with the token that this URL asks for.",
+        help="File with the token for the URL of the container's credentials.",
     )
     container_authorization_token: str | None = env(
         "AWS_CONTAINER_AUTHORIZATION_TOKEN",
         default=None,
         secret=True,
-        help="That token itself, where there is no file.",
+        help="Token for the URL of the container's credentials, if there is no file.",
     )
     metadata_endpoint: str | None = env(
         "AWS_EC2_METADATA_SERVICE_ENDPOINT",
@@ -135,14 +135,14 @@ class S3Settings:
         "AWS_EC2_METADATA_DISABLED",
         default=None,
         converter=boolean,
-        help="Do not ask the instance metadata service for credentials.",
+        help="Do not request credentials from the instance metadata service.",
     )
     region: str | None = env(
         "AWS_REGION",
         "AWS_DEFAULT_REGION",
         default=None,
         converter=_region,
-        help="Region of the bucket; unset: the profile's, or us-east-1. ?region= in a URI goes first.",
+        help="Region of the bucket; unset: the profile's, or us-east-1. ?region= in a URI overrides it.",
     )
     endpoint: str | None = env(
         "AWS_ENDPOINT_URL",
@@ -154,18 +154,18 @@ class S3Settings:
         "AWS_ENDPOINT_URL_S3",
         default=None,
         converter=_endpoint,
-        help="The same for S3 alone; goes before AWS_ENDPOINT_URL.",
+        help="The same for S3 only; overrides AWS_ENDPOINT_URL.",
     )
     sts_endpoint: str | None = env(
         "AWS_ENDPOINT_URL_STS",
         default=None,
         converter=_endpoint,
-        help="The same for the Security Token Service, which gives the credentials of roles.",
+        help="The same for the Security Token Service, which issues credentials of roles.",
     )
     ca_bundle: str | None = env(
         "AWS_CA_BUNDLE",
         default=None,
-        help="File with the certificate authorities that are trusted.",
+        help="File with the trusted certificate authorities.",
     )
     anonymous: bool = env(
         "MX_S3_ANONYMOUS",
@@ -177,8 +177,8 @@ class S3Settings:
         "MX_S3_ADDRESSING_STYLE",
         default=None,
         converter=_addressing_style,
-        help="Where the bucket stands: path, virtual (in the host name) or auto; unset: the profile's, or auto, "
-        "which is path where an endpoint is set.",
+        help="Position of the bucket in URLs: path, virtual (in the host name) or auto; unset: the profile's, or auto, "
+        "which is path if an endpoint is set.",
     )
     connect_timeout_seconds: float = env(
         "MX_S3_CONNECT_TIMEOUT_SECONDS",
@@ -194,7 +194,7 @@ class S3Settings:
     )
 
     def __attrs_post_init__(self) -> None:
-        """Refuse what must not be shown, without showing it."""
+        """Refuse URLs with credentials, without showing them."""
         urls = {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ENDPOINT_URL_S3": self.s3_endpoint,
@@ -203,7 +203,5 @@ class S3Settings:
         }
         names = [name for name, url in urls.items() if url is not None and "@" in url]
         if names:
-            message = (
-                f"{' and '.join(names)} must not hold a user name or a password, which nothing there has a use for"
-            )
-            raise SettingsError(message, hint="take it out; keys go into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+            message = f"{' and '.join(names)} must not contain a user name or a password, which would not be used"
+            raise SettingsError(message, hint="remove it; put keys into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
