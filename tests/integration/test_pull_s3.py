@@ -229,7 +229,7 @@ def test_ctrl_c_says_that_the_next_run_goes_on(
     done = mx("pull", uploaded, str(out), "--json", environ=through)
 
     assert 1 == process.returncode
-    assert "goes on where this one stopped" in " ".join(errors.split())
+    assert "run the same command again to resume" in " ".join(errors.split())
     assert "Traceback" not in errors
     assert total_bytes(sharded) - kept == json.loads(done.stdout)["bytes_copied"]
     assert_same(sharded, out)

@@ -19,6 +19,10 @@ __all__ = ["Serving"]
 _START_SECONDS = 60
 
 
+#: A line of gRPC's own log, which its threads write under load.
+_GRPC_LOG_LINE = re.compile(r"[IWE]\d{4} [\d:.]+ +\d+ \S+\.cc:\d+\] ")
+
+
 class Serving:
     """A server on free ports of loopback, from when it says that it serves; ended at the end of its ``with`` block.
 
@@ -48,7 +52,7 @@ class Serving:
         assert self.process.stderr is not None
         timer = threading.Timer(_START_SECONDS, self.process.kill)
         timer.start()
-        line = self.process.stderr.readline()
+        line = next((line for line in self.process.stderr if not _GRPC_LOG_LINE.match(line)), "")
         timer.cancel()
         match = re.fullmatch(r"serving on (\S+), metrics on (\S+), metadata in ([^\s,]+)(?:, health on (\S+))?\n", line)
         if match is not None:
