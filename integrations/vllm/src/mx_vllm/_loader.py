@@ -69,9 +69,10 @@ class MxModelLoader(BaseModelLoader):
             self._own.download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """Return the model with its weights. If ModelExpress fails on any rank, vLLM's own loader loads all ranks.
+        """Return the model with its weights. If ModelExpress fails on any rank, vLLM's own loader may load all ranks.
 
-        There is no fallback with MX_FALLBACK=0, nor for a draft model on several ranks.
+        MX_FALLBACK says whether it may; by default it may not if MX_MODEL_URI is set, since its weights may be others.
+        There is no fallback for a draft model on several ranks.
 
         Raises:
             ModelExpressError: The weights cannot be read, and there is no fallback.
@@ -79,7 +80,7 @@ class MxModelLoader(BaseModelLoader):
         # A draft model of speculative decoding has separate files, and not every rank loads it.
         self._is_draft_model = model_config is not vllm_config.model_config
         ranks_agree = not self._is_draft_model or vllm_config.parallel_config.world_size == 1
-        self._may_fall_back = self._settings.fallback and ranks_agree
+        self._may_fall_back = ranks_agree and self._is_fallback_allowed()
         with forgotten_layers(vllm_config) as forget:
             try:
                 model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
@@ -119,6 +120,10 @@ class MxModelLoader(BaseModelLoader):
         self._destination.prepare_for_next()
         with self._both_reasons(model_config):
             self._own.load_weights(model, model_config)
+
+    def _is_fallback_allowed(self) -> bool:
+        # MX_MODEL_URI is not the address of a draft model.
+        return self._settings.may_fall_back or (self._is_draft_model and self._settings.fallback is None)
 
     def _load(self, model: nn.Module, model_config: ModelConfig) -> None:
         self._destination = Destination()

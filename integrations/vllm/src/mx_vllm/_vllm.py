@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import importlib.metadata
 import logging
@@ -17,6 +18,7 @@ from typing import Any
 __all__ = [
     "Source",
     "any_rank",
+    "call_before_engine_starts",
     "check_version",
     "forgotten_layers",
     "is_first_rank",
@@ -75,6 +77,28 @@ def register_load_format(load_format: str, loader: type) -> None:
     known: dict[str, Any] = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
     known.pop(load_format, None)
     model_loader.register_model_loader(load_format)(loader)
+
+
+def call_before_engine_starts(load_formats: Sequence[str], check: Callable[[], None]) -> None:
+    """Call ``check`` in the first process, before vLLM starts an engine that uses one of ``load_formats``.
+
+    vLLM has no hook for this. Both ``vllm serve`` and ``LLM(...)`` begin with the replaced method, which knows the load
+    format. An error of ``check`` ends the start.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    original: Any = EngineArgs.create_engine_config
+    original = getattr(original, "mx_original", original)  # the formats may be registered repeatedly
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(self.load_format).lower() in load_formats:
+            check()
+        return original(self, *args, **kwargs)
+
+    replacement: Any = create_engine_config
+    replacement.mx_original = original
+    EngineArgs.create_engine_config = replacement
 
 
 def own_loader(load_config: Any) -> Any:
