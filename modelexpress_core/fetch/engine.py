@@ -3,7 +3,8 @@
 Threads read, because the calls that matter (``preadv``, ``recv_into``, TLS reads, copies) release the GIL. They take
 ranges from a queue; urgent ranges, for which code waits, go first. The first error ends the load: reads that have not
 begun are dropped, reads under way are cut short by closing the storage, and no thread touches the destination when the
-error reaches the caller. At the end the digests of whole files are compared, and planned bytes with those that arrived.
+error reaches the caller. At the end the digests of whole files are compared, the versions of all files once more (if the
+storage can do that), and planned bytes with those that arrived.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
-from modelexpress_core.contracts.storage import PatientStorage, Storage
+from modelexpress_core.contracts.storage import PatientStorage, RecheckingStorage, Storage
 from modelexpress_core.errors import BackendError, DeadlineError, ThrottledError
 from modelexpress_core.fetch.concurrency import ConcurrencyLimit, concurrency_for
 from modelexpress_core.fetch.integrity import Integrity
@@ -117,6 +118,7 @@ class FetchEngine:
         self._busy = 0
         self._running: dict[int, tuple[float, Range]] = {}
         self._pending_segments = 0
+        self._files: dict[str, CheckpointFile] = {}
         self._stopping = False
         self._error: BaseException | None = None
 
@@ -135,6 +137,7 @@ class FetchEngine:
             self._raise_error()
             for batch in batches:
                 for range_ in batch:
+                    self._files[range_.file.path] = range_.file
                     self._pending_segments += len(range_.segments)
                     for segment in range_.segments:
                         segment.ticket.remaining += 1
@@ -153,10 +156,11 @@ class FetchEngine:
                     self._await(self._progress)
 
     def finish(self) -> None:
-        """Wait for everything that was submitted, compare digests, check that all bytes arrived, stop.
+        """Wait for everything that was submitted, compare digests and versions, check that all bytes arrived, stop.
 
         Raises:
             BaseException: The error that ended the load.
+            SourceChangedError: A file changed after its last read.
             IntegrityError: A file that was read as a whole differs from the stored one.
             IncompleteLoadError: Bytes are missing although nothing failed.
         """
@@ -165,6 +169,8 @@ class FetchEngine:
                 self._await(self._idle)
             self._raise_error()
         self.ledger.verified(self._integrity.check(self._reread))
+        if self.capabilities.recheck:
+            self._check_unchanged()
         self._stop()
         self.ledger.check()
 
@@ -330,6 +336,12 @@ class FetchEngine:
                 use(buffer)
                 self.ledger.read_again(len(buffer))
                 offset += len(buffer)
+
+    def _check_unchanged(self) -> None:
+        storage = cast("RecheckingStorage", self._raw_storage)
+        for file in self._files.values():
+            if file.version is not None:
+                storage.check_unchanged(file.path, version=file.version)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:
