@@ -170,16 +170,16 @@ class FileStorage:
     """Reads with ``preadv`` into the caller's memory, through the page cache.
 
     A file's version is its inode, size, modification time and change time (``ctime``, which no program can set back).
-    Descriptors stay open until ``close``, so a file that is replaced by renaming, or removed, goes on being read in the
-    version that the load began with, while a later load reads the new one.
+    Descriptors stay open until ``close``, so a file that is replaced by renaming, or removed, goes on being read in
+    the version that the load began with, while a later load reads the new one.
 
-    A file that changes in place is noticed after each read, and once more at the end of a load (``check_unchanged``).
+    A file that changes in place is noticed after each read, and at the end of a load once more (``check_unchanged``).
     Three changes leave no trace in time, and are not noticed:
 
-    - stores through a shared mapping to pages that are dirty already (on tmpfs: to any page): the kernel moves the times
-      when a clean page is first written to;
-    - the rest of a call that began to write before the load and takes longer than 20 ms: the kernel moves the times when
-      the call begins;
+    - stores through a shared mapping to pages that are dirty already (on tmpfs: to any page): the kernel moves the
+      times when a clean page is first written to;
+    - the rest of a call that began to write before the load and takes longer than 20 ms: the kernel moves the times
+      when the call begins;
     - on network file systems: changes by other machines until the attributes are fetched again (NFS: ``acregmin``).
     """
 
