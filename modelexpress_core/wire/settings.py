@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from modelexpress_core.contracts.rights import Rights
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.settings import env
+from modelexpress_core.settings import boolean, env
 
 __all__ = ["AuthSettings", "TlsSettings", "TokenSettings", "missing_for_certificates"]
 
@@ -47,7 +48,13 @@ class TokenSettings:
     path: str = env(
         "MX_AUTH_TOKEN_PATH",
         default="/var/run/secrets/tokens/modelexpress",
-        help="File with the token that is sent to servers; read again when it changes. Without the file none is sent.",
+        help="File with the token that is sent to the server; read again when it changes. Without the file none is sent.",
+    )
+    plaintext: bool = env(
+        "MX_AUTH_TOKEN_PLAINTEXT",
+        default=False,
+        converter=boolean,
+        help="Also send the token without TLS to a server on another host. By default it goes over TLS or loopback only.",
     )
 
 
@@ -71,6 +78,13 @@ class AuthSettings:
         default=None,
         help="File with a line name:token for each caller (or name:sha256:digest); read again when it changes.",
     )
+    rights: Rights = env(
+        "MX_AUTH_RIGHTS",
+        default=Rights.all(),
+        converter=Rights.from_text,
+        help="What each caller may do with which models, as JSON; easier to write in the configuration file. Unset: "
+        "each authenticated caller may do everything.",
+    )
 
     def __attrs_post_init__(self) -> None:
         if self.mode == "token" and self.tokens is None:
@@ -79,6 +93,9 @@ class AuthSettings:
         if self.mode == "off" and self.tokens is not None:
             message = "MX_AUTH_TOKENS_PATH is set, and MX_AUTH_MODE is off: everybody would be answered"
             raise SettingsError(message, hint="set MX_AUTH_MODE=token, or unset MX_AUTH_TOKENS_PATH")
+        if self.mode == "off" and self.rights.rules:
+            message = "MX_AUTH_RIGHTS is set, and MX_AUTH_MODE is off: everybody would be answered"
+            raise SettingsError(message, hint="set MX_AUTH_MODE to token or mtls, or unset MX_AUTH_RIGHTS")
 
     def check(self, tls: TlsSettings) -> None:
         """Check that ``tls`` has what the mode ``mtls`` needs.
