@@ -170,8 +170,8 @@ class TrustSettings:
         "MX_PEER_HOSTS",
         default=(),
         converter=names,
-        help="Where workers may be besides the address that they were published from: host names (* matches), addresses "
-        "and networks, comma-separated: *.workers.svc.cluster.local,10.8.0.0/16.",
+        help="Where workers may be besides the address that published them: host names (* matches), addresses "
+        "and networks, comma-separated: *.svc.cluster.local,10.8.0.0/16.",
     )
 
 

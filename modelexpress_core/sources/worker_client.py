@@ -162,5 +162,5 @@ _WANTS_GRANT = (
 
 
 def _wants_grant(exc: AccessDeniedError) -> bool:
-    call = exc.__cause__
-    return isinstance(call, grpc.Call) and call.code() is grpc.StatusCode.UNAUTHENTICATED
+    call: Any = exc.__cause__  # gRPC's error, which annotations give no code
+    return isinstance(call, grpc.RpcError) and call.code() is grpc.StatusCode.UNAUTHENTICATED

@@ -1,7 +1,7 @@
 """Read grants: the server signs that a reader may read one worker, and the worker verifies it.
 
 A grant is ``<message>.<signature>``, both in base64url without padding: a serialised ``ReadGrant``, and its HMAC-SHA256
-(RFC 2104) under a key that only the server and this worker have. A worker so learns nothing with which it could call the
+(RFC 2104) under a key that only the server and this worker have. A worker learns nothing with which it could call the
 server, or another worker, as the reader.
 """
 

@@ -48,14 +48,17 @@ class TokenSettings:
     path: str = env(
         "MX_AUTH_TOKEN_PATH",
         default="/var/run/secrets/tokens/modelexpress",
-        help="File with the token that is sent to the server; read again when it changes. Without the file none is sent.",
+        help="File with the token for the server; read again when it changes. Without the file none is sent.",
     )
     plaintext: bool = env(
         "MX_AUTH_TOKEN_PLAINTEXT",
         default=False,
         converter=boolean,
-        help="Also send the token without TLS to a server on another host. By default it goes over TLS or loopback only.",
+        help="Also send the token without TLS to a server on another host. By default it goes over TLS or loopback.",
     )
+
+
+_EVERYTHING = Rights()
 
 
 def _word(text: str) -> str:
@@ -78,9 +81,9 @@ class AuthSettings:
         default=None,
         help="File with a line name:token for each caller (or name:sha256:digest); read again when it changes.",
     )
-    rights: Rights = env(
+    rights: Rights = env(  # noqa: RUF009 - it makes a field, as for the others
         "MX_AUTH_RIGHTS",
-        default=Rights.all(),
+        default=_EVERYTHING,
         converter=Rights.from_text,
         help="What each caller may do with which models, as JSON; easier to write in the configuration file. Unset: "
         "each authenticated caller may do everything.",

@@ -95,7 +95,7 @@ class Eavesdropper:
             raise AssertionError
 
         class Every(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # generic in the annotations alone
-            def service(self, _: grpc.HandlerCallDetails) -> Any:  # noqa: ANN401 - of gRPC
+            def service(self, _: grpc.HandlerCallDetails) -> Any:
                 return grpc.unary_unary_rpc_method_handler(refuse)
 
         self._server = grpc.server(ThreadPoolExecutor(4), handlers=[Every()])

@@ -473,6 +473,9 @@ def test_a_worker_asks_for_grants_where_a_plugin_authenticates_by_token() -> Non
     environ = {"MX_AUTH_MODE": "doorbell", "MX_WORKER_GRPC_PORT": "0", "MX_WORKER_HOST": "127.0.0.1"}
     plugins = core_and(mx_acme=authenticating(lambda environ: Doorbell()))
 
-    with Offer(identity, weights, transports=["grpc"], environ=environ, plugins=plugins) as offer:
-        with WorkerClient(offer.endpoint) as reader, pytest.raises(UnavailableError, match="not yet been published"):
-            reader.manifest(identity.source_id)
+    with (
+        Offer(identity, weights, transports=["grpc"], environ=environ, plugins=plugins) as offer,
+        WorkerClient(offer.endpoint) as reader,
+        pytest.raises(UnavailableError, match="not yet been published"),
+    ):
+        reader.manifest(identity.source_id)

@@ -37,7 +37,7 @@ def test_a_caller_may_do_what_one_rule_allows(name: str, right: str, model: str,
 
 def test_without_rules_everything_is_allowed() -> None:
     """As before there were rights."""
-    assert Rights.all().allows("anybody", PUBLISH, "any/model")
+    assert Rights().allows("anybody", PUBLISH, "any/model")
 
 
 def test_text_and_file_mean_the_same() -> None:
@@ -45,7 +45,7 @@ def test_text_and_file_mean_the_same() -> None:
     rights = Rights.from_data(_RULES)
 
     assert rights == Rights.from_text(json.dumps(_RULES)) == Rights.from_text(str(rights))
-    assert str(Rights.all()) == ""
+    assert str(Rights()) == ""
 
 
 @pytest.mark.parametrize(

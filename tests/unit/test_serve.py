@@ -17,7 +17,7 @@ _TOKENS = AuthSettings(mode="token", tokens="tokens")
         ("127.0.0.1", AuthSettings(), TlsSettings(), ""),
         ("[::1]", AuthSettings(), TlsSettings(), ""),
         ("localhost", _TOKENS, TlsSettings(), ""),
-        ("0.0.0.0", AuthSettings(), TlsSettings(), "MX_AUTH_MODE is off"),  # noqa: S104 - nothing listens
+        ("0.0.0.0", AuthSettings(), TlsSettings(), "MX_AUTH_MODE is off"),
         ("[::]", AuthSettings(), _TLS, "MX_AUTH_MODE is off"),
         ("10.0.0.1", _TOKENS, TlsSettings(), "tokens without TLS"),
         ("10.0.0.1", _TOKENS, _TLS, ""),

@@ -33,7 +33,7 @@ def reason(
         "::ffff:169.254.169.254",
         "fe80::1",
         "fe80::1%eth0",
-        "0.0.0.0",  # noqa: S104 - connections to it reach this machine
+        "0.0.0.0",
         "0",
         "::",
         "224.0.0.1",
@@ -114,7 +114,7 @@ def test_the_worker_is_where_it_was_published_from_or_where_the_user_says(
         ("::ffff:127.0.0.1", True),
         ("localhost.example.com", False),
         ("10.0.0.1", False),
-        ("0.0.0.0", False),  # noqa: S104 - a test of addresses
+        ("0.0.0.0", False),
         ("127.0.0.1.example.com", False),
         ("2130706433", False),  # 127.0.0.1, but another spelling is no reason to send a token in plain text
     ],

@@ -56,7 +56,7 @@ class P2pService:
 
     def __init__(self, store: MetadataStore, heartbeat_timeout_seconds: float, rights: Rights | None = None) -> None:
         self._store = store
-        self._rights = rights or Rights.all()
+        self._rights = rights or Rights()
         self._timeout_ms = int(heartbeat_timeout_seconds * 1000)
 
     async def publish_metadata(

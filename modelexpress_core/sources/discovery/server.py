@@ -47,8 +47,9 @@ class ServerDiscovery:
     def candidates(self, request: LoadRequest) -> Sequence[Candidate]:
         """Return the workers of the request's rank with an equal identity, one candidate per transport.
 
-        The reader itself is excluded, and so are workers that it should not believe, with a warning. The URI of each candidate names the worker's endpoint. It comes with the list of
-        sources, or else from the worker's record; only the first few workers in this reader's order are looked up so.
+        The reader itself is excluded, and so are workers that it should not believe, with a warning. The URI of each
+        candidate names the worker's endpoint. It comes with the list of sources, or else from the worker's record; only
+        the first few workers in this reader's order are looked up so.
 
         Raises:
             BackendError: A call to the server failed.
