@@ -80,7 +80,7 @@ class SourceRecord:
         layout_signature: Digest of the tensors' layout; None if the identity has none.
         source_load: Load of the worker, from 0 to 1; None if it reports none.
         publisher: Name of the authenticated publisher; empty if the server authenticates no callers.
-        publisher_address: IP address from which it was published; empty if unknown.
+        publisher_address: IP address from which an authenticated publisher published it; else empty.
     """
 
     source_id: str

@@ -82,7 +82,7 @@ class P2pService:
             training_step=_training_step(identity),
             layout_signature=identity.extra_parameters.get("layout_signature"),
             publisher=publisher,
-            publisher_address=peer_address(context),
+            publisher_address=peer_address(context) if publisher else "",
         )
         worker.ClearField("status")
         worker.ClearField("updated_at")
