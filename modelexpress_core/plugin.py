@@ -188,9 +188,7 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
 def _open_tokens(settings: Mapping[str, str]) -> Authenticator:
     from modelexpress_core.wire.authentication import TokenAuthenticator
 
-    tokens = from_env(AuthSettings, settings).tokens
-    assert tokens is not None  # noqa: S101 - for the type checker: with the mode token, the settings require them
-    return TokenAuthenticator(tokens)
+    return TokenAuthenticator(from_env(AuthSettings, settings).tokens_path())
 
 
 def _open_certificates(settings: Mapping[str, str]) -> Authenticator:  # noqa: ARG001 - a factory's signature

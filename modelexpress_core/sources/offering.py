@@ -116,7 +116,7 @@ class Offer:
         # Readers send their token to the server alone. To workers they show a grant that it signed, or a certificate.
         grants = GrantAuthenticator(identity.source_id, self.worker_id, required=auth.mode != "off")
         authenticator: Authenticator = grants
-        if auth.mode != "off":
+        if auth.mode not in {"off", "token"}:
             chosen = open_authenticator(auth, plugins or PluginManager.discover(environ), environ)
             if chosen is not None and chosen.by_certificate:
                 authenticator = chosen

@@ -90,9 +90,6 @@ class AuthSettings:
     )
 
     def __attrs_post_init__(self) -> None:
-        if self.mode == "token" and self.tokens is None:
-            message = "MX_AUTH_MODE is token, and MX_AUTH_TOKENS_PATH does not say where the tokens are"
-            raise SettingsError(message, hint="name a file there, with a line name:token for each caller")
         if self.mode == "off" and self.tokens is not None:
             message = "MX_AUTH_TOKENS_PATH is set, and MX_AUTH_MODE is off: everybody would be answered"
             raise SettingsError(message, hint="set MX_AUTH_MODE=token, or unset MX_AUTH_TOKENS_PATH")
@@ -101,15 +98,28 @@ class AuthSettings:
             raise SettingsError(message, hint="set MX_AUTH_MODE to token or mtls, or unset MX_AUTH_RIGHTS")
 
     def check(self, tls: TlsSettings) -> None:
-        """Check that ``tls`` has what the mode ``mtls`` needs.
+        """Check that a server has what the mode needs: tokens, or files of ``tls``.
 
         Raises:
             SettingsError: Something is not set.
         """
+        if self.mode == "token":
+            self.tokens_path()
         missing = missing_for_certificates(tls)
         if self.mode == "mtls" and missing:
             message = f"MX_AUTH_MODE is mtls, and {missing} not set"
             raise SettingsError(message, hint="mtls needs MX_TLS_CA_PATH, MX_TLS_CERT_PATH and MX_TLS_KEY_PATH")
+
+    def tokens_path(self) -> str:
+        """The file of tokens.
+
+        Raises:
+            SettingsError: It is not set.
+        """
+        if self.tokens is None:
+            message = "MX_AUTH_MODE is token, and MX_AUTH_TOKENS_PATH does not say where the tokens are"
+            raise SettingsError(message, hint="name a file there, with a line name:token for each caller")
+        return self.tokens
 
 
 def missing_for_certificates(tls: TlsSettings) -> str:
