@@ -160,6 +160,8 @@ class _WorkerService:
             await context.abort(_Code.FAILED_PRECONDITION, reason)
 
 
+_RELEASE = WORKER.path("ReleaseTensorRead")
+
 _DRAINING = "the worker is draining: its memory is about to change"
 
 
@@ -188,7 +190,7 @@ class WorkerServer:
         manifest: Manifest of the worker's tensors, with the ids of source and worker.
         address: Address to listen on: ``host:port``; port 0 is any free port.
         tls: Files of TLS; TLS is on if there is a certificate.
-        authenticator: Authenticates callers; None to accept every caller.
+        authenticator: Authenticates readers; None to accept every reader. To release a lease its id suffices.
         lease_seconds: How long a reader may keep a lease.
 
     Attributes:
@@ -247,7 +249,8 @@ class WorkerServer:
     async def _begin(self) -> tuple[int, grpc.aio.Server]:
         services = {WORKER: _WorkerService(self._manifest, self.leases), STANDARD_HEALTH: _WorkerHealth(self.leases)}
         handlers = {service.name: handler(service, implementation) for service, implementation in services.items()}
-        server = new_server(handlers, authenticator=self._authenticator)
+        # A load may take longer than the grant of its reader is valid. The id of a lease is a secret of the reader.
+        server = new_server(handlers, authenticator=self._authenticator, open_methods=[_RELEASE])
         try:
             port = listen(server, self._address, tls=self._tls, authenticator=self._authenticator)
         except RuntimeError as exc:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -28,6 +28,7 @@ def new_server(
     handlers: Mapping[str, grpc.GenericRpcHandler[Any, Any]],
     *,
     authenticator: Authenticator | None = None,
+    open_methods: Iterable[str] = (),
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),  # type: ignore[type-arg]  # generic in the annotations alone
 ) -> grpc.aio.Server:
     """A server that listens nowhere yet.
@@ -35,9 +36,10 @@ def new_server(
     Args:
         handlers: The handler of each service, by the service's full name. It gets calls of that service alone.
         authenticator: Names the callers; None to answer every caller. Services of health answer every caller anyway.
+        open_methods: Paths of methods that answer every caller in spite of ``authenticator``.
         interceptors: Interceptors of each call, also of refused ones; the first is the outermost.
     """
-    auth_interceptors = [] if authenticator is None else [AuthInterceptor(authenticator)]
+    auth_interceptors = [] if authenticator is None else [AuthInterceptor(authenticator, open_methods)]
     server = grpc.aio.server(interceptors=[*interceptors, *auth_interceptors], options=_OPTIONS)
     server.add_generic_rpc_handlers([_Services(handlers)])
     return server

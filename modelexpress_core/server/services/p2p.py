@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,13 +18,16 @@ from modelexpress_core.contracts.metadata_store import (
     SourceStatus,
     StoredSource,
 )
+from modelexpress_core.contracts.rights import PUBLISH, READ, Rights
 from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.server.settings import ServerSettings
 from modelexpress_core.settings import from_env
 from modelexpress_core.wire.authentication import caller
+from modelexpress_core.wire.grants import new_grant_key
 from modelexpress_core.wire.identities import identity_from_message
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
-from modelexpress_core.wire.rpc import P2P, RpcContext, handler
+from modelexpress_core.wire.rpc import P2P, RpcContext, handler, peer_address
+from modelexpress_core.wire.settings import AuthSettings
 
 __all__ = ["P2pService", "make_p2p"]
 
@@ -34,7 +38,8 @@ _DIGITS = 20
 def make_p2p(context: ServiceContext) -> grpc.GenericRpcHandler[Any, Any]:
     """The handler of ``P2pService``."""
     settings = from_env(ServerSettings, context.settings)
-    return handler(P2P, P2pService(context.store, settings.heartbeat_timeout_seconds))
+    rights = from_env(AuthSettings, context.settings).rights
+    return handler(P2P, P2pService(context.store, settings.heartbeat_timeout_seconds, rights))
 
 
 class P2pService:
@@ -46,10 +51,12 @@ class P2pService:
     Args:
         store: The store of sources.
         heartbeat_timeout_seconds: A source without a heartbeat for longer is not listed as ready.
+        rights: What callers may publish and read; everything by default.
     """
 
-    def __init__(self, store: MetadataStore, heartbeat_timeout_seconds: float) -> None:
+    def __init__(self, store: MetadataStore, heartbeat_timeout_seconds: float, rights: Rights | None = None) -> None:
         self._store = store
+        self._rights = rights or Rights()
         self._timeout_ms = int(heartbeat_timeout_seconds * 1000)
 
     async def publish_metadata(
@@ -60,6 +67,9 @@ class P2pService:
         if problem:
             return p2p_pb2.PublishMetadataResponse(success=False, message=problem)
         identity = identity_from_message(request.identity)
+        publisher = caller.get()
+        if not self._rights.allows(publisher, PUBLISH, identity.model_name):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, lacks_right(publisher, PUBLISH, identity.model_name))
         worker = request.worker
         record = SourceRecord(
             source_id=identity.source_id,
@@ -71,21 +81,34 @@ class P2pService:
             topology=worker.topology,
             training_step=_training_step(identity),
             layout_signature=identity.extra_parameters.get("layout_signature"),
-            publisher=caller.get(),
+            publisher=publisher,
+            publisher_address=peer_address(context) if publisher else "",
         )
         worker.ClearField("status")
         worker.ClearField("updated_at")
-        source = StoredSource(record, request.identity.SerializeToString(), worker.SerializeToString())
+        grant_key = new_grant_key() if publisher else b""
+        source = StoredSource(
+            record, request.identity.SerializeToString(), worker.SerializeToString(), grant_key=grant_key
+        )
         try:
             await self._store.publish(source)
         except NotPublisherError as exc:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(exc))
         return p2p_pb2.PublishMetadataResponse(
-            success=True, message="published", mx_source_id=record.source_id, worker_id=record.worker_id
+            success=True,
+            message="published",
+            mx_source_id=record.source_id,
+            worker_id=record.worker_id,
+            grant_key=grant_key,
+            server_time_ms=now_ms(),
         )
 
     async def list_sources(self, request: p2p_pb2.ListSourcesRequest, _: RpcContext) -> p2p_pb2.ListSourcesResponse:
-        """Sources that pass all filters, those with the latest heartbeat first."""
+        """Sources that pass all filters, those with the latest heartbeat first.
+
+        Sources of models that the caller may not read are left out.
+        """
+        reader = caller.get()
         source_id = identity_from_message(request.identity).source_id if request.identity.model_name else None
         query = SourceQuery(
             source_id=source_id,
@@ -95,16 +118,31 @@ class P2pService:
         listing = await self._store.list(query)
         since = listing.as_of_ms - self._timeout_ms if query.status == SourceStatus.READY else 0
         records = [record for record in listing.records if record.updated_at_ms >= since and _passes(record, request)]
+        if self._rights.rules:
+            readable = {
+                model: self._rights.allows(reader, READ, model) for model in {record.model_name for record in records}
+            }
+            records = [record for record in records if readable[record.model_name]]
         records.sort(key=lambda record: (-record.updated_at_ms, record.worker_id))
-        return p2p_pb2.ListSourcesResponse(instances=_references(records[: request.limit or None]))
+        return p2p_pb2.ListSourcesResponse(instances=_references(records[: request.limit or None]), caller=reader)
 
-    async def get_metadata(self, request: p2p_pb2.GetMetadataRequest, _: RpcContext) -> p2p_pb2.GetMetadataResponse:
+    async def get_metadata(
+        self, request: p2p_pb2.GetMetadataRequest, context: RpcContext
+    ) -> p2p_pb2.GetMetadataResponse:
         """Everything that a worker published."""
         source = await self._store.get(request.mx_source_id, request.worker_id)
         if source is None:
             return p2p_pb2.GetMetadataResponse(found=False)
         record = source.record
-        response = p2p_pb2.GetMetadataResponse(found=True, mx_source_id=record.source_id, worker_id=record.worker_id)
+        if not self._rights.allows(caller.get(), READ, record.model_name):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, lacks_right(caller.get(), READ, record.model_name))
+        response = p2p_pb2.GetMetadataResponse(
+            found=True,
+            mx_source_id=record.source_id,
+            worker_id=record.worker_id,
+            publisher=record.publisher,
+            publisher_address=record.publisher_address,
+        )
         response.worker.ParseFromString(source.worker)
         response.identity.ParseFromString(source.identity)
         silent = source.as_of_ms - record.updated_at_ms > self._timeout_ms
@@ -127,7 +165,17 @@ class P2pService:
         if not known:
             message = f"unknown worker {request.worker_id!r} of source {request.mx_source_id!r}; publish it again"
             return p2p_pb2.UpdateStatusResponse(success=False, message=message)
-        return p2p_pb2.UpdateStatusResponse(success=True, message="updated")
+        return p2p_pb2.UpdateStatusResponse(success=True, message="updated", server_time_ms=now_ms())
+
+
+def lacks_right(name: str, right: str, model: str) -> str:
+    """The text of an answer to a caller that lacks a right."""
+    return f"{name!r} may not {right} {model!r}: no rule of the server's rights allows it"
+
+
+def now_ms() -> int:
+    """The server's time, in milliseconds since 1970: the clock by which read grants expire."""
+    return time.time_ns() // 1_000_000
 
 
 def _problem(request: p2p_pb2.PublishMetadataRequest) -> str:
@@ -181,6 +229,8 @@ def _references(records: Sequence[SourceRecord]) -> Sequence[p2p_pb2.SourceInsta
             layout_signature=record.layout_signature,
             topology=dict(record.topology),
             source_load=record.source_load,
+            publisher=record.publisher,
+            publisher_address=record.publisher_address,
         )
         for record in records
     ]

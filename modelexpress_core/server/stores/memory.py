@@ -91,7 +91,7 @@ class MemoryStore:
         kept = self._sources.get((source_id, worker_id))
         if kept is None:
             return None
-        return StoredSource(kept.record(), kept.published.identity, kept.published.worker, self._now_ms())
+        return attrs.evolve(kept.published, record=kept.record(), as_of_ms=self._now_ms())
 
     async def list(self, query: SourceQuery) -> Listing:
         """The sources that match ``query``."""

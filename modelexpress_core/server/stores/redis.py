@@ -92,7 +92,7 @@ local id, source_id, model, status, publisher = ARGV[1], ARGV[2], ARGV[3], ARGV[
 if published_by_another(id, publisher) then return 0 end
 forget(id)
 redis.call('HSET', source(id), 'source_id', source_id, 'model_name', model, 'status', status, 'publisher', publisher,
-    'load', ARGV[6], 'updated', now, 'record', ARGV[7], 'identity', ARGV[8], 'worker', ARGV[9])
+    'load', ARGV[6], 'updated', now, 'record', ARGV[7], 'identity', ARGV[8], 'worker', ARGV[9], 'grant_key', ARGV[10])
 redis.call('SADD', of_source(source_id), id)
 redis.call('SADD', of_model(model), id)
 enter(status, now, id)
@@ -100,8 +100,9 @@ return 1
 """
 
 _GET = """
-local found = redis.call('HMGET', source(ARGV[1]), 'record', 'status', 'load', 'updated', 'identity', 'worker')
-found[7] = now
+local found = redis.call(
+    'HMGET', source(ARGV[1]), 'record', 'status', 'load', 'updated', 'identity', 'worker', 'grant_key')
+found[8] = now
 return found
 """
 
@@ -249,16 +250,18 @@ class RedisStore:
             _packed(record),
             source.identity,
             source.worker,
+            source.grant_key,
         )
         if not done:
             raise NotPublisherError(record.worker_id)
 
     async def get(self, source_id: str, worker_id: str) -> StoredSource | None:
         """The source with these ids; None if there is none."""
-        record, status, load, updated, identity, worker, now = await self._run(_GET, _id(source_id, worker_id))
+        found = await self._run(_GET, _id(source_id, worker_id))
+        record, status, load, updated, identity, worker, grant_key, now = found
         if record is None:
             return None
-        return StoredSource(_unpacked(record, status, load, updated), identity, worker, int(now))
+        return StoredSource(_unpacked(record, status, load, updated), identity, worker, int(now), grant_key or b"")
 
     async def list(self, query: SourceQuery) -> Listing:
         """The sources that match ``query``."""
@@ -344,12 +347,14 @@ def _packed(record: SourceRecord) -> str:
         record.training_step,
         record.layout_signature,
         record.publisher,
+        record.publisher_address,
     )
     return json.dumps(fixed, separators=(",", ":"))
 
 
 def _unpacked(packed: bytes, status: bytes, load: bytes, updated: bytes) -> SourceRecord:
-    source_id, worker_id, model_name, rank, accelerator, topology, step, layout, publisher = json.loads(packed)
+    fields = json.loads(packed)
+    source_id, worker_id, model_name, rank, accelerator, topology, step, layout, publisher, *more = fields
     return SourceRecord(
         source_id=source_id,
         worker_id=worker_id,
@@ -363,4 +368,5 @@ def _unpacked(packed: bytes, status: bytes, load: bytes, updated: bytes) -> Sour
         layout_signature=layout,
         source_load=float(load) if load else None,
         publisher=publisher,
+        publisher_address=more[0] if more else "",  # records of earlier versions have none
     )
