@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from modelexpress_core.contracts.metadata_store import StoreUnavailableError
+from modelexpress_core.server.deadlines import begin_call
 from modelexpress_core.server.metrics import ServerMetrics
 from modelexpress_core.wire.interception import CallScope, Interceptor, status_of
 from modelexpress_core.wire.rpc import STANDARD_HEALTH, RpcContext
@@ -43,6 +44,7 @@ class MetricsInterceptor(Interceptor):
         async def measured(context: RpcContext) -> AsyncIterator[None]:
             begun = time.perf_counter()
             raised: BaseException | None = None
+            begin_call(context.time_remaining())
             try:
                 yield
             except (grpc.aio.AbortError, asyncio.CancelledError) as exc:
