@@ -1,0 +1,77 @@
+"""What a record may contain, and how many bytes of records a caller may keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from modelexpress_core.contracts.metadata_store import Quota, StoreFullError
+from modelexpress_core.server.settings import LimitSettings
+from modelexpress_core.wire.admission import peer_host
+from modelexpress_core.wire.authentication import caller
+from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+from modelexpress_core.wire.rpc import RpcContext
+
+__all__ = ["RecordLimits"]
+
+
+class RecordLimits:
+    """Checks records before they are stored. Each refusal names the limit and its setting.
+
+    Args:
+        settings: The limits.
+    """
+
+    def __init__(self, settings: LimitSettings) -> None:
+        self._settings = settings
+
+    def problem(self, request: p2p_pb2.PublishMetadataRequest) -> str:
+        """The first limit that ``request`` exceeds, as a sentence; empty if it exceeds none."""
+        settings = self._settings
+        for name, texts in (
+            ("worker.topology", request.worker.topology),
+            ("identity.extra_parameters", request.identity.extra_parameters),
+        ):
+            if len(texts) > settings.entries:
+                return f"{name} has {len(texts)} entries; the limit is {settings.entries} (MX_MAX_ENTRIES)"
+        for name, text in _texts(request):
+            size = len(text.encode())
+            if size > settings.string_bytes:
+                return f"{name} has {size} bytes; the limit is {settings.string_bytes} (MX_MAX_STRING_BYTES)"
+        size = _size_bytes(request.worker.topology)
+        if size > settings.topology_bytes:
+            return f"worker.topology has {size} bytes; the limit is {settings.topology_bytes} (MX_MAX_TOPOLOGY_BYTES)"
+        return ""
+
+    def quota(self, context: RpcContext) -> Quota:
+        """The quota of the present caller."""
+        name = caller.get()
+        owner = f"name {name}" if name else f"address {peer_host(context.peer())}"
+        return Quota(owner, self._settings.caller_bytes, self._settings.records_bytes)
+
+    def full(self, error: StoreFullError, quota: Quota, size_bytes: int) -> str:
+        """Why the store did not take a record of ``size_bytes``."""
+        if error.of_owner:
+            limit = f"the limit for the caller with the {quota.owner} is {quota.owner_bytes} (MX_MAX_CALLER_BYTES)"
+        else:
+            limit = f"the limit for the records of all callers is {quota.total_bytes} (MX_MAX_RECORDS_BYTES)"
+        return f"the record counts {size_bytes} bytes, and there is no room for it: {limit}"
+
+
+def _texts(request: p2p_pb2.PublishMetadataRequest) -> Iterator[tuple[str, str]]:
+    """Each text of the request that lists or messages may repeat, with its name."""
+    yield "worker_id", request.worker_id
+    for prefix, message in (("identity", request.identity), ("worker", request.worker)):
+        for field, value in message.ListFields():
+            name = f"{prefix}.{field.name}"
+            if isinstance(value, str):
+                yield name, value
+            elif field.name in {"topology", "extra_parameters"}:
+                for key, text in value.items():
+                    yield f"a key of {name}", key
+                    yield f"{name}[{key[:64]!r}]", text
+            elif field.name == "artifact_source":
+                yield f"{name}.artifact_id", value.artifact_id
+
+
+def _size_bytes(texts: Mapping[str, str]) -> int:
+    return sum(len(key.encode()) + len(text.encode()) for key, text in texts.items())
