@@ -3,15 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grpc
+from attrs import frozen
 
 from modelexpress_core.contracts.metadata_store import Quota, StoreFullError
 from modelexpress_core.server.settings import LimitSettings
 from modelexpress_core.wire.admission import peer_host
 from modelexpress_core.wire.authentication import caller
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
-from modelexpress_core.wire.rpc import RpcContext
+from modelexpress_core.wire.rpc import RpcContext, RpcHandler, behaviour_of, make_handler
 
-__all__ = ["RecordLimits"]
+__all__ = ["FewEntries", "RecordLimits"]
+
+#: Bytes of an entry of a message on average, at least. The tensors of real workers take 60 and more.
+_ENTRY_BYTES = 16
+
+#: Shorter messages cannot hold many entries.
+_SHORT_BYTES = 64 << 10
+
+#: Bytes with which entries begin: tensors in either list, and keys of maps. They occur within other values, too, but
+#: there is no entry without one of them.
+_ENTRY_TAGS = (b"\x1a", b"\x0a")
+
+
+@frozen(eq=False)
+class FewEntries(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic in the annotations alone
+    """Refuses messages of many tiny entries, before they are decoded.
+
+    An empty tensor has two bytes, and takes 76 bytes of memory once it is decoded: 16 MiB of them would take 600 MiB,
+    and a second, in which no other call is answered.
+
+    Attributes:
+        handler: The handler of the service.
+        message_bytes: The longest message, which bounds the number of entries.
+    """
+
+    handler: grpc.GenericRpcHandler[Any, Any]
+    message_bytes: int
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> RpcHandler | None:
+        """The handler of a call."""
+        handler = self.handler.service(handler_call_details)
+        return None if handler is None else self._checking(handler)
+
+    def _checking(self, handler: RpcHandler) -> RpcHandler:
+        answer = behaviour_of(handler)
+        most = self.message_bytes // _ENTRY_BYTES
+
+        async def checked(data: bytes, context: RpcContext) -> Any:  # noqa: ANN401 - any message
+            if len(data) > _SHORT_BYTES and sum(data.count(tag) for tag in _ENTRY_TAGS) > most:
+                reason = f"the message has more than {most} entries, a sixteenth of MX_MAX_MESSAGE_BYTES"
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            return await answer(data, context)
+
+        return make_handler(
+            checked,
+            request_streaming=handler.request_streaming,
+            response_streaming=handler.response_streaming,
+            encode=handler.response_serializer,
+        )
 
 
 class RecordLimits:

@@ -106,7 +106,7 @@ class ServerClient(Client):
                 self._endpoint,
                 _PAGE_BYTES * _MAX_PAGES >> 20,
             )
-        whole.instances.sort(key=lambda source: (-source.updated_at, source.worker_id))  # pages are in the order of ids
+        whole.instances.sort(key=lambda source: -source.updated_at)  # pages are in the order of ids
         return whole
 
     def metadata(self, source_id: str, worker_id: str) -> p2p_pb2.GetMetadataResponse:

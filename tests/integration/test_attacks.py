@@ -156,6 +156,25 @@ def test_a_message_that_is_too_long(start: Start) -> None:
         assert client.publish(_IDENTITY, worker(nixl_metadata=bytes(60 << 10)), "w-0").success
 
 
+@pytest.mark.parametrize("older", [True, False])
+def test_messages_of_many_tiny_entries(start: Start, older: bool) -> None:
+    """4 MiB of empty tensors are refused before they take 150 MiB; as many bytes of usual ones are taken."""
+    serving = start(MX_MAX_MESSAGE_BYTES="5MiB")
+    usual = p2p_pb2.TensorDescriptor(name="model.layers.1.mlp.weight", addr=1 << 46, size=1 << 25, dtype="bfloat16")
+    with ServerClient(serving.url) as client:
+        before = memory(serving)
+        for tensor, accepted in ((p2p_pb2.TensorDescriptor(), False), (usual, True)):
+            many = p2p_pb2.TensorSource(tensors=[tensor] * (4 * _MIB // (2 + tensor.ByteSize())))
+            record = worker(tensors=many.tensors) if older else worker(tensor_source=many)
+            del many
+            if accepted:
+                assert client.publish(_IDENTITY, record, "w").success
+            else:
+                with pytest.raises(ModelExpressError, match=r"RESOURCE_EXHAUSTED.*entries"):
+                    client.publish(_IDENTITY, record, "w")
+                assert memory(serving, "VmHWM") - before < 48 * _MIB
+
+
 def test_records_without_end(start: Start) -> None:
     """A caller's records are refused from its limit on, and replacing one needs no room; the server's memory stays."""
     serving = start(MX_MAX_CALLER_BYTES="8MiB", MX_MAX_RECORDS_BYTES="16MiB")

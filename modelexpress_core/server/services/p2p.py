@@ -30,7 +30,7 @@ from modelexpress_core.contracts.metadata_store import (
 )
 from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.server.deadlines import time_out
-from modelexpress_core.server.limits import RecordLimits
+from modelexpress_core.server.limits import FewEntries, RecordLimits
 from modelexpress_core.server.metrics import SourceServiceMetrics
 from modelexpress_core.server.pacing import Pacer, merge_sorted
 from modelexpress_core.server.settings import LimitSettings, ServerSettings
@@ -64,10 +64,11 @@ _LEFT_OUT = "mx-left-out"
 def make_p2p(context: ServiceContext) -> grpc.GenericRpcHandler[Any, Any]:
     """The handler of ``P2pService``."""
     settings = from_env(ServerSettings, context.settings)
-    limits = RecordLimits(from_env(LimitSettings, context.settings))
+    limit_settings = from_env(LimitSettings, context.settings)
+    limits = RecordLimits(limit_settings)
     metrics = SourceServiceMetrics(context.metrics)
     service = P2pService(context.store, settings.heartbeat_timeout_seconds, limits=limits, metrics=metrics)
-    return handler(P2P, service)
+    return FewEntries(handler(P2P, service), limit_settings.message_bytes)
 
 
 @frozen
