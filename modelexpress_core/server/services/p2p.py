@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import itertools
 import logging
 import math
 from collections.abc import AsyncIterator, Iterable
@@ -215,12 +216,14 @@ class P2pService:
         """The sources after the position ``after``, as many as ``room_bytes`` hold."""
         records = await self._matching(request)
         in_pages = bool(request.page_bytes)
-        if request.limit or not in_pages:
-            newest = await merge_sorted(records, _by_heartbeat)
-            records = await _first(newest, request.limit or len(records))
-        ordered: Iterable[SourceRecord] = records
+        number = min(request.limit or len(records), len(records))
+        ordered: Iterable[SourceRecord]
         if in_pages:
+            if number < len(records):
+                records = await _first(await merge_sorted(records, _by_heartbeat), number)
             ordered = await merge_sorted([each for each in records if _by_id(each) > (after or ("", ""))], _by_id)
+        else:
+            ordered = itertools.islice(await merge_sorted(records, _by_heartbeat), number)
         parts: list[bytes] = []
         used_bytes = left_out = 0
         last, token = ("", ""), ""
@@ -237,7 +240,7 @@ class P2pService:
                 token = _token(last)
                 break
             else:
-                left_out += len(records) - taken
+                left_out += number - taken
                 break
             last = _by_id(record)
         # Serialised messages one after the other are the message with all their entries.

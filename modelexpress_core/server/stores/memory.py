@@ -47,15 +47,24 @@ class _Kept:
     source_load: float | None
     owner: str
     size_bytes: int
+    _listed: SourceRecord | None = None  # made when it is asked for, and kept until the next heartbeat
 
     def record(self, wall_offset_ms: float) -> SourceRecord:
         """The record with the present state, its time by the wall clock."""
-        return attrs.evolve(
-            self.published.record,
-            status=self.status,
-            updated_at_ms=int(self.spoke_at_ms + wall_offset_ms),
-            source_load=self.source_load,
-        )
+        updated_at_ms = int(self.spoke_at_ms + wall_offset_ms)
+        listed = self._listed
+        if listed is None or listed.updated_at_ms != updated_at_ms or listed.status != self.status:
+            listed = self._listed = attrs.evolve(
+                self.published.record,
+                status=self.status,
+                updated_at_ms=updated_at_ms,
+                source_load=self.source_load,
+            )
+        return listed
+
+    def changed(self) -> None:
+        """Forget the record that was made for lists."""
+        self._listed = None
 
 
 @frozen
@@ -144,6 +153,7 @@ class MemoryStore:
         kept.spoke_at_ms = self._now_ms()
         if source_load is not None:
             kept.source_load = source_load
+        kept.changed()
         return True
 
     async def reap(self, stale_after_seconds: float, removed_after_seconds: float) -> Reaped:
