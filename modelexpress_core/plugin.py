@@ -33,6 +33,7 @@ from modelexpress_core.sources.settings import (
     PublishingSettings,
     ServerAddress,
     StaticSources,
+    TrustSettings,
     WorkerSettings,
 )
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings, TokenSettings
@@ -194,7 +195,7 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
             ("server",),
             _open_server_discovery,
             install_hint="modelexpress-core[server]",
-            settings=(DiscoverySettings, PublishingSettings, WorkerSettings),
+            settings=(DiscoverySettings, TrustSettings, PublishingSettings, WorkerSettings),
         ),
         DiscoveryProvider("static", ("static",), _open_static_discovery, settings=StaticSources),
     ]
@@ -203,9 +204,7 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
 def _open_tokens(settings: Mapping[str, str]) -> Authenticator:
     from modelexpress_core.wire.authentication import TokenAuthenticator
 
-    tokens = from_env(AuthSettings, settings).tokens
-    assert tokens is not None  # noqa: S101 - for the type checker: with the mode token, the settings require them
-    return TokenAuthenticator(tokens)
+    return TokenAuthenticator(from_env(AuthSettings, settings).tokens_path())
 
 
 def _open_certificates(settings: Mapping[str, str]) -> Authenticator:  # noqa: ARG001 - a factory's signature
@@ -242,13 +241,20 @@ def _make_p2p(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
     return make_p2p(context)
 
 
+def _make_access(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
+    from modelexpress_core.server.services.access import make_access
+
+    return make_access(context)
+
+
 @hookimpl
 def mx_register_server_services() -> list[ServerServiceProvider]:
-    """Health, pings, and the metadata of sources."""
+    """Health, pings, the metadata of sources, and read grants."""
     return [
         ServerServiceProvider("model_express.health.HealthService", _make_health),
         ServerServiceProvider("model_express.api.ApiService", _make_api),
         ServerServiceProvider("model_express.p2p.P2pService", _make_p2p, settings=ServerSettings),
+        ServerServiceProvider("modelexpress.access.AccessService", _make_access),
     ]
 
 

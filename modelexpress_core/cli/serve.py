@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from modelexpress_core.cli.output import console, exit_code, package_missing, silence_grpc
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
 from modelexpress_core.messages import with_hint
 from modelexpress_core.plugins import CORE, METADATA_STORE, PluginManager
@@ -245,11 +246,23 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, l
             metadata=str(uri),
             health=health or None,
         )
-        if auth.mode == "token" and tls.certificate is None:
-            _log.warning("callers send tokens without TLS: others on the network can read them")
+        if warning := risk(settings.host, auth, tls):
+            _log.warning("%s", warning)
         _log.info("authentication: %s; TLS: %s", auth.mode, "no" if tls.certificate is None else "yes")
         await end.wait()
         announce("ending: calls in flight may end first")
+
+
+def risk(host: str, auth: AuthSettings, tls: TlsSettings) -> str:
+    """What is not safe about a server that listens on ``host``; empty if it is reached from this machine alone."""
+    if Endpoint(host.strip("[]"), 0).is_loopback:
+        return ""
+    if auth.mode == "off":
+        return (
+            f"MX_AUTH_MODE is off and the server listens on {host}: every program that reaches it can publish workers, "
+            "and readers take weights from them"
+        )
+    return "" if tls.certificate is not None else "callers send tokens without TLS: others on the network can read them"
 
 
 def _end_signal() -> asyncio.Event:

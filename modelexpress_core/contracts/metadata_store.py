@@ -128,6 +128,7 @@ class SourceRecord:
         layout_signature: Digest of the tensors' layout; None if the identity has none.
         source_load: Load of the worker, from 0 to 1; None if it reports none.
         publisher: Name of the authenticated publisher; empty if the server authenticates no callers.
+        publisher_address: IP address from which an authenticated publisher published it; else empty.
     """
 
     source_id: str
@@ -142,6 +143,7 @@ class SourceRecord:
     layout_signature: str | None = None
     source_load: float | None = None
     publisher: str = ""
+    publisher_address: str = ""
 
 
 @frozen
@@ -153,12 +155,15 @@ class StoredSource:
         identity: The serialised identity.
         worker: The serialised metadata of the worker, without status and time, which the record has.
         as_of_ms: Time of the answer, in milliseconds since 1970 by the store's clock; ignored by ``publish``.
+        grant_key: Key that signs read grants for this worker; empty if the server authenticates no callers. A secret
+            of the server and the worker.
     """
 
     record: SourceRecord
     identity: bytes
     worker: bytes
     as_of_ms: int = 0
+    grant_key: bytes = field(default=b"", repr=False)
 
     @property
     def size_bytes(self) -> int:

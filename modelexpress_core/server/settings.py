@@ -69,8 +69,8 @@ class ServerSettings:
 
     host: str = env(
         "MODEL_EXPRESS_SERVER_HOST",
-        default="0.0.0.0",  # noqa: S104 - workers of other hosts call it
-        help="Address that the server listens on.",
+        default="127.0.0.1",
+        help="Address that the server listens on; 0.0.0.0 or [::] for all, where workers on other hosts call it.",
     )
     port: int = env(
         "MODEL_EXPRESS_SERVER_PORT",

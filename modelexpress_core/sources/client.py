@@ -10,8 +10,8 @@ from modelexpress_core.settings import from_env
 from modelexpress_core.sources.settings import ServerAddress
 from modelexpress_core.wire.client import Client, Security
 from modelexpress_core.wire.identities import identity_to_message
-from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
-from modelexpress_core.wire.rpc import HEALTH, P2P
+from modelexpress_core.wire.proto.modelexpress import access_pb2, health_pb2, p2p_pb2
+from modelexpress_core.wire.rpc import ACCESS, HEALTH, P2P
 
 __all__ = ["ServerClient"]
 
@@ -41,7 +41,11 @@ class ServerClient(Client):
         self, url: str, *, deadline_seconds: float = 10.0, security: Security | None = None, retries: bool = True
     ) -> None:
         super().__init__(
-            url, (HEALTH, P2P), deadline_seconds=deadline_seconds, security=security or Security(), retries=retries
+            url,
+            (HEALTH, P2P, ACCESS),
+            deadline_seconds=deadline_seconds,
+            security=security or Security(),
+            retries=retries,
         )
 
     @classmethod
@@ -88,7 +92,7 @@ class ServerClient(Client):
         return self.listing(request).instances
 
     def listing(self, request: p2p_pb2.ListSourcesRequest | None = None) -> p2p_pb2.ListSourcesResponse:
-        """Return the same as the whole response, of all pages."""
+        """Return the same of all pages, with the name of this caller, as the server authenticated it."""
         page = p2p_pb2.ListSourcesRequest()
         page.CopyFrom(request or page)
         page.page_bytes = _PAGE_BYTES
@@ -113,6 +117,18 @@ class ServerClient(Client):
         """Return the whole record of a worker; ``found`` says whether the server has one."""
         request = p2p_pb2.GetMetadataRequest(mx_source_id=source_id, worker_id=worker_id)
         response: p2p_pb2.GetMetadataResponse = self._call(P2P, "GetMetadata", request)
+        return response
+
+    def read_grant(self, source_id: str, worker_id: str) -> access_pb2.GetReadGrantResponse:
+        """Return a grant for this caller to read ``source_id`` from ``worker_id``.
+
+        Raises:
+            AccessDeniedError: The caller may not read the model.
+            NotFoundError: The server does not know the worker, or authenticates no callers.
+            UnsupportedError: The server is another implementation.
+        """
+        request = access_pb2.GetReadGrantRequest(mx_source_id=source_id, worker_id=worker_id)
+        response: access_pb2.GetReadGrantResponse = self._call(ACCESS, "GetReadGrant", request)
         return response
 
     def update_status(self, request: p2p_pb2.UpdateStatusRequest) -> p2p_pb2.UpdateStatusResponse:

@@ -29,6 +29,7 @@ from attrs import frozen
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import BackendError, ModelExpressError
 from modelexpress_core.sources.client import ServerClient
+from modelexpress_core.wire.grants import GrantAuthenticator
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
 __all__ = ["Publisher", "PublishingState", "withdraw_on_exit"]
@@ -99,6 +100,7 @@ class Publisher:
         interval_seconds: Time between heartbeats, normally ``PublishingSettings.interval_seconds``.
         load: Returns how busy the worker is, from 0 to 1, or None if unknown. The publisher's thread calls it for each
             heartbeat: it must be quick, and must take no lock, because a thread that SIGTERM interrupts may hold it.
+        grants: Verifies read grants; gets the key and the time that the server answers with.
 
     Raises:
         ValueError: The interval is not above zero.
@@ -114,6 +116,7 @@ class Publisher:
         *,
         interval_seconds: float = 30.0,
         load: Callable[[], float | None] | None = None,
+        grants: GrantAuthenticator | None = None,
     ) -> None:
         if not 0 < interval_seconds < math.inf:
             message = f"interval_seconds must be above zero and finite: {interval_seconds!r}"
@@ -129,6 +132,7 @@ class Publisher:
         self._interval_seconds = interval_seconds
         self._load = load
         self._load_failed = False
+        self._grants = grants
         self._pid = os.getpid()
         # A signal handler must be able to wake the thread. SimpleQueue is reentrant; events and conditions are not.
         self._wake: SimpleQueue[None] = SimpleQueue()
@@ -244,6 +248,9 @@ class Publisher:
         answer = self._client.publish(self._identity, self._worker, self._worker_id)
         if not answer.success:
             raise _RefusedError(answer.message)
+        if self._grants is not None:
+            self._grants.accept_server_time(answer.server_time_ms)
+            self._grants.accept_key(answer.grant_key)
         # Another server may derive ids differently: heartbeats need the id under which it stored the record.
         self._source_id = answer.mx_source_id or self._source_id
         self._state = attrs.evolve(self._state, published=self._state.published + 1)
@@ -260,8 +267,11 @@ class Publisher:
             status=status,
             source_load=None if status == _STALE else self._current_load(),
         )
-        if not self._client.update_status(request).success:
+        answer = self._client.update_status(request)
+        if not answer.success:
             return False
+        if self._grants is not None:
+            self._grants.accept_server_time(answer.server_time_ms)
         self._state = attrs.evolve(self._state, heartbeats=self._state.heartbeats + 1)
         self._record_success(status)
         return True

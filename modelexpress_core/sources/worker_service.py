@@ -235,6 +235,8 @@ _MAX_REQUEST_BYTES = 64 << 10
 _RECEIVING_BYTES = 8 << 20
 _ANSWER_BYTES = 256 << 20
 
+_RELEASE = WORKER.path("ReleaseTensorRead")
+
 _DRAINING = "the worker is draining: its memory is about to change"
 
 
@@ -263,7 +265,7 @@ class WorkerServer:
         manifest: Manifest of the worker's tensors, with the ids of source and worker.
         address: Address to listen on: ``host:port``; port 0 is any free port.
         tls: Files of TLS; TLS is on if there is a certificate.
-        authenticator: Authenticates callers; None to accept every caller.
+        authenticator: Authenticates readers; None to accept every reader. To release a lease its id suffices.
         lease_seconds: How long a reader may keep a lease.
 
     Attributes:
@@ -319,7 +321,8 @@ class WorkerServer:
         handlers = {service.name: handler(service, implementation) for service, implementation in services.items()}
         manifest_bytes = self._manifest.ByteSize()
         limits = MessageLimits(_MAX_REQUEST_BYTES, _RECEIVING_BYTES, max(_ANSWER_BYTES, 16 * manifest_bytes))
-        server = new_server(handlers, authenticator=self._authenticator, limits=limits)
+        # A load may take longer than the grant of its reader is valid. The id of a lease is a secret of the reader.
+        server = new_server(handlers, authenticator=self._authenticator, open_methods=[_RELEASE], limits=limits)
         try:
             port = listen(server, self._address, tls=self._tls, authenticator=self._authenticator)
         except RuntimeError as exc:

@@ -104,8 +104,12 @@ class MetadataStoreContract(Contract, contract=True):
             training_step=2**63,
             layout_signature="l",
             source_load=0.5,
+            publisher="alice",
+            publisher_address="2001:db8::1",
         )
-        published = attrs.evolve(published, identity=bytes(range(256)), worker=b"\0" * 100_000)
+        published = attrs.evolve(
+            published, identity=bytes(range(256)), worker=b"\0" * 100_000, grant_key=bytes(range(255, 223, -1))
+        )
 
         async def scenario(store: MetadataStore) -> None:
             await store.publish(published)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -38,6 +38,7 @@ def new_server(
     handlers: Mapping[str, grpc.GenericRpcHandler[Any, Any]],
     *,
     authenticator: Authenticator | None = None,
+    open_methods: Iterable[str] = (),
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),  # type: ignore[type-arg]  # generic in the annotations alone
     limits: MessageLimits | None = None,
 ) -> grpc.aio.Server:
@@ -46,11 +47,12 @@ def new_server(
     Args:
         handlers: The handler of each service, by the service's full name. It gets calls of that service alone.
         authenticator: Names the callers; None to answer every caller. Services of health answer every caller anyway.
+        open_methods: Paths of methods that answer every caller in spite of ``authenticator``.
         interceptors: Interceptors of each call, also of refused ones; the first is the outermost.
         limits: How many bytes of messages the server holds.
     """
     limits = limits or MessageLimits()
-    auth_interceptors = [] if authenticator is None else [AuthInterceptor(authenticator)]
+    auth_interceptors = [] if authenticator is None else [AuthInterceptor(authenticator, open_methods)]
     server = grpc.aio.server(
         interceptors=[*interceptors, *auth_interceptors],
         options=[*{**dict(_OPTIONS), "grpc.max_receive_message_length": limits.message_bytes}.items()],

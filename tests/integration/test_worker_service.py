@@ -17,9 +17,9 @@ from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import AccessDeniedError, ModelExpressError, NotFoundError, UnavailableError
 from modelexpress_core.sources.worker_client import WorkerClient
 from modelexpress_core.sources.worker_service import Leases, TooManyLeasesError, WorkerServer
-from modelexpress_core.wire.authentication import TokenAuthenticator
 from modelexpress_core.wire.channel import open_channel
 from modelexpress_core.wire.client import Security
+from modelexpress_core.wire.grants import GrantAuthenticator, new_grant_key
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import STANDARD_HEALTH, WORKER, stub
 from modelexpress_core.wire.settings import TlsSettings, TokenSettings
@@ -239,10 +239,8 @@ def test_many_readers_and_a_drain(tmp_path: Path) -> None:
     assert not all(outcomes)
 
 
-def test_the_door_is_that_of_the_server(tmp_path: Path) -> None:
-    """Tokens and TLS hold for workers, too; health is open."""
-    tokens = tmp_path / "tokens"
-    tokens.write_text(f"reader:{_TOKEN}\n")
+def test_readers_show_grants_over_tls(tmp_path: Path) -> None:
+    """A worker that wants grants answers no reader without one, and speaks TLS alone if it has a certificate."""
     token = tmp_path / "token"
     token.write_text(_TOKEN)
     authority = trustme.CA()
@@ -253,16 +251,18 @@ def test_the_door_is_that_of_the_server(tmp_path: Path) -> None:
     tls = TlsSettings(*(str(tmp_path / name) for name in ("ca.pem", "cert.pem", "key.pem")))
     trusting = TlsSettings(authorities=tls.authorities)
 
-    authenticator = TokenAuthenticator(str(tokens))
+    authenticator = GrantAuthenticator("5a5f555570065064", "w", required=True)
     with WorkerServer(manifest(), "127.0.0.1:0", tls=tls, authenticator=authenticator) as server:
         url = f"https://127.0.0.1:{server.port}"
-        with WorkerClient(url, security=Security(trusting, TokenSettings(str(token)))) as known:
-            assert manifest() == known.manifest("5a5f555570065064")
-        with WorkerClient(url, security=Security(trusting, TokenSettings("/nowhere"))) as unknown:
-            with pytest.raises(AccessDeniedError, match="none was sent"):
-                unknown.manifest("5a5f555570065064")
-            with pytest.raises(AccessDeniedError, match="none was sent"), unknown.lease("5a5f555570065064"):
-                pytest.fail("a lease for a stranger")
+        with WorkerClient(url, security=Security(trusting, TokenSettings(str(token)))) as reader:
+            with pytest.raises(UnavailableError, match="not yet been published"):
+                reader.manifest("5a5f555570065064")
+            authenticator.accept_key(new_grant_key())
+            with pytest.raises(AccessDeniedError, match="none was sent") as refused:
+                reader.manifest("5a5f555570065064")
+            assert "MODEL_EXPRESS_URL" in str(refused.value)
+            with pytest.raises(AccessDeniedError, match="none was sent"), reader.lease("5a5f555570065064"):
+                pytest.fail("a lease without a grant")
         with client(server) as plain, pytest.raises(UnavailableError, match="speaks TLS"):
             plain.manifest("5a5f555570065064")
 

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -29,6 +30,7 @@ from modelexpress_core.contracts.metadata_store import (
     StoreUnavailableError,
     UnreadableRecordError,
 )
+from modelexpress_core.contracts.rights import PUBLISH, READ, Rights
 from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.server.deadlines import time_out
 from modelexpress_core.server.limits import FewEntries, RecordLimits
@@ -38,9 +40,11 @@ from modelexpress_core.server.settings import LimitSettings, ServerSettings
 from modelexpress_core.settings import from_env
 from modelexpress_core.wire.admission import reserve_answer, try_reserve_answer
 from modelexpress_core.wire.authentication import caller
+from modelexpress_core.wire.grants import new_grant_key
 from modelexpress_core.wire.identities import identity_from_message
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
-from modelexpress_core.wire.rpc import P2P, RpcContext, handler
+from modelexpress_core.wire.rpc import P2P, RpcContext, handler, peer_address
+from modelexpress_core.wire.settings import AuthSettings
 
 __all__ = ["P2pService", "make_p2p"]
 
@@ -68,7 +72,8 @@ def make_p2p(context: ServiceContext) -> grpc.GenericRpcHandler[Any, Any]:
     limit_settings = from_env(LimitSettings, context.settings)
     limits = RecordLimits(limit_settings)
     metrics = SourceServiceMetrics(context.metrics)
-    service = P2pService(context.store, settings.heartbeat_timeout_seconds, limits=limits, metrics=metrics)
+    rights = from_env(AuthSettings, context.settings).rights
+    service = P2pService(context.store, settings.heartbeat_timeout_seconds, rights, limits=limits, metrics=metrics)
     return FewEntries(handler(P2P, service), limit_settings.message_bytes)
 
 
@@ -94,6 +99,7 @@ class P2pService:
     Args:
         store: The store of sources.
         heartbeat_timeout_seconds: A source without a heartbeat for longer is not listed as ready.
+        rights: What callers may publish and read; everything by default.
         limits: What records may contain.
         metrics: Metrics of this service.
         list_bytes: Bytes of a list for callers that do not know pages. They receive up to 100 MiB.
@@ -103,12 +109,14 @@ class P2pService:
         self,
         store: MetadataStore,
         heartbeat_timeout_seconds: float,
+        rights: Rights | None = None,
         *,
         limits: RecordLimits | None = None,
         metrics: SourceServiceMetrics | None = None,
         list_bytes: int = 64 << 20,
     ) -> None:
         self._store = store
+        self._rights = rights or Rights()
         self._limits = limits or RecordLimits(LimitSettings())
         self._metrics = metrics or SourceServiceMetrics(CollectorRegistry())
         self._list_bytes = list_bytes
@@ -123,6 +131,9 @@ class P2pService:
         if problem:
             return p2p_pb2.PublishMetadataResponse(success=False, message=problem)
         identity = identity_from_message(request.identity)
+        publisher = caller.get()
+        if not self._rights.allows(publisher, PUBLISH, identity.model_name):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, lacks_right(publisher, PUBLISH, identity.model_name))
         worker = request.worker
         record = SourceRecord(
             source_id=identity.source_id,
@@ -134,16 +145,25 @@ class P2pService:
             topology=worker.topology,
             training_step=_training_step(identity),
             layout_signature=identity.extra_parameters.get("layout_signature"),
-            publisher=caller.get(),
+            publisher=publisher,
+            publisher_address=peer_address(context) if publisher else "",
         )
         _keep_one_list(worker)
         worker.ClearField("status")
         worker.ClearField("updated_at")
-        source = StoredSource(record, request.identity.SerializeToString(), worker.SerializeToString())
+        grant_key = new_grant_key() if publisher else b""
+        source = StoredSource(
+            record, request.identity.SerializeToString(), worker.SerializeToString(), grant_key=grant_key
+        )
         if problem := await self._publish(source, context):
             return p2p_pb2.PublishMetadataResponse(success=False, message=problem)
         return p2p_pb2.PublishMetadataResponse(
-            success=True, message="published", mx_source_id=record.source_id, worker_id=record.worker_id
+            success=True,
+            message="published",
+            mx_source_id=record.source_id,
+            worker_id=record.worker_id,
+            grant_key=grant_key,
+            server_time_ms=now_ms(),
         )
 
     def _exceeded_limit(self, request: p2p_pb2.PublishMetadataRequest) -> str:
@@ -245,7 +265,10 @@ class P2pService:
             last = _by_id(record)
         # Serialised messages one after the other are the message with all their entries.
         return _Page(
-            b"".join([*parts, p2p_pb2.ListSourcesResponse(next_page_token=token).SerializeToString()]), left_out
+            b"".join(
+                [*parts, p2p_pb2.ListSourcesResponse(next_page_token=token, caller=caller.get()).SerializeToString()]
+            ),
+            left_out,
         )
 
     async def _matching(self, request: p2p_pb2.ListSourcesRequest) -> list[SourceRecord]:
@@ -262,23 +285,36 @@ class P2pService:
             _log.warning("%d records in the metadata store cannot be read, and are left out", listing.unreadable)
         since = listing.as_of_ms - self._timeout_ms if query.status == SourceStatus.READY else 0
         records = []
+        readable: dict[str, bool] = {}
         pacer = Pacer()
         for record in listing.records:
             await pacer.pause()
-            if record.updated_at_ms >= since and _passes(record, request):
+            model = record.model_name
+            if self._rights.rules and model not in readable:
+                readable[model] = self._rights.allows(caller.get(), READ, model)
+            if record.updated_at_ms >= since and readable.get(model, True) and _passes(record, request):
                 records.append(record)
         return records
 
-    async def get_metadata(self, request: p2p_pb2.GetMetadataRequest, _: RpcContext) -> p2p_pb2.GetMetadataResponse:
+    async def get_metadata(
+        self, request: p2p_pb2.GetMetadataRequest, context: RpcContext
+    ) -> p2p_pb2.GetMetadataResponse:
         """Everything that a worker published, with its tensors in both lists of the protocol."""
         try:
             source = await self._store.get(request.mx_source_id, request.worker_id)
             if source is None:
                 return p2p_pb2.GetMetadataResponse(found=False)
-            await reserve_answer(2 * len(source.worker) + len(source.identity))
             record = source.record
+            if not self._rights.allows(caller.get(), READ, record.model_name):
+                reason = lacks_right(caller.get(), READ, record.model_name)
+                await context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
+            await reserve_answer(2 * len(source.worker) + len(source.identity))
             response = p2p_pb2.GetMetadataResponse(
-                found=True, mx_source_id=record.source_id, worker_id=record.worker_id
+                found=True,
+                mx_source_id=record.source_id,
+                worker_id=record.worker_id,
+                publisher=record.publisher,
+                publisher_address=record.publisher_address,
             )
             response.worker.ParseFromString(source.worker)
             response.identity.ParseFromString(source.identity)
@@ -308,7 +344,17 @@ class P2pService:
         if not known:
             message = f"unknown worker {request.worker_id!r} of source {request.mx_source_id!r}; publish it again"
             return p2p_pb2.UpdateStatusResponse(success=False, message=message)
-        return p2p_pb2.UpdateStatusResponse(success=True, message="updated")
+        return p2p_pb2.UpdateStatusResponse(success=True, message="updated", server_time_ms=now_ms())
+
+
+def lacks_right(name: str, right: str, model: str) -> str:
+    """The text of an answer to a caller that lacks a right."""
+    return f"{name!r} may not {right} {model!r}: no rule of the server's rights allows it"
+
+
+def now_ms() -> int:
+    """The server's time, in milliseconds since 1970: the clock by which read grants expire."""
+    return time.time_ns() // 1_000_000
 
 
 def _problem(request: p2p_pb2.PublishMetadataRequest) -> str:
@@ -361,6 +407,8 @@ def _reference(record: SourceRecord) -> p2p_pb2.SourceInstanceRef:
         layout_signature=record.layout_signature,
         topology=dict(record.topology),
         source_load=record.source_load,
+        publisher=record.publisher,
+        publisher_address=record.publisher_address,
     )
 
 

@@ -130,7 +130,7 @@ end
 
 _PUBLISH = """
 local id, source_id, model, status, publisher = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
-local owner, size, owner_limit, total_limit = ARGV[10], tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
+local owner, size, owner_limit, total_limit = ARGV[11], tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
 if published_by_another(id, publisher) then return 0 end
 local freed, freed_owner = counted(id)
 if owner_limit then
@@ -140,7 +140,7 @@ end
 forget(id)
 count(id, size, owner)
 redis.call('HSET', source(id), 'source_id', source_id, 'model_name', model, 'status', status, 'publisher', publisher,
-    'load', ARGV[6], 'updated', now, 'record', ARGV[7], 'identity', ARGV[8], 'worker', ARGV[9])
+    'load', ARGV[6], 'updated', now, 'record', ARGV[7], 'identity', ARGV[8], 'worker', ARGV[9], 'grant_key', ARGV[10])
 redis.call('SADD', of_source(source_id), id)
 redis.call('SADD', of_model(model), id)
 enter(status, now, id)
@@ -148,9 +148,10 @@ return 1
 """
 
 _GET = """
-local found = redis.pcall('HMGET', source(ARGV[1]), 'record', 'status', 'load', 'updated', 'identity', 'worker')
+local found = redis.pcall(
+    'HMGET', source(ARGV[1]), 'record', 'status', 'load', 'updated', 'identity', 'worker', 'grant_key')
 if found.err then return {now} end
-found[7] = now
+found[8] = now
 return found
 """
 
@@ -315,6 +316,7 @@ class RedisStore:
             _packed(record),
             source.identity,
             source.worker,
+            source.grant_key,
             "" if quota is None else quota.owner,
             source.size_bytes,
             "" if quota is None else quota.owner_bytes,
@@ -330,11 +332,12 @@ class RedisStore:
         found = await self._run(_GET, _id(source_id, worker_id))
         if len(found) == 1:
             raise UnreadableRecordError(source_id, worker_id)
-        record, status, load, updated, identity, worker, now = found
+        record, status, load, updated, identity, worker, grant_key, now = found
         if record is None:
             return None
         try:
-            return StoredSource(_unpacked(record, status, load, updated), bytes(identity), bytes(worker), int(now))
+            unpacked = _unpacked(record, status, load, updated)
+            return StoredSource(unpacked, bytes(identity), bytes(worker), int(now), grant_key or b"")
         except _UNREADABLE as exc:
             raise UnreadableRecordError(source_id, worker_id) from exc
 
@@ -440,6 +443,7 @@ def _packed(record: SourceRecord) -> str:
         record.training_step,
         record.layout_signature,
         record.publisher,
+        record.publisher_address,
     )
     return json.dumps(fixed, separators=(",", ":"))
 
@@ -467,9 +471,10 @@ def _unpacked(packed: bytes, status: bytes, load: bytes, updated: bytes) -> Sour
     Raises:
         Exception: One of ``_UNREADABLE``: it is no record, or a field has a value that the protocol cannot carry.
     """
-    source_id, worker_id, model_name, rank, accelerator, topology, step, layout, publisher = json.loads(packed)
-    texts = [source_id, worker_id, model_name, accelerator, layout or "", publisher, *topology, *topology.values()]
-    for text in texts:
+    fields = json.loads(packed)
+    source_id, worker_id, model_name, rank, accelerator, topology, step, layout, publisher, *more = fields
+    texts = [source_id, worker_id, model_name, accelerator, layout or "", publisher, *more]
+    for text in (*texts, *topology, *topology.values()):
         text.encode()
     if not (0 <= index(rank) <= _MAX_U32 and 0 <= index(step or 0) <= _MAX_U64 and 0 <= int(updated) <= _MAX_I64):
         reason = "a number is out of its range"
@@ -487,4 +492,5 @@ def _unpacked(packed: bytes, status: bytes, load: bytes, updated: bytes) -> Sour
         layout_signature=layout,
         source_load=float(load) if load else None,
         publisher=publisher,
+        publisher_address=more[0] if more else "",  # records of earlier versions have none
     )
