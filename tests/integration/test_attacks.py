@@ -197,42 +197,29 @@ def test_records_without_end(start: Start) -> None:
     assert "mx_server_records_refused_total 33.0" in metrics
 
 
-@pytest.mark.parametrize(
-    ("fields", "setting"),
-    [
+def test_records_beyond_a_limit(start: Start) -> None:
+    """The answer says so, and names the setting; nothing is stored."""
+    fields: list[tuple[dict[str, object], str]] = [
         ({"topology": {f"key-{number}": "" for number in range(65)}}, "MX_MAX_ENTRIES"),
         ({"topology": {"key": "x" * 9000}}, "MX_MAX_STRING_BYTES"),
         ({"topology": {"k" * 9000: ""}}, "MX_MAX_STRING_BYTES"),
         ({"topology": {str(number): "x" * 8000 for number in range(3)}}, "MX_MAX_TOPOLOGY_BYTES"),
         ({"agent_name": "x" * 9000}, "MX_MAX_STRING_BYTES"),
         ({"artifact_source": p2p_pb2.ArtifactSource(artifact_id="x" * 9000)}, "MX_MAX_STRING_BYTES"),
-    ],
-)
-def test_records_beyond_a_limit(start: Start, fields: dict[str, object], setting: str) -> None:
-    """The answer says so, and names the setting."""
+    ]
+    cases = [(_IDENTITY, worker(**each), "w", setting) for each, setting in fields]
+    cases += [
+        (SourceIdentity("m" * 9000), worker(), "w", "MX_MAX_STRING_BYTES"),
+        (_IDENTITY, worker(), "w" * 9000, "MX_MAX_STRING_BYTES"),
+        (SourceIdentity("m", extra_parameters={str(n): "" for n in range(65)}), worker(), "w", "MX_MAX_ENTRIES"),
+    ]
     with ServerClient(start().url) as client:
-        answer = client.publish(_IDENTITY, worker(**fields), "w")
+        for identity, record, worker_id, setting in cases:
+            answer = client.publish(identity, record, worker_id)
 
-        assert not answer.success
-        assert setting in answer.message
+            assert not answer.success, setting
+            assert setting in answer.message
         assert [] == list(client.list_sources())
-
-
-@pytest.mark.parametrize(
-    ("identity", "worker_id", "setting"),
-    [
-        (SourceIdentity("m" * 9000), "w", "MX_MAX_STRING_BYTES"),
-        (SourceIdentity("m"), "w" * 9000, "MX_MAX_STRING_BYTES"),
-        (SourceIdentity("m", extra_parameters={str(number): "" for number in range(65)}), "w", "MX_MAX_ENTRIES"),
-    ],
-)
-def test_identities_beyond_a_limit(start: Start, identity: SourceIdentity, worker_id: str, setting: str) -> None:
-    """As above."""
-    with ServerClient(start().url) as client:
-        answer = client.publish(identity, worker(), worker_id)
-
-    assert not answer.success
-    assert setting in answer.message
 
 
 # -- the port of the metrics -------------------------------------------------------------------------------------------
