@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -55,11 +56,14 @@ def test_the_supported_pythons_are_the_same_everywhere() -> None:
     assert f"Python {minors[0]} to {minors[-1]} on Linux" in (ROOT / "README.md").read_text()
 
 
-def test_the_lock_file_fits_the_packages() -> None:
-    """uv needs no network to see that, since the lock file names all that it depends on."""
+@pytest.mark.parametrize("configured", [{}, {"UV_DEFAULT_INDEX": "http://127.0.0.1:9/simple"}], ids=["pypi", "mirror"])
+def test_the_lock_file_fits_the_packages(configured: dict[str, str]) -> None:
+    """Whichever index this machine uses. uv needs no network: the lock file has all that it compares."""
+    uv = Path(sys.executable).with_name("uv")
     done = subprocess.run(
-        [Path(sys.executable).with_name("uv"), "lock", "--check", "--offline"],
+        [uv, "lock", "--check", "--offline", "--default-index", "https://pypi.org/simple"],
         cwd=ROOT,
+        env={**os.environ, **configured},
         capture_output=True,
         text=True,
         check=False,
