@@ -53,6 +53,16 @@ $(STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) constraints-dev.txt requi
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-checkpoint.txt
 	@touch $@
 
+# An environment keeps the Python that it was made with: another one that is asked for would be ignored.
+ifneq ($(origin PYTHON),file)
+$(STAMP): | same-python
+endif
+.PHONY: same-python
+same-python:
+	@[ ! -x $(BIN)/python ] || [ "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" ] || { \
+		echo "$(VENV) has $$($(BIN)/python -V), $(PYTHON) is $$($(PYTHON) -V):" \
+			"remove $(VENV), or name another environment: make PYTHON=$(PYTHON) VENV=.venv-other" >&2; exit 1; }
+
 demo: $(STAMP)
 	@$(BIN)/python -m devtools.demo
 

@@ -21,7 +21,7 @@ __all__ = ["PACKAGES", "install_command"]
 
 _CORE = "modelexpress-core"
 
-#: The packages of this repository besides core: the folder of each, and the extra of core that installs it.
+#: The packages of this repository besides core: the folder of each, and the extra of core that installs it, or "".
 PACKAGES: Mapping[str, tuple[str, str]] = {
     "mx-s3": ("plugins/mx-s3", "s3"),
     "mx-vllm": ("integrations/vllm", "vllm"),
@@ -53,7 +53,7 @@ def _paths(checkout: str, name: str, extras: str) -> Iterator[str]:
     for package, (folder, extra) in PACKAGES.items():
         if package == name:
             yield f"{checkout}/{folder}{wanted}"
-        elif name == _CORE and extra in extras.split(","):
+        elif name == _CORE and extra and extra in extras.split(","):
             yield f"{checkout}/{folder}"
 
 

@@ -137,11 +137,12 @@ def test_no_text_installs_a_package_of_ours_by_its_name() -> None:
 
 def test_every_package_is_known() -> None:
     """The folder and the extra of each package of this repository, as its pyproject.toml and core's have them."""
-    extras = pyproject(ROOT)["project"]["optional-dependencies"]
+    core = pyproject(ROOT)["project"]
+    version, extras = core["version"], core["optional-dependencies"]
     expected = {
         package.distribution: (
             str(package.directory.relative_to(ROOT)),
-            next(extra for extra, required in extras.items() if f"{package.distribution}==0.1.0" in required),
+            next((extra for extra, each in extras.items() if f"{package.distribution}=={version}" in each), ""),
         )
         for package in discover()
     }
