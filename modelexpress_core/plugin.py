@@ -131,6 +131,7 @@ def mx_register_storages() -> list[StorageProvider]:
             _open_file,
             capabilities=StorageCapabilities(
                 read_runs=True,
+                recheck=True,
                 concurrency=min(8, len(os.sched_getaffinity(0))),
                 most_concurrency=32,
                 request_cost_bytes=128,

@@ -28,6 +28,7 @@ from attrs import frozen
 
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import BackendError, ModelExpressError
+from modelexpress_core.resources import start_thread
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.wire.grants import GrantAuthenticator
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
@@ -153,10 +154,14 @@ class Publisher:
         self.withdraw()
 
     def start(self) -> None:
-        """Start the thread that publishes the worker, as initializing first. Further calls do nothing."""
+        """Start the thread that publishes the worker, as initializing first. Further calls do nothing.
+
+        Raises:
+            ResourceError: The system starts no more threads; another call tries again.
+        """
         if self._thread.ident is None:
             self._pid = os.getpid()
-            self._thread.start()
+            start_thread(self._thread, "publish the worker")
 
     def ready(self) -> None:
         """Publish at once that the worker is ready to be read. Does nothing after ``withdraw``."""

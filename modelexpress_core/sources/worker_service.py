@@ -21,6 +21,7 @@ from attrs import frozen
 
 from modelexpress_core.contracts.authenticator import Authenticator
 from modelexpress_core.errors import ModelExpressError
+from modelexpress_core.resources import start_thread
 from modelexpress_core.wire.admission import MessageLimits, peer_host
 from modelexpress_core.wire.authentication import caller
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
@@ -274,6 +275,7 @@ class WorkerServer:
 
     Raises:
         ModelExpressError: It cannot listen on the address.
+        ResourceError: The system starts no more threads.
         SettingsError: Files of TLS or tokens are not valid.
     """
 
@@ -293,7 +295,11 @@ class WorkerServer:
         self._authenticator = authenticator
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mx-worker-service", daemon=True)
-        self._thread.start()
+        try:
+            start_thread(self._thread, f"serve readers on {address}")
+        except BaseException:
+            self._loop.close()
+            raise
         try:
             self.port, self._server = self._wait(self._begin())
         except BaseException:
