@@ -12,8 +12,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The packages for x86_64 on PyPI have torch with CUDA, several GB; this index has the CPU build. Empty: PyPI's is installed.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# PyPI's torch for x86_64 has CUDA, several GB. Name here the index of CPU builds that pytorch.org/get-started shows.
+TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_VENV ?= .venv-bench
@@ -32,13 +32,15 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 # Installs the CPU build of torch: from where pip is configured to look, else from TORCH_INDEX. If neither has it for this
-# Python, what comes next installs PyPI's.
+# Python, what comes next installs the one that pip finds.
 TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints-dev.txt)
 define install_torch
-@[ -z "$(TORCH_INDEX)" ] || [ "$$(uname -sm)" != "Linux x86_64" ] || \
+@[ "$$(uname -sm)" != "Linux x86_64" ] || \
 	$(1) -m pip install --quiet --no-deps '$(TORCH)+cpu' 2>/dev/null || \
-	$(1) -m pip install --quiet --no-deps --retries 0 --index-url $(TORCH_INDEX) '$(TORCH)+cpu' 2>/dev/null || \
-	echo "no CPU build of $(TORCH) for $(1) at $(TORCH_INDEX): PyPI's, with CUDA, is installed (several GB)" >&2
+	{ [ -n "$(TORCH_INDEX)" ] && \
+	  $(1) -m pip install --quiet --no-deps --retries 0 --index-url '$(TORCH_INDEX)' '$(TORCH)+cpu'; } || \
+	echo "pip finds no CPU build of $(TORCH): the one with CUDA is installed, several GB. To avoid it, stop, and set" \
+		"TORCH_INDEX to the index of CPU builds that pytorch.org/get-started shows" >&2
 endef
 
 $(STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) constraints-dev.txt requirements-checkpoint.txt
@@ -98,8 +100,8 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m devtools.package_imports
 
-# Addresses in the lock file are PyPI's, also where uv is configured for a mirror. The check needs no network.
-UV_LOCK := $(BIN)/uv lock --default-index https://pypi.org/simple
+# The index that the lock file names, also where uv is configured for a mirror. The check needs no network.
+UV_LOCK = $(BIN)/uv lock --default-index $(shell sed -n 's/^source = { registry = "\(.*\)" }/\1/p' uv.lock | sort -u)
 lock: $(STAMP)
 	$(UV_LOCK)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -107,6 +108,18 @@ class RedisServer:
             except redis.exceptions.ConnectionError:
                 return False
             return True
+
+    def freeze(self) -> None:
+        """Stop the process with SIGSTOP: connections stay, and nothing is answered."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen process go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         """Kill the server with SIGKILL."""

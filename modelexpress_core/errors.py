@@ -14,6 +14,7 @@
     ├── CheckpointError               the files are no valid checkpoint (.uri .file)
     ├── PlacementError                the destination does not fit the checkpoint (.tensor)
     ├── IncompleteLoadError           part of the model was not written (.missing .unexpected)
+    ├── ResourceError                 this machine has too little memory, or starts no more threads
     └── BackendError                  a storage or a peer failed (.uri .provider .retryable .peer_at_fault)
         ├── NotFoundError
         ├── AccessDeniedError
@@ -52,6 +53,7 @@ __all__ = [
     "PluginError",
     "PluginLoadError",
     "ResolveError",
+    "ResourceError",
     "SettingsError",
     "SourceChangedError",
     "ThrottledError",
@@ -229,6 +231,10 @@ class IncompleteLoadError(ModelExpressError):
         super().__init__(message, cause=cause, hint=hint)
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
+
+
+class ResourceError(ModelExpressError):
+    """This machine, or a device of it, has too little memory, or starts no more threads."""
 
 
 class BackendError(ModelExpressError):

@@ -60,8 +60,9 @@ def test_the_supported_pythons_are_the_same_everywhere() -> None:
 def test_the_lock_file_fits_the_packages(configured: dict[str, str]) -> None:
     """Whichever index this machine uses. uv needs no network: the lock file has all that it compares."""
     uv = Path(sys.executable).with_name("uv")
+    (index,) = set(re.findall(r'^source = \{ registry = "(.*)" \}', (ROOT / "uv.lock").read_text(), re.MULTILINE))
     done = subprocess.run(
-        [uv, "lock", "--check", "--offline", "--default-index", "https://pypi.org/simple"],
+        [uv, "lock", "--check", "--offline", "--default-index", index],
         cwd=ROOT,
         env={**os.environ, **configured},
         capture_output=True,
@@ -72,11 +73,12 @@ def test_the_lock_file_fits_the_packages(configured: dict[str, str]) -> None:
     assert 0 == done.returncode, f"run `make lock`\n{done.stderr}"
 
 
-def test_the_lock_file_names_no_host_but_those_of_pypi() -> None:
-    """A mirror that somebody uses at home is no place for others."""
-    hosts = re.findall(r"https?://([^/\"]+)", (ROOT / "uv.lock").read_text())
+def test_the_lock_file_names_no_mirror() -> None:
+    """The index that it names is the one that pip and uv use where nothing is configured, over TLS."""
+    urls = re.findall(r"\w+://[^/\"]+", (ROOT / "uv.lock").read_text())
+    from pip._internal.models.index import PyPI
 
-    assert {"pypi.org", "files.pythonhosted.org"} == set(hosts)
+    assert {PyPI.url.rstrip("/"), f"https://{PyPI.file_storage_domain}"} == set(urls)
 
 
 def test_one_version_of_torch_is_tested() -> None:
