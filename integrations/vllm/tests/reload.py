@@ -59,6 +59,9 @@ def run(llm: Any, step: list[Any]) -> Any:
         return llm.collective_rpc(method, kwargs=options[0] if options else {})
     if what == "replace":
         return replace(*arguments)
+    if what == "forward":
+        # Requests of a refused ``tokens`` would stay in an engine of this process.
+        return llm.apply_model(lambda model: str(model()))
     if what == "write":
         return Path(*arguments).touch()
     if what == "environ":

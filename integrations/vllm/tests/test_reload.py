@@ -72,6 +72,7 @@ _CHECKSUMS = ["call", "compute_weight_checksums"]
 _RESET = ["call", "reset_weights"]
 _RELOADED = ["call", "reload_weights"]
 _TOKENS = ["tokens"]
+_FORWARD = ["forward"]
 
 
 @pytest.mark.timeout(1200)
@@ -174,14 +175,17 @@ def test_a_model_whose_reload_failed_does_not_run(
     good = [["replace", str(directory), str(here)], _RELOADED, _TOKENS]
     steps: list[Any] = [_TOKENS]
     for source, _ in failing.values():
-        steps += [["replace", str(source), str(here)], _RELOADED, _TOKENS, *good]
+        steps += [["replace", str(source), str(here)], _RELOADED, _FORWARD, *good]
     first = min(here.glob("*.safetensors"))
     steps += [
         ["environ", {"TEST_REPLACEMENT": str(_changed(directory, tmp_path / "other") / first.name)}],
         _RELOADED,
-        _TOKENS,
+        _FORWARD,
         ["environ", {"TEST_REPLACEMENT": ""}],
         *good,
+        ["replace", str(truncated), str(here)],
+        _RELOADED,
+        _TOKENS,
     ]
 
     [[tokens, *results]], _ = reloaded(
@@ -196,10 +200,11 @@ def test_a_model_whose_reload_failed_does_not_run(
         assert "the model does not run" in refused["error"], what
         assert [None] == answer, what
         assert tokens == again, what
-    _, failed, refused, *_, answer, again = results[6 * len(failing) :]
+    _, failed, refused, _, _, answer, again, _, _, no_tokens = results[6 * len(failing) :]
     assert "SourceChangedError" in failed["error"]
     assert "the model does not run" in refused["error"]
     assert ([None], tokens) == (answer, again)
+    assert "the model does not run" in no_tokens["error"]
 
 
 @pytest.mark.timeout(900)
@@ -222,7 +227,7 @@ def test_parameters_that_share_memory_need_equal_values(
     [results], _ = reloaded(
         [
             _engine(
-                directory, _TOKENS, equal, _RELOADED, _TOKENS, different, _RELOADED, _TOKENS, equal, _RELOADED, _TOKENS
+                directory, _TOKENS, equal, _RELOADED, _TOKENS, different, _RELOADED, _FORWARD, equal, _RELOADED, _TOKENS
             )
         ]
     )
