@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -41,6 +42,9 @@ from modelexpress_core.report import PulledFile, PullReport
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["FileProgress", "PullProgress", "pull"]
+
+#: Begins a URI, perhaps with a slash that is missing.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 #: Threads that verify files and put them in place; digests are computed without the GIL.
 _MAX_VERIFYING = min(4, os.cpu_count() or 1)
@@ -115,7 +119,7 @@ def pull(
     """
     loader = Loader(environ, plugins)
     text = os.fspath(directory)
-    if not text or "\0" in text or "://" in text:
+    if not text or "\0" in text or _SCHEME.match(text):
         message = f"no directory to copy into: {text!r}"
         raise ModelExpressError(
             message, cause="URI and directory in the wrong order", hint="first the URI, then a path"

@@ -8,6 +8,7 @@ fails a load once, not once per read.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -23,6 +24,9 @@ from modelexpress_core.messages import byte_range
 from modelexpress_core.settings import LoadSettings
 
 __all__ = ["LoadCancelledError", "RetryBudget", "RetryPolicy", "RetryingStorage"]
+
+
+_log = logging.getLogger(__name__)
 
 
 class LoadCancelledError(ModelExpressError):
@@ -261,6 +265,8 @@ class RetryingStorage:
             raise exc
         delay = self._policy.delay(failures, exc.retry_after_seconds, self._uniform)
         if not self._budget.spend(delay):
+            _log.debug("not retrying, because the waiting time of this load is used up: %s", exc.headline)
             raise exc
+        _log.debug("retrying in %.2f s: %s", delay, exc.headline)
         if self._cancelled.wait(delay):
             raise LoadCancelledError("the load was cancelled") from exc

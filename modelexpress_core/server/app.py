@@ -105,20 +105,38 @@ class Server:
         interceptors = [*span_interceptors(), LoggingInterceptor(), MetricsInterceptor(self._metrics)]
         authenticator = open_authenticator(self._auth, self._plugins, self._environ)
         closing = await opened.enter_async_context(contextlib.AsyncExitStack())
-        context = ServiceContext(
-            store=self._store,
-            settings=self._environ,
-            plugins=_ServicePlugins(self._plugins),
-            metrics=self._metrics.registry,
-            closing=closing,
-        )
-        handlers = {**self._services.make(context), STANDARD_HEALTH.name: handler(STANDARD_HEALTH, self._health)}
+        handlers = {
+            **self._services.make(self._context(closing)),
+            STANDARD_HEALTH.name: handler(STANDARD_HEALTH, self._health),
+        }
         server = new_server(handlers, authenticator=authenticator, interceptors=interceptors)
         port = self._settings.port
         self.port = self._listen(server, port, "MODEL_EXPRESS_SERVER_PORT", self._tls, authenticator)
         await server.start()
         opened.push_async_callback(server.stop, self._settings.drain_seconds)
         return handlers
+
+    def _context(self, closing: contextlib.AsyncExitStack) -> ServiceContext:
+        return ServiceContext(
+            store=self._store,
+            settings=self._environ,
+            plugins=_ServicePlugins(self._plugins),
+            metrics=self._metrics.registry,
+            closing=closing,
+        )
+
+    async def check(self) -> None:
+        """Do what precedes serving: make the services, and ask the store. Serves nothing; call it once, and alone.
+
+        Raises:
+            PluginLoadError: A service cannot be made.
+            StoreUnavailableError: The store does not answer. A server would start, and answer UNAVAILABLE.
+        """
+        async with contextlib.AsyncExitStack() as opened:
+            opened.push_async_callback(self._store.close)
+            closing = await opened.enter_async_context(contextlib.AsyncExitStack())
+            self._services.make(self._context(closing))
+            await self._store.counts()
 
     async def _serve_health(
         self, opened: contextlib.AsyncExitStack, handlers: Mapping[str, grpc.GenericRpcHandler[Any, Any]]
