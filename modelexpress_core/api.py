@@ -69,7 +69,8 @@ def load_state_dict(
         ResolveError: The URI is not valid, or no plugin handles it.
         BackendError: The storage failed.
         CheckpointError: The files there are no valid checkpoint.
-        PlacementError: A name is not in the checkpoint, or torch has no dtype for a tensor.
+        PlacementError: A name is not in the checkpoint, torch has no dtype for a tensor, or cannot use the device.
+        ResourceError: There is too little memory, or no thread can be started.
     """
     from modelexpress_core.loads.targets import NewTensors
 
@@ -107,18 +108,18 @@ def load_into(
 
     Raises:
         IncompleteLoadError: A destination has no tensor in the checkpoint, or (``strict``) a tensor has no destination.
-        PlacementError: A shape or (without ``cast``) a dtype differs.
+        PlacementError: A shape or (without ``cast``) a dtype differs, or torch cannot use the device.
+        ResourceError: There is too little memory, or no thread can be started.
         ResolveError: The URI is not valid, or no plugin handles it.
         BackendError: The storage failed; the contents of ``target`` are then undefined.
         CheckpointError: The files there are no valid checkpoint.
     """
-    import torch
-
     from modelexpress_core.loads.targets import Target
     from modelexpress_core.placement.destinations import Destinations
+    from modelexpress_core.placement.devices import device_with_memory
 
     loader = Loader(environ, plugins)
-    tensors = Destinations(target, torch.device(device))
+    tensors = Destinations(target, device_with_memory(device))
     return loader.load(loader.request(uri), Target(tensors, strict=strict, cast=cast))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 
 from attrs import frozen
@@ -51,6 +52,17 @@ class Endpoint:
             message = f"no address of a server: {without_credentials(text)!r}"
             raise InvalidURIError(message, hint="write host:port, http://host:port, or https://host:port for TLS")
         return cls(match["host"].strip("[]"), port, tls=match["scheme"] == "https")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether connections stay on this machine: the host is ``localhost`` or a loopback address."""
+        if self.host.lower() == "localhost":
+            return True
+        try:
+            address = ipaddress.ip_address(self.host)
+        except ValueError:
+            return False
+        return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
     @property
     def target(self) -> str:

@@ -14,6 +14,7 @@
     ├── CheckpointError               the files are no valid checkpoint (.uri .file)
     ├── PlacementError                the destination does not fit the checkpoint (.tensor)
     ├── IncompleteLoadError           part of the model was not written (.missing .unexpected)
+    ├── ResourceError                 this machine has too little memory, or starts no more threads
     └── BackendError                  a storage or a peer failed (.uri .provider .retryable .peer_at_fault)
         ├── NotFoundError
         ├── AccessDeniedError
@@ -30,6 +31,7 @@ Only ``modelexpress_core.fetch.retry`` retries.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from modelexpress_core.messages import hide_credentials_of_urls, printable_lines
@@ -53,6 +55,7 @@ __all__ = [
     "PluginError",
     "PluginLoadError",
     "ResolveError",
+    "ResourceError",
     "SettingsError",
     "SourceChangedError",
     "ThrottledError",
@@ -96,8 +99,13 @@ class ModelExpressError(Exception):
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
+#: A text that ends with a command, which is copied to the end of its line.
+_ENDS_WITH_COMMAND = re.compile(r"pip install [^;`\n]+\Z")
+
+
 def _sentence(text: str) -> str:
-    return text if text.endswith((".", "?", "!")) else f"{text}."
+    ends = text.endswith((".", "?", "!")) or _ENDS_WITH_COMMAND.search(text)
+    return text if ends else f"{text}."
 
 
 def _rebuild(cls: type[ModelExpressError], args: tuple[Any, ...], state: dict[str, Any]) -> ModelExpressError:
@@ -226,6 +234,10 @@ class IncompleteLoadError(ModelExpressError):
         super().__init__(message, cause=cause, hint=hint)
         self.missing = tuple(missing)
         self.unexpected = tuple(unexpected)
+
+
+class ResourceError(ModelExpressError):
+    """This machine, or a device of it, has too little memory, or starts no more threads."""
 
 
 class BackendError(ModelExpressError):

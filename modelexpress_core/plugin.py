@@ -18,7 +18,14 @@ from modelexpress_core.providers import (
     StorageProvider,
     TransportProvider,
 )
-from modelexpress_core.server.settings import ConfigPath, LogSettings, ServerSettings, SpanSettings, StoreVariables
+from modelexpress_core.server.settings import (
+    ConfigPath,
+    LimitSettings,
+    LogSettings,
+    ServerSettings,
+    SpanSettings,
+    StoreVariables,
+)
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.ranking import rank
 from modelexpress_core.sources.settings import (
@@ -26,6 +33,7 @@ from modelexpress_core.sources.settings import (
     PublishingSettings,
     ServerAddress,
     StaticSources,
+    TrustSettings,
     WorkerSettings,
 )
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings, TokenSettings
@@ -87,7 +95,16 @@ def mx_register_commands() -> list[CommandProvider]:
             "serve",
             _serve,
             help="Run a server, which lists the workers that hold models.",
-            settings=(ConfigPath, ServerSettings, TlsSettings, AuthSettings, StoreVariables, LogSettings, SpanSettings),
+            settings=(
+                ConfigPath,
+                ServerSettings,
+                LimitSettings,
+                TlsSettings,
+                AuthSettings,
+                StoreVariables,
+                LogSettings,
+                SpanSettings,
+            ),
         ),
         CommandProvider(
             "health", _health, help="Show the status, version and uptime of a server.", settings=_CLIENT_SETTINGS
@@ -114,6 +131,7 @@ def mx_register_storages() -> list[StorageProvider]:
             _open_file,
             capabilities=StorageCapabilities(
                 read_runs=True,
+                recheck=True,
                 concurrency=min(8, len(os.sched_getaffinity(0))),
                 most_concurrency=32,
                 request_cost_bytes=128,
@@ -178,7 +196,7 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
             ("server",),
             _open_server_discovery,
             install_hint="modelexpress-core[server]",
-            settings=(DiscoverySettings, PublishingSettings, WorkerSettings),
+            settings=(DiscoverySettings, TrustSettings, PublishingSettings, WorkerSettings),
         ),
         DiscoveryProvider("static", ("static",), _open_static_discovery, settings=StaticSources),
     ]
@@ -187,9 +205,7 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
 def _open_tokens(settings: Mapping[str, str]) -> Authenticator:
     from modelexpress_core.wire.authentication import TokenAuthenticator
 
-    tokens = from_env(AuthSettings, settings).tokens
-    assert tokens is not None  # noqa: S101 - for the type checker: with the mode token, the settings require them
-    return TokenAuthenticator(tokens)
+    return TokenAuthenticator(from_env(AuthSettings, settings).tokens_path())
 
 
 def _open_certificates(settings: Mapping[str, str]) -> Authenticator:  # noqa: ARG001 - a factory's signature
@@ -226,13 +242,20 @@ def _make_p2p(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
     return make_p2p(context)
 
 
+def _make_access(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
+    from modelexpress_core.server.services.access import make_access
+
+    return make_access(context)
+
+
 @hookimpl
 def mx_register_server_services() -> list[ServerServiceProvider]:
-    """Health, pings, and the metadata of sources."""
+    """Health, pings, the metadata of sources, and read grants."""
     return [
         ServerServiceProvider("model_express.health.HealthService", _make_health),
         ServerServiceProvider("model_express.api.ApiService", _make_api),
         ServerServiceProvider("model_express.p2p.P2pService", _make_p2p, settings=ServerSettings),
+        ServerServiceProvider("modelexpress.access.AccessService", _make_access),
     ]
 
 

@@ -86,6 +86,7 @@ class StorageCapabilities:
     Attributes:
         read_batch: Has its own engine, with a method ``read_batch``.
         read_runs: Reads many short runs in one call: a ``RunStorage``.
+        recheck: Compares the version of an object again at the end of a load: a ``RecheckingStorage``.
         patience: Gives up a read after ``patience_seconds`` without a byte: a ``PatientStorage``.
         diagnosis: Reports its endpoint and its credentials to ``mx doctor``: a ``DiagnosableStorage``.
         stat_digests: ``stat`` may return digests that ``list`` does not: core sends one request per file for them.
@@ -97,6 +98,7 @@ class StorageCapabilities:
 
     read_batch: bool = False
     read_runs: bool = False
+    recheck: bool = False
     patience: bool = False
     diagnosis: bool = False
     stat_digests: bool = False

@@ -71,7 +71,9 @@ _LONE_SURROGATES = r"\ud800-\udfff"  # JSON can write them, UTF-8 cannot
 _NOT_IN_NAMES = re.compile(rf"[\x00-\x1f\x7f{_LONE_SURROGATES}]")
 _NOT_IN_TEXTS = re.compile(f"[{_LONE_SURROGATES}]")
 _DIGITS_OF_U64 = 20
-_MAX_BITS = (1 << 64) - 1
+
+#: Sizes, products of sizes and positions are signed numbers of 64 bits in tensor libraries and operating systems.
+_MAX_INT64 = (1 << 63) - 1
 _A_LONE_ENTRY = "the header is a single tensor entry without a name"
 
 #: What JSON allows between its parts.
@@ -154,8 +156,9 @@ class _Entry(_Object):
         # There are at most 64 sizes of at most 20 digits, so the product stays small.
         bits = math.prod(self.shape) * DTYPE_BITS[self.dtype]
         # Strides are products of sizes too, so the other sizes must not overflow even if one is zero.
-        if bits > _MAX_BITS or (bits == 0 and math.prod(filter(None, self.shape)) > _MAX_BITS):
-            raise _Fault(f"has the shape {shown(list(self.shape))}, more elements than 64 bits can count")
+        spanned = math.prod(filter(None, self.shape))
+        if spanned > _MAX_INT64 or spanned * DTYPE_BITS[self.dtype] // 8 > _MAX_INT64:
+            raise _Fault(f"has the shape {shown(list(self.shape))}, more bytes than 63 bits can count")
         if bits % 8:
             raise _Fault(f"does not end on a whole byte: shape {shown(list(self.shape))} of {self.dtype}")
         if self.end - self.begin != bits // 8:

@@ -25,6 +25,7 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.messages import byte_range, listed, printable
+from modelexpress_core.resources import allocating, starting_threads
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["open_files"]
@@ -59,8 +60,10 @@ def open_files(
     Raises:
         CheckpointError: The files are no valid checkpoint; the message names the invalid one.
         BackendError: The storage failed.
+        ResourceError: There is too little memory, or no thread can be started.
     """
-    return _Opening(storage, uri, provider, ask_digests, concurrency).checkpoint()
+    with allocating(f"the headers of {uri}"), starting_threads(f"read the headers of {uri}"):
+        return _Opening(storage, uri, provider, ask_digests, concurrency).checkpoint()
 
 
 class _Opening:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from importlib.metadata import version
 from typing import Annotated
 
@@ -60,8 +59,6 @@ def _begin(
     handler.setFormatter(_Formatter("%(levelname)s %(message)s"))
     logging.basicConfig(level="WARNING", handlers=[handler], force=True)
     set_log_level(log_level)
-    # This package needs no numpy, so a minimal installation has none.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def build_app() -> typer.Typer:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from modelexpress_core.cli.interruption import signal_exit_code
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, PluginLoadError
+from modelexpress_core.installing import install_command
 from modelexpress_core.messages import hide_credentials_of_urls, printable, printable_lines
 from modelexpress_core.plugins import plugin_packages
 
@@ -109,7 +110,7 @@ def silence_grpc() -> None:
 def package_missing(what: str, exc: ModuleNotFoundError) -> PluginLoadError:
     """Return the error for ``what`` (``"the server"``), whose packages the extra ``server`` installs."""
     message = f"{what} needs the package {exc.name}, which is not installed"
-    return PluginLoadError(message, plugin="modelexpress-core", hint="pip install 'modelexpress-core[server]'")
+    return PluginLoadError(message, plugin="modelexpress-core", hint=install_command("modelexpress-core[server]"))
 
 
 def errors_reported(command: _F) -> _F:

@@ -15,12 +15,14 @@ from rich.text import Text
 from modelexpress_core.cli.interruption import signal_exit_code
 from modelexpress_core.cli.output import console, exit_code, package_missing, set_log_level, silence_grpc
 from modelexpress_core.contracts.metadata_store import StoreUnavailableError
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
 from modelexpress_core.messages import hide_credentials, printable, with_hint
 from modelexpress_core.plugins import CORE, METADATA_STORE, PluginManager
 from modelexpress_core.server.logs import announce, write_log
 from modelexpress_core.server.settings import (
     ConfigPath,
+    LimitSettings,
     LogSettings,
     ServerSettings,
     SpanSettings,
@@ -39,7 +41,13 @@ __all__ = ["serve"]
 _log = logging.getLogger(__name__)
 
 #: Settings class of each section of the configuration file; the empty name is its top.
-_SECTIONS = {"": ServerSettings, "tls": TlsSettings, "auth": AuthSettings, "log": LogSettings}
+_SECTIONS = {
+    "": ServerSettings,
+    "limits": LimitSettings,
+    "tls": TlsSettings,
+    "auth": AuthSettings,
+    "log": LogSettings,
+}
 
 
 def serve(
@@ -232,9 +240,9 @@ def _check_start(config: Config, plugins: PluginManager) -> None:
 
     async def check() -> None:
         _, store = plugins.open(METADATA_STORE, ModelURI.parse(settings.metadata), os.environ)
-        tls, auth = config.get(TlsSettings), config.get(AuthSettings)
+        tls, auth, limits = config.get(TlsSettings), config.get(AuthSettings), config.get(LimitSettings)
         try:
-            await Server(settings, store, plugins, tls=tls, auth=auth, environ=os.environ).check()
+            await Server(settings, store, plugins, tls=tls, auth=auth, limits=limits, environ=os.environ).check()
         except StoreUnavailableError as exc:
             _log.warning("the metadata store does not answer, so a server would answer calls with UNAVAILABLE: %s", exc)
 
@@ -249,19 +257,29 @@ def _serve(config: Config) -> int:
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
     with exported_spans(from_env(SpanSettings)):
-        return asyncio.run(_run(config.get(ServerSettings), config.get(TlsSettings), config.get(AuthSettings)))
+        return asyncio.run(
+            _run(
+                config.get(ServerSettings),
+                config.get(TlsSettings),
+                config.get(AuthSettings),
+                config.get(LimitSettings),
+            )
+        )
 
 
-async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -> int:
+async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, limits: LimitSettings) -> int:
     try:
         from modelexpress_core.server.app import Server
+        from modelexpress_core.server.files import raise_limit
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
+    raise_limit()
     end = _end_signal()
     uri = ModelURI.parse(settings.metadata)
     plugins = PluginManager.discover()
     _, store = plugins.open(METADATA_STORE, uri, os.environ)
-    async with Server(settings, store, plugins, tls=tls, auth=auth, environ=os.environ) as server:
+    server = Server(settings, store, plugins, tls=tls, auth=auth, limits=limits, environ=os.environ)
+    async with server:
         grpc = host_and_port(settings.host, server.port)
         metrics = f"{host_and_port(settings.host, server.metrics_port)}/metrics"
         health = host_and_port(settings.host, server.health_port) if server.health_port else ""
@@ -272,12 +290,24 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -
             metadata=str(uri),
             health=health or None,
         )
-        if auth.mode == "token" and tls.certificate is None:
-            _log.warning("callers send tokens without TLS: others on the network can read them")
+        if warning := risk(settings.host, auth, tls):
+            _log.warning("%s", warning)
         _log.info("authentication: %s; TLS: %s", auth.mode, "no" if tls.certificate is None else "yes")
         number = await end
         announce("ending: calls in flight may end first")
     return signal_exit_code(number)
+
+
+def risk(host: str, auth: AuthSettings, tls: TlsSettings) -> str:
+    """What is not safe about a server that listens on ``host``; empty if it is reached from this machine alone."""
+    if Endpoint(host.strip("[]"), 0).is_loopback:
+        return ""
+    if auth.mode == "off":
+        return (
+            f"MX_AUTH_MODE is off and the server listens on {host}: every program that reaches it can publish workers, "
+            "and readers take weights from them"
+        )
+    return "" if tls.certificate is not None else "callers send tokens without TLS: others on the network can read them"
 
 
 def _end_signal() -> asyncio.Future[int]:

@@ -59,6 +59,7 @@ class Peer:
         load: Load that the worker reports, from 0 to 1; None if it reports none.
         updated_at_ms: Time of its last publication or heartbeat, in milliseconds since 1970 by the server's clock.
         topology: Location of the worker, and other facts that it publishes.
+        server: URL of the server that listed it, and that grants reading it; empty if none did.
     """
 
     source_id: str = field(validator=attrs.validators.instance_of(str))
@@ -68,6 +69,7 @@ class Peer:
     load: float | None = field(default=None, converter=attrs.converters.optional(float))
     updated_at_ms: int = 0
     topology: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
+    server: str = ""
 
 
 @frozen

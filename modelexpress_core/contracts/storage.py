@@ -11,7 +11,15 @@ from attrs import field, frozen
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.immutable import unmodifiable
 
-__all__ = ["DiagnosableStorage", "Endpoint", "ObjectInfo", "PatientStorage", "RunStorage", "Storage"]
+__all__ = [
+    "DiagnosableStorage",
+    "Endpoint",
+    "ObjectInfo",
+    "PatientStorage",
+    "RecheckingStorage",
+    "RunStorage",
+    "Storage",
+]
 
 
 @frozen
@@ -120,6 +128,28 @@ class RunStorage(Storage, Protocol):
 
         Raises:
             SourceChangedError: The object has another version now, and its old content cannot be read.
+            BackendError: Any other failure.
+        """
+        ...
+
+
+class RecheckingStorage(Storage, Protocol):
+    """A storage that can compare the version of an object again without reading it, at almost no cost.
+
+    Declared with the capability ``recheck``. Core calls it for each object that a load has read, once all bytes have
+    arrived: an object that changed after its last read then fails the load too. It is for storages whose objects can
+    change in place, such as files. A storage that pins versions on its server has no use for it.
+    """
+
+    def check_unchanged(self, path: str, *, version: str) -> None:
+        """Return if the object that was read at ``path`` still has ``version``.
+
+        Args:
+            path: As in ``ObjectInfo.path``.
+            version: As in ``ObjectInfo.version``.
+
+        Raises:
+            SourceChangedError: It has another version.
             BackendError: Any other failure.
         """
         ...

@@ -39,6 +39,7 @@ from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import PulledFile, PullReport
+from modelexpress_core.resources import starting_threads
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["FileProgress", "PullProgress", "pull"]
@@ -337,7 +338,8 @@ class _Pull:
         """Threads that verify; they end soon when the pull ends."""
         pool = ThreadPoolExecutor(_MAX_VERIFYING, thread_name_prefix="mx-verify")
         try:
-            yield pool
+            with starting_threads("verify the files"):
+                yield pool
         except BaseException:
             self._cancelled.set()
             raise

@@ -11,6 +11,7 @@ from attrs import frozen
 from modelexpress_core.checkpoint.strict_json import shown
 from modelexpress_core.contracts.storage import ObjectInfo, Storage
 from modelexpress_core.errors import AccessDeniedError, BackendError, CheckpointError, NotFoundError, UnsupportedError
+from modelexpress_core.resources import starting_threads
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["WEIGHT_SUFFIXES", "Selection", "check_names", "reason_to_refuse", "select", "with_stat"]
@@ -95,7 +96,10 @@ def with_stat(storage: Storage, objects: dict[str, ObjectInfo]) -> dict[str, Obj
     """``objects`` as ``stat`` returns them, called in parallel."""
     if not objects:
         return {}
-    with ThreadPoolExecutor(min(_MAX_CONCURRENT_STATS, len(objects)), thread_name_prefix="mx-stat") as pool:
+    with (
+        starting_threads("read the sizes of the files"),
+        ThreadPoolExecutor(min(_MAX_CONCURRENT_STATS, len(objects)), thread_name_prefix="mx-stat") as pool,
+    ):
         found = pool.map(lambda info: storage.stat(info.path), objects.values())
         return dict(zip(objects, found, strict=True))
 

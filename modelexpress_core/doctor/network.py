@@ -22,6 +22,7 @@ from attrs import field, frozen
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import BackendError, DeadlineError, NotFoundError, UnavailableError, UnsupportedError
 from modelexpress_core.probing import Fault, ProbeError, begin_tls, connect, look_up, reason_of_tls
+from modelexpress_core.resources import start_thread
 from modelexpress_core.tls_errors import explain_verification_error
 from modelexpress_core.uri import host_and_port
 
@@ -63,7 +64,7 @@ def call_with_deadline(seconds: float, call: Callable[[], _R], operation: str) -
         except BaseException as exc:  # noqa: BLE001 - raised to the caller
             outcomes.put((False, exc))
 
-    threading.Thread(target=run, name="mx-doctor", daemon=True).start()
+    start_thread(threading.Thread(target=run, name="mx-doctor", daemon=True), operation)
     try:
         done, outcome = outcomes.get(timeout=seconds)
     except Empty:

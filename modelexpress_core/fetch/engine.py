@@ -3,7 +3,8 @@
 Threads read, because the calls that matter (``preadv``, ``recv_into``, TLS reads, copies) release the GIL. They take
 ranges from a queue; urgent ranges, for which code waits, go first. The first error ends the load: reads that have not
 begun are dropped, reads under way are cut short by closing the storage, and no thread touches the destination when the
-error reaches the caller. At the end the digests of whole files are compared, and planned bytes with those that arrived.
+error reaches the caller. At the end the digests of whole files are compared, the versions of all files once more (if
+the storage can do that), and planned bytes with those that arrived.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
-from modelexpress_core.contracts.storage import PatientStorage, Storage
-from modelexpress_core.errors import BackendError, DeadlineError, ThrottledError
+from modelexpress_core.contracts.storage import PatientStorage, RecheckingStorage, Storage
+from modelexpress_core.errors import BackendError, DeadlineError, ResourceError, ThrottledError
 from modelexpress_core.fetch.concurrency import ConcurrencyLimit, concurrency_for
 from modelexpress_core.fetch.integrity import Integrity
 from modelexpress_core.fetch.ledger import Ledger
@@ -29,6 +30,7 @@ from modelexpress_core.fetch.staging import StagingPool
 from modelexpress_core.fetch.stalls import Patience
 from modelexpress_core.messages import byte_range
 from modelexpress_core.providers import StorageCapabilities
+from modelexpress_core.resources import out_of_memory, start_thread
 from modelexpress_core.settings import LoadSettings
 
 if TYPE_CHECKING:
@@ -114,9 +116,11 @@ class FetchEngine:
         self._urgent: deque[Sequence[Range]] = deque()
         self._queue: deque[Sequence[Range]] = deque()
         self._threads: list[threading.Thread] = []
+        self._may_start_threads = True
         self._busy = 0
         self._running: dict[int, tuple[float, Range]] = {}
         self._pending_segments = 0
+        self._files: dict[str, CheckpointFile] = {}
         self._stopping = False
         self._error: BaseException | None = None
 
@@ -135,6 +139,7 @@ class FetchEngine:
             self._raise_error()
             for batch in batches:
                 for range_ in batch:
+                    self._files[range_.file.path] = range_.file
                     self._pending_segments += len(range_.segments)
                     for segment in range_.segments:
                         segment.ticket.remaining += 1
@@ -153,10 +158,11 @@ class FetchEngine:
                     self._await(self._progress)
 
     def finish(self) -> None:
-        """Wait for everything that was submitted, compare digests, check that all bytes arrived, stop.
+        """Wait for everything that was submitted, compare digests and versions, check that all bytes arrived, stop.
 
         Raises:
             BaseException: The error that ended the load.
+            SourceChangedError: A file changed after its last read.
             IntegrityError: A file that was read as a whole differs from the stored one.
             IncompleteLoadError: Bytes are missing although nothing failed.
         """
@@ -165,6 +171,8 @@ class FetchEngine:
                 self._await(self._idle)
             self._raise_error()
         self.ledger.verified(self._integrity.check(self._reread))
+        if self.capabilities.recheck:
+            self._check_unchanged()
         self._stop()
         self.ledger.check()
 
@@ -231,15 +239,22 @@ class FetchEngine:
     def _wake_threads(self, batches: int) -> None:
         """Start as many threads as the limit allows and the queue needs, and wake them."""
         wanted = min(self._limit.reads, self._busy + len(self._urgent) + len(self._queue))
-        while len(self._threads) < wanted:
+        while len(self._threads) < wanted and self._may_start_threads:
             self._start_thread()
         self._work_ready.notify(batches)
 
     def _start_thread(self) -> None:
         name = f"mx-fetch-{next(_thread_numbers)}"
         thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        try:
+            start_thread(thread, "read the files of the model")
+        except ResourceError as exc:
+            if not self._threads:
+                raise
+            self._may_start_threads = False
+            _log.warning("the load goes on with %d threads: %s", len(self._threads), exc.headline)
+        else:
+            self._threads.append(thread)
 
     def _run(self) -> None:
         while True:
@@ -252,6 +267,10 @@ class FetchEngine:
                 self._busy += 1
             try:
                 self._fetch(batch)
+            except MemoryError as exc:
+                error = out_of_memory(f"a part of {self._uri_of(batch[0].file.path)}", exc)
+                error.__cause__ = exc
+                self._fail(error)
             except BaseException as exc:  # noqa: BLE001 - the caller gets it from the load
                 self._fail(exc)
             finally:
@@ -330,6 +349,12 @@ class FetchEngine:
                 use(buffer)
                 self.ledger.read_again(len(buffer))
                 offset += len(buffer)
+
+    def _check_unchanged(self) -> None:
+        storage = cast("RecheckingStorage", self._raw_storage)
+        for file in self._files.values():
+            if file.version is not None:
+                storage.check_unchanged(file.path, version=file.version)
 
     def _fail(self, error: BaseException) -> None:
         with self._lock:

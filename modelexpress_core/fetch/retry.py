@@ -25,6 +25,14 @@ from modelexpress_core.settings import LoadSettings
 
 __all__ = ["LoadCancelledError", "RetryBudget", "RetryPolicy", "RetryingStorage"]
 
+#: Bounds of one listing, which is kept in memory: a model has a few thousand objects at most, with names of a hundred
+#: bytes. The largest repositories of data have 100,000.
+_MAX_LISTED_OBJECTS = 200_000
+_MAX_LISTED_NAME_BYTES = 64 << 20
+
+#: Objects that one listing may repeat. No storage repeats any, but one that changes meanwhile might.
+_MAX_LISTED_AGAIN = 1000
+
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +94,7 @@ def _translated_errors(path: str) -> Iterator[None]:
     """Turn exceptions that the storage plugin did not translate into our own errors."""
     try:
         yield
-    except ModelExpressError:
+    except (ModelExpressError, MemoryError):  # the latter is no fault of the plugin
         raise
     except Exception as exc:
         raise _untranslated(exc, path) from exc
@@ -132,12 +140,17 @@ class RetryingStorage:
         self._uniform = uniform
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """As the storage's; a listing that fails starts again and continues after the objects already seen."""
+        """As the storage's; a listing that fails starts again and continues after the objects already seen.
+
+        Raises:
+            BackendError: The storage failed, or the listing has no end.
+        """
         seen: set[str] = set()
-        failures = 0
+        name_bytes = failures = 0
         while True:
             if failures:
                 self._on_retry()
+            may_repeat = len(seen) + _MAX_LISTED_AGAIN
             try:
                 with _translated_errors(prefix):
                     listing = iter(self._storage.list(prefix))
@@ -146,15 +159,35 @@ class RetryingStorage:
                         info = next(listing, None)
                     if info is None:
                         break
-                    if info.path not in seen:
-                        failures = 0
-                        seen.add(info.path)
-                        yield info
+                    if info.path in seen:
+                        may_repeat -= 1
+                        if may_repeat < 0:
+                            raise self._endless(prefix, "the storage lists the same objects again and again")
+                        continue
+                    name_bytes += len(info.path) + len(info.version or "")
+                    if len(seen) >= _MAX_LISTED_OBJECTS or name_bytes > _MAX_LISTED_NAME_BYTES:
+                        raise self._endless(
+                            prefix,
+                            f"more than {_MAX_LISTED_OBJECTS} objects, or names of more than {_MAX_LISTED_NAME_BYTES} "
+                            "bytes, are below it",
+                        )
+                    failures = 0
+                    seen.add(info.path)
+                    yield info
             except BackendError as exc:
                 failures += 1
                 self._wait(exc, failures)
             else:
                 return
+
+    def _endless(self, prefix: str, reason: str) -> BackendError:
+        return BackendError(
+            reason,
+            uri=self._uri_of(prefix),
+            operation="list the objects",
+            cause="the URI is that of many models, or the server's listing has no end",
+            hint="give the URI of the directory of one model, and check the server",
+        )
 
     def stat(self, path: str) -> ObjectInfo:
         """As the storage's."""
@@ -216,7 +249,7 @@ class RetryingStorage:
             except BackendError as exc:
                 failures += 1
                 self._wait(exc, failures)
-            except ModelExpressError:
+            except (ModelExpressError, MemoryError):
                 raise
             except Exception as exc:  # noqa: BLE001 - becomes our own error
                 failure = _untranslated(exc, path)

@@ -14,6 +14,7 @@ from modelexpress_core.loads.destination import Destination
 from modelexpress_core.loads.load import Load, peak_rss_bytes
 from modelexpress_core.plugins import STORAGE
 from modelexpress_core.report import LoadReport
+from modelexpress_core.resources import allocating
 
 if TYPE_CHECKING:
     from modelexpress_core.placement import Recorder
@@ -63,9 +64,10 @@ class CheckpointLoad(Load):
     def fetch(self) -> None:
         """Record the copies, and read while later ones are still being recorded."""
         self.destination.touch()
-        self.destination.copy_from(self.checkpoint, self.recorder)
-        self._planning_done = True
-        self.recorder.finish()
+        with allocating(f"the load of {self._uri}"):
+            self.destination.copy_from(self.checkpoint, self.recorder)
+            self._planning_done = True
+            self.recorder.finish()
 
     def _stop(self, exc: BaseException) -> bool:
         if self._engine is None:

@@ -15,8 +15,10 @@ from modelexpress_core.messages import listed
 from modelexpress_core.placement import Recorder
 from modelexpress_core.placement.coverage import Coverage
 from modelexpress_core.placement.destinations import Destinations
+from modelexpress_core.placement.devices import device_with_memory
 from modelexpress_core.placement.dtypes import torch_dtype, torch_shape
 from modelexpress_core.report import LoadReport
+from modelexpress_core.resources import allocating
 
 __all__ = ["DeferredTarget", "NewTensors", "Target"]
 
@@ -30,13 +32,16 @@ class NewTensors(Destination):
 
     Attributes:
         tensors: The tensors by name.
+
+    Raises:
+        PlacementError: torch cannot create tensors on the device.
     """
 
     def __init__(self, names: Sequence[str] | None, device: str | torch.device) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         super().__init__(renew=self.tensors.clear)
         self._names = names
-        self._device = device
+        self._device = device_with_memory(device)
 
     def check_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Raise unless ``checkpoint`` has every requested tensor."""
@@ -51,11 +56,12 @@ class NewTensors(Destination):
 
     def copy_from(self, checkpoint: Checkpoint, recorder: Recorder) -> None:
         """Allocate each tensor, and record its copy."""
-        for name in checkpoint.tensors if self._names is None else self._names:
-            info = checkpoint.tensors[name]
-            tensor = torch.empty(torch_shape(info), dtype=torch_dtype(info), device=self._device)
-            self.tensors[name] = tensor
-            recorder.copy_whole(info, tensor)
+        with allocating(f"the tensors of {checkpoint.uri} on {self._device}"):
+            for name in checkpoint.tensors if self._names is None else self._names:
+                info = checkpoint.tensors[name]
+                tensor = torch.empty(torch_shape(info), dtype=torch_dtype(info), device=self._device)
+                self.tensors[name] = tensor
+                recorder.copy_whole(info, tensor)
 
 
 def _keep() -> None:

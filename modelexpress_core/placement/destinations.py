@@ -15,6 +15,7 @@ from modelexpress_core.placement.dtypes import torch_dtype, torch_shape
 from modelexpress_core.placement.memory import Region, has_memory, region_of
 from modelexpress_core.placement.strides import repeats_elements
 from modelexpress_core.placement.torch_private import module_tables
+from modelexpress_core.resources import allocating
 
 __all__ = ["Destinations"]
 
@@ -33,7 +34,8 @@ class Destinations:
     def __init__(self, target: nn.Module | Mapping[str, torch.Tensor], device: torch.device) -> None:
         self._adopt: list[Callable[[], None]] = []
         if isinstance(target, nn.Module):
-            self.tensors = self._of_module(target, device)
+            with allocating(f"the parameters of {type(target).__name__} on {device}"):
+                self.tensors = self._of_module(target, device)
         else:
             if not isinstance(target, Mapping) or not all(torch.is_tensor(tensor) for tensor in target.values()):
                 message = f"cannot load into {type(target).__name__}"

@@ -12,6 +12,7 @@ from modelexpress_core.placement.pending_copies import PendingCopies
 from modelexpress_core.placement.plan import Copy
 from modelexpress_core.placement.strides import once, repeats_elements
 from modelexpress_core.placement.torch_private import BypassModes
+from modelexpress_core.resources import allocating
 
 __all__ = ["Materialiser", "has_plain_bytes"]
 
@@ -86,7 +87,8 @@ class Materialiser:
 
     def _fetched(self, source: Source, meta: torch.Tensor) -> torch.Tensor:
         """A new plain tensor with the elements of ``meta``, with the strides that a clone would have."""
-        real = torch.empty_strided(meta.size(), torch.empty_like(meta).stride(), dtype=meta.dtype, device="cpu")
+        with allocating(f"the tensor {source.info.name}, with which the code computes"):
+            real = torch.empty_strided(meta.size(), torch.empty_like(meta).stride(), dtype=meta.dtype, device="cpu")
         if meta.numel():
             self._pending.fetch_now(Copy(source.info, meta, real))
         return real

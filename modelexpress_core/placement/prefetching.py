@@ -9,6 +9,7 @@ import torch
 from modelexpress_core.checkpoint import Checkpoint, TensorInfo
 from modelexpress_core.placement.deferred import Source
 from modelexpress_core.placement.plan import Copy
+from modelexpress_core.resources import allocating
 
 __all__ = ["prefetch_copies", "small_tensors"]
 
@@ -38,7 +39,8 @@ def small_tensors(checkpoint: Checkpoint) -> list[TensorInfo]:
 
 def prefetch_copies(sources: Sequence[Source]) -> list[Copy]:
     """Copies of ``sources`` to one buffer; each source gets its part of it and the ticket of its copy."""
-    buffer = torch.empty(sum(_aligned(source.info.length) for source in sources), dtype=torch.uint8, device="cpu")
+    with allocating("the small tensors, which are fetched ahead"):
+        buffer = torch.empty(sum(_aligned(source.info.length) for source in sources), dtype=torch.uint8, device="cpu")
     copies, position = [], 0
     for source in sources:
         length = source.info.length

@@ -172,6 +172,8 @@ def _from_data(value: object, kind: Any, converter: Callable[[str], Any] | None)
     if value is None or value in ("", [], {}):
         message = "the value is empty; leave the key out, or give it a value"
         raise _WrongTypeError(message)
+    if hasattr(origin, "from_data"):  # a class for values that are more than words
+        return origin.from_data(value)
     if origin is bool:
         return _checked(value, bool)
     if origin in {int, float}:

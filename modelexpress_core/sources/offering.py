@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from modelexpress_core.contracts.authenticator import Authenticator
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import ModelExpressError, PlacementError, SettingsError
@@ -21,6 +22,7 @@ from modelexpress_core.sources.publishing import Publisher, PublishingState, wit
 from modelexpress_core.sources.settings import PublishingSettings, ServerAddress, WorkerSettings
 from modelexpress_core.sources.worker_service import Leases, WorkerServer
 from modelexpress_core.wire.authentication import open_authenticator
+from modelexpress_core.wire.grants import GrantAuthenticator
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
 
@@ -109,11 +111,15 @@ class Offer:
         environ = os.environ if environ is None else environ
         settings = from_env(WorkerSettings, environ)
         tls, auth = from_env(TlsSettings, environ), from_env(AuthSettings, environ)
-        authenticator = None
-        if auth.mode != "off":
-            authenticator = open_authenticator(auth, plugins or PluginManager.discover(environ), environ)
         self._drain_seconds = settings.drain_seconds
         self.worker_id = worker_id or uuid.uuid4().hex
+        # Readers send their token to the server alone. To workers they show a grant that it signed, or a certificate.
+        grants = GrantAuthenticator(identity.source_id, self.worker_id, required=auth.mode != "off")
+        authenticator: Authenticator = grants
+        if auth.mode not in {"off", "token"}:
+            chosen = open_authenticator(auth, plugins or PluginManager.discover(environ), environ)
+            if chosen is not None and chosen.by_certificate:
+                authenticator = chosen
         manifest = p2p_pb2.GetTensorManifestResponse(
             tensors=tensor_descriptors(tensors),
             mx_source_id=identity.source_id,
@@ -152,6 +158,7 @@ class Offer:
                 self.worker_id,
                 interval_seconds=from_env(PublishingSettings, environ).interval_seconds,
                 load=load,
+                grants=grants,
             )
             self._closing = opened.pop_all()
 

@@ -28,7 +28,9 @@ from attrs import frozen
 
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import BackendError, ModelExpressError
+from modelexpress_core.resources import start_thread
 from modelexpress_core.sources.client import ServerClient
+from modelexpress_core.wire.grants import GrantAuthenticator
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
 __all__ = ["Publisher", "PublishingState", "withdraw_on_exit"]
@@ -99,6 +101,7 @@ class Publisher:
         interval_seconds: Time between heartbeats, normally ``PublishingSettings.interval_seconds``.
         load: Returns how busy the worker is, from 0 to 1, or None if unknown. The publisher's thread calls it for each
             heartbeat: it must be quick, and must take no lock, because a thread that SIGTERM interrupts may hold it.
+        grants: Verifies read grants; gets the key and the time that the server answers with.
 
     Raises:
         ValueError: The interval is not above zero.
@@ -114,6 +117,7 @@ class Publisher:
         *,
         interval_seconds: float = 30.0,
         load: Callable[[], float | None] | None = None,
+        grants: GrantAuthenticator | None = None,
     ) -> None:
         if not 0 < interval_seconds < math.inf:
             message = f"interval_seconds must be above zero and finite: {interval_seconds!r}"
@@ -129,6 +133,7 @@ class Publisher:
         self._interval_seconds = interval_seconds
         self._load = load
         self._load_failed = False
+        self._grants = grants
         self._pid = os.getpid()
         # A signal handler must be able to wake the thread. SimpleQueue is reentrant; events and conditions are not.
         self._wake: SimpleQueue[None] = SimpleQueue()
@@ -149,10 +154,14 @@ class Publisher:
         self.withdraw()
 
     def start(self) -> None:
-        """Start the thread that publishes the worker, as initializing first. Further calls do nothing."""
+        """Start the thread that publishes the worker, as initializing first. Further calls do nothing.
+
+        Raises:
+            ResourceError: The system starts no more threads; another call tries again.
+        """
         if self._thread.ident is None:
             self._pid = os.getpid()
-            self._thread.start()
+            start_thread(self._thread, "publish the worker")
 
     def ready(self) -> None:
         """Publish at once that the worker is ready to be read. Does nothing after ``withdraw``."""
@@ -244,6 +253,9 @@ class Publisher:
         answer = self._client.publish(self._identity, self._worker, self._worker_id)
         if not answer.success:
             raise _RefusedError(answer.message)
+        if self._grants is not None:
+            self._grants.accept_server_time(answer.server_time_ms)
+            self._grants.accept_key(answer.grant_key)
         # Another server may derive ids differently: heartbeats need the id under which it stored the record.
         self._source_id = answer.mx_source_id or self._source_id
         self._state = attrs.evolve(self._state, published=self._state.published + 1)
@@ -260,8 +272,11 @@ class Publisher:
             status=status,
             source_load=None if status == _STALE else self._current_load(),
         )
-        if not self._client.update_status(request).success:
+        answer = self._client.update_status(request)
+        if not answer.success:
             return False
+        if self._grants is not None:
+            self._grants.accept_server_time(answer.server_time_ms)
         self._state = attrs.evolve(self._state, heartbeats=self._state.heartbeats + 1)
         self._record_success(status)
         return True

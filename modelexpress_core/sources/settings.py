@@ -10,7 +10,15 @@ from attrs import frozen
 from modelexpress_core.settings import env, names, seconds, tcp_port
 from modelexpress_core.uri import redacted
 
-__all__ = ["SELECTORS", "DiscoverySettings", "PublishingSettings", "ServerAddress", "StaticSources", "WorkerSettings"]
+__all__ = [
+    "SELECTORS",
+    "DiscoverySettings",
+    "PublishingSettings",
+    "ServerAddress",
+    "StaticSources",
+    "TrustSettings",
+    "WorkerSettings",
+]
 
 #: Ways to choose one of several peers; see ``modelexpress_core.sources.ranking``.
 SELECTORS = ("load_aware", "random", "rendezvous_hash")
@@ -144,6 +152,26 @@ class DiscoverySettings:
         default="load_aware",
         converter=_selector,
         help="How one of several peers is chosen: load_aware, rendezvous_hash or random.",
+    )
+
+
+@frozen
+class TrustSettings:
+    """Which workers a reader believes, where the server authenticates callers."""
+
+    publishers: tuple[str, ...] = env(
+        "MX_TRUSTED_PUBLISHERS",
+        default=(),
+        converter=names,
+        help="Names of callers whose workers are read, comma-separated; * and ? match. Workers that were published "
+        "under this process's own name always are.",
+    )
+    hosts: tuple[str, ...] = env(
+        "MX_PEER_HOSTS",
+        default=(),
+        converter=names,
+        help="Where workers may be besides the address that published them: host names (* matches), addresses "
+        "and networks, comma-separated: *.svc.cluster.local,10.8.0.0/16.",
     )
 
 

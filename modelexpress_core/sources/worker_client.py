@@ -1,20 +1,41 @@
-"""Calls to the WorkerService of a worker: its manifest, and leases for reading."""
+"""Calls to the WorkerService of a worker: its manifest, and leases for reading.
+
+The token of the reader goes to the server alone. A worker that wants to know its readers gets a read grant, which the
+server signs for this reader, this source and this worker.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import attrs
+import grpc
 from attrs import frozen
 
-from modelexpress_core.errors import BackendError
+from modelexpress_core.errors import AccessDeniedError, BackendError
 from modelexpress_core.settings import from_env
+from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.settings import ServerAddress
 from modelexpress_core.wire.client import Client, Security
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.rpc import WORKER
 
 __all__ = ["Lease", "WorkerClient"]
+
+
+#: A grant is used up to this long before it expires.
+_GRANT_MARGIN_SECONDS = 30.0
+
+
+@frozen
+class _Grant:
+    """A read grant, and when it is too old to be used, by the monotonic clock."""
+
+    text: str
+    until: float
 
 
 @frozen
@@ -36,7 +57,8 @@ class WorkerClient(Client):
     Args:
         url: The worker's ``worker_grpc_endpoint``: ``host:port``, or a URL; ``https://`` selects TLS.
         deadline_seconds: How long each call may take.
-        security: Certificates and token; by default those of this system, and the token at the usual path.
+        security: Certificates; by default those of this system. A token among them is not sent.
+        server: The server that grants reads, for workers that want a grant; closed with this connection.
 
     Raises:
         InvalidURIError: By the constructor, if ``url`` is no valid address.
@@ -45,27 +67,50 @@ class WorkerClient(Client):
         BackendError: By each call: unavailable (or draining), access denied, deadline, unsupported.
     """
 
-    def __init__(self, url: str, *, deadline_seconds: float = 10.0, security: Security | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        deadline_seconds: float = 10.0,
+        security: Security | None = None,
+        server: ServerClient | None = None,
+    ) -> None:
+        without_token = attrs.evolve(security or Security(), token=None)
         # No retries: if a worker does not answer, or drains, the next peer is the better choice.
-        super().__init__(
-            url, (WORKER,), deadline_seconds=deadline_seconds, security=security or Security(), retries=False
-        )
+        super().__init__(url, (WORKER,), deadline_seconds=deadline_seconds, security=without_token, retries=False)
+        self._server = server
+        self._grants: dict[tuple[str, str], _Grant] = {}
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, *, url: str) -> WorkerClient:
-        """Connect to the worker at ``url``, with deadline, certificates and token from the environment variables.
+    def from_env(cls, environ: Mapping[str, str] | None = None, *, url: str, server: str | None = None) -> WorkerClient:
+        """Connect to the worker at ``url``, with deadline and certificates from the environment variables.
+
+        Args:
+            environ: Variables; by default the process's.
+            url: The worker's ``worker_grpc_endpoint``.
+            server: URL of the server that grants reads: ``Peer.server``. By default the one that variables name.
 
         Raises:
             SettingsError: Variables, or files that they name, cannot be used.
             InvalidURIError: The address is not valid.
         """
-        deadline_seconds = from_env(ServerAddress, environ).deadline_seconds
-        return cls(url, deadline_seconds=deadline_seconds, security=Security.from_env(environ))
+        return cls(
+            url,
+            deadline_seconds=from_env(ServerAddress, environ).deadline_seconds,
+            security=Security.from_env(environ),
+            server=ServerClient.from_env(environ, url=server or None),
+        )
+
+    def close(self) -> None:
+        """Close the connections to the worker and the server."""
+        super().close()
+        if self._server is not None:
+            self._server.close()
 
     def manifest(self, source_id: str, worker_id: str | None = None) -> p2p_pb2.GetTensorManifestResponse:
         """Return the manifest of the worker's tensors."""
         request = p2p_pb2.GetTensorManifestRequest(mx_source_id=source_id, worker_id=worker_id)
-        response: p2p_pb2.GetTensorManifestResponse = self._call(WORKER, "GetTensorManifest", request)
+        response: p2p_pb2.GetTensorManifestResponse = self._call_granted("GetTensorManifest", request)
         return response
 
     @contextlib.contextmanager
@@ -77,7 +122,7 @@ class WorkerClient(Client):
                 lasted until then, so that data read in the block cannot be trusted.
         """
         request = p2p_pb2.PrepareTensorReadRequest(mx_source_id=source_id, worker_id=worker_id)
-        response: p2p_pb2.PrepareTensorReadResponse = self._call(WORKER, "PrepareTensorRead", request)
+        response: p2p_pb2.PrepareTensorReadResponse = self._call_granted("PrepareTensorRead", request)
         release = p2p_pb2.ReleaseTensorReadRequest(
             mx_source_id=source_id, worker_id=worker_id, lease_id=response.lease_id
         )
@@ -88,3 +133,34 @@ class WorkerClient(Client):
                 self._call(WORKER, "ReleaseTensorRead", release)
             raise
         self._call(WORKER, "ReleaseTensorRead", release)
+
+    def _call_granted(self, method: str, request: Any) -> Any:  # noqa: ANN401 - two messages and their responses
+        """The response of ``method``; the worker gets a read grant if it wants one."""
+        key = (request.mx_source_id, request.worker_id)
+        grant = self._grants.get(key)
+        credential = grant.text if grant is not None and time.monotonic() < grant.until else None
+        try:
+            return self._call(WORKER, method, request, credential=credential)
+        except AccessDeniedError as exc:
+            if not _wants_grant(exc):
+                raise
+            if self._server is None or not request.worker_id:
+                exc.cause, exc.hint = _WANTS_GRANT
+                raise
+        # Also if a grant was sent: the worker may have been published again since then, with a new key.
+        asked = time.monotonic()
+        answer = self._server.read_grant(*key)
+        self._grants[key] = _Grant(answer.grant, asked + answer.valid_for_seconds - _GRANT_MARGIN_SECONDS)
+        return self._call(WORKER, method, request, credential=answer.grant)
+
+
+#: Likely cause and next step where a worker wants a grant, and no server can be asked for one.
+_WANTS_GRANT = (
+    "the worker wants a read grant, which the server gives for a worker whose id is known",
+    "find the worker through the server, and not by its address alone: set MODEL_EXPRESS_URL",
+)
+
+
+def _wants_grant(exc: AccessDeniedError) -> bool:
+    call: Any = exc.__cause__  # gRPC's error, which annotations give no code
+    return isinstance(call, grpc.RpcError) and call.code() is grpc.StatusCode.UNAUTHENTICATED

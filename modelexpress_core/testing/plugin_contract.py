@@ -69,6 +69,7 @@ print("\\n" + json.dumps({"modules": sorted(set(sys.modules) - before), "io_even
 _CAPABILITY_ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "read_batch": ("read_batch",),
     "read_runs": ("read_runs",),
+    "recheck": ("check_unchanged",),
     "patience": ("patience_seconds",),
     "diagnosis": ("endpoint", "credentials"),
 }

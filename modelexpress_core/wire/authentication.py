@@ -162,10 +162,12 @@ class AuthInterceptor(Interceptor):
 
     Args:
         authenticator: Names the callers.
+        open_methods: Paths of further methods that answer every caller, such as those whose requests hold a secret.
     """
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    def __init__(self, authenticator: Authenticator, open_methods: Iterable[str] = ()) -> None:
         self._authenticator = authenticator
+        self._open_methods = frozenset(open_methods)
 
     async def intercept_service(
         self,
@@ -177,7 +179,7 @@ class AuthInterceptor(Interceptor):
         If the metadata alone decide, a refused call gets a handler that reads no message: strangers fill no memory.
         Names in certificates are known only within the handler.
         """
-        if self._authenticator.by_certificate or _is_open(handler_call_details):
+        if self._authenticator.by_certificate or self._is_open(handler_call_details):
             return await super().intercept_service(continuation, handler_call_details)
         handler = await continuation(handler_call_details)
         if handler is None:
@@ -191,7 +193,7 @@ class AuthInterceptor(Interceptor):
 
     def scope(self, details: grpc.HandlerCallDetails) -> CallScope | None:
         """Authenticates within the call, where the names in the certificate are known."""
-        if _is_open(details):
+        if self._is_open(details):
             return None
         token = _token(details.invocation_metadata)
 
@@ -204,6 +206,9 @@ class AuthInterceptor(Interceptor):
             yield
 
         return authenticated
+
+    def _is_open(self, details: Any) -> bool:  # noqa: ANN401 - as gRPC has it
+        return details.method in self._open_methods or split_path(details.method)[0] in _OPEN_SERVICES
 
     async def _authenticate(self, call: Call) -> str:
         try:
@@ -229,10 +234,6 @@ class _NotAnsweredError(Exception):
         super().__init__(reason)
         self.code = code
         self.reason = reason
-
-
-def _is_open(details: Any) -> bool:  # noqa: ANN401 - as gRPC has it
-    return split_path(details.method)[0] in _OPEN_SERVICES
 
 
 def _refusing_handler(exc: _NotAnsweredError) -> RpcHandler:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import re
 import threading
@@ -20,6 +22,8 @@ from modelexpress_core.wire.tls import ClientTls
 from modelexpress_core.wire.tracing import with_trace_context
 
 __all__ = ["Connection", "TokenFile", "open_channel"]
+
+_log = logging.getLogger(__name__)
 
 #: Every call may be repeated: the repetition changes nothing. gRPC repeats none that has got a response.
 _RETRIES = {
@@ -56,7 +60,8 @@ class Connection:
         endpoint: The server.
         services: The services that are called.
         tls: Files of TLS, for an endpoint that speaks it.
-        token: The file with the token that is sent; None to send none.
+        token: The file with the token that is sent; None to send none. It goes over TLS, which verifies the name of the
+            server, or over loopback; beyond these only if its settings say so.
         retries: Whether calls that find no server are repeated, within their deadline.
 
     Attributes:
@@ -80,12 +85,25 @@ class Connection:
         self._retries = retries
         self._tls = ClientTls(tls or TlsSettings()) if endpoint.tls else None
         self._token = None if token is None else TokenFile(token.path)
+        self._sends_token = endpoint.tls or endpoint.is_loopback or (token is not None and token.plaintext)
         self._lock = threading.Lock()
         self._channel: grpc.Channel | None = None
         self.closed = False
         self._stubs: Mapping[str, Mapping[str, Callable[..., Any]]] = {}
 
-    def call(self, service: Service, method: str, request: Any, timeout_seconds: float | None) -> Any:  # noqa: ANN401 - of gRPC
+    @property
+    def withholds_token(self) -> bool:
+        """Whether there is a token that is not sent, because others on the network could read it."""
+        return not self._sends_token and self._token is not None and self._token.exists
+
+    def call(
+        self,
+        service: Service,
+        method: str,
+        request: Any,  # noqa: ANN401 - of gRPC
+        timeout_seconds: float | None,
+        credential: str | None = None,
+    ) -> Any:  # noqa: ANN401 - of gRPC
         """Begin a call of ``method``.
 
         Args:
@@ -93,6 +111,7 @@ class Connection:
             method: The method.
             request: The request, or an iterator of requests where they are a stream.
             timeout_seconds: Time-out of the whole call, streams included; None for none.
+            credential: A credential for this call, in place of the token.
 
         Returns:
             The response, or gRPC's iterator of responses where they are a stream.
@@ -102,7 +121,11 @@ class Connection:
             ValueError: The connection is closed.
             SettingsError: The token's file exists, and has no token in it.
         """
-        token = None if self._token is None else self._token.token()
+        token = credential
+        if token is None and self._token is not None and self._sends_token:
+            token = self._token.token()
+            if token is not None and not (self.endpoint.tls or self.endpoint.is_loopback):
+                _warn_of_plaintext(str(self.endpoint))
         metadata = None if token is None else (("authorization", f"Bearer {token}"),)
         return self._stub(service)[method](request, timeout=timeout_seconds, metadata=metadata)
 
@@ -126,6 +149,14 @@ class Connection:
                 self._channel.close()
 
 
+@functools.cache  # one warning for each server
+def _warn_of_plaintext(server: str) -> None:
+    _log.warning(
+        "the token is sent to %s without TLS, since MX_AUTH_TOKEN_PLAINTEXT is set: others on the network can read it",
+        server,
+    )
+
+
 class TokenFile:
     """The token of a file, which is read again when it has changed.
 
@@ -137,13 +168,18 @@ class TokenFile:
         self._path = path
         self._files: WatchedFiles[str] | None = None
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a token."""
+        return os.path.exists(self._path)
+
     def token(self) -> str | None:
         """The present token; None if there is no such file.
 
         Raises:
             SettingsError: The file exists, and cannot be read or has no token in it.
         """
-        if not os.path.exists(self._path):
+        if not self.exists:
             self._files = None
             return None
         if self._files is None:
@@ -169,6 +205,8 @@ def open_channel(
         retries: Whether calls that find no server are repeated, within their deadline.
     """
     options = [*_OPTIONS, ("grpc.enable_retries", int(retries))]
+    if endpoint.is_loopback:  # a proxy would be another host
+        options.append(("grpc.enable_http_proxy", 0))
     if endpoint.tls:
         # Channels with equal credentials would share a connection, also one from before the credentials changed.
         options.append(("grpc.use_local_subchannel_pool", 1))

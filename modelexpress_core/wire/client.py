@@ -92,17 +92,24 @@ _ERRORS: dict[grpc.StatusCode, tuple[type[BackendError], str, str]] = {
 }
 
 
+#: Likely cause and next step of UNAUTHENTICATED where a token exists and was not sent.
+_TOKEN_WITHHELD = (
+    "the token was not sent, because the connection is not encrypted and others on the network could read it",
+    "write https:// before the address of the server, or set MX_AUTH_TOKEN_PLAINTEXT=1 on a network that you trust",
+)
+
+
 @frozen
 class Security:
     """How a client authenticates itself, and the server.
 
     Attributes:
         tls: Files of TLS, for servers that speak it.
-        token: The file with the token that is sent.
+        token: The file with the token that is sent; None to send none.
     """
 
     tls: TlsSettings = field(factory=TlsSettings)
-    token: TokenSettings = field(factory=TokenSettings)
+    token: TokenSettings | None = field(factory=TokenSettings)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Security:
@@ -151,6 +158,11 @@ class Client:
         """Close the connection."""
         self._connection.close()
 
+    @property
+    def url(self) -> str:
+        """Address of the server, as a URL."""
+        return str(self._endpoint)
+
     def _call(
         self,
         service: Service,
@@ -158,6 +170,7 @@ class Client:
         request: _Request,
         *,
         deadline_seconds: float | None = None,
+        credential: str | None = None,
     ) -> Any:  # noqa: ANN401 - the method's response
         """The response of ``method``.
 
@@ -166,6 +179,7 @@ class Client:
             method: A method with one response.
             request: The request, or an iterable of them where they are a stream; gRPC reads it in another thread.
             deadline_seconds: Deadline of this call; by default the client's; ``math.inf`` for none.
+            credential: A credential for this call, in place of the token.
 
         Raises:
             BackendError: The call failed.
@@ -173,7 +187,7 @@ class Client:
         """
         requests = RequestStream(cast("Iterable[Any]", request)) if service.methods[method].request_streaming else None
         try:
-            return self._begin(service, method, requests or request, deadline_seconds)
+            return self._begin(service, method, requests or request, deadline_seconds, credential)
         except grpc.RpcError as exc:
             if requests is not None and requests.error is not None:
                 raise requests.error from None
@@ -206,10 +220,18 @@ class Client:
             raise self._error(exc, method) from exc
         return ResponseStream(call, lambda exc, closed: self._error(exc, method, closed=closed), requests)
 
-    def _begin(self, service: Service, method: str, request: Any, deadline_seconds: float | None) -> Any:  # noqa: ANN401 - of gRPC
+    def _begin(
+        self,
+        service: Service,
+        method: str,
+        request: Any,  # noqa: ANN401 - of gRPC
+        deadline_seconds: float | None,
+        credential: str | None = None,
+    ) -> Any:  # noqa: ANN401 - of gRPC
         seconds = self._deadline_seconds if deadline_seconds is None else deadline_seconds
+        timeout = None if math.isinf(seconds) else seconds
         try:
-            return self._connection.call(service, method, request, None if math.isinf(seconds) else seconds)
+            return self._connection.call(service, method, request, timeout, credential)
         except ValueError as exc:  # gRPC raises it if another thread closes the channel meanwhile
             raise self._closed_error(method) from exc
 
@@ -225,6 +247,8 @@ class Client:
             error = diagnose(self._endpoint, self._security.tls)
         if error is None:
             kind, cause, hint = _ERRORS.get(code, (BackendError, "", "look into the log of the server"))
+            if code is _Code.UNAUTHENTICATED and self._connection.withholds_token:
+                cause, hint = _TOKEN_WITHHELD
             error = kind(
                 f"the server answered {code.name}: {printable(str(exc.details()))}", cause=cause or None, hint=hint
             )

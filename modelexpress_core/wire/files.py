@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 #: Variables that name files with secrets.
-_SECRETS = frozenset({"MX_AUTH_TOKENS_PATH", "MX_AUTH_TOKEN_PATH", "MX_TLS_KEY_PATH"})
+_SECRETS = frozenset({"MX_AUTH_TOKENS_PATH", "MX_AUTH_TOKEN_PATH", "MX_METRICS_TOKEN_PATH", "MX_TLS_KEY_PATH"})
 
 #: Files with secrets that others can read, which the log has named.
 _named: set[str] = set()

@@ -7,18 +7,21 @@ programs can be imported in the same process; on the wire only paths, field numb
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NoReturn, Protocol, TypeAlias
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
 from attrs import frozen
 from google.protobuf.message import DecodeError, Message
 
-from modelexpress_core.wire.proto.modelexpress import api_pb2, health_pb2, p2p_pb2
+from modelexpress_core.wire.proto.modelexpress import access_pb2, api_pb2, health_pb2, p2p_pb2
 
 __all__ = [
+    "ACCESS",
     "API",
     "HEALTH",
     "MESSAGE_OPTIONS",
@@ -32,6 +35,7 @@ __all__ = [
     "behaviour_of",
     "handler",
     "make_handler",
+    "peer_address",
     "split_path",
     "stub",
     "write_all",
@@ -109,6 +113,11 @@ P2P = Service(
     },
 )
 
+ACCESS = Service(
+    "modelexpress.access.AccessService",
+    {"GetReadGrant": Method(access_pb2.GetReadGrantRequest, access_pb2.GetReadGrantResponse)},
+)
+
 WORKER = Service(
     "model_express.p2p.WorkerService",
     {
@@ -133,6 +142,22 @@ class _Channel(Protocol):
 
     @property
     def stream_stream(self) -> Callable[..., Any]: ...
+
+
+def peer_address(context: RpcContext) -> str:
+    """The IP address of the caller, in its usual form; empty if it has none, as over a Unix socket.
+
+    It is the address of the last proxy, if there are any.
+    """
+    kind, _, rest = unquote(context.peer() or "").partition(":")
+    if kind not in {"ipv4", "ipv6"}:
+        return ""
+    host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return ""
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def split_path(path: str) -> tuple[str, str]:

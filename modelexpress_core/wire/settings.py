@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from attrs import frozen
 
+from modelexpress_core.contracts.rights import Rights
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.settings import env
+from modelexpress_core.settings import boolean, env
 
 __all__ = ["AuthSettings", "TlsSettings", "TokenSettings", "missing_for_certificates"]
 
@@ -47,8 +48,17 @@ class TokenSettings:
     path: str = env(
         "MX_AUTH_TOKEN_PATH",
         default="/var/run/secrets/tokens/modelexpress",
-        help="File with the token that is sent to servers; read again when it changes. Without the file none is sent.",
+        help="File with the token for the server; read again when it changes. Without the file none is sent.",
     )
+    plaintext: bool = env(
+        "MX_AUTH_TOKEN_PLAINTEXT",
+        default=False,
+        converter=boolean,
+        help="Also send the token without TLS to a server on another host. By default it goes over TLS or loopback.",
+    )
+
+
+_EVERYTHING = Rights()
 
 
 def _word(text: str) -> str:
@@ -71,25 +81,45 @@ class AuthSettings:
         default=None,
         help="File with a line name:token for each caller (or name:sha256:digest); read again when it changes.",
     )
+    rights: Rights = env(  # noqa: RUF009 - it makes a field, as for the others
+        "MX_AUTH_RIGHTS",
+        default=_EVERYTHING,
+        converter=Rights.from_text,
+        help="What each caller may do with which models, as JSON; easier to write in the configuration file. Unset: "
+        "each authenticated caller may do everything.",
+    )
 
     def __attrs_post_init__(self) -> None:
-        if self.mode == "token" and self.tokens is None:
-            message = "MX_AUTH_MODE is token, and MX_AUTH_TOKENS_PATH does not say where the tokens are"
-            raise SettingsError(message, hint="name a file there, with a line name:token for each caller")
         if self.mode == "off" and self.tokens is not None:
             message = "MX_AUTH_TOKENS_PATH is set, and MX_AUTH_MODE is off: everybody would be answered"
             raise SettingsError(message, hint="set MX_AUTH_MODE=token, or unset MX_AUTH_TOKENS_PATH")
+        if self.mode == "off" and self.rights.rules:
+            message = "MX_AUTH_RIGHTS is set, and MX_AUTH_MODE is off: everybody would be answered"
+            raise SettingsError(message, hint="set MX_AUTH_MODE to token or mtls, or unset MX_AUTH_RIGHTS")
 
     def check(self, tls: TlsSettings) -> None:
-        """Check that ``tls`` has what the mode ``mtls`` needs.
+        """Check that a server has what the mode needs: tokens, or files of ``tls``.
 
         Raises:
             SettingsError: Something is not set.
         """
+        if self.mode == "token":
+            self.tokens_path()
         missing = missing_for_certificates(tls)
         if self.mode == "mtls" and missing:
             message = f"MX_AUTH_MODE is mtls, and {missing} not set"
             raise SettingsError(message, hint="mtls needs MX_TLS_CA_PATH, MX_TLS_CERT_PATH and MX_TLS_KEY_PATH")
+
+    def tokens_path(self) -> str:
+        """The file of tokens.
+
+        Raises:
+            SettingsError: It is not set.
+        """
+        if self.tokens is None:
+            message = "MX_AUTH_MODE is token, and MX_AUTH_TOKENS_PATH does not say where the tokens are"
+            raise SettingsError(message, hint="name a file there, with a line name:token for each caller")
+        return self.tokens
 
 
 def missing_for_certificates(tls: TlsSettings) -> str:

@@ -89,7 +89,9 @@ def test_a_peer_comes_with_all_that_is_known_of_it(url: str, client: ServerClien
         [candidate] = discovery.candidates(_REQUEST)
 
     assert candidate.peer is not None
-    expected = Peer(_IDENTITY.source_id, "w", 1, "cuda:h100", 0.25, candidate.peer.updated_at_ms, {"rack": "7"})
+    updated = candidate.peer.updated_at_ms
+    server = f"http://{url}"
+    expected = Peer(_IDENTITY.source_id, "w", 1, "cuda:h100", 0.25, updated, {"rack": "7"}, server)
     assert expected == candidate.peer
     assert candidate.peer.updated_at_ms > 0
     assert ("server", f"nixl://10.0.0.5:6555/{_IDENTITY.source_id}/w") == (candidate.origin, str(candidate.uri))

@@ -251,3 +251,14 @@ def test_sigterm_takes_the_record_back(start: Start) -> None:
 
         assert -signal.SIGTERM == process.wait(60)
         assert STALE == client.metadata(other, "w-1").worker.status
+
+
+def test_a_worker_needs_no_file_of_tokens(start: Start) -> None:
+    """The mode says that readers are authenticated: until the server gives a key for their grants, none is answered."""
+    variables = environ(start(), MX_AUTH_MODE="token")
+    with (
+        Offer(_IDENTITY, _WEIGHTS, transports=["grpc"], environ=variables) as offer,
+        WorkerClient(offer.endpoint) as reader,
+        pytest.raises(UnavailableError, match="not yet been published"),
+    ):
+        reader.manifest(_IDENTITY.source_id)

@@ -291,6 +291,7 @@ def test_checking_finds_all_that_stops_a_server(mx: Command, config: Callable[[s
             ((), {"PYTHONPATH": str(plugins / "same-service")}, "model_express.api.ApiService"),
             (("--config", str(tmp_path / "none")), {}, "cannot be read"),
             ((), {"MX_AUTH_MODE": "token", "MX_AUTH_TOKENS_PATH": "/none"}, "cannot be read: /none"),
+            ((), {"MX_METRICS_TOKEN_PATH": "/none"}, "MX_METRICS_TOKEN_PATH"),
             ((), {"MX_TLS_CERT_PATH": "/none", "MX_TLS_KEY_PATH": "/none"}, "/none"),
         ]
         for options, environ, words in refused:

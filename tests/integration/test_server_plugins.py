@@ -22,7 +22,14 @@ from modelexpress_core.contracts.identity import Engine, SourceIdentity
 from modelexpress_core.contracts.metadata_store import StoreUnavailableError
 from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.endpoint import Endpoint
-from modelexpress_core.errors import AccessDeniedError, PluginConflictError, PluginError, PluginLoadError, SettingsError
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    PluginConflictError,
+    PluginError,
+    PluginLoadError,
+    SettingsError,
+    UnavailableError,
+)
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.providers import AuthenticatorProvider, ServerServiceProvider
 from modelexpress_core.server.app import Server
@@ -459,21 +466,16 @@ def test_a_mode_that_is_offered_twice_names_both() -> None:
         authenticated("mtls", lambda server: None, mx_acme=authenticating(lambda environ: Doorbell(), name="mtls"))
 
 
-def test_a_worker_uses_an_authenticator_of_a_plugin(tmp_path: Path) -> None:
-    """As a server does."""
-    (tmp_path / "token").write_text("knock-knock")
+def test_a_worker_asks_for_grants_where_a_plugin_authenticates_by_token() -> None:
+    """Readers send their token to the server alone, so the plugin could name none of them."""
     weights = {"w": torch.zeros(4)}
     identity = own_identity("m", weights, engine=Engine.VLLM, engine_version="1")
     environ = {"MX_AUTH_MODE": "doorbell", "MX_WORKER_GRPC_PORT": "0", "MX_WORKER_HOST": "127.0.0.1"}
     plugins = core_and(mx_acme=authenticating(lambda environ: Doorbell()))
 
-    offer = Offer(identity, weights, transports=["grpc"], environ=environ, plugins=plugins)
-    try:
-        security = Security(token=TokenSettings(str(tmp_path / "token")))
-        with WorkerClient(offer.endpoint, security=security) as reader:
-            assert offer.worker_id == reader.manifest(identity.source_id).worker_id
-        stranger = WorkerClient(offer.endpoint, security=Security(token=TokenSettings("/nowhere")))
-        with stranger, pytest.raises(AccessDeniedError, match="nobody is at home"):
-            stranger.manifest(identity.source_id)
-    finally:
-        offer.close()
+    with (
+        Offer(identity, weights, transports=["grpc"], environ=environ, plugins=plugins) as offer,
+        WorkerClient(offer.endpoint) as reader,
+        pytest.raises(UnavailableError, match="not yet been published"),
+    ):
+        reader.manifest(identity.source_id)

@@ -136,6 +136,7 @@ _CASES = {
     "opens_nothing": Case({"the_factory_opens_a_storage"}, code=_PLUGIN.replace("MemoryStorage()", "object()")),
     "promises_patience": Case({"capabilities_are_what_the_storage_has"}, code=_declaring("patience=True")),
     "promises_diagnosis": Case({"capabilities_are_what_the_storage_has"}, code=_declaring("diagnosis=True")),
+    "promises_recheck": Case({"capabilities_are_what_the_storage_has"}, code=_declaring("recheck=True")),
     "promises_runs": Case({"capabilities_are_what_the_storage_has"}, code=_declaring("read_runs=True")),
     "hides_patience": Case(
         {"capabilities_are_what_the_storage_has"},
@@ -156,7 +157,7 @@ _CASES = {
         ),
     ),
     "keeps_promises": Case(
-        code=_declaring("read_runs=True")
+        code=_declaring("read_runs=True, recheck=True")
         .replace("memory import Memory", "file import File")
         .replace("MemoryStorage()", "FileStorage()"),
     ),

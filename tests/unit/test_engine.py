@@ -10,7 +10,13 @@ import pytest
 
 from modelexpress_core.checkpoint import CheckpointFile
 from modelexpress_core.contracts.storage import ObjectInfo
-from modelexpress_core.errors import AccessDeniedError, BackendError, IncompleteLoadError, UnavailableError
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    BackendError,
+    IncompleteLoadError,
+    SourceChangedError,
+    UnavailableError,
+)
 from modelexpress_core.fetch import FetchEngine, Ledger, Range, Segment, Ticket
 from modelexpress_core.fetch.concurrency import FixedConcurrency
 from modelexpress_core.fetch.staging import StagingPool
@@ -87,6 +93,50 @@ def test_bytes_go_straight_to_the_memory_that_was_given() -> None:
     assert [bytes(memory) for _, _, memory in ranges] == [CONTENT[o : o + 1000] for o in range(0, 10_000, 1000)]
     assert all(ticket.done for _, ticket, _ in ranges)
     assert (fetch.ledger.planned_bytes, fetch.ledger.arrived_bytes, fetch.ledger.requests) == (10_000, 10_000, 10)
+
+
+class Rechecked(Blocks):
+    """A storage that compares versions again; its file may have changed."""
+
+    def __init__(self, *, changed: bool = False) -> None:
+        super().__init__()
+        self.let_go.set()
+        self.changed = changed
+        self.checked: list[tuple[str, str, int]] = []
+
+    def check_unchanged(self, path: str, *, version: str) -> None:
+        self.checked.append((path, version, self.under_way))
+        if self.changed:
+            raise SourceChangedError("it changed", uri=path)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_versions_are_compared_once_more_at_the_end(changed: bool) -> None:
+    """Once for each file, when no read is under way any more; a change fails the load."""
+    storage = Rechecked(changed=changed)
+    capabilities = StorageCapabilities(recheck=True)
+    fetch = FetchEngine(storage, LoadSettings(), capabilities, limit=FixedConcurrency(4))
+    fetch.submit([[direct(offset, 1000)[0]] for offset in range(0, 10_000, 1000)])
+
+    if changed:
+        with pytest.raises(SourceChangedError) as caught:
+            fetch.finish()
+        assert fetch.abort(caught.value)
+    else:
+        fetch.finish()
+
+    assert [(FILE.path, "v1", 0)] == storage.checked
+
+
+def test_versions_are_not_compared_again_unless_the_storage_says_so() -> None:
+    """The method alone is no promise."""
+    storage = Rechecked(changed=True)
+    fetch = engine(storage)
+    fetch.submit([[direct(0, 1000)[0]]])
+
+    fetch.finish()
+
+    assert [] == storage.checked
 
 
 def test_segments_of_one_range_share_one_read() -> None:

@@ -32,6 +32,7 @@ PUBLIC = [
     "PluginManager",
     "PullReport",
     "ResolveError",
+    "ResourceError",
     "SettingsError",
     "SourceChangedError",
     "TensorInfo",

@@ -176,6 +176,8 @@ def _wrong(content_range: str) -> bytes:
             "the whole object",
         ),
         (part().replace(b'"v1"', b'"v2"'), SourceChangedError, "If-Match was ignored"),
+        (part().replace(b"ETag", b"X-Tag"), UnsupportedError, "no header etag"),
+        (part(0, 99, status="200 OK").replace(b"ETag", b"X-Tag"), UnsupportedError, "no header etag"),
         (part(10, 19, "Content-Encoding: gzip"), UnsupportedError, "encoded: gzip"),
         (part(10, 19, "Content-Encoding: br, gzip"), UnsupportedError, "encoded: br, gzip"),
     ],
@@ -217,10 +219,20 @@ def test_a_content_that_is_longer_than_its_range(reader: Reading) -> None:
         assert CONTENT[10:14] == read(reader(url))
 
 
-def test_an_encoding_may_be_metadata(reader: Reading) -> None:
-    """Services that never encode by themselves hand the uploader's header on."""
-    with server(part(10, 19, "Content-Encoding: aws-chunked")) as (url, _):
-        assert CONTENT[10:20] == read(reader(url, encoding_is_metadata=True))
+@pytest.mark.parametrize("value", ["aws-chunked", "AWS-Chunked, identity", "identity", ""])
+def test_an_encoding_that_means_nothing_may_be_ignored(reader: Reading, value: str) -> None:
+    """Some services show how the object was uploaded."""
+    with server(part(10, 19, f"Content-Encoding: {value}")) as (url, _):
+        assert CONTENT[10:20] == read(reader(url, ignored_encodings=("aws-chunked",)))
+
+
+def test_an_ignored_encoding_hides_no_other(reader: Reading) -> None:
+    """The content is encoded with the second one."""
+    with (
+        server(part(10, 19, "Content-Encoding: aws-chunked, gzip")) as (url, _),
+        pytest.raises(UnsupportedError, match="encoded: aws-chunked, gzip"),
+    ):
+        read(reader(url, ignored_encodings=("aws-chunked",)))
 
 
 def test_chunked_answers(reader: Reading) -> None:

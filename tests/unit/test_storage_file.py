@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import random
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -154,6 +156,83 @@ def test_a_file_that_is_truncated_or_grows_is_noticed(file: Path, storage: FileS
 
     with pytest.raises(SourceChangedError):
         read(storage, file, 0, 100_000, version)
+
+
+def overwrite(path: Path, content: bytes, offset: int = 0) -> None:
+    """Write into the file, and set its times back to what they were."""
+    before = path.stat()
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert before.st_mtime_ns == path.stat().st_mtime_ns
+
+
+def test_a_file_changed_in_place_with_its_times_restored_is_noticed(file: Path, storage: FileStorage) -> None:
+    """As tools do that copy times along; no program can set the change time."""
+    version = version_of(storage, file)
+    assert _CONTENT[:10] == read(storage, file, 0, 10, version)
+
+    overwrite(file, b"other bytes")
+
+    with pytest.raises(SourceChangedError, match="chmod"):
+        read(storage, file, 10, 10, version)
+    with pytest.raises(SourceChangedError):
+        storage.check_unchanged(str(file), version=version)
+
+
+def test_an_unchanged_file_passes_the_last_check(file: Path, storage: FileStorage) -> None:
+    """Also after it was replaced: what was read is the old file. After ``close`` nothing can be said."""
+    version = version_of(storage, file)
+    read(storage, file, 0, 10, version)
+
+    storage.check_unchanged(str(file), version=version)
+    other = file.with_name("other")
+    other.write_bytes(bytes(len(_CONTENT)))
+    os.replace(other, file)
+    storage.check_unchanged(str(file), version=version)
+
+    storage.close()
+    with pytest.raises(BackendError):
+        storage.check_unchanged(str(file), version=version)
+
+
+def test_a_file_that_lost_names_goes_on_being_read_until_it_changes(file: Path, storage: FileStorage) -> None:
+    """Each name that goes moves the change time. A change of the content moves it too, and is told apart."""
+    second, third = file.with_name("second"), file.with_name("third")
+    os.link(file, second)
+    os.link(file, third)
+    version = version_of(storage, file)
+    assert _CONTENT[:10] == read(storage, file, 0, 10, version)
+
+    for name in (file, second):
+        name.unlink()
+        assert _CONTENT == read(storage, file, 0, len(_CONTENT), version)
+
+    overwrite(third, b"other bytes")
+    with pytest.raises(SourceChangedError):
+        read(storage, file, 10, 10, version)
+
+
+def test_a_file_is_first_read_when_it_has_settled(file: Path, storage: FileStorage) -> None:
+    """A second change within a tick of the kernel's clock has the times of the first, so that tick has to be over."""
+    overwrite(file, b"just now")
+    version = version_of(storage, file)
+    read(storage, file, 0, 10, version)
+
+    assert time.time_ns() - file.stat().st_ctime_ns >= 20_000_000
+
+
+def test_a_change_soon_after_another_is_noticed(file: Path, storage: FileStorage) -> None:
+    """Where the kernel counts time in ticks, both would fall into one."""
+    for number in range(20):
+        overwrite(file, bytes([number]) * 2000)
+        with contextlib.closing(FileStorage()) as fresh:
+            version = version_of(fresh, file)
+            assert bytes([number]) * 1000 == read(fresh, file, 0, 1000, version)
+            overwrite(file, bytes([100 + number]) * 2000)
+            with pytest.raises(SourceChangedError):
+                read(fresh, file, 1000, 1000, version)
 
 
 def test_a_file_replaced_by_renaming_goes_on_being_read(file: Path, storage: FileStorage) -> None:

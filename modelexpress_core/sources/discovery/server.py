@@ -12,7 +12,8 @@ from modelexpress_core.settings import boolean, from_env
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.metrics import source_metrics
 from modelexpress_core.sources.ranking import uniform
-from modelexpress_core.sources.settings import ServerAddress
+from modelexpress_core.sources.settings import ServerAddress, TrustSettings
+from modelexpress_core.sources.trust import Claim, reason_to_distrust
 from modelexpress_core.uri import SCHEME_PATTERN, ModelURI
 from modelexpress_core.wire.identities import identity_to_message
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
@@ -36,16 +37,19 @@ class ServerDiscovery:
 
     Args:
         client: The connection, which ``close`` closes.
+        trust: Which of them are believed.
     """
 
-    def __init__(self, client: ServerClient) -> None:
+    def __init__(self, client: ServerClient, trust: TrustSettings | None = None) -> None:
         self._client = client
+        self._trust = trust or TrustSettings()
 
     def candidates(self, request: LoadRequest) -> Sequence[Candidate]:
         """Return the workers of the request's rank with an equal identity, one candidate per transport.
 
-        The reader itself is excluded. The URI of each candidate names the worker's endpoint. It comes with the list of
-        sources, or else from the worker's record; only the first few workers in this reader's order are looked up so.
+        The reader itself is excluded, and so are workers that it should not believe, with a warning. The URI of each
+        candidate names the worker's endpoint. It comes with the list of sources, or else from the worker's record; only
+        the first few workers in this reader's order are looked up so.
 
         Raises:
             BackendError: A call to the server failed.
@@ -59,21 +63,24 @@ class ServerDiscovery:
             worker_rank_filter=request.worker_rank,
         )
         try:
-            listed = self._client.list_sources(query)
+            answer = self._client.listing(query)
         except ModelExpressError:
             metrics.listed(request.selector, "error")
             raise
+        listed = answer.instances
         metrics.listed(request.selector, "ok" if listed else "empty")
         matching = [source for source in listed if source.worker_rank == request.worker_rank]
         metrics.counted(request.selector, "listed", len(listed))
         metrics.counted(request.selector, "rank_matched", len(matching))
         others = [source for source in matching if source.worker_id != request.reader]
-        endpoints = self._endpoints(others, request.reader)
+        endpoints = self._believed(others, self._endpoints(others, request.reader), answer.caller)
         return tuple(
             candidate
             for source in others
             if source.worker_id in endpoints
-            for candidate in _candidates(source, endpoints[source.worker_id], request.assumed_transports)
+            for candidate in _candidates(
+                source, endpoints[source.worker_id], request.assumed_transports, self._client.url
+            )
         )
 
     def close(self) -> None:
@@ -99,9 +106,24 @@ class ServerDiscovery:
                 _log.debug("skipping the worker %r, because its endpoint is invalid: %s", worker_id, exc)
         return endpoints
 
+    def _believed(
+        self, sources: Sequence[p2p_pb2.SourceInstanceRef], endpoints: Mapping[str, Endpoint], caller: str
+    ) -> Mapping[str, Endpoint]:
+        """Return ``endpoints`` without those of workers that the reader should not believe."""
+        distrusted = {}
+        for source in sources:
+            if source.worker_id in endpoints:
+                claim = Claim(endpoints[source.worker_id], source.publisher, source.publisher_address)
+                if reason := reason_to_distrust(claim, caller, self._trust):
+                    distrusted[source.worker_id] = reason
+        if distrusted:
+            worker_id, reason = next(iter(distrusted.items()))
+            _log.warning("skipping %d workers that are not trusted, such as %r: %s", len(distrusted), worker_id, reason)
+        return {worker_id: each for worker_id, each in endpoints.items() if worker_id not in distrusted}
+
 
 def _candidates(
-    source: p2p_pb2.SourceInstanceRef, endpoint: Endpoint, assumed_transports: Sequence[str]
+    source: p2p_pb2.SourceInstanceRef, endpoint: Endpoint, assumed_transports: Sequence[str], server: str
 ) -> Iterator[Candidate]:
     """Yield one candidate for each transport of the worker."""
     peer = Peer(
@@ -112,6 +134,7 @@ def _candidates(
         load=source.source_load if source.HasField("source_load") else None,
         updated_at_ms=source.updated_at,
         topology=dict(source.topology),
+        server=server,
     )
     path = f"{peer.source_id}/{peer.worker_id}"
     query = {"tls": "1"} if endpoint.tls else {}
@@ -142,4 +165,4 @@ def open_server(uri: ModelURI, settings: Mapping[str, str]) -> ServerDiscovery:
         message = f"invalid value of tls in {uri}: {exc}"
         raise SettingsError(message, hint="write server://host:port?tls=1") from exc
     url = f"{scheme}://{uri.authority}" if uri.authority else address.url
-    return ServerDiscovery(ServerClient.from_env(settings, url=url))
+    return ServerDiscovery(ServerClient.from_env(settings, url=url), from_env(TrustSettings, settings))

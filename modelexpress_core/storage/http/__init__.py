@@ -25,7 +25,7 @@ from modelexpress_core.storage.http.failures import (
 )
 from modelexpress_core.storage.http.opening import check_uri
 from modelexpress_core.storage.http.proxies import Proxies, Proxy
-from modelexpress_core.storage.http.ranges import RangeReader, VersionHeaders
+from modelexpress_core.storage.http.ranges import RangeReader, VersionHeaders, check_encoding
 from modelexpress_core.storage.http.requests import Origin, Refusal, Request, Signer
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "SettingNames",
     "Signer",
     "VersionHeaders",
+    "check_encoding",
     "check_uri",
     "hex_of_base64",
     "http_error",

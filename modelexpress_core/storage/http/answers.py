@@ -23,15 +23,25 @@ _MAX_INTERIM_ANSWERS = 8
 _MAX_LINE_BYTES = 8 << 10
 _MAX_TRAILERS = 100
 
+#: Of all lines of a content that are longer than the size of a chunk. Nothing uses extensions, and a chunk of one byte
+#: may have one of 8 KiB.
+_MAX_SIZE_LINE_BYTES = 64
+_MAX_EXTENSION_BYTES = 64 << 10
+
 #: What is received at once where a head is expected; the content that comes with it is copied.
 _HEAD_PIECE_BYTES = 4096
 
 #: What the kernel is asked for at once: between two pieces the patience may change, and the storage be closed.
 _PIECE_BYTES = 1 << 20
 
-#: What a content is read in that goes into no memory of the caller's, and how slowly it may come after the first wait.
+#: What a content is read in that goes into no memory of the caller's: listings, words of errors.
 _CONTENT_PIECE_BYTES = 64 << 10
+
+#: How slowly a content may come, on average, after the first wait: a server that sends byte after byte never exceeds
+#: the wait for the next one. Into the caller's memory: less than any network that weights are loaded over. The engine
+#: has a stricter bound for the whole of a read.
 _MIN_BYTES_PER_SECOND = 4096
+_MIN_CONTENT_BYTES_PER_SECOND = 100_000
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([\t\x20-\x7e\x80-\xff]*))?")
 _HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
@@ -127,24 +137,26 @@ def read_head(receive: Callable[[memoryview], int], deadline: float) -> tuple[He
         TimeoutError: It was not complete in time.
         OSError: The connection broke.
     """
-    received, part = b"", memoryview(bytearray(_HEAD_PIECE_BYTES))
-    while (end := received.find(b"\r\n\r\n")) < 0:
+    received, part = bytearray(), memoryview(bytearray(_HEAD_PIECE_BYTES))
+    searched = 0
+    while (end := received.find(b"\r\n\r\n", searched)) < 0:
         if len(received) > _MAX_HEAD_BYTES:
             raise BadAnswerError("the head of the answer does not end")
-        if received and time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             raise TimeoutError("the head of the answer is not complete")
+        searched = max(0, len(received) - 3)
         count = receive(part)
         if not count:
             raise BadAnswerError("the connection was closed before the answer")
         received += part[:count]
-    return Head.parse(received[:end]), received[end + 4 :]
+    return Head.parse(bytes(received[:end])), bytes(received[end + 4 :])
 
 
 class ByteStream(Protocol):
     """What an answer is read from: a connection."""
 
     def wait_at_most(self, seconds: float) -> None:
-        """Limit the waits that begin from now on."""
+        """Limit the waits that begin from now on; to almost nothing, if ``seconds`` is not above zero."""
         ...
 
     def receive(self, view: memoryview, *, whole: bool = False) -> int:
@@ -154,6 +166,26 @@ class ByteStream(Protocol):
     def close(self) -> None:
         """Close it; called once or more often."""
         ...
+
+
+def _limited(connection: ByteStream, deadline: float, *, wait: bool = True) -> Callable[[memoryview], int]:
+    """Return a function that receives from ``connection``, and waits no longer than until ``deadline``.
+
+    Args:
+        connection: Where bytes come from.
+        deadline: By ``time.monotonic``.
+        wait: Whether to limit the first wait too; it costs a system call.
+    """
+    limit = wait
+
+    def receive(view: memoryview) -> int:
+        nonlocal limit
+        if limit:
+            connection.wait_at_most(deadline - time.monotonic())
+        limit = True
+        return connection.receive(view)
+
+    return receive
 
 
 class Answer:
@@ -189,11 +221,17 @@ class Answer:
         self._connection = connection
         self._wait_seconds = wait_seconds
         self._release = release
-        head, self._begun = read_head(connection.receive, time.monotonic() + wait_seconds())
+        self._extension_bytes = 0
+        self._content_since = 0.0
+        self._content_bytes = 0
+        self._min_bytes_per_second = _MIN_BYTES_PER_SECOND
+        # One deadline for all heads, the interim ones included.
+        deadline = time.monotonic() + wait_seconds()
+        head, self._begun = read_head(_limited(connection, deadline, wait=False), deadline)
         for _ in range(_MAX_INTERIM_ANSWERS):
             if head.status >= 200:
                 break
-            head, self._begun = self._head_after(self._begun)
+            head, self._begun = self._head_after(self._begun, deadline)
         if head.status < 200:
             raise BadAnswerError("interim answers do not end")
         self.status = head.status
@@ -210,19 +248,20 @@ class Answer:
         if self._left == 0 and not self._chunked:
             self._end()
 
-    def _head_after(self, begun: bytes) -> tuple[Head, bytes]:
+    def _head_after(self, begun: bytes, deadline: float) -> tuple[Head, bytes]:
         """The next head, of which ``begun`` has been received."""
         waiting = begun
+        receive_more = _limited(self._connection, deadline)
 
         def receive(view: memoryview) -> int:
             nonlocal waiting
             if not waiting:
-                return self._connection.receive(view)
+                return receive_more(view)
             count = min(len(view), len(waiting))
             view[:count], waiting = waiting[:count], waiting[count:]
             return count
 
-        head, rest = read_head(receive, time.monotonic() + self._wait_seconds())
+        head, rest = read_head(receive, deadline)
         return head, rest + waiting
 
     def __enter__(self) -> Answer:
@@ -241,11 +280,16 @@ class Answer:
         """Fill ``view`` with the next bytes of the content.
 
         Returns:
-            Number of bytes: fewer than ``view`` has where the content, or the connection, ended before.
+            Number of bytes: fewer than ``view`` has where the content, or the connection, ended before, or where the
+            bytes came too slowly.
 
         Raises:
             OSError: The connection broke before the first of them; where it breaks later, their number is returned.
         """
+        self._begin_content(_MIN_BYTES_PER_SECOND)
+        return self._fill(view)
+
+    def _fill(self, view: memoryview) -> int:
         done = 0
         try:
             while done < len(view) and self._has_more():
@@ -274,13 +318,13 @@ class Answer:
         pieces: list[bytes] = []
         size = 0
         part = memoryview(bytearray(min(max_bytes, _CONTENT_PIECE_BYTES)))
-        begun = time.monotonic()
+        self._begin_content(_MIN_CONTENT_BYTES_PER_SECOND)
         while size < max_bytes and not self.ended:
-            count = self.read_into(part[: max_bytes - size])
+            count = self._fill(part[: max_bytes - size])
             pieces.append(bytes(part[:count]))
             size += count
-            if not self.ended and time.monotonic() - begun > self._wait_seconds() + size / _MIN_BYTES_PER_SECOND:
-                raise TimeoutError("the answer is not complete")
+        if isinstance(self._broken_by, TimeoutError):
+            raise self._broken_by
         if self.truncated:
             raise BadAnswerError("the connection was closed amid the answer") from self._broken_by
         return b"".join(pieces)
@@ -298,8 +342,25 @@ class Answer:
             count = min(len(view), len(self._begun))
             view[:count], self._begun = self._begun[:count], self._begun[count:]
             return count
-        self._connection.wait_at_most(self._wait_seconds())
-        return self._connection.receive(view[:_PIECE_BYTES], whole=True)
+        count = self._receive(view[:_PIECE_BYTES], whole=True)
+        self._content_bytes += count
+        return count
+
+    def _begin_content(self, min_bytes_per_second: int) -> None:
+        self._content_since = time.monotonic()
+        self._content_bytes = 0
+        self._min_bytes_per_second = min_bytes_per_second
+
+    def _receive(self, view: memoryview, *, whole: bool = False) -> int:
+        """Put the next bytes into ``view``; raise TimeoutError where the content comes too slowly."""
+        wait = self._wait_seconds()
+        allowed = wait + self._content_bytes / self._min_bytes_per_second
+        left = self._content_since + allowed - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the content of the answer comes too slowly")
+        # Another limit costs a system call, so it is lowered only where that matters.
+        self._connection.wait_at_most(wait if 2 * left > wait else left)
+        return self._connection.receive(view, whole=whole)
 
     def _begin_chunk(self) -> None:
         if not self._first_chunk and self._line():
@@ -321,11 +382,13 @@ class Answer:
         while (end := self._begun.find(b"\r\n", 0, _MAX_LINE_BYTES)) < 0:
             if len(self._begun) >= _MAX_LINE_BYTES:
                 raise BadAnswerError("a line in the content of the answer does not end")
-            self._connection.wait_at_most(self._wait_seconds())
-            count = self._connection.receive(part)
+            count = self._receive(part)
             if not count:
                 raise BadAnswerError("the connection was closed amid the answer")
             self._begun += part[:count]
+        self._extension_bytes += max(0, end - _MAX_SIZE_LINE_BYTES)
+        if self._extension_bytes > _MAX_EXTENSION_BYTES:
+            raise BadAnswerError("the chunks of the answer have extensions without end")
         line, self._begun = self._begun[:end], self._begun[end + 2 :]
         return line
 

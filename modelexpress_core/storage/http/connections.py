@@ -31,6 +31,9 @@ _MAX_IDLE_SECONDS = 60.0
 #: Idle connections to one server; core never reads with more at once.
 _MAX_IDLE_CONNECTIONS = 256
 
+#: A wait of zero would be none at all.
+_MIN_WAIT_SECONDS = 0.001
+
 #: Systems where the layout of a socket's own timeout is known.
 _KERNEL_WAITS = sys.platform == "linux" and sys.maxsize > 2**32
 
@@ -100,14 +103,15 @@ class Connection:
         self._idle_since = 0.0
 
     def wait_at_most(self, seconds: float) -> None:
-        """Limit the waits that begin from now on."""
+        """Limit the waits that begin from now on; to almost nothing, if ``seconds`` is not above zero."""
+        seconds = max(seconds, _MIN_WAIT_SECONDS)
         if seconds == self._wait_seconds:
             return
         self._wait_seconds = seconds
         if self._kernel_waits and isinstance(self._sock, socket.socket):
             self._sock.setblocking(True)
             whole, rest = divmod(seconds, 1)
-            timeout = struct.pack("@ll", int(whole), max(int(rest * 1e6), 0 if whole else 1))  # zero is no limit
+            timeout = struct.pack("@ll", int(whole), int(rest * 1e6))
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
         else:
@@ -317,7 +321,14 @@ class ConnectionPool:
         target = origin.host_and_port
         try:
             sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n".encode("latin-1") + lines + b"\r\n")
-            head, rest = read_head(sock.recv_into, time.monotonic() + self._connect_timeout_seconds)
+            deadline = time.monotonic() + self._connect_timeout_seconds
+
+            def receive(view: memoryview) -> int:
+                sock.settimeout(max(_MIN_WAIT_SECONDS, deadline - time.monotonic()))
+                return sock.recv_into(view)
+
+            head, rest = read_head(receive, deadline)
+            sock.settimeout(self._connect_timeout_seconds)
         except (TimeoutError, ConnectionError) as exc:
             raise ProxyError(f"{proxy} did not answer ({_words(exc)})") from exc
         if not 200 <= head.status < 300:

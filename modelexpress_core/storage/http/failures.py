@@ -32,6 +32,7 @@ __all__ = [
     "AuthoritiesError",
     "BadAnswerError",
     "ConnectTimeoutError",
+    "EncodedAnswerError",
     "Failures",
     "Meaning",
     "ProxyError",
@@ -56,6 +57,17 @@ class BadAnswerError(ConnectionError):
 
 class ConnectTimeoutError(TimeoutError):
     """No connection came about in time: TCP, the tunnel of a proxy, or TLS."""
+
+
+class EncodedAnswerError(OSError):
+    """The content of an answer is encoded, although the request accepts no encoding: it holds other bytes.
+
+    Args:
+        encoding: What the answer says.
+    """
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(f"the answer is encoded: {encoding[:40]}")
 
 
 class ProxyError(OSError):
@@ -230,6 +242,12 @@ _PROXY_REFUSES = Meaning(
     retryable=False,
 )
 
+_ENCODED = Meaning(
+    UnsupportedError,
+    "the server, or a proxy before it, encodes by itself, or the object was stored with a Content-Encoding",
+    "check {names.endpoint} and what is in front of it, or upload the object again without Content-Encoding",
+)
+
 #: Exceptions before the answer -> what was seen, and what it means. The first line counts that fits the exception or
 #: one of its causes.
 _EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
@@ -318,6 +336,9 @@ def connection_error(
     proxy = next((link for link in chain if isinstance(link, ProxyError)), None)
     if proxy is not None:
         return _of_proxy(proxy).described(f"no connection through the proxy: {proxy}", **about)
+    encoded = next((link for link in chain if isinstance(link, EncodedAnswerError)), None)
+    if encoded is not None:
+        return _ENCODED.described(str(encoded), hint=(_ENCODED.hint or "").format(names=names), **about)
     for types, seen, meaning in _EXCEPTIONS:
         found = next((link for link in chain if isinstance(link, types)), None)
         if found is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Callable
 from typing import TypeVar, cast
 
@@ -64,11 +65,19 @@ class NestedTls:
         self.socket.close()
 
     def _exchange(self, step: Callable[[], _R]) -> _R:
-        """The outcome of ``step``, for which bytes go back and forth between the two layers."""
+        """The outcome of ``step``, for which bytes go back and forth between the two layers.
+
+        The time-out of the socket limits the whole step too, as in Python's own TLS sockets: byte after byte would
+        never exceed the wait for the next one.
+        """
+        seconds = self.socket.gettimeout()
+        begun = time.monotonic()
         while True:
             try:
                 outcome = step()
             except ssl.SSLWantReadError:
+                if seconds is not None and time.monotonic() - begun > seconds:
+                    raise TimeoutError("timed out") from None
                 self._send_pending()
                 piece = self.socket.recv(_PIECE_BYTES)
                 if piece:

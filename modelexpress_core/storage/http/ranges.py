@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from attrs import frozen
 
@@ -11,10 +11,10 @@ from modelexpress_core.errors import SourceChangedError, UnavailableError, Unsup
 from modelexpress_core.messages import byte_range
 from modelexpress_core.storage.http.answers import Answer
 from modelexpress_core.storage.http.connections import ConnectionPool
-from modelexpress_core.storage.http.failures import Failures, Meaning
+from modelexpress_core.storage.http.failures import EncodedAnswerError, Failures, Meaning
 from modelexpress_core.storage.http.requests import Refusal, Request, Signer
 
-__all__ = ["RangeReader", "VersionHeaders"]
+__all__ = ["RangeReader", "VersionHeaders", "check_encoding"]
 
 #: What is read of an answer that does not hold what was asked for.
 _MAX_ERROR_BYTES = 1 << 20
@@ -24,6 +24,8 @@ _MAX_RENEWALS = 3
 
 #: RFC 9110 section 14.4.
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]{1,19}|\*)")
+
+_NO_VERSION = "the server, or a proxy before it, leaves the header out; bytes of two versions could be mixed"
 
 _OTHER_BYTES = "the server, or a proxy before it, does not honour Range requests"
 
@@ -41,6 +43,24 @@ class VersionHeaders:
     answered: str = "etag"
 
 
+def check_encoding(headers: Mapping[str, str], ignored: Collection[str] = ()) -> None:
+    """Refuse an answer whose content is encoded: every request says that it accepts no encoding.
+
+    Args:
+        headers: Of the answer, by lower-case name.
+        ignored: Codings that a service shows although the content is not encoded, in lower case.
+
+    Raises:
+        EncodedAnswerError: It is encoded.
+    """
+    value = headers.get("content-encoding")
+    if value is None:
+        return
+    codings = {coding.strip().lower() for coding in value.split(",")}
+    if codings - {"", "identity", *ignored}:
+        raise EncodedAnswerError(value)
+
+
 class RangeReader:
     """Reads ranges for one storage: one request per call, and one more where the first was refused for its signature.
 
@@ -50,8 +70,8 @@ class RangeReader:
         failures: Explains what goes wrong.
         read_timeout_seconds: What ``patience_seconds`` begins with, and its bound.
         versions: The headers that carry an object's version.
-        encoding_is_metadata: Whether the service hands Content-Encoding on as the uploader wrote it, and never encodes
-            by itself. Elsewhere, an answer with an encoding holds other bytes than the object.
+        ignored_encodings: Codings that the service shows although the content is not encoded. An answer with any other
+            holds other bytes than the object.
     """
 
     def __init__(
@@ -62,7 +82,7 @@ class RangeReader:
         *,
         read_timeout_seconds: float,
         versions: VersionHeaders | None = None,
-        encoding_is_metadata: bool = False,
+        ignored_encodings: Collection[str] = (),
     ) -> None:
         self._pool = pool
         self._signer = signer
@@ -70,10 +90,10 @@ class RangeReader:
         self._read_timeout_seconds = read_timeout_seconds
         self._patience_seconds = read_timeout_seconds
         self._versions = versions or VersionHeaders()
-        self._encoding_is_metadata = encoding_is_metadata
+        self._ignored_encodings = ignored_encodings
         check = f"check {failures.names.endpoint} and what is in front of it"
         self._ignores_range = Meaning(UnsupportedError, _OTHER_BYTES, check)
-        self._encodes = Meaning(UnsupportedError, "the server, or a proxy before it, encodes by itself", check)
+        self._hides_version = Meaning(UnsupportedError, _NO_VERSION, check)
 
     @property
     def patience_seconds(self) -> float:
@@ -133,14 +153,14 @@ class RangeReader:
         operation = f"read {byte_range(offset, length)}"
         headers = answer.headers
         answered = headers.get(self._versions.answered)
-        if version is not None and answered is not None and answered != version:
+        if version is not None and answered is None:
+            reason = f"the answer does not tell its version: it has no header {self._versions.answered}"
+            raise self._failures.described(self._hides_version, reason, path, operation)
+        if version is not None and answered != version:
             reason = f"the answer is of another version, {answered}, and {self._versions.condition} was ignored"
             meaning = Meaning(SourceChangedError, hint="start the load again")
             raise self._failures.described(meaning, reason, path, operation)
-        encoding = headers.get("content-encoding", "identity").lower()
-        if encoding != "identity" and not self._encoding_is_metadata:
-            reason = f"the answer is encoded: {encoding[:40]}"
-            raise self._failures.described(self._encodes, reason, path, operation)
+        check_encoding(headers, self._ignored_encodings)
         if answer.status == 200 and offset == 0:
             return length
         content_range = headers.get("content-range", "")

@@ -87,13 +87,14 @@ def _header_lines(headers: Sequence[tuple[str, str]]) -> bytes:
 
 @frozen
 class Request:
-    """A prepared request without a body. Target and headers may hold credentials, so ``repr`` shows neither.
+    """A prepared request. Target, headers and content may hold credentials, so ``repr`` shows none of them.
 
     Attributes:
-        method: ``"GET"`` or ``"HEAD"``.
+        method: Usually ``"GET"`` or ``"HEAD"``.
         origin: The server.
         target: Path and query, percent-encoded (RFC 9112 section 3.2.1).
         headers: Names and values; ``Host`` and ``Accept-Encoding: identity`` are added where they are missing.
+        content: What follows the headers, which have its length.
         lines: The headers as they are sent.
     """
 
@@ -101,6 +102,7 @@ class Request:
     origin: Origin
     target: str = field(repr=False)
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    content: bytes = field(default=b"", repr=False)
     lines: bytes = field(repr=False)
 
     @method.validator
@@ -123,7 +125,7 @@ class Request:
         return _header_lines((*added, *self.headers))
 
     @classmethod
-    def to_url(cls, method: str, url: str, headers: Sequence[tuple[str, str]] = ()) -> Request:
+    def to_url(cls, method: str, url: str, headers: Sequence[tuple[str, str]] = (), content: bytes = b"") -> Request:
         """A request to an ``http`` or ``https`` URL, which is percent-encoded already.
 
         Raises:
@@ -131,13 +133,14 @@ class Request:
         """
         parts = urlsplit(url)
         path = parts.path or "/"
-        return cls(method, Origin.of_url(url), f"{path}?{parts.query}" if parts.query else path, tuple(headers))
+        target = f"{path}?{parts.query}" if parts.query else path
+        return cls(method, Origin.of_url(url), target, tuple(headers), content)
 
     def with_headers(self, headers: Mapping[str, str]) -> Request:
         """The same request with more headers."""
         added = tuple(headers.items())
         lines = self.lines + _header_lines(added)
-        return Request(self.method, self.origin, self.target, self.headers + added, lines)
+        return Request(self.method, self.origin, self.target, self.headers + added, self.content, lines)
 
     def encoded(self, *, through_proxy: bool = False, proxy_lines: bytes = b"") -> bytes:
         """The request as it is sent: in absolute form to a proxy (RFC 9112 section 3.2.2).
@@ -148,7 +151,7 @@ class Request:
         """
         target = f"{self.origin}{self.target}" if through_proxy else self.target
         first = f"{self.method} {target} HTTP/1.1\r\n".encode("latin-1")
-        return first + self.lines + proxy_lines + b"\r\n"
+        return first + self.lines + proxy_lines + b"\r\n" + self.content
 
 
 @frozen

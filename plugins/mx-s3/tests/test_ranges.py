@@ -276,7 +276,7 @@ def test_closing_ends_a_read(broken: Callable[[Fault], tuple[S3Storage, TcpProxy
 )
 def test_answers_of_other_kinds_are_read_too(opened: Callable[..., S3Storage], answer: bytes) -> None:
     """Proxies may change how an answer is sent."""
-    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 20\r\n\r\n"
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nETag: v\r\nContent-Length: 20\r\n\r\n"
     answer %= b"Connection: close\r\nContent-Range: bytes 0-9/20"
     with _answering(lambda request: head if request.startswith(b"HEAD") else answer) as port:
         storage = opened(AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
@@ -290,7 +290,7 @@ def test_answers_of_other_kinds_are_read_too(opened: Callable[..., S3Storage], a
 
 def test_what_comes_after_the_content_is_no_part_of_it(opened: Callable[..., S3Storage]) -> None:
     """Even where it comes at once, and the server promised more in another header."""
-    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 20\r\n\r\n"
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nETag: v\r\nContent-Length: 20\r\n\r\n"
     answer = b"HTTP/1.1 206 P\r\nContent-Range: bytes 0-9/20\r\nContent-Length: 4\r\n\r\n0123XXXXXXXX"
     with _answering(lambda request: head if request.startswith(b"HEAD") else answer) as port:
         storage = opened(AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
@@ -304,7 +304,7 @@ def test_what_comes_after_the_content_is_no_part_of_it(opened: Callable[..., S3S
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n\r\n", b"HTTP/1.1 206 P\r\nx: " + b"y" * 100_000])
 def test_what_is_no_answer_is_a_broken_connection(opened: Callable[..., S3Storage], answer: bytes) -> None:
     """Whatever it is, it is not taken for content."""
-    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 20\r\n\r\n"
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nETag: v\r\nContent-Length: 20\r\n\r\n"
     with _answering(lambda request: head if request.startswith(b"HEAD") else answer) as port:
         storage = opened(AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
         storage.stat("any")

@@ -184,19 +184,23 @@ class PublishMetadataRequest(_message.Message):
     def __init__(self, identity: _Optional[_Union[SourceIdentity, _Mapping]] = ..., worker: _Optional[_Union[WorkerMetadata, _Mapping]] = ..., worker_id: _Optional[str] = ..., pod_name: _Optional[str] = ..., pod_uid: _Optional[str] = ..., pod_namespace: _Optional[str] = ...) -> None: ...
 
 class PublishMetadataResponse(_message.Message):
-    __slots__ = ("success", "message", "mx_source_id", "worker_id")
+    __slots__ = ("success", "message", "mx_source_id", "worker_id", "grant_key", "server_time_ms")
     SUCCESS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     MX_SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    GRANT_KEY_FIELD_NUMBER: _ClassVar[int]
+    SERVER_TIME_MS_FIELD_NUMBER: _ClassVar[int]
     success: bool
     message: str
     mx_source_id: str
     worker_id: str
-    def __init__(self, success: bool = ..., message: _Optional[str] = ..., mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
+    grant_key: bytes
+    server_time_ms: int
+    def __init__(self, success: bool = ..., message: _Optional[str] = ..., mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., grant_key: _Optional[bytes] = ..., server_time_ms: _Optional[int] = ...) -> None: ...
 
 class ListSourcesRequest(_message.Message):
-    __slots__ = ("identity", "status_filter", "model_name_filter", "worker_rank_filter", "min_training_step", "min_updated_at", "limit")
+    __slots__ = ("identity", "status_filter", "model_name_filter", "worker_rank_filter", "min_training_step", "min_updated_at", "limit", "page_bytes", "page_token")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     STATUS_FILTER_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FILTER_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +208,8 @@ class ListSourcesRequest(_message.Message):
     MIN_TRAINING_STEP_FIELD_NUMBER: _ClassVar[int]
     MIN_UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     identity: SourceIdentity
     status_filter: SourceStatus
     model_name_filter: str
@@ -211,10 +217,12 @@ class ListSourcesRequest(_message.Message):
     min_training_step: int
     min_updated_at: int
     limit: int
-    def __init__(self, identity: _Optional[_Union[SourceIdentity, _Mapping]] = ..., status_filter: _Optional[_Union[SourceStatus, str]] = ..., model_name_filter: _Optional[str] = ..., worker_rank_filter: _Optional[int] = ..., min_training_step: _Optional[int] = ..., min_updated_at: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+    page_bytes: int
+    page_token: str
+    def __init__(self, identity: _Optional[_Union[SourceIdentity, _Mapping]] = ..., status_filter: _Optional[_Union[SourceStatus, str]] = ..., model_name_filter: _Optional[str] = ..., worker_rank_filter: _Optional[int] = ..., min_training_step: _Optional[int] = ..., min_updated_at: _Optional[int] = ..., limit: _Optional[int] = ..., page_bytes: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class SourceInstanceRef(_message.Message):
-    __slots__ = ("mx_source_id", "worker_id", "model_name", "worker_rank", "accelerator", "updated_at", "training_step", "layout_signature", "topology", "source_load")
+    __slots__ = ("mx_source_id", "worker_id", "model_name", "worker_rank", "accelerator", "updated_at", "training_step", "layout_signature", "topology", "source_load", "publisher", "publisher_address")
     class TopologyEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -232,6 +240,8 @@ class SourceInstanceRef(_message.Message):
     LAYOUT_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     SOURCE_LOAD_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHER_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     mx_source_id: str
     worker_id: str
     model_name: str
@@ -242,13 +252,19 @@ class SourceInstanceRef(_message.Message):
     layout_signature: str
     topology: _containers.ScalarMap[str, str]
     source_load: float
-    def __init__(self, mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., model_name: _Optional[str] = ..., worker_rank: _Optional[int] = ..., accelerator: _Optional[str] = ..., updated_at: _Optional[int] = ..., training_step: _Optional[int] = ..., layout_signature: _Optional[str] = ..., topology: _Optional[_Mapping[str, str]] = ..., source_load: _Optional[float] = ...) -> None: ...
+    publisher: str
+    publisher_address: str
+    def __init__(self, mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., model_name: _Optional[str] = ..., worker_rank: _Optional[int] = ..., accelerator: _Optional[str] = ..., updated_at: _Optional[int] = ..., training_step: _Optional[int] = ..., layout_signature: _Optional[str] = ..., topology: _Optional[_Mapping[str, str]] = ..., source_load: _Optional[float] = ..., publisher: _Optional[str] = ..., publisher_address: _Optional[str] = ...) -> None: ...
 
 class ListSourcesResponse(_message.Message):
-    __slots__ = ("instances",)
+    __slots__ = ("instances", "next_page_token", "caller")
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CALLER_FIELD_NUMBER: _ClassVar[int]
     instances: _containers.RepeatedCompositeFieldContainer[SourceInstanceRef]
-    def __init__(self, instances: _Optional[_Iterable[_Union[SourceInstanceRef, _Mapping]]] = ...) -> None: ...
+    next_page_token: str
+    caller: str
+    def __init__(self, instances: _Optional[_Iterable[_Union[SourceInstanceRef, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., caller: _Optional[str] = ...) -> None: ...
 
 class GetMetadataRequest(_message.Message):
     __slots__ = ("mx_source_id", "worker_id")
@@ -259,18 +275,22 @@ class GetMetadataRequest(_message.Message):
     def __init__(self, mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
 
 class GetMetadataResponse(_message.Message):
-    __slots__ = ("found", "worker", "mx_source_id", "worker_id", "identity")
+    __slots__ = ("found", "worker", "mx_source_id", "worker_id", "identity", "publisher", "publisher_address")
     FOUND_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     MX_SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHER_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     found: bool
     worker: WorkerMetadata
     mx_source_id: str
     worker_id: str
     identity: SourceIdentity
-    def __init__(self, found: bool = ..., worker: _Optional[_Union[WorkerMetadata, _Mapping]] = ..., mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., identity: _Optional[_Union[SourceIdentity, _Mapping]] = ...) -> None: ...
+    publisher: str
+    publisher_address: str
+    def __init__(self, found: bool = ..., worker: _Optional[_Union[WorkerMetadata, _Mapping]] = ..., mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., identity: _Optional[_Union[SourceIdentity, _Mapping]] = ..., publisher: _Optional[str] = ..., publisher_address: _Optional[str] = ...) -> None: ...
 
 class UpdateStatusRequest(_message.Message):
     __slots__ = ("mx_source_id", "worker_rank", "status", "worker_id", "source_load")
@@ -287,12 +307,14 @@ class UpdateStatusRequest(_message.Message):
     def __init__(self, mx_source_id: _Optional[str] = ..., worker_rank: _Optional[int] = ..., status: _Optional[_Union[SourceStatus, str]] = ..., worker_id: _Optional[str] = ..., source_load: _Optional[float] = ...) -> None: ...
 
 class UpdateStatusResponse(_message.Message):
-    __slots__ = ("success", "message")
+    __slots__ = ("success", "message", "server_time_ms")
     SUCCESS_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    SERVER_TIME_MS_FIELD_NUMBER: _ClassVar[int]
     success: bool
     message: str
-    def __init__(self, success: bool = ..., message: _Optional[str] = ...) -> None: ...
+    server_time_ms: int
+    def __init__(self, success: bool = ..., message: _Optional[str] = ..., server_time_ms: _Optional[int] = ...) -> None: ...
 
 class GetTensorManifestRequest(_message.Message):
     __slots__ = ("mx_source_id", "worker_id")

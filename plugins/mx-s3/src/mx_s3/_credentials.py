@@ -20,9 +20,12 @@ from botocore.credentials import (
     create_credential_resolver,
 )
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
+from botocore.httpsession import get_cert_path
 from botocore.utils import ContainerMetadataFetcher, InstanceMetadataFetcher, resolve_imds_endpoint_mode
 
+from modelexpress_core.storage.http import Proxies
 from mx_s3._errors import RENEWED, CredentialsError, wants_other_credentials
+from mx_s3._sending import BoundedSession
 from mx_s3.settings import S3Settings
 
 __all__ = ["RENEWAL_TRIED", "Identity", "new_session"]
@@ -68,7 +71,23 @@ class _Session(botocore.session.Session):
         if service_name == "sts":
             general = None if os.environ.get("AWS_ENDPOINT_URL_STS") else self.settings.endpoint
             options["endpoint_url"] = options.get("endpoint_url") or self.settings.sts_endpoint or general
-        return super().create_client(service_name, *args, **options)
+        client = super().create_client(service_name, *args, **options)
+        if service_name != "s3":
+            sending = BoundedSession(
+                connect_timeout_seconds=self.settings.connect_timeout_seconds,
+                read_timeout_seconds=self.settings.read_timeout_seconds,
+                proxies=Proxies.from_environ({}, os.environ),
+                ca_bundle=self.ca_bundle,
+            )
+            send: Any = sending.send  # the stubs have it that handlers return nothing
+            client.meta.events.register("before-send", send)
+        return client
+
+    def ca_bundle(self) -> str | None:
+        """Return the file with the authorities to trust."""
+        named = self.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+        found: str | None = named or get_cert_path(verify=True)
+        return found
 
 
 @cache
@@ -230,13 +249,23 @@ def _frozen(found: Credentials) -> ReadOnlyCredentials:
         raise CredentialsError(error=exc) from exc
 
 
+class _BoundedMetadataFetcher(InstanceMetadataFetcher):
+    """Asks the instance metadata service. botocore's class makes its own session, which reads answers of any size."""
+
+    def __init__(self, *, timeout: int, **options: Any) -> None:  # noqa: ANN401 - as botocore's
+        super().__init__(timeout=timeout, **options)
+        self._session = BoundedSession(
+            connect_timeout_seconds=timeout, read_timeout_seconds=timeout, proxies=Proxies.from_environ({}, os.environ)
+        )
+
+
 class _Chain:
     """botocore's chain of credential providers, with settings that override the environment."""
 
     def __init__(self, settings: S3Settings, region: str) -> None:
         session = new_session(settings)
         environ = _environ(settings)
-        metadata = InstanceMetadataFetcher(
+        metadata = _BoundedMetadataFetcher(
             timeout=session.get_config_variable("metadata_service_timeout"),
             num_attempts=session.get_config_variable("metadata_service_num_attempts"),
             env=environ,
@@ -250,7 +279,13 @@ class _Chain:
         disabled = environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
         #: URL of the instance metadata service; None if it is disabled.
         self.metadata_url = None if disabled else metadata.get_base_url()
-        agent: Any = ContainerMetadataFetcher(sleep=lambda _seconds: None)  # core waits between attempts
+        agent: Any = ContainerMetadataFetcher(
+            session=BoundedSession(
+                connect_timeout_seconds=ContainerMetadataFetcher.TIMEOUT_SECONDS,
+                read_timeout_seconds=ContainerMetadataFetcher.TIMEOUT_SECONDS,
+            ),
+            sleep=lambda _seconds: None,  # core waits between attempts
+        )
         replaced: dict[str | None, CredentialProvider] = {
             "container-role": ContainerProvider(environ, agent),
             "iam-role": InstanceMetadataProvider(metadata),

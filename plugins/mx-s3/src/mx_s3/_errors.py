@@ -296,6 +296,15 @@ _EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = 
         ),
     ),
     (
+        (boto.PaginationError,),
+        "the endpoint {endpoint} sends the same page of the listing again",
+        Meaning(
+            UnsupportedError,
+            "the server, or a proxy before it, ignores where the next page begins",
+            "check AWS_ENDPOINT_URL and what is in front of it, or use another server",
+        ),
+    ),
+    (
         (boto.HTTPClientError,),
         "the request cannot be sent as HTTP",
         Meaning(

@@ -11,31 +11,37 @@ sent the request itself. It then prepares another one, or raises its error for t
 
 from __future__ import annotations
 
-import io
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.exceptions import HTTPClientError
 
-from modelexpress_core.storage.http import BadAnswerError, ConnectionPool, Origin, Refusal, Request
+from modelexpress_core.storage.http import BadAnswerError, ConnectionPool, Origin, Refusal, Request, check_encoding
 from mx_s3._credentials import RENEWAL_TRIED
+from mx_s3._sending import answer_of, prepared_request
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-__all__ = ["S3Requests"]
+__all__ = ["IGNORED_ENCODINGS", "S3Requests"]
 
 _SIGNED_SECONDS = 60.0
 
 #: Statuses for which botocore may know another region or other credentials.
 _RENEWABLE = frozenset({301, 302, 307, 308, 400, 401, 403})
 
-#: A page of a listing is far smaller.
-_MAX_CONTENT_BYTES = 64 << 20
+#: A page of a listing has at most 1000 keys of 1024 bytes, percent-encoded.
+_MAX_CONTENT_BYTES = 8 << 20
+
+#: What is read of an answer that refuses; its status says enough.
+_MAX_ERROR_BYTES = 1 << 20
+
+#: How an object was uploaded, which some servers store and show.
+IGNORED_ENCODINGS = ("aws-chunked",)
 
 
 @frozen
@@ -123,17 +129,19 @@ class S3Requests:
     def _send(self, request: AWSPreparedRequest, event_name: str, **_: object) -> AWSResponse:
         """The answer to a request of botocore's."""
         try:
-            prepared = _prepared(request)
+            prepared = prepared_request(request)
         except ValueError as exc:
             raise HTTPClientError(error=exc) from exc
         conversation: _Conversation | None = getattr(self._thread, "conversation", None)
         if conversation is not None and event_name.endswith(".GetObject"):
             return conversation.answer(prepared)
         with self._pool.send(prepared, lambda: self._read_timeout_seconds) as answer:
-            content = answer.read(_MAX_CONTENT_BYTES)
-            if not answer.ended:
+            check_encoding(answer.headers, IGNORED_ENCODINGS)
+            refused = answer.status >= 300
+            content = answer.read(_MAX_ERROR_BYTES if refused else _MAX_CONTENT_BYTES)
+            if not answer.ended and not refused:
                 raise BadAnswerError("the answer is longer than any of S3")
-        return _answer(request.url, answer.status, answer.headers, content)
+        return answer_of(request.url, answer.status, answer.headers, content)
 
 
 class _Conversation:
@@ -159,9 +167,9 @@ class _Conversation:
         url = f"{request.origin}{request.target}"
         if self._refusals and _signing(request) == _signing(self._refusals[-1].request):
             refusal = self._refusals[-1]
-            return _answer(url, refusal.status, refusal.headers, refusal.content)
+            return answer_of(url, refusal.status, refusal.headers, refusal.content)
         self.accepted = request
-        return _answer(url, 200, {}, b"")
+        return answer_of(url, 200, {}, b"")
 
 
 def _signing(request: Request) -> tuple[Origin, str, str, str]:
@@ -177,24 +185,3 @@ def _credential(request: Request) -> str:
     headers = {name.lower(): value for name, value in request.headers}
     key = headers.get("authorization", "").partition("Credential=")[2].partition("/")[0]
     return f"{key} {headers.get('x-amz-security-token', '')}"
-
-
-def _prepared(request: AWSPreparedRequest) -> Request:
-    headers = []
-    value: Any
-    for name, value in request.headers.items():
-        headers.append((name, value.decode("latin-1") if isinstance(value, bytes) else str(value)))
-    return Request.to_url(request.method, request.url, headers)
-
-
-class _Content(io.BytesIO):
-    """The content of an answer, as botocore reads it."""
-
-    def stream(self) -> Iterator[bytes]:
-        yield self.read()
-
-
-def _answer(url: str, status: int, headers: Mapping[str, str], content: bytes) -> AWSResponse:
-    fields: Any = dict(headers)
-    raw: Any = _Content(content)
-    return AWSResponse(url, status, fields, raw)

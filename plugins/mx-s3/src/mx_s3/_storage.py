@@ -16,7 +16,14 @@ from botocore.config import Config
 from botocore.httpsession import get_cert_path
 
 from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
-from modelexpress_core.errors import BackendError, InvalidURIError, NotFoundError, SettingsError
+from modelexpress_core.errors import (
+    BackendError,
+    DeadlineError,
+    InvalidURIError,
+    NotFoundError,
+    SettingsError,
+    UnsupportedError,
+)
 from modelexpress_core.settings import from_env
 from modelexpress_core.storage.http import (
     ConnectionPool,
@@ -31,7 +38,7 @@ from modelexpress_core.storage.http import (
 from modelexpress_core.uri import ModelURI
 from mx_s3._credentials import Identity, new_session
 from mx_s3._errors import FAILURES, NAMES, PROVIDER, S3Failures, translated
-from mx_s3._requests import S3Requests
+from mx_s3._requests import IGNORED_ENCODINGS, S3Requests
 from mx_s3.settings import REGION_PATTERN, S3Settings
 
 if TYPE_CHECKING:
@@ -48,6 +55,24 @@ _DIRECTORY_BUCKET = re.compile(r"--(?:xa-s3|x-s3)$")
 
 _A_BUCKET = Meaning(NotFoundError, hint="name a key in it")
 
+#: A listing may take this many times the read timeout, and the time of its objects at this rate. S3 gives a thousand in
+#: half a second.
+_LISTING_TIMEOUTS = 10
+_MIN_OBJECTS_PER_SECOND = 100
+
+_SLOW_LISTING = Meaning(
+    DeadlineError,
+    "the server sends pages without end, or very slowly",
+    "check AWS_ENDPOINT_URL and what is in front of it; MX_S3_READ_TIMEOUT_SECONDS raises the limit",
+    retryable=False,
+)
+
+_NO_ETAG = Meaning(
+    UnsupportedError,
+    "the server, or a proxy before it, leaves it out; bytes of two versions could be mixed",
+    "check AWS_ENDPOINT_URL and what is in front of it, or use another server",
+)
+
 
 class S3Storage:
     """Reads ranges of the objects of one bucket. An object's version is its ETag, as S3 writes it.
@@ -59,7 +84,7 @@ class S3Storage:
         read_timeout_seconds: How long to wait for the next bytes.
         identity: What the client signs with; None where it does not sign.
         ca_bundle: File with the authorities that the user named; None for those of botocore.
-        clock: Seconds; says how old a signature is.
+        clock: Seconds; says how old a signature is, and how long a listing takes.
     """
 
     def __init__(
@@ -79,6 +104,7 @@ class S3Storage:
         self._identity = identity
         self._ca_bundle = ca_bundle
         self._read_timeout_seconds = read_timeout_seconds
+        self._clock = clock
         self._failures = S3Failures(
             PROVIDER,
             uri,
@@ -91,7 +117,7 @@ class S3Storage:
             S3Requests(client, uri.authority, pool, read_timeout_seconds, clock),
             self._failures,
             read_timeout_seconds=read_timeout_seconds,
-            encoding_is_metadata=True,
+            ignored_encodings=IGNORED_ENCODINGS,
         )
         client.meta.events.register("before-call.s3.HeadBucket", _stay)
         if identity is not None:
@@ -161,16 +187,24 @@ class S3Storage:
                 Prefix=f"{prefix}/" if prefix else "",
             )
         )
+        objects, seconds = 0, 0.0  # of waiting for pages, not of what the caller does with them
         while True:
+            begun = self._clock()
             try:
                 page = next(pages, None)
             except FAILURES as exc:
                 raise self._failure(exc, prefix, operation) from exc
+            seconds += self._clock() - begun
             if page is None:
                 return
+            if seconds > _LISTING_TIMEOUTS * self._read_timeout_seconds + objects / _MIN_OBJECTS_PER_SECOND:
+                reason = f"the listing has not ended after {seconds:.0f} s and {objects} objects"
+                raise self._failures.described(_SLOW_LISTING, reason, prefix, operation)
             for entry in page.get("Contents", ()):
+                objects += 1
                 if not entry["Key"].endswith("/"):
-                    yield ObjectInfo(entry["Key"], entry["Size"], entry.get("ETag"))
+                    etag = self._etag(entry, entry["Key"], operation)
+                    yield ObjectInfo(entry["Key"], entry["Size"], etag)
 
     def stat(self, path: str) -> ObjectInfo:
         """The object at ``path``, with the digests that S3 keeps of the whole of it."""
@@ -182,7 +216,8 @@ class S3Storage:
             head = self._client.head_object(Bucket=self._bucket, Key=path, ChecksumMode="ENABLED")
         except FAILURES as exc:
             raise self._failure(exc, path, operation) from exc
-        return ObjectInfo(path, head["ContentLength"], head.get("ETag"), _digests(head, self._bucket))
+        etag = self._etag(head, path, operation)
+        return ObjectInfo(path, head["ContentLength"], etag, _digests(head, self._bucket))
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read into ``buffer`` with one GET of the range, which S3 refuses if the ETag is no longer ``version``."""
@@ -192,6 +227,13 @@ class S3Storage:
         """Shut the connections down; reads that are under way in other threads fail at once."""
         self._pool.close()
         self._client.close()
+
+    def _etag(self, answer: Mapping[str, Any], path: str, operation: str) -> str:
+        """The ETag of an object, without which its version cannot be pinned."""
+        etag = answer.get("ETag")
+        if not etag:
+            raise self._failures.described(_NO_ETAG, "S3 gave no ETag for it", path, operation)
+        return str(etag)
 
     def _failure(self, exc: Exception, path: str, operation: str) -> BackendError:
         return self._failures.of_exception(exc, path, operation, self._read_timeout_seconds)

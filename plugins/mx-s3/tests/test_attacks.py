@@ -1,0 +1,303 @@
+"""Servers in the place of S3 that lie, dawdle or never end: errors within bounds of time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from modelexpress_core.errors import AccessDeniedError, BackendError, DeadlineError, UnavailableError, UnsupportedError
+from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
+from mx_s3._storage import S3Storage
+from tests.support.http_servers import ByteServer, answering
+
+#: How long the storage waits, and what an operation may take in the end, on a slow machine.
+_READ_TIMEOUT_SECONDS = 0.3
+_LIMIT_SECONDS = 15.0
+_ATTACK_SECONDS = 40.0
+_LIMIT_BYTES = 96 << 20
+
+Attacked = Callable[..., "contextlib.AbstractContextManager[tuple[S3Storage, ByteServer]]"]
+Operation = Callable[[S3Storage], Any]
+
+_OPERATIONS: dict[str, Operation] = {
+    "list": lambda storage: list(storage.list("model")),
+    "stat": lambda storage: storage.stat("model/a"),
+    "read": lambda storage: storage.read_into("model/a", 0, memoryview(bytearray(1000)), version='"v"'),
+}
+_EACH = pytest.mark.parametrize("operation", _OPERATIONS.values(), ids=_OPERATIONS)
+
+
+@pytest.fixture
+def attacked(opened: Callable[..., S3Storage]) -> Attacked:
+    """Opens storages on a server that sends bytes; the block has to end in bounds of time and memory."""
+
+    @contextlib.contextmanager
+    def attacked(
+        answer: Any, *, limit_bytes: int = _LIMIT_BYTES, **options: Any
+    ) -> Iterator[tuple[S3Storage, ByteServer]]:
+        with answering(answer, **options) as server:
+            storage = opened(
+                AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.port}",
+                MX_S3_READ_TIMEOUT_SECONDS=str(_READ_TIMEOUT_SECONDS),
+            )
+            begun, before = time.monotonic(), _peak_bytes()
+            with contextlib.closing(storage):
+                yield storage, server
+            assert time.monotonic() - begun < _LIMIT_SECONDS
+            assert _peak_bytes() - before < limit_bytes
+
+    return attacked
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _sends(start: bytes, piece: bytes, pause_seconds: float = 0.0) -> Callable[[socket.socket, bytes], None]:
+    """Sends ``start``, and then one piece after the other, for as long as the client takes them."""
+
+    def send(sock: socket.socket, _: bytes) -> None:
+        sock.sendall(start)
+        pause, until = threading.Event(), time.monotonic() + _ATTACK_SECONDS
+        while time.monotonic() < until:
+            if pause_seconds:
+                pause.wait(pause_seconds)
+            sock.sendall(piece)
+
+    return send
+
+
+@_EACH
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [(b"HTTP/1.1 200 OK\r\n", b"x: y\r\n"), (b"HTTP/1.1 200 OK\r\nETag: ", b"y"), (b"", b"HTTP/1.1 100 C\r\n\r\n")],
+    ids=["headers", "header", "interim"],
+)
+def test_a_head_that_drips(attacked: Attacked, operation: Operation, start: bytes, piece: bytes) -> None:
+    """Silence in the end, which may be tried again."""
+    with (
+        attacked(b"-", piece=_sends(start, piece, 0.05)) as (storage, _),
+        pytest.raises(DeadlineError) as caught,
+    ):
+        operation(storage)
+
+    assert caught.value.retryable
+    assert "MX_S3_READ_TIMEOUT_SECONDS" in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"503 Slow Down", b"403 Forbidden"])
+def test_a_listing_that_drips(attacked: Attacked, status: bytes) -> None:
+    """Likewise, also where it is an error."""
+    start = b"HTTP/1.1 " + status + b"\r\nContent-Length: 1000000\r\n\r\n<?xml"
+    with attacked(b"-", piece=_sends(start, b" ", 0.05)) as (storage, _), pytest.raises(DeadlineError):
+        list(storage.list("model"))
+
+
+@_EACH
+@pytest.mark.parametrize("status", [b"403 Forbidden", b"404 Not Found", b"400 Bad Request", b"503 Slow Down"])
+def test_an_error_of_four_gigabytes(attacked: Attacked, operation: Operation, status: bytes) -> None:
+    """Its status counts; of its body, a MiB is read."""
+    start = b"HTTP/1.1 " + status + b"\r\nContent-Length: 4000000000\r\n\r\n"
+    with (
+        attacked(b"-", piece=_sends(start, b"<a>" * 20_000)) as (storage, _),
+        pytest.raises(BackendError, match=status[:3].decode()),
+    ):
+        operation(storage)
+
+
+def test_a_listing_without_end(attacked: Attacked) -> None:
+    """One page of it, as large as none of S3 is."""
+    start = b"HTTP/1.1 200 OK\r\nContent-Length: 4000000000\r\n\r\n<ListBucketResult>"
+    piece = b"<Contents><Key>model/a</Key></Contents>" * 1000
+    with attacked(b"-", piece=_sends(start, piece)) as (storage, _), pytest.raises(UnavailableError):
+        list(storage.list("model"))
+
+
+def test_the_head_of_an_object_may_have_a_body(attacked: Attacked) -> None:
+    """Which no answer to HEAD has: it is not read."""
+    start = b'HTTP/1.1 200 OK\r\nETag: "v"\r\nContent-Length: 4000000000\r\n\r\n'
+    with attacked(b"-", piece=_sends(start, bytes(1 << 16))) as (storage, _):
+        assert 4_000_000_000 == storage.stat("model/a").size
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+def _page(keys: list[str], token: str) -> bytes:
+    entries = "".join(f"<Contents><Key>{key}</Key><Size>1</Size><ETag>&quot;v&quot;</ETag></Contents>" for key in keys)
+    body = (
+        '<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+        f"<IsTruncated>true</IsTruncated><NextContinuationToken>{token}</NextContinuationToken>{entries}"
+        "</ListBucketResult>"
+    ).encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+
+class _Pages:
+    """Answers each request with another page.
+
+    Args:
+        keys: The keys of a page, by its number.
+        token: Where the next page begins, by the number of this one.
+    """
+
+    def __init__(self, keys: Callable[[int], list[str]], token: Callable[[int], str] = str) -> None:
+        self._keys = keys
+        self._token = token
+        self.sent = 0
+
+    def __call__(self, _: bytes) -> bytes:
+        self.sent += 1
+        return _page(self._keys(self.sent), self._token(self.sent))
+
+
+def _retrying(storage: S3Storage) -> RetryingStorage:
+    return RetryingStorage(storage, RetryPolicy(attempts=3), RetryBudget(1.0))
+
+
+def test_a_page_that_says_it_is_followed_by_itself(attacked: Attacked) -> None:
+    """The server ignores where the next page begins."""
+    pages = _Pages(lambda _: ["model/a"], lambda _: "again")
+    with attacked(pages) as (storage, _), pytest.raises(UnsupportedError, match="same page"):
+        list(storage.list("model"))
+
+    assert pages.sent < 5
+
+
+def test_pages_that_repeat_themselves(attacked: Attacked) -> None:
+    """Under new names for the next page, so that only their objects tell."""
+    pages = _Pages(lambda _: [f"model/{key}" for key in range(500)])
+    with attacked(pages) as (storage, _), pytest.raises(BackendError, match="again and again") as caught:
+        list(_retrying(storage).list("model"))
+
+    assert not caught.value.retryable
+    assert pages.sent < 10
+
+
+def test_pages_without_an_object(attacked: Attacked) -> None:
+    """S3 may send a few such pages; these never end."""
+    with attacked(_Pages(lambda _: [])) as (storage, _), pytest.raises(DeadlineError, match="has not ended") as caught:
+        list(_retrying(storage).list("model"))
+
+    assert not caught.value.retryable
+    assert "AWS_ENDPOINT_URL" in str(caught.value)
+
+
+def test_pages_of_huge_names(attacked: Attacked) -> None:
+    """Each page has another one, so that nothing but their size grows without end."""
+    pages = _Pages(lambda number: [f"model/{number}{'x' * 4_000_000}"])
+    with (
+        attacked(pages, limit_bytes=256 << 20) as (storage, _),  # 64 MiB of names, and pages on their way
+        pytest.raises(BackendError, match="below it"),
+    ):
+        list(_retrying(storage).list("model"))
+
+    assert pages.sent < 20
+
+
+# -- credentials -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "piece", "pause_seconds"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", b"x: y\r\n", 0.05),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b"{", 0.05),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4000000000\r\n\r\n", b"{" * 65536, 0.0),
+        (b"HTTP/1.1 500 Oops\r\nContent-Length: 4000000000\r\n\r\n", b"{" * 65536, 0.0),
+    ],
+    ids=["head", "body", "giant", "giant-error"],
+)
+def test_credentials_from_a_server_that_never_ends(
+    from_role: dict[str, str | None],
+    services: Any,
+    opened: Callable[..., S3Storage],
+    start: bytes,
+    piece: bytes,
+    pause_seconds: float,
+) -> None:
+    """What gives credentials is asked over the same connections as S3, with the same bounds."""
+    with answering(b"-", piece=_sends(start, piece, pause_seconds)) as server:
+        url = f"http://127.0.0.1:{server.port}"
+        variables = {name: value and value.replace(services.url, url) for name, value in from_role.items()}
+        storage = opened(**{**variables, "MX_S3_READ_TIMEOUT_SECONDS": str(_READ_TIMEOUT_SECONDS)})
+        begun, before = time.monotonic(), _peak_bytes()
+
+        with pytest.raises(AccessDeniedError):
+            storage.stat("model/a")
+
+        assert 0 < len(server.requests) < 10
+        assert time.monotonic() - begun < _LIMIT_SECONDS
+        assert _peak_bytes() - before < _LIMIT_BYTES
+
+
+# -- versions and encodings --------------------------------------------------------------------------------------------
+
+
+def _listing(etag: str) -> bytes:
+    body = f"<ListBucketResult><Contents><Key>model/a</Key><Size>9</Size>{etag}</Contents></ListBucketResult>".encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%%s\r\n" % len(body) + body
+
+
+_OBJECT = b"HTTP/1.1 206 P\r\nContent-Range: bytes 0-8/9\r\nContent-Length: 9\r\n%s\r\n123456789"
+_ETAG = b'ETag: "v"\r\n'
+
+
+@pytest.mark.parametrize(
+    ("operation", "answer"),
+    [
+        (_OPERATIONS["list"], _listing("") % b""),
+        (_OPERATIONS["list"], _listing("<ETag></ETag>") % b""),
+        (_OPERATIONS["stat"], _OBJECT % b""),
+        (_OPERATIONS["read"], _OBJECT % b""),
+    ],
+)
+def test_an_answer_without_etag_is_refused(attacked: Attacked, operation: Operation, answer: bytes) -> None:
+    """Without it, two versions could be mixed where no digest is published."""
+    with attacked(answer) as (storage, _), pytest.raises(UnsupportedError) as caught:
+        operation(storage)
+
+    message = str(caught.value).lower()
+    assert "etag" in message
+    assert "s3://models/model" in message
+    assert caught.value.operation
+    assert "AWS_ENDPOINT_URL" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "aws-chunked, gzip", "identity, deflate"])
+@pytest.mark.parametrize(
+    ("operation", "answer"),
+    [
+        (_OPERATIONS["list"], _listing("<ETag>v</ETag>")),
+        (_OPERATIONS["stat"], _OBJECT.replace(b"%s", b"%s" + _ETAG)),
+        (_OPERATIONS["read"], _OBJECT.replace(b"%s", b"%s" + _ETAG)),
+    ],
+    ids=["list", "stat", "read"],
+)
+def test_an_encoding_that_nobody_asked_for_is_refused(
+    attacked: Attacked, operation: Operation, answer: bytes, encoding: str
+) -> None:
+    """Every request says that it accepts none."""
+    line = f"Content-Encoding: {encoding}\r\n".encode()
+    with attacked(answer % line) as (storage, server), pytest.raises(UnsupportedError, match=encoding) as caught:
+        operation(storage)
+
+    assert {"identity"} == set(server.header("Accept-Encoding"))
+    assert caught.value.operation
+    assert "AWS_ENDPOINT_URL" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("encoding", ["aws-chunked", "identity"])
+def test_an_encoding_that_means_nothing_is_ignored(attacked: Attacked, encoding: str) -> None:
+    """Some servers show how the object was uploaded."""
+    line = f"Content-Encoding: {encoding}\r\n".encode() + _ETAG
+    with attacked(_OBJECT % line) as (storage, _):
+        assert 9 == _OPERATIONS["read"](storage)
+        assert 9 == storage.stat("model/a").size
