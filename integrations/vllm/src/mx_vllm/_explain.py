@@ -90,7 +90,7 @@ def _candidates(model: str, settings: VllmSettings) -> Iterator[Place]:
         yield from _opened(loader, model, why)
     else:
         yield from _found_by_vllm(loader, model)
-    if not is_uri and settings.fallback:
+    if not is_uri and settings.may_fall_back:
         yield _fallback(model)
 
 
@@ -135,9 +135,8 @@ def _fallback(model: str) -> Place:
     if os.path.isdir(model) and not _has_weights(model):
         problem = "the directory has no weights"
         return Place(_shown(model), "it is vLLM's model", "unusable", "vLLM's own loader", problem=problem)
-    return Place(
-        _shown(model), "vLLM's own loader takes over if ours fails (MX_FALLBACK)", "chosen", "vLLM's own loader"
-    )
+    why = "if ModelExpress fails, vLLM's own loader reads the files of vLLM's model (MX_FALLBACK)"
+    return Place(_shown(model), why, "chosen", "vLLM's own loader")
 
 
 def _has_weights(folder: str) -> bool:
