@@ -76,7 +76,7 @@ _ERRORS: dict[grpc.StatusCode, tuple[type[BackendError], str, str]] = {
     ),
     _Code.RESOURCE_EXHAUSTED: (
         BackendError,
-        "the message is longer than 100 MiB, or the server has run out of something",
+        "the message is longer than the server takes (MX_MAX_MESSAGE_BYTES), or the server has reached another limit",
         "publish less metadata: readers ask the worker for its tensors",
     ),
     _Code.INVALID_ARGUMENT: (
