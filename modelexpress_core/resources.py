@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,10 @@ __all__ = ["allocating", "out_of_memory", "start_thread", "starting_threads"]
 
 #: What torch says, in a RuntimeError, if a device or this machine has too little memory.
 _NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out of memory", re.IGNORECASE)
+
+#: The usual stack of a thread, and what a thread needs besides until it runs.
+_STACK_BYTES = 8 << 20
+_SPARE_BYTES = 1 << 20
 
 #: What Python says, in a RuntimeError, if the system starts no thread.
 _NO_THREAD = re.compile(r"can't start new thread")
@@ -51,7 +56,20 @@ def start_thread(thread: threading.Thread, operation: str) -> None:
         ResourceError: The system starts no more threads.
     """
     with starting_threads(operation):
+        _check_room()
         thread.start()
+
+
+def _check_room() -> None:
+    """Raise as Python does if there is no address space for one more thread.
+
+    ``Thread.start`` waits until the thread says that it runs. A thread that gets its stack, but no memory after it,
+    ends before that, and the wait has no end.
+    """
+    try:
+        mmap.mmap(-1, (threading.stack_size() or _STACK_BYTES) + _SPARE_BYTES).close()
+    except OSError as exc:
+        raise RuntimeError("can't start new thread") from exc
 
 
 def out_of_memory(what: str, reason: object = "") -> ResourceError:

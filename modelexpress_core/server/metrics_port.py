@@ -16,6 +16,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from modelexpress_core.errors import SettingsError
+from modelexpress_core.resources import start_thread
 from modelexpress_core.wire.files import WatchedFiles, read_bytes
 
 if TYPE_CHECKING:
@@ -72,7 +73,11 @@ class MetricsPort:
         self._server.set_app(app)
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="mx-metrics", daemon=True)
-        self._thread.start()
+        try:
+            start_thread(self._thread, "serve the metrics")
+        except BaseException:
+            self._server.server_close()
+            raise
 
     def close(self) -> None:
         """Close the port and its connections."""

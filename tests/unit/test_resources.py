@@ -79,6 +79,26 @@ def test_a_real_limit_on_threads(model: Path) -> None:
     assert printed.endswith("threads 0\n")
 
 
+_NO_ROOM = """
+import resource, sys, threading
+from modelexpress_core.errors import ResourceError
+from modelexpress_core.resources import start_thread
+threading.stack_size(256 << 10)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 10), resource.RLIM_INFINITY))
+try:
+    start_thread(threading.Thread(target=print), "serve")
+except ResourceError as exc:
+    print(exc)
+"""
+
+
+@pytest.mark.slow
+def test_a_real_limit_that_leaves_room_for_a_stack_alone() -> None:
+    """Such a thread ends before it runs, and Python would wait for it without end."""
+    assert _run(_NO_ROOM).startswith("could not serve: no thread could be started")
+
+
 class _FewThreads:
     """In place of ``Thread.start``: fails after so many threads whose name begins with a prefix."""
 
@@ -192,11 +212,11 @@ except BaseException as exc:
 @pytest.mark.slow
 @pytest.mark.parametrize("use", ["state", "model"])
 def test_a_real_limit_on_memory(model: Path, use: str) -> None:
-    """The tensors take 64 MiB, and half of that is left."""
+    """The tensors take 64 MiB, and half of that is left. The stack of a thread may be what does not fit any more."""
     printed = _run(_LITTLE_MEMORY, model, 32 << 20, use)
 
     assert printed.startswith("ResourceError"), printed
-    assert "could not allocate memory for " in printed
+    assert "could not allocate memory for " in printed or "no memory for a stack" in printed
     assert "Likely cause" in printed
     assert "Next step" in printed
 
