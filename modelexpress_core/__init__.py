@@ -6,6 +6,7 @@ This package has the public API. Names are imported at first use: importing the 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -96,6 +97,10 @@ __all__ = [
     "open_checkpoint",
     "pull",
 ]
+
+# This package needs no numpy, so a minimal installation has none, and torch would warn of it. Another failure of numpy,
+# such as a version that torch was not built for, is still shown.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy: No module named", category=UserWarning)
 
 
 def __getattr__(name: str) -> object:

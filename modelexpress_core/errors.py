@@ -31,6 +31,7 @@ Only ``modelexpress_core.fetch.retry`` retries.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -95,8 +96,13 @@ class ModelExpressError(Exception):
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
+#: A text that ends with a command, which is copied to the end of its line.
+_ENDS_WITH_COMMAND = re.compile(r"pip install [^;`\n]+\Z")
+
+
 def _sentence(text: str) -> str:
-    return text if text.endswith((".", "?", "!")) else f"{text}."
+    ends = text.endswith((".", "?", "!")) or _ENDS_WITH_COMMAND.search(text)
+    return text if ends else f"{text}."
 
 
 def _rebuild(cls: type[ModelExpressError], args: tuple[Any, ...], state: dict[str, Any]) -> ModelExpressError:

@@ -18,7 +18,14 @@ from modelexpress_core.providers import (
     StorageProvider,
     TransportProvider,
 )
-from modelexpress_core.server.settings import ConfigPath, LogSettings, ServerSettings, SpanSettings, StoreVariables
+from modelexpress_core.server.settings import (
+    ConfigPath,
+    LimitSettings,
+    LogSettings,
+    ServerSettings,
+    SpanSettings,
+    StoreVariables,
+)
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.ranking import rank
 from modelexpress_core.sources.settings import (
@@ -88,7 +95,16 @@ def mx_register_commands() -> list[CommandProvider]:
             "serve",
             _serve,
             help="Run a server, which lists the workers that hold models.",
-            settings=(ConfigPath, ServerSettings, TlsSettings, AuthSettings, StoreVariables, LogSettings, SpanSettings),
+            settings=(
+                ConfigPath,
+                ServerSettings,
+                LimitSettings,
+                TlsSettings,
+                AuthSettings,
+                StoreVariables,
+                LogSettings,
+                SpanSettings,
+            ),
         ),
         CommandProvider(
             "health", _health, help="Show the status, version and uptime of a server.", settings=_CLIENT_SETTINGS

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from attrs import frozen
 
 from modelexpress_core.errors import PluginConflictError, PluginLoadError, SettingsError, UnknownSchemeError
+from modelexpress_core.installing import install_command
 from modelexpress_core.known_schemes import KNOWN_SCHEMES, SYNONYMS
 from modelexpress_core.providers import SchemeProvider
 
@@ -179,7 +180,7 @@ def _install_step(scheme: str) -> str:
         return ""
     if known.install_hint is None:
         return f"wait for {known.distribution}, which is not published yet; `mx plugins` lists what is installed"
-    return f"pip install '{known.install_hint}'"
+    return install_command(known.install_hint)
 
 
 def record_named(

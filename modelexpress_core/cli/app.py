@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from importlib.metadata import version
 from typing import Annotated
 
@@ -51,8 +50,6 @@ def _begin(
     logging.basicConfig(level="WARNING", stream=sys.stderr, format="%(levelname)s %(message)s", force=True)
     # Only our loggers: detailed logs of SDKs contain credentials.
     logging.getLogger("modelexpress_core").setLevel(log_level)
-    # This package needs no numpy, so a minimal installation has none.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 def build_app() -> typer.Typer:

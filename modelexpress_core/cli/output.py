@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, PluginLoadError
+from modelexpress_core.installing import install_command
 
 __all__ = [
     "JsonOption",
@@ -92,7 +93,7 @@ def silence_grpc() -> None:
 def package_missing(what: str, exc: ModuleNotFoundError) -> PluginLoadError:
     """Return the error for ``what`` (``"the server"``), whose packages the extra ``server`` installs."""
     message = f"{what} needs the package {exc.name}, which is not installed"
-    return PluginLoadError(message, plugin="modelexpress-core", hint="pip install 'modelexpress-core[server]'")
+    return PluginLoadError(message, plugin="modelexpress-core", hint=install_command("modelexpress-core[server]"))
 
 
 def errors_reported(command: _F) -> _F:

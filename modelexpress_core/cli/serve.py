@@ -20,6 +20,7 @@ from modelexpress_core.plugins import CORE, METADATA_STORE, PluginManager
 from modelexpress_core.server.logs import announce, write_log
 from modelexpress_core.server.settings import (
     ConfigPath,
+    LimitSettings,
     LogSettings,
     ServerSettings,
     SpanSettings,
@@ -38,7 +39,13 @@ __all__ = ["serve"]
 _log = logging.getLogger(__name__)
 
 #: Settings class of each section of the configuration file; the empty name is its top.
-_SECTIONS = {"": ServerSettings, "tls": TlsSettings, "auth": AuthSettings, "log": LogSettings}
+_SECTIONS = {
+    "": ServerSettings,
+    "limits": LimitSettings,
+    "tls": TlsSettings,
+    "auth": AuthSettings,
+    "log": LogSettings,
+}
 
 
 def serve(
@@ -206,19 +213,29 @@ def _serve(config: Config) -> None:
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
     with exported_spans(from_env(SpanSettings)):
-        asyncio.run(_run(config.get(ServerSettings), config.get(TlsSettings), config.get(AuthSettings)))
+        asyncio.run(
+            _run(
+                config.get(ServerSettings),
+                config.get(TlsSettings),
+                config.get(AuthSettings),
+                config.get(LimitSettings),
+            )
+        )
 
 
-async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings) -> None:
+async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, limits: LimitSettings) -> None:
     try:
         from modelexpress_core.server.app import Server
+        from modelexpress_core.server.files import raise_limit
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
+    raise_limit()
     end = _end_signal()
     uri = ModelURI.parse(settings.metadata)
     plugins = PluginManager.discover()
     _, store = plugins.open(METADATA_STORE, uri, os.environ)
-    async with Server(settings, store, plugins, tls=tls, auth=auth, environ=os.environ) as server:
+    server = Server(settings, store, plugins, tls=tls, auth=auth, limits=limits, environ=os.environ)
+    async with server:
         grpc = host_and_port(settings.host, server.port)
         metrics = f"{host_and_port(settings.host, server.metrics_port)}/metrics"
         health = host_and_port(settings.host, server.health_port) if server.health_port else ""

@@ -8,7 +8,10 @@ What a store promises:
 - **A call sees what earlier calls wrote** through the same store object. What another server wrote may take a moment.
 - **Times are of one clock, the store's**, in milliseconds since 1970. A store has a clock (Redis), or is given one when
   it is made (``MemoryStore(clock)``), such as the clock of the server's machine. Where servers that share a store give
-  it their own clocks, these must differ by much less than the time-out of heartbeats.
+  it their own clocks, these must differ by much less than the time-out of heartbeats. The time between a record's last
+  heartbeat and the answer, ``as_of_ms - updated_at_ms``, should not shrink when the wall clock is set back.
+- **A record that cannot be read harms no other.** Lists leave it out and count it; ``get`` raises
+  ``UnreadableRecordError``. The worker's next publication replaces it.
 - **A lease** (``lead``) has one holder at a time, and its token grows with each change of holder.
 
 It promises no more: a store may be a database with transactions, or an API server that has conflicts for each object
@@ -30,13 +33,19 @@ __all__ = [
     "Listing",
     "MetadataStore",
     "NotPublisherError",
+    "Quota",
     "Reaped",
     "SourceQuery",
     "SourceRecord",
     "SourceStatus",
+    "StoreFullError",
     "StoreUnavailableError",
     "StoredSource",
+    "UnreadableRecordError",
 ]
+
+#: Memory that a record takes beside its own bytes: objects, keys and indexes.
+_RECORD_OVERHEAD_BYTES = 4096
 
 
 class SourceStatus(IntEnum):
@@ -61,6 +70,45 @@ class NotPublisherError(Exception):
 
     def __init__(self, worker_id: str) -> None:
         super().__init__(f"{worker_id} was published by another")
+
+
+class UnreadableRecordError(Exception):
+    """What is stored under these ids is no record.
+
+    Args:
+        source_id: Its source.
+        worker_id: Its worker.
+    """
+
+    def __init__(self, source_id: str, worker_id: str) -> None:
+        super().__init__(f"the record of worker {worker_id!r} of source {source_id!r} cannot be read")
+
+
+class StoreFullError(Exception):
+    """A record was not stored, because a quota would be exceeded.
+
+    Attributes:
+        of_owner: Whether it is the quota of the owner; otherwise it is the quota of all records.
+    """
+
+    def __init__(self, *, of_owner: bool) -> None:
+        super().__init__("the quota of the owner is used up" if of_owner else "the quota of all records is used up")
+        self.of_owner = of_owner
+
+
+@frozen
+class Quota:
+    """How many bytes of records a store keeps. A replaced record counts no longer.
+
+    Attributes:
+        owner: Whose records are limited: the caller that publishes.
+        owner_bytes: Bytes of all records of this owner.
+        total_bytes: Bytes of all records.
+    """
+
+    owner: str
+    owner_bytes: int
+    total_bytes: int
 
 
 @frozen
@@ -117,6 +165,16 @@ class StoredSource:
     as_of_ms: int = 0
     grant_key: bytes = field(default=b"", repr=False)
 
+    @property
+    def size_bytes(self) -> int:
+        """What a quota counts: all bytes of the source, and a fixed part for objects and indexes."""
+        record = self.record
+        texts = (record.source_id, record.worker_id, record.model_name, record.accelerator, record.publisher)
+        topology = (text for entry in record.topology.items() for text in entry)
+        layout = record.layout_signature or ""
+        strings = sum(len(text.encode()) for text in (*texts, *topology, layout))
+        return len(self.identity) + len(self.worker) + strings + _RECORD_OVERHEAD_BYTES
+
 
 @frozen
 class Listing:
@@ -125,10 +183,12 @@ class Listing:
     Attributes:
         records: The records that match, in any order.
         as_of_ms: Time of the answer, in milliseconds since 1970 by the store's clock.
+        unreadable: Number of records that were left out, because they cannot be read.
     """
 
     records: Sequence[SourceRecord]
     as_of_ms: int
+    unreadable: int = 0
 
 
 @frozen
@@ -187,18 +247,31 @@ class MetadataStore(Protocol):
         StoreUnavailableError: By each method, if the store does not answer.
     """
 
-    async def publish(self, source: StoredSource) -> None:
+    async def publish(self, source: StoredSource, quota: Quota | None = None) -> None:
         """Store ``source``, with the present time, in place of any record with the same ids.
+
+        Args:
+            source: The source.
+            quota: Bytes that the store may hold with it, by ``StoredSource.size_bytes``; None for no limit. Records
+                that were published without a quota have no owner, and count in the total.
 
         Raises:
             NotPublisherError: That record belongs to another publisher.
+            StoreFullError: The quota would be exceeded. What was stored before stays.
         """
 
     async def get(self, source_id: str, worker_id: str) -> StoredSource | None:
-        """The source with these ids; None if there is none."""
+        """The source with these ids; None if there is none.
+
+        Raises:
+            UnreadableRecordError: What is stored there is no record.
+        """
 
     async def list(self, query: SourceQuery) -> Listing:
-        """The sources that match ``query``. Sources that do not match should cost little."""
+        """The sources that match ``query``. Sources that do not match should cost little.
+
+        Long lists should not hold up other calls: let the event loop run in between.
+        """
 
     async def update(
         self, source_id: str, worker_id: str, status: int, source_load: float | None, publisher: str

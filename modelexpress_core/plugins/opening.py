@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from modelexpress_core.errors import ModelExpressError, PluginLoadError
+from modelexpress_core.installing import install_command
 from modelexpress_core.plugins.kinds import Kind
 from modelexpress_core.plugins.reasons import reason_of
 from modelexpress_core.registry import Registered
@@ -31,11 +32,12 @@ def open_product(kind: Kind[R, T], registered: Registered[Any], *arguments: obje
         raise
     except ModuleNotFoundError as exc:
         message = f"{label} cannot be used for {what_for}: the package {exc.name or exc} is missing"
-        raise PluginLoadError(message, plugin=plugin, hint=f"pip install '{what}'") from exc
+        raise PluginLoadError(message, plugin=plugin, hint=install_command(what)) from exc
     except ImportError as exc:
         message = f"{label} cannot be used for {what_for}: {reason_of(exc)}"
         cause = "the installed version of the package does not fit the plugin"
-        raise PluginLoadError(message, plugin=plugin, cause=cause, hint=f"pip install -U '{what}'") from exc
+        hint = install_command(what, upgrade=True)
+        raise PluginLoadError(message, plugin=plugin, cause=cause, hint=hint) from exc
     except Exception as exc:
         message = f"{label} failed to open {what_for}: {reason_of(exc)}"
         raise PluginLoadError(message, plugin=plugin, hint="report it to its authors") from exc

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any
 
 import grpc.aio
-from prometheus_client import start_http_server
 
 from modelexpress_core.contracts.authenticator import Authenticator
 from modelexpress_core.contracts.metadata_store import MetadataStore, StoreUnavailableError
@@ -20,15 +19,18 @@ from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.plugins import SERVER_SERVICE, STORAGE, PluginManager
 from modelexpress_core.server.calls import LoggingInterceptor
 from modelexpress_core.server.environment import with_settings
+from modelexpress_core.server.files import OpenFiles
 from modelexpress_core.server.interceptors import MetricsInterceptor
 from modelexpress_core.server.metrics import ServerMetrics
+from modelexpress_core.server.metrics_port import MetricsPort
 from modelexpress_core.server.reaper import Reaper
 from modelexpress_core.server.services.health import StandardHealth
 from modelexpress_core.server.services.offered import OfferedServices
-from modelexpress_core.server.settings import ServerSettings
+from modelexpress_core.server.settings import LimitSettings, ServerSettings
 from modelexpress_core.server.stores.measured import MeasuredStore
 from modelexpress_core.server.tracing import span_interceptors
 from modelexpress_core.uri import ModelURI, host_and_port
+from modelexpress_core.wire.admission import MessageLimits
 from modelexpress_core.wire.authentication import open_authenticator
 from modelexpress_core.wire.rpc import HEALTH, STANDARD_HEALTH, handler
 from modelexpress_core.wire.serving import listen, new_server
@@ -48,6 +50,7 @@ class Server:
         plugins: Plugins, which offer the services (the server's own are core's) and the authenticator.
         tls: Files of TLS; the server speaks it if a certificate is among them.
         auth: How callers are authenticated.
+        limits: How much callers may make the server hold.
         environ: Variables, for the factories of plugins.
 
     Attributes:
@@ -64,13 +67,15 @@ class Server:
         *,
         tls: TlsSettings | None = None,
         auth: AuthSettings | None = None,
+        limits: LimitSettings | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self._settings = settings
         self._plugins = plugins
         self._tls = tls or TlsSettings()
         self._auth = auth or AuthSettings()
-        self._environ = with_settings(environ or {}, settings, self._tls, self._auth)
+        self._limits = limits or LimitSettings()
+        self._environ = with_settings(environ or {}, settings, self._tls, self._auth, self._limits)
         self._metrics = ServerMetrics()
         self._store = MeasuredStore(store, self._metrics)
         self._services = OfferedServices(plugins.records(SERVER_SERVICE))
@@ -86,7 +91,7 @@ class Server:
             await self._serve_metrics(opened)
             handlers = await self._serve(opened)
             await self._serve_health(opened, handlers)
-            for task in (self._reaper().run(), self._count_sources()):
+            for task in (self._reaper().run(), self._count_sources(), OpenFiles().watch()):
                 running = asyncio.ensure_future(task)
                 opened.callback(running.cancel)
             await self._health.begin()
@@ -113,7 +118,12 @@ class Server:
             closing=closing,
         )
         handlers = {**self._services.make(context), STANDARD_HEALTH.name: handler(STANDARD_HEALTH, self._health)}
-        server = new_server(handlers, authenticator=authenticator, interceptors=interceptors)
+        limits = MessageLimits(
+            message_bytes=self._limits.message_bytes,
+            receiving_bytes=self._limits.receiving_bytes,
+            answer_bytes=self._limits.answer_bytes,
+        )
+        server = new_server(handlers, authenticator=authenticator, interceptors=interceptors, limits=limits)
         port = self._settings.port
         self.port = self._listen(server, port, "MODEL_EXPRESS_SERVER_PORT", self._tls, authenticator)
         await server.start()
@@ -127,7 +137,7 @@ class Server:
         if self._settings.health_port is None:
             return
         of_health = {name: handlers[name] for name in (HEALTH.name, STANDARD_HEALTH.name) if name in handlers}
-        server = new_server(of_health)
+        server = new_server(of_health, limits=MessageLimits(_MAX_PROBE_BYTES, 64 * _MAX_PROBE_BYTES))
         port = self._settings.health_port
         self.health_port = self._listen(server, port, "MODEL_EXPRESS_HEALTH_PORT", TlsSettings(), None)
         await server.start()
@@ -145,17 +155,11 @@ class Server:
     async def _serve_metrics(self, opened: contextlib.AsyncExitStack) -> None:
         host, port = self._settings.host.strip("[]"), self._settings.metrics_port
         try:
-            server, thread = start_http_server(port, host, self._metrics.registry)
+            metrics = MetricsPort(host, port, self._metrics.registry, self._settings.metrics_token)
         except OSError as exc:
             raise _address_in_use(host_and_port(host, port), "MODEL_EXPRESS_SERVER_METRICS_PORT", exc) from exc
-        self.metrics_port = int(server.server_address[1])
-
-        def close() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        opened.callback(close)
+        self.metrics_port = metrics.port
+        opened.callback(metrics.close)
 
     def _reaper(self) -> Reaper:
         settings = self._settings
@@ -187,6 +191,9 @@ class Server:
 
 
 _COUNT_SECONDS = 5.0
+
+#: A probe has the name of a service and no more.
+_MAX_PROBE_BYTES = 64 << 10
 
 
 def _address_in_use(address: str, variable: str, exc: Exception) -> ModelExpressError:

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 
-from modelexpress_core.contracts.metadata_store import StoreUnavailableError
+from modelexpress_core.contracts.metadata_store import StoreUnavailableError, UnreadableRecordError
+from modelexpress_core.server.deadlines import begin_call
 from modelexpress_core.server.metrics import ServerMetrics
 from modelexpress_core.wire.interception import CallScope, Interceptor, status_of
 from modelexpress_core.wire.rpc import STANDARD_HEALTH, RpcContext
@@ -24,7 +25,9 @@ _WATCH = STANDARD_HEALTH.path("Watch")
 
 
 class MetricsInterceptor(Interceptor):
-    """Counts calls by their status, and turns exceptions into statuses: UNAVAILABLE for the store's, else INTERNAL.
+    """Counts calls by their status, and turns exceptions into statuses.
+
+    They are UNAVAILABLE for a store that does not answer, NOT_FOUND for a damaged record, and else INTERNAL.
 
     Args:
         metrics: Metrics of the server.
@@ -43,6 +46,7 @@ class MetricsInterceptor(Interceptor):
         async def measured(context: RpcContext) -> AsyncIterator[None]:
             begun = time.perf_counter()
             raised: BaseException | None = None
+            begin_call(context.time_remaining())
             try:
                 yield
             except (grpc.aio.AbortError, asyncio.CancelledError) as exc:
@@ -50,6 +54,8 @@ class MetricsInterceptor(Interceptor):
                 raise
             except StoreUnavailableError as exc:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, f"the metadata store does not answer: {exc}")
+            except UnreadableRecordError as exc:
+                await context.abort(grpc.StatusCode.NOT_FOUND, f"{exc}; its worker has to publish it again")
             except Exception:  # noqa: BLE001 - logged, and answered with a status
                 _log.exception("%s failed", path)
                 await context.abort(grpc.StatusCode.INTERNAL, "the server failed; its log says why")

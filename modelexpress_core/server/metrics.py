@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from modelexpress_core.contracts.metadata_store import Reaped, SourceStatus
 from modelexpress_core.wire.rpc import split_path
 
-__all__ = ["ServerMetrics"]
+__all__ = ["ServerMetrics", "SourceServiceMetrics"]
 
 _RPC_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
@@ -95,3 +95,27 @@ class ServerMetrics:
         """The present number of sources in each state."""
         for status in SourceStatus:
             self._sources.labels(status.name.lower()).set(counts.get(status, 0))
+
+
+class SourceServiceMetrics:
+    """Metrics of the service that keeps sources.
+
+    Args:
+        registry: The registry of the server.
+
+    Attributes:
+        truncated: Lists from which sources were left out.
+        unreadable: Records that could not be read.
+        refused: Publications that exceed a limit.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.truncated = Counter(
+            "mx_server_lists_truncated", "Lists from which sources were left out for their size.", registry=registry
+        )
+        self.unreadable = Counter(
+            "mx_server_unreadable_records", "Times a record could not be read, and was left out.", registry=registry
+        )
+        self.refused = Counter(
+            "mx_server_records_refused", "Publications that were refused because of a limit.", registry=registry
+        )

@@ -7,10 +7,18 @@ import re
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.settings import Override, env, names, one_of, seconds, tcp_port
+from modelexpress_core.settings import Override, byte_count, env, names, one_of, positive_integer, seconds, tcp_port
 from modelexpress_core.uri import host_and_port, redacted
 
-__all__ = ["ConfigPath", "LogSettings", "ServerSettings", "SpanSettings", "StoreVariables", "has_stray_password"]
+__all__ = [
+    "ConfigPath",
+    "LimitSettings",
+    "LogSettings",
+    "ServerSettings",
+    "SpanSettings",
+    "StoreVariables",
+    "has_stray_password",
+]
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -76,6 +84,11 @@ class ServerSettings:
         converter=tcp_port,
         help="Port of the Prometheus metrics; 0: any free one.",
     )
+    metrics_token: str | None = env(
+        "MX_METRICS_TOKEN_PATH",
+        default=None,
+        help="File with the bearer token that callers of the metrics need; unset: every caller is answered.",
+    )
     health_port: int | None = env(
         "MODEL_EXPRESS_HEALTH_PORT",
         default=None,
@@ -111,6 +124,71 @@ class ServerSettings:
         default=10.0,
         converter=seconds,
         help="How long calls in flight may take after SIGTERM.",
+    )
+
+
+def _message_bytes(text: str) -> int:
+    count = byte_count(text)
+    if not 64 << 10 <= count <= 100 << 20:
+        reason = "expected 64KiB to 100MiB"
+        raise ValueError(reason)
+    return count
+
+
+@frozen
+class LimitSettings:
+    """How much callers may make the server hold.
+
+    The defaults hold 10,000 workers with records of 100 KiB, which is about 700 tensors in both lists of the protocol.
+    """
+
+    caller_bytes: int = env(
+        "MX_MAX_CALLER_BYTES",
+        default=1 << 30,
+        converter=byte_count,
+        help="Bytes of all records of one caller: its authenticated name, or else its address.",
+    )
+    records_bytes: int = env(
+        "MX_MAX_RECORDS_BYTES",
+        default=2 << 30,
+        converter=byte_count,
+        help="Bytes of the records of all callers.",
+    )
+    string_bytes: int = env(
+        "MX_MAX_STRING_BYTES",
+        default=8 << 10,
+        converter=byte_count,
+        help="Bytes of each name, id and other text of a record, besides names of tensors.",
+    )
+    entries: int = env(
+        "MX_MAX_ENTRIES",
+        default=64,
+        converter=positive_integer,
+        help="Entries of the topology of a record, and of the extra parameters of its identity.",
+    )
+    topology_bytes: int = env(
+        "MX_MAX_TOPOLOGY_BYTES",
+        default=16 << 10,
+        converter=byte_count,
+        help="Bytes of all keys and values of the topology of a record. Lists contain the topology.",
+    )
+    message_bytes: int = env(
+        "MX_MAX_MESSAGE_BYTES",
+        default=16 << 20,
+        converter=_message_bytes,
+        help="Longest message that the server receives, up to 100MiB, the longest of the protocol.",
+    )
+    receiving_bytes: int = env(
+        "MX_MAX_RECEIVING_BYTES",
+        default=512 << 20,
+        converter=byte_count,
+        help="Bytes of all messages that are still arriving; the longest message is assumed for each.",
+    )
+    answer_bytes: int = env(
+        "MX_MAX_ANSWER_BYTES",
+        default=512 << 20,
+        converter=byte_count,
+        help="Memory of all answers that callers have not read yet; an address may use half, a connection a quarter.",
     )
 
 

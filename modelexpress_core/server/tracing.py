@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
+from modelexpress_core.installing import install_command
 from modelexpress_core.server.settings import SpanSettings
 from modelexpress_core.wire.interception import CallScope, Interceptor, status_of
 from modelexpress_core.wire.rpc import RpcContext, split_path
@@ -129,8 +130,9 @@ def _provider(settings: SpanSettings) -> TracerProvider | None:
         return _new_provider(wanted, settings.protocol)
     except ModuleNotFoundError as exc:
         _log.warning(
-            "no spans are exported: the package %s is missing; pip install 'modelexpress-core[otel]'",
+            "no spans are exported: the package %s is missing; %s",
             exc.name,
+            install_command("modelexpress-core[otel]"),
         )
     except Exception as exc:  # noqa: BLE001 - of another package, whose text may quote variables
         _log.warning(
@@ -177,7 +179,7 @@ def _exporter(name: str, protocol: str) -> SpanExporter | None:
         exporter: SpanExporter = importlib.import_module(_OTLP[protocol]).OTLPSpanExporter()
     except ModuleNotFoundError as exc:
         package = f"opentelemetry-exporter-otlp-proto-{protocol.partition('/')[0]}"
-        _log.warning("no spans are exported to a collector: %s is missing; pip install %s", exc.name, package)
+        _log.warning("no spans are exported to a collector: %s is missing; %s", exc.name, install_command(package))
         return None
     except Exception as exc:  # noqa: BLE001 - of another package
         _log.warning("no spans are exported to a collector: its exporter cannot be made (%s)", type(exc).__name__)

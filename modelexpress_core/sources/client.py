@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from modelexpress_core.contracts.identity import SourceIdentity
@@ -13,6 +14,12 @@ from modelexpress_core.wire.proto.modelexpress import access_pb2, health_pb2, p2
 from modelexpress_core.wire.rpc import ACCESS, HEALTH, P2P
 
 __all__ = ["ServerClient"]
+
+_log = logging.getLogger(__name__)
+
+#: Bytes of a page of sources, and how many pages are read.
+_PAGE_BYTES = 4 << 20
+_MAX_PAGES = 16
 
 
 class ServerClient(Client):
@@ -78,13 +85,33 @@ class ServerClient(Client):
         return response
 
     def list_sources(self, request: p2p_pb2.ListSourcesRequest | None = None) -> Sequence[p2p_pb2.SourceInstanceRef]:
-        """Return the sources that match ``request``, all by default. The latest heartbeat comes first."""
+        """Return the sources that match ``request``, all by default. The latest heartbeat comes first.
+
+        Long lists come in pages. After 64 MiB the rest is left out, with a warning.
+        """
         return self.listing(request).instances
 
     def listing(self, request: p2p_pb2.ListSourcesRequest | None = None) -> p2p_pb2.ListSourcesResponse:
-        """Return the same, with the name of this caller, as the server authenticated it."""
-        response: p2p_pb2.ListSourcesResponse = self._call(P2P, "ListSources", request or p2p_pb2.ListSourcesRequest())
-        return response
+        """Return the same of all pages, with the name of this caller, as the server authenticated it."""
+        page = p2p_pb2.ListSourcesRequest()
+        page.CopyFrom(request or page)
+        page.page_bytes = _PAGE_BYTES
+        whole = p2p_pb2.ListSourcesResponse()
+        for _ in range(_MAX_PAGES):
+            response: p2p_pb2.ListSourcesResponse = self._call(P2P, "ListSources", page)
+            page.page_token = response.next_page_token  # other implementations ignore pages, and give no token
+            response.ClearField("next_page_token")
+            whole.MergeFrom(response)
+            if not page.page_token:
+                break
+        else:
+            _log.warning(
+                "the server %s lists more than %d MiB of sources; the rest is left out: filter by model or identity",
+                self._endpoint,
+                _PAGE_BYTES * _MAX_PAGES >> 20,
+            )
+        whole.instances.sort(key=lambda source: -source.updated_at)  # pages are in the order of ids
+        return whole
 
     def metadata(self, source_id: str, worker_id: str) -> p2p_pb2.GetMetadataResponse:
         """Return the whole record of a worker; ``found`` says whether the server has one."""

@@ -10,16 +10,20 @@ import asyncio
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
+from attrs import frozen
 
 from modelexpress_core.contracts.authenticator import Authenticator
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.resources import start_thread
+from modelexpress_core.wire.admission import MessageLimits, peer_host
+from modelexpress_core.wire.authentication import caller
 from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import STANDARD_HEALTH, WORKER, handler
 from modelexpress_core.wire.serving import listen, new_server
@@ -28,11 +32,33 @@ from modelexpress_core.wire.settings import TlsSettings
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-__all__ = ["Leases", "WorkerServer"]
+__all__ = ["Leases", "TooManyLeasesError", "WorkerServer"]
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Code = grpc.StatusCode
 _R = TypeVar("_R")
+
+
+#: Active leases of one reader, and of all. A reader needs one for each load; leases of readers that died stay for
+#: minutes, and many readers may share an address.
+_MAX_OF_READER = 128
+_MAX_LEASES = 1024
+
+#: Released leases that are remembered for one reader, and for all.
+_MAX_RELEASED_OF_READER = 128
+_MAX_RELEASED = 4096
+
+
+class TooManyLeasesError(Exception):
+    """A reader, or all readers together, hold as many leases as they may."""
+
+
+@frozen
+class _Lease:
+    """Whose lease it is, and the time at which it expires."""
+
+    reader: str
+    until: float
 
 
 class Leases:
@@ -46,9 +72,11 @@ class Leases:
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
-        self._until: dict[str, float] = {}
+        self._active: dict[str, _Lease] = {}  # in the order of their expiry, since all last equally long
         #: Released leases, until they would have expired, so that a repeated release gets the same answer.
-        self._released: dict[str, float] = {}
+        self._released: dict[str, _Lease] = {}
+        self._active_of: Counter[str] = Counter()
+        self._released_of: Counter[str] = Counter()
         self._draining = False
         self._changed = threading.Condition()
 
@@ -57,13 +85,28 @@ class Leases:
         """Whether the worker has stopped granting leases."""
         return self._draining
 
-    def grant(self) -> str | None:
-        """Return a new lease; None while draining."""
+    def grant(self, reader: str = "") -> str | None:
+        """Return a new lease; None while draining.
+
+        Args:
+            reader: Name or address of the reader, whose number of leases is limited.
+
+        Raises:
+            TooManyLeasesError: The reader, or all readers together, hold as many as they may.
+        """
         with self._changed:
             if self._draining:
                 return None
+            self._remove_expired()
+            if self._active_of[reader] >= _MAX_OF_READER:
+                message = f"the reader {reader} holds {_MAX_OF_READER} leases, which is the limit for a reader"
+                raise TooManyLeasesError(message)
+            if len(self._active) >= _MAX_LEASES:
+                message = f"readers hold {_MAX_LEASES} leases, which is the limit for a worker"
+                raise TooManyLeasesError(message)
             lease = secrets.token_hex(16)
-            self._until[lease] = self._clock() + self._seconds
+            self._active[lease] = _Lease(reader, self._clock() + self._seconds)
+            self._active_of[reader] += 1
             return lease
 
     def release(self, lease: str) -> bool:
@@ -73,9 +116,9 @@ class Leases:
         """
         with self._changed:
             self._remove_expired()
-            until = self._until.pop(lease, None)
-            if until is not None:
-                self._released[lease] = until
+            active = _pop(self._active, self._active_of, lease)
+            if active is not None:
+                self._remember(lease, active)
                 self._changed.notify_all()
             return lease in self._released
 
@@ -95,17 +138,41 @@ class Leases:
             while self._remove_expired():
                 now = self._clock()
                 if now >= deadline:
-                    self._until.clear()
+                    self._active.clear()
+                    self._active_of.clear()
                     return False
-                self._changed.wait(min(deadline, *self._until.values()) - now)
+                self._changed.wait(min(deadline, next(iter(self._active.values())).until) - now)
             return True
+
+    def _remember(self, lease: str, released: _Lease) -> None:
+        """Note a released lease. Each reader has room for some; what is forgotten is answered as if it had expired."""
+        reader = released.reader
+        if self._released_of[reader] >= _MAX_RELEASED_OF_READER:
+            oldest = next(each for each, known in self._released.items() if known.reader == reader)
+            _pop(self._released, self._released_of, oldest)
+        elif len(self._released) >= _MAX_RELEASED:
+            _pop(self._released, self._released_of, next(iter(self._released)))
+        self._released[lease] = released
+        self._released_of[reader] += 1
 
     def _remove_expired(self) -> int:
         """Forget expired leases; return the number of active ones."""
         now = self._clock()
-        self._until = {lease: until for lease, until in self._until.items() if until > now}
-        self._released = {lease: until for lease, until in self._released.items() if until > now}
-        return len(self._until)
+        while self._active and (first := next(iter(self._active))) and self._active[first].until <= now:
+            _pop(self._active, self._active_of, first)
+        for lease in [each for each, released in self._released.items() if released.until <= now]:
+            _pop(self._released, self._released_of, lease)
+        return len(self._active)
+
+
+def _pop(leases: dict[str, _Lease], of_reader: Counter[str], lease: str) -> _Lease | None:
+    """Remove a lease, and count it no longer; None if there is no such lease."""
+    known = leases.pop(lease, None)
+    if known is not None:
+        of_reader[known.reader] -= 1
+        if not of_reader[known.reader]:
+            del of_reader[known.reader]
+    return known
 
 
 class _WorkerService:
@@ -127,7 +194,11 @@ class _WorkerService:
     ) -> p2p_pb2.PrepareTensorReadResponse:
         """Grant a lease, and return it with the manifest."""
         await self._check(request, context)
-        lease = self._leases.grant()
+        name, host = caller.get(), peer_host(context.peer())
+        try:
+            lease = self._leases.grant(f"{name} at {host}" if name else host)
+        except TooManyLeasesError as exc:
+            await context.abort(_Code.RESOURCE_EXHAUSTED, f"{exc}; release leases, or read from another worker")
         if lease is None:
             await context.abort(_Code.UNAVAILABLE, _DRAINING)
         return p2p_pb2.PrepareTensorReadResponse(lease_id=lease, manifest=self._manifest)
@@ -159,6 +230,11 @@ class _WorkerService:
             reason = f"this is worker {ours.worker_id!r}, not {request.worker_id!r}"
             await context.abort(_Code.FAILED_PRECONDITION, reason)
 
+
+#: Requests have ids and no more. Many readers may read the manifest at the same time.
+_MAX_REQUEST_BYTES = 64 << 10
+_RECEIVING_BYTES = 8 << 20
+_ANSWER_BYTES = 256 << 20
 
 _RELEASE = WORKER.path("ReleaseTensorRead")
 
@@ -249,8 +325,10 @@ class WorkerServer:
     async def _begin(self) -> tuple[int, grpc.aio.Server]:
         services = {WORKER: _WorkerService(self._manifest, self.leases), STANDARD_HEALTH: _WorkerHealth(self.leases)}
         handlers = {service.name: handler(service, implementation) for service, implementation in services.items()}
+        manifest_bytes = self._manifest.ByteSize()
+        limits = MessageLimits(_MAX_REQUEST_BYTES, _RECEIVING_BYTES, max(_ANSWER_BYTES, 16 * manifest_bytes))
         # A load may take longer than the grant of its reader is valid. The id of a lease is a secret of the reader.
-        server = new_server(handlers, authenticator=self._authenticator, open_methods=[_RELEASE])
+        server = new_server(handlers, authenticator=self._authenticator, open_methods=[_RELEASE], limits=limits)
         try:
             port = listen(server, self._address, tls=self._tls, authenticator=self._authenticator)
         except RuntimeError as exc:

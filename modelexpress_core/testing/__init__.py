@@ -1,7 +1,7 @@
 """Test tools for plugin authors: contract classes to inherit, and a storage that fails on request.
 
 The contracts need pytest and hypothesis; the contract of metadata stores also needs the server:
-``pip install 'modelexpress-core[server,testing]'``.
+``pip install '.[server,testing]'`` in a checkout.
 ``FaultyStorage`` needs no extra. No module here imports torch, and each name is imported at first use.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
+
+from modelexpress_core.installing import install_command
 
 if TYPE_CHECKING:
     from modelexpress_core.testing.faults import Fault, FaultPolicy, FaultyStorage
@@ -48,7 +50,7 @@ def __getattr__(name: str) -> object:
     except ModuleNotFoundError as exc:
         if exc.name not in {"pytest", "hypothesis"}:
             raise
-        message = f"{name} needs {exc.name}: pip install 'modelexpress-core[testing]'"
+        message = f"{name} needs {exc.name}: {install_command('modelexpress-core[testing]')}"
         raise ModuleNotFoundError(message, name=exc.name) from exc
     globals()[name] = value
     return value

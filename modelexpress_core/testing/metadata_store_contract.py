@@ -18,10 +18,12 @@ from modelexpress_core.contracts.metadata_store import (
     Listing,
     MetadataStore,
     NotPublisherError,
+    Quota,
     SourceQuery,
     SourceRecord,
     SourceStatus,
     StoredSource,
+    StoreFullError,
 )
 from modelexpress_core.testing.contract import Contract
 
@@ -221,6 +223,52 @@ class MetadataStoreContract(Contract, contract=True):
             found = await store.get(source_id, "a")
             assert found is not None
             assert (found.record.status, found.record.publisher) == (_READY, "alice")
+
+        run(scenario)
+
+    def test_a_quota_limits_the_bytes_of_an_owner(self, run: _Run, source_id: str) -> None:
+        """And of all records. A record that is replaced counts no longer; a refused one changes nothing."""
+        owner = f"owner-{source_id}"
+        large = attrs.evolve(_source(source_id, "a"), worker=bytes(100_000))
+        quota = Quota(owner, 150_000, 1 << 60)
+
+        async def scenario(store: MetadataStore) -> None:
+            await store.publish(large, quota)
+            await store.publish(large, quota)
+            with pytest.raises(StoreFullError) as refused:
+                await store.publish(attrs.evolve(large, record=_source(source_id, "b").record), quota)
+            assert refused.value.of_owner
+            assert await store.get(source_id, "b") is None
+            with pytest.raises(StoreFullError):
+                await store.publish(attrs.evolve(large, worker=bytes(200_000)), quota)
+            kept = await store.get(source_id, "a")
+            assert kept is not None
+            assert len(kept.worker) == 100_000
+            await store.publish(
+                attrs.evolve(large, record=_source(source_id, "c").record), Quota("x", 1 << 60, 1 << 60)
+            )
+            with pytest.raises(StoreFullError) as full:
+                await store.publish(_source(source_id, "d"), Quota(f"{owner}-2", 1 << 60, 100_000))
+            assert not full.value.of_owner
+
+            await store.publish(_source(source_id, "a"), quota)
+            await store.publish(attrs.evolve(large, record=_source(source_id, "b").record), quota)
+
+            assert _workers(await store.list(SourceQuery(source_id))) == ["a", "b", "c"]
+
+        run(scenario)
+
+    def test_many_sources_are_listed(self, run: _Run, source_id: str) -> None:
+        """More than a store may take at once."""
+        names = sorted(f"worker-{number}" for number in range(1200))
+
+        async def scenario(store: MetadataStore) -> None:
+            await asyncio.gather(*(store.publish(_source(source_id, name)) for name in names))
+
+            for query in (SourceQuery(source_id), SourceQuery(source_id, "model", _READY)):
+                listing = await store.list(query)
+                assert _workers(listing) == names
+                assert listing.unreadable == 0
 
         run(scenario)
 

@@ -16,7 +16,7 @@ from modelexpress_core.settings import variables
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *ROOT.glob("docs/*.md"),
     *ROOT.glob("plugins/*/README.md"),
     *ROOT.glob("integrations/*/README.md"),

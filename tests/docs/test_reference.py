@@ -29,7 +29,7 @@ from modelexpress_core.contracts import metadata_store
 from modelexpress_core.fetch import limiter
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import LoadReport
-from modelexpress_core.server.metrics import ServerMetrics
+from modelexpress_core.server.metrics import ServerMetrics, SourceServiceMetrics
 from modelexpress_core.sources.metrics import SourceMetrics
 from modelexpress_core.sources.settings import SELECTORS
 from modelexpress_core.storage.memory import store
@@ -497,7 +497,9 @@ def test_every_metric_of_the_server_is_explained() -> None:
     """In the page on the server, with its labels."""
     text = page("server.md").partition("\n## Metrics\n")[2].partition("\n## ")[0]
 
-    assert registered(ServerMetrics().registry) == explained_metrics(text)
+    registry = ServerMetrics().registry
+    SourceServiceMetrics(registry)
+    assert registered(registry) == explained_metrics(text)
 
 
 def test_every_metric_of_the_search_for_peers_is_explained() -> None:

@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from modelexpress_core import hookimpl
 from modelexpress_core.endpoint import Endpoint
+from modelexpress_core.installing import install_command
 from modelexpress_core.providers import ServerServiceProvider
 from modelexpress_core.server.app import Server
 from modelexpress_core.server.settings import ServerSettings
@@ -259,17 +260,17 @@ with exported_spans(from_env(SpanSettings)):
         (
             "opentelemetry.exporter",
             {"OTEL_TRACES_EXPORTER": "otlp"},
-            "pip install opentelemetry-exporter-otlp-proto-grpc",
+            "pip install 'opentelemetry-exporter-otlp-proto-grpc'",
         ),
         (
             "opentelemetry.exporter",
             {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://u:hunter2@h", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"},
-            "pip install opentelemetry-exporter-otlp-proto-http",
+            "pip install 'opentelemetry-exporter-otlp-proto-http'",
         ),
         (
             "opentelemetry",
             {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://u:hunter2@h"},
-            "pip install 'modelexpress-core[otel]'",
+            install_command("modelexpress-core[otel]"),
         ),
         ("none", {"OTEL_TRACES_EXPORTER": "zipkin"}, "'zipkin'; known are otlp, console, none"),
         (

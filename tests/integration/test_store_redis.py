@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import ssl
 import threading
 import time
@@ -21,10 +22,13 @@ from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.contracts.metadata_store import (
     LeaderLease,
     MetadataStore,
+    Quota,
     SourceQuery,
     SourceRecord,
     StoredSource,
+    StoreFullError,
     StoreUnavailableError,
+    UnreadableRecordError,
 )
 from modelexpress_core.errors import InvalidURIError, UnavailableError
 from modelexpress_core.server.stores.redis import RedisStore, open_redis
@@ -175,6 +179,114 @@ def test_what_redis_drops_heals() -> None:
         direct.close()
 
     assert (False, {199: 1}, {b"199"}) == (known, counts, states)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"record": "no JSON"},
+        {"record": "[" * 100_000},
+        {"record": json.dumps(["id", "w"])},
+        {"record": json.dumps(["id", "w", "m", "rank", "", {}, None, None, ""])},
+        {"record": json.dumps(["id", "w", "m", -1, "", {}, None, None, ""])},
+        {"record": json.dumps(["id", "w", "m", 0, "", {"a": 1}, None, None, ""])},
+        {"record": json.dumps(["id", "w", "m", 0, "", 7, None, None, ""])},
+        {"record": '["id", "w", "\\ud800", 0, "", {}, null, null, ""]'},
+        {"record": b"\xff\xfe"},
+        {"updated": "yesterday"},
+        {"load": "much"},
+        None,
+    ],
+)
+def test_a_damaged_record_harms_no_other(redis_server: RedisServer, damage: dict[str, str | bytes] | None) -> None:
+    """Lists leave it out and count it, also where its key holds no hash; the next publication replaces it."""
+    direct = redis.Redis(port=redis_server.port)
+    direct.flushall()
+
+    async def scenario() -> None:
+        store = RedisStore(redis_server.url)
+        try:
+            for worker_id in ("w", "other"):
+                await store.publish(StoredSource(SourceRecord("id", worker_id, "m", 0, _READY), b"", b""))
+            [key] = direct.keys("*source:*id:w")
+            if damage is None:
+                direct.set(key, "no hash")
+            else:
+                direct.hset(key, mapping=damage)
+
+            for query in (SourceQuery(), SourceQuery("id"), SourceQuery(None, "m")):
+                listing = await store.list(query)
+                assert (["other"], 1) == ([each.worker_id for each in listing.records], listing.unreadable)
+            with pytest.raises(UnreadableRecordError):
+                await store.get("id", "w")
+            await store.update("id", "w", _READY, None, "")
+            await store.reap(0, 3600)
+            await store.reap(3600, 3600)
+            await store.publish(StoredSource(SourceRecord("id", "w", "m", 0, _READY), b"", b""))
+
+            listing = await store.list(SourceQuery())
+            assert (["other", "w"], 0) == (sorted(each.worker_id for each in listing.records), listing.unreadable)
+            await store.reap(0, 3600)
+            await store.reap(3600, 0)
+            assert [] == direct.keys("*")
+        finally:
+            await store.close()
+
+    asyncio.run(scenario())
+    direct.close()
+
+
+def test_a_frozen_redis(start: Callable[..., Serving]) -> None:
+    """200 callers with a deadline of 5 seconds are all told UNAVAILABLE; health answers, and later all is well."""
+    with RedisServer() as server:
+        serving = start("--metadata", server.url)
+        with ServerClient(serving.url, deadline_seconds=5, retries=False) as client:
+            client.publish(_IDENTITY, p2p_pb2.WorkerMetadata(status=_READY), "w")
+
+            def ask(_: int) -> str:
+                begun = time.monotonic()
+                with pytest.raises(UnavailableError, match="metadata store"):
+                    client.list_sources()
+                assert time.monotonic() - begun < 5
+                return client.health().status
+
+            server.freeze()
+            try:
+                with ThreadPoolExecutor(200) as pool:
+                    assert {"ok"} == set(pool.map(ask, range(200)))
+            finally:
+                server.thaw()
+            assert eventually(lambda: _lists(client) == ["w"])
+
+
+def _lists(client: ServerClient) -> list[str]:
+    try:
+        return [source.worker_id for source in client.list_sources()]
+    except UnavailableError:
+        return []
+
+
+def test_what_redis_evicts_counts_no_longer(redis_server: RedisServer) -> None:
+    """A quota counts records that are there: the reaper finds those that were evicted."""
+    direct = redis.Redis(port=redis_server.port)
+    direct.flushall()
+    quota = Quota("owner", 10_000, 10_000)
+
+    async def scenario() -> None:
+        store = RedisStore(redis_server.url)
+        try:
+            await store.publish(StoredSource(SourceRecord("id", "a", "m", 0, _READY), b"", b""), quota)
+            await store.publish(StoredSource(SourceRecord("id", "b", "m", 0, _READY), b"", b""), quota)
+            with pytest.raises(StoreFullError):
+                await store.publish(StoredSource(SourceRecord("id", "c", "m", 0, _READY), b"", b""), quota)
+            direct.delete(*direct.keys("*source:*id:a"))
+            await store.reap(0, 3600)
+            await store.publish(StoredSource(SourceRecord("id", "c", "m", 0, _READY), b"", b""), quota)
+        finally:
+            await store.close()
+
+    asyncio.run(scenario())
+    direct.close()
 
 
 def test_tokens_grow_after_flushall() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import trustme
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import AccessDeniedError, ModelExpressError, NotFoundError, UnavailableError
 from modelexpress_core.sources.worker_client import WorkerClient
-from modelexpress_core.sources.worker_service import Leases, WorkerServer
+from modelexpress_core.sources.worker_service import Leases, TooManyLeasesError, WorkerServer
 from modelexpress_core.wire.channel import open_channel
 from modelexpress_core.wire.client import Security
 from modelexpress_core.wire.grants import GrantAuthenticator, new_grant_key
@@ -128,6 +129,62 @@ def test_what_was_given_back_is_forgotten() -> None:
     leases.out()
 
     assert {} == leases._released
+
+
+def test_leases_of_one_reader_are_limited() -> None:
+    """One that takes them without end is refused, and others are not; what it gave back, or let expire, it may take."""
+    now = 0.0
+    leases = Leases(10, clock=lambda: now)
+    taken = [leases.grant("greedy") for _ in range(128)]
+    with pytest.raises(TooManyLeasesError, match="greedy holds 128"):
+        leases.grant("greedy")
+    assert leases.grant("other") is not None
+    assert leases.release(str(taken[0]))
+    assert leases.grant("greedy") is not None
+    with pytest.raises(TooManyLeasesError):
+        leases.grant("greedy")
+    now = 11.0
+
+    assert leases.grant("greedy") is not None
+    assert 1 == leases.out()
+
+
+def test_leases_of_all_readers_are_limited() -> None:
+    """However many names and addresses they have."""
+    leases = Leases(10)
+    for number in range(1024):
+        assert leases.grant(f"reader-{number}") is not None
+
+    with pytest.raises(TooManyLeasesError, match="1024"):
+        leases.grant("one more")
+
+
+def test_leases_that_come_and_go_fill_no_memory() -> None:
+    """Of each reader some released leases are remembered: nobody makes the worker forget those of others."""
+    leases = Leases(10)
+    mine = leases.grant("me")
+    assert mine is not None
+    assert leases.release(mine)
+    for _ in range(10_000):
+        lease = leases.grant("greedy")
+        assert lease is not None
+        assert leases.release(lease)
+
+    assert leases.release(mine)
+    assert len(leases._released) <= 129
+
+
+def test_a_refused_lease(tmp_path: Path) -> None:
+    """The error says what is limited."""
+    with (
+        WorkerServer(manifest(), "127.0.0.1:0") as server,
+        client(server) as reader,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(128):
+            stack.enter_context(reader.lease("5a5f555570065064"))
+        with pytest.raises(ModelExpressError, match=r"RESOURCE_EXHAUSTED.*128 leases"):
+            stack.enter_context(reader.lease("5a5f555570065064"))
 
 
 def test_leases_end_by_themselves() -> None:

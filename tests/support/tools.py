@@ -1,4 +1,4 @@
-"""Skipping what needs a tool that this machine lacks."""
+"""Skipping what needs a tool that this machine lacks. Tools of ``devtools`` that are missing skip a test themselves."""
 
 from __future__ import annotations
 

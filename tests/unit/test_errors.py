@@ -98,6 +98,13 @@ def test_parts_that_are_not_known_are_left_out() -> None:
     assert "it broke\nNext step: mend it." == str(ModelExpressError("it broke", hint="mend it"))
 
 
+def test_a_command_at_the_end_gets_no_full_stop() -> None:
+    """It would be copied into the name of a path."""
+    error = ModelExpressError("it broke", hint="write s3:// instead; for that, pip install -e /a/plugins/mx-s3")
+
+    assert str(error).endswith("pip install -e /a/plugins/mx-s3")
+
+
 @pytest.mark.parametrize(("hint", "line"), [("mend it.", "mend it."), ("mend it?", "mend it?"), ("go!", "go!")])
 def test_a_part_that_ends_a_sentence_gets_no_second_full_stop(hint: str, line: str) -> None:
     """Hints are sometimes questions: "have you forgotten the comma?"."""

@@ -16,6 +16,7 @@ from modelexpress_core.errors import (
     UnknownSchemeError,
 )
 from modelexpress_core.hooks import hookimpl
+from modelexpress_core.installing import install_command
 from modelexpress_core.known_schemes import KNOWN_SCHEMES, SYNONYMS
 from modelexpress_core.plugins import METADATA_STORE, STORAGE, TRANSPORT, PluginManager
 from modelexpress_core.providers import MetadataStoreProvider, StorageProvider, TransportProvider
@@ -272,7 +273,9 @@ def test_a_first_party_scheme_that_is_not_installed_gives_the_pip_command(scheme
         table(records={"mx-z": storage("mx-z", "zz")}).lookup(scheme)
 
     known = KNOWN_SCHEMES[scheme]
-    hint = f"pip install '{known.install_hint}'" if known.extra else f"{known.distribution}, which is not published"
+    hint = (
+        install_command(known.install_hint) if known.install_hint else f"{known.distribution}, which is not published"
+    )
     assert hint in str(caught.value)
     assert ("pip install" in str(caught.value)) == bool(known.extra)
     assert "zz" in str(caught.value)
@@ -301,8 +304,8 @@ def test_a_scheme_that_others_use_is_translated(slip: str, meant: str) -> None:
 
     assert f"{meant}://" in str(missing.value)
     known = KNOWN_SCHEMES[meant]
-    if known.extra:
-        assert f"pip install '{known.install_hint}'" in str(missing.value)
+    if known.install_hint:
+        assert install_command(known.install_hint) in str(missing.value)
     elif known.extra is None:
         assert f"{known.distribution}, which is not published" in str(missing.value)
     assert f"{meant}://" in str(installed.value)

@@ -10,6 +10,7 @@ from modelexpress_core.contracts.metadata_store import (
     LeaderLease,
     Listing,
     MetadataStore,
+    Quota,
     Reaped,
     SourceQuery,
     StoredSource,
@@ -32,10 +33,10 @@ class MeasuredStore:
         self._store = store
         self._metrics = metrics
 
-    async def publish(self, source: StoredSource) -> None:
+    async def publish(self, source: StoredSource, quota: Quota | None = None) -> None:
         """As the store."""
         with self._measured("publish"):
-            await self._store.publish(source)
+            await self._store.publish(source, quota)
 
     async def get(self, source_id: str, worker_id: str) -> StoredSource | None:
         """As the store."""

