@@ -33,6 +33,7 @@ __all__ = [
     "make_wrapper",
     "module_tables",
     "schema_of",
+    "storage_identity",
     "throw_on_data_pointer",
     "without_dispatch",
 ]
@@ -50,6 +51,12 @@ disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 
 #: Whether a tensor shares the storage of another. A view of a tensor without memory has no pointer to compare.
 is_alias_of: Callable[[Any, torch.Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]  # not in the stubs
+
+
+def storage_identity(tensor: torch.Tensor) -> int:
+    """A number that tensors have in common if they share a storage, also one without memory, while it lives."""
+    return int(tensor.untyped_storage()._cdata)
+
 
 # -- modes ------------------------------------------------------------------------------------------------------------
 

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 _GENERATE = Path(__file__).with_name("generate.py")
+_MODELS = Path(__file__).with_name("models.py")
 _SECONDS = 900
 
 #: `make test-vllm` runs these, in an environment that has vLLM.
-_WITH_VLLM = ["test_failures.py", "test_register.py", "test_serve.py", "test_tokens.py"]
+_WITH_VLLM = ["test_failures.py", "test_register.py", "test_reload.py", "test_serve.py", "test_tokens.py"]
 
 collect_ignore = [] if importlib.util.find_spec("vllm") else _WITH_VLLM
 
@@ -30,17 +31,10 @@ def _nothing_configured(nothing_configured: None) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function that returns the directory with the checkpoint of an architecture, written once per session."""
-    written: dict[str, Path] = {}
-
-    def checkpoint(name: str) -> Path:
-        if name not in written:
-            models = Path(__file__).with_name("models.py")
-            written[name] = tmp_path_factory.mktemp("models") / name
-            subprocess.run([sys.executable, str(models), name, str(written[name])], check=True, timeout=_SECONDS)
-        return written[name]
-
-    return checkpoint
+    """A function that returns the directory with a checkpoint of ``models.py``. All are written once per session."""
+    directory = tmp_path_factory.mktemp("models")
+    subprocess.run([sys.executable, str(_MODELS), str(directory)], check=True, timeout=_SECONDS)
+    return lambda name: directory / name
 
 
 @pytest.fixture
@@ -83,4 +77,4 @@ def faulty_plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty-plugin\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text("[modelexpress.plugins]\nfaulty-plugin = faulty_plugin\n")
-    return str(directory)
+    return os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])

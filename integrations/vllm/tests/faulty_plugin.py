@@ -16,7 +16,10 @@ from modelexpress_core.uri import ModelURI
 
 
 class _RefusingSecondRank:
-    """Files that the second rank may list, but of which it may read only the headers."""
+    """Files that the second rank may list, but of which it may read only the headers.
+
+    If TEST_REFUSE names a file, it refuses only while there is such a file.
+    """
 
     def __init__(self, uri: ModelURI, settings: Mapping[str, str]) -> None:
         self._files: Any = open_file(ModelURI("file", path=uri.path), settings)
@@ -27,7 +30,8 @@ class _RefusingSecondRank:
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         import torch
 
-        if offset and torch.distributed.get_rank() == 1:
+        refuses = os.path.exists(os.environ.get("TEST_REFUSE", "/"))
+        if refuses and offset and torch.distributed.get_rank() == 1:
             message = "the second rank may not read"
             raise AccessDeniedError(message, uri=f"refusing://{path}", operation="read", provider="faulty-plugin")
         return int(self._files.read_into(path, offset, buffer, version=version))
@@ -41,8 +45,8 @@ def mx_register_storages() -> list[StorageProvider]:
 @hookimpl
 def mx_load_started(event: LoadStarted) -> None:
     """Replace a file, local or in S3, after the headers were read."""
-    replacement, replaced = os.environ.get("TEST_REPLACEMENT"), os.environ.get("TEST_REPLACED", "")
-    if replacement is None:
+    replacement, replaced = os.environ.get("TEST_REPLACEMENT", ""), os.environ.get("TEST_REPLACED", "")
+    if not replacement:
         return
     if not replaced.startswith("s3://"):
         shutil.copyfile(replacement, replaced)

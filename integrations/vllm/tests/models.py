@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,13 @@ def _llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(**_SIZES))
+
+
+def _padded() -> Any:
+    """Llama with a vocabulary that vLLM pads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**{**_SIZES, "vocab_size": 520}))
 
 
 def _qwen3() -> Any:
@@ -133,6 +141,7 @@ def _gptq(model: Any) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
 
 ARCHITECTURES: Mapping[str, Callable[[], Any]] = {
     "llama": _llama,
+    "llama-padded": _padded,
     "qwen3": _qwen3,
     "qwen3-moe": _qwen3_moe,
     "mixtral": _mixtral,
@@ -183,7 +192,11 @@ def _write_tokenizer(directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-if __name__ == "__main__":
-    import sys
+def main() -> None:
+    """Write every checkpoint below a directory."""
+    for name in (*ARCHITECTURES, *QUANTIZED):
+        write(name, Path(sys.argv[1], name))
 
-    write(sys.argv[1], Path(sys.argv[2]))
+
+if __name__ == "__main__":
+    main()

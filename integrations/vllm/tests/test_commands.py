@@ -130,12 +130,25 @@ def test_invalid_arguments_are_refused(run: Run, model: Path, arguments: list[st
     assert "Traceback" not in done.stderr
 
 
+def test_settings_that_cannot_be_used_are_refused(run: Run, model: Path) -> None:
+    """vLLM is not started, and the message names the variables."""
+    done = run("vllm", "tiny", MX_CONCURRENCY="many", MX_FALLBACK="perhaps")
+
+    assert 1 == done.returncode
+    assert "" == done.stdout
+    assert "MX_CONCURRENCY='many'" in done.stderr
+    assert "MX_FALLBACK='perhaps'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_explain_chooses_mx_model_uri(run: Run, model: Path, tmp_path: Path) -> None:
-    """The place in MX_MODEL_URI is chosen, with its size; vLLM's own loader is next."""
-    done = run("explain", "some/model", "--json", MX_MODEL_URI=str(model))
+    """The place in MX_MODEL_URI is chosen, with its size. With MX_FALLBACK=1 vLLM's own loader is next."""
+    alone = run("explain", "some/model", "--json", MX_MODEL_URI=str(model))
+    done = run("explain", "some/model", "--json", MX_MODEL_URI=str(model), MX_FALLBACK="1")
 
     result = json.loads(done.stdout)
     first, second = result["places"]
+    assert [first] == json.loads(alone.stdout)["places"]
     assert result["usable"]
     assert (model.as_uri(), "chosen", 1, 1, 4) == tuple(
         first[key] for key in ("place", "status", "tensors", "files", "bytes")
@@ -146,8 +159,8 @@ def test_explain_chooses_mx_model_uri(run: Run, model: Path, tmp_path: Path) -> 
 
 def test_explain_gives_the_reason_of_an_unusable_place(run: Run, model: Path) -> None:
     """An unusable place is shown with the reason; the exit code is 1 if no place is usable."""
-    with_fallback = run("explain", "tiny", MX_MODEL_URI="/nowhere")
-    without = run("explain", "tiny", MX_MODEL_URI="/nowhere", MX_FALLBACK="0")
+    with_fallback = run("explain", "tiny", MX_MODEL_URI="/nowhere", MX_FALLBACK="1")
+    without = run("explain", "tiny", MX_MODEL_URI="/nowhere")
 
     assert 0 == with_fallback.returncode
     assert "1. file:///nowhere: unusable" in with_fallback.stdout

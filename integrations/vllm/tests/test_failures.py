@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 from collections.abc import Callable
@@ -19,14 +20,24 @@ def _unused_port() -> int:
         return int(listening.getsockname()[1])
 
 
+def _with_unknown_field(file: bytes) -> bytes:
+    """Add a field to an entry of the header of a safetensors file. vLLM ignores it, and ModelExpress refuses it."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    next(entry for name, entry in header.items() if name != "__metadata__")["note"] = 1
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[end:]
+
+
 @pytest.mark.timeout(1200)
-def test_failures_fall_back_or_say_why(
+def test_failures_say_why_or_fall_back(
     checkpoint: Callable[[str], Path],
     s3_server: SeaweedFS,
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
     tmp_path: Path,
 ) -> None:
-    """With MX_FALLBACK=0 each failure raises an error that names place and cause; else vLLM gives the right tokens."""
+    """Each failure of MX_MODEL_URI raises an error that names place and cause, unless MX_FALLBACK=1."""
     directory = checkpoint("llama")
     uri = s3_server.upload(directory, "models", "vllm/failing")
     good = s3_server.environ()
@@ -47,7 +58,12 @@ def test_failures_fall_back_or_say_why(
             {**good, "AWS_SECRET_ACCESS_KEY": "wrong", "MX_MODEL_URI": uri, "MX_RETRY_ATTEMPTS": "2"},
             "AWS_SECRET_ACCESS_KEY",
         ),
+        "no credentials": (
+            {**good, "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": "", "MX_MODEL_URI": uri},
+            "credentials",
+        ),
         "no such bucket": ({**good, "MX_MODEL_URI": "s3://nothing/here"}, "s3://nothing"),
+        "no such key": ({**good, "MX_MODEL_URI": f"{uri}-misspelt"}, "vllm/failing-misspelt"),
         "another architecture": ({"MX_MODEL_URI": str(checkpoint("opt"))}, "MX_MODEL_URI"),
         "another size": ({"MX_MODEL_URI": str(checkpoint("qwen3"))}, "MX_MODEL_URI"),
         "a truncated shard": ({"MX_MODEL_URI": str(truncated)}, shard.name),
@@ -59,17 +75,63 @@ def test_failures_fall_back_or_say_why(
     runs: list[dict[str, Any]] = [{**run, "load_format": "auto"}]
     for environ, _ in failures.values():
         runs.append({**run, "load_format": "mx", "environ": environ})
-        runs.append({**run, "load_format": "mx", "environ": {**environ, "MX_FALLBACK": "0"}})
+        runs.append({**run, "load_format": "mx", "environ": {**environ, "MX_FALLBACK": "1"}})
 
     results, printed = generated(runs)
 
     own, *others = results
     assert "tokens" in own
     for number, (what, (_, named)) in enumerate(failures.items()):
-        fallen_back, failed = others[2 * number : 2 * number + 2]
+        failed, fallen_back = others[2 * number : 2 * number + 2]
         assert own == fallen_back, what
         assert named in failed.get("error", ""), (what, failed)
     assert len(failures) == printed.count("so vLLM's own loader loads them into")
+
+
+@pytest.mark.timeout(900)
+def test_wrong_settings_fail_before_the_engine_starts(
+    checkpoint: Callable[[str], Path], generated: Callable[..., tuple[list[dict[str, Any]], str]]
+) -> None:
+    """With one rank and with two, ``LLM(...)`` raises our error itself, and starts no other process."""
+    wrong = {
+        "UnknownSchemeError: ": {"MX_MODEL_URI": "zz://model"},
+        "InvalidURIError: ": {"MX_MODEL_URI": "s3:/bucket/model"},
+        "SettingsError: ": {"MX_CONCURRENCY": "many", "MX_FALLBACK": "1"},
+    }
+    run = {"model": str(checkpoint("llama")), "load_format": "mx"}
+    runs = [{**run, "tensor_parallel": ranks, "environ": environ} for environ in wrong.values() for ranks in (1, 2)]
+
+    results, printed = generated(runs)
+
+    for error, result in zip([error for error in wrong for _ in (1, 2)], results, strict=True):
+        assert result.get("error", "").startswith(error), result
+        assert "Next step: " in result["error"]
+    assert "EngineCore" not in printed
+
+
+@pytest.mark.timeout(900)
+def test_if_the_files_of_vllms_model_fail_its_own_loader_reads_them(
+    checkpoint: Callable[[str], Path], generated: Callable[..., tuple[list[dict[str, Any]], str]], tmp_path: Path
+) -> None:
+    """Without MX_MODEL_URI both loaders read the same files, so a fallback is allowed unless MX_FALLBACK=0."""
+    odd = shutil.copytree(checkpoint("llama"), tmp_path / "odd")
+    shard = min(odd.glob("*.safetensors"))
+    shard.write_bytes(_with_unknown_field(shard.read_bytes()))
+    run = {"model": str(odd), "tensor_parallel": 1}
+
+    results, printed = generated(
+        [
+            {**run, "load_format": "auto"},
+            {**run, "load_format": "mx"},
+            {**run, "load_format": "mx", "environ": {"MX_FALLBACK": "0"}},
+        ]
+    )
+
+    own, fallen_back, failed = results
+    assert "tokens" in own, own
+    assert own == fallen_back
+    assert shard.name in failed.get("error", ""), failed
+    assert 1 == printed.count("so vLLM's own loader loads them into")
 
 
 @pytest.mark.timeout(900)
@@ -80,7 +142,7 @@ def test_if_both_loaders_fail_both_reasons_are_given(
 ) -> None:
     """For example, MX_MODEL_URI is wrong, and the model's directory holds no weights."""
     bare = shutil.copytree(checkpoint("llama"), tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors*"))
-    environ = {"MX_MODEL_URI": str(tmp_path / "nowhere")}
+    environ = {"MX_MODEL_URI": str(tmp_path / "nowhere"), "MX_FALLBACK": "1"}
 
     results, _ = generated([{"model": str(bare), "load_format": "mx", "tensor_parallel": 1, "environ": environ}])
 
@@ -104,7 +166,7 @@ def test_a_shard_that_is_replaced_during_the_load(
     assert shard.stat().st_size == other.stat().st_size
     run = {"model": str(directory), "tensor_parallel": 1}
     runs: list[dict[str, Any]] = [{**run, "load_format": "auto"}]
-    for fallback in ("1", "0"):
+    for fallback in ("1", ""):
         copy = shutil.copytree(directory, tmp_path / f"copy{fallback}")
         uri = s3_server.upload(directory, "models", f"vllm/replaced{fallback}")
         for place, environ in ((str(copy), {}), (uri, s3_server.environ())):
@@ -129,7 +191,7 @@ def test_all_ranks_use_the_same_source(
     faulty_plugin: str,
     tmp_path: Path,
 ) -> None:
-    """If one of two ranks cannot load its weights, or neither can, vLLM's own loader loads both ranks."""
+    """With MX_FALLBACK=1, if one of two ranks or both cannot load their weights, vLLM's own loader loads both ranks."""
     directory = checkpoint("llama")
     run = {"model": str(directory), "tensor_parallel": 2}
     one = {"MX_MODEL_URI": f"refusing://{directory}"}
@@ -142,6 +204,7 @@ def test_all_ranks_use_the_same_source(
             {**run, "load_format": "mx", "environ": neither},
         ],
         PYTHONPATH=faulty_plugin,
+        MX_FALLBACK="1",
     )
 
     own, *others = results
@@ -158,13 +221,11 @@ def test_without_fallback_a_failing_rank_ends_the_start(
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
     faulty_plugin: str,
 ) -> None:
-    """With MX_FALLBACK=0 the failing rank logs the reason, and the other rank does not wait forever."""
+    """By default the failing rank logs the reason, and the other rank does not wait forever."""
     directory = checkpoint("llama")
     run = {"model": str(directory), "load_format": "mx", "tensor_parallel": 2}
 
-    results, printed = generated(
-        [run], PYTHONPATH=faulty_plugin, MX_MODEL_URI=f"refusing://{directory}", MX_FALLBACK="0"
-    )
+    results, printed = generated([run], PYTHONPATH=faulty_plugin, MX_MODEL_URI=f"refusing://{directory}")
 
     assert "error" in results[0]
     assert "the second rank may not read" in printed

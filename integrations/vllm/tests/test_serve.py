@@ -80,16 +80,7 @@ def _serving(command: Sequence[str], directory: Path, environ: Mapping[str, str]
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port), *_SMALL],
-            env={
-                **os.environ,
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_NO_USAGE_STATS": "1",
-                "HF_HUB_OFFLINE": "1",
-                "VLLM_CACHE_ROOT": str(directory / "cache"),
-                "XDG_CACHE_HOME": str(directory / "cache"),
-                **environ,
-            },
+            env={**_environ(directory), **environ},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -108,6 +99,19 @@ def _serving(command: Sequence[str], directory: Path, environ: Mapping[str, str]
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _environ(directory: Path) -> dict[str, str]:
+    """The environment of vLLM, with its caches in ``directory``."""
+    return {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CACHE_ROOT": str(directory / "cache"),
+        "XDG_CACHE_HOME": str(directory / "cache"),
+    }
 
 
 def _answers(server: _Server) -> bool:
@@ -180,3 +184,22 @@ def test_serving_with_only_a_bucket(
     copied = [path for path in (tmp_path / "cache" / "modelexpress").rglob("*") if path.is_file()]
     assert "config.json" in {path.name for path in copied}
     assert [] == [path for path in copied if path.suffix == ".safetensors"]
+
+
+@pytest.mark.timeout(600)
+def test_wrong_settings_end_the_start_with_our_message_last(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """``vllm serve`` starts no engine. The end of its output says what to do."""
+    done = subprocess.run(
+        [sys.executable, "-c", _VLLM, "serve", str(checkpoint("llama")), "--load-format", "mx", *_SMALL],
+        env={**_environ(tmp_path), "VLLM_PLUGINS": "modelexpress", "MX_MODEL_URI": "ss3://bucket/model"},
+        capture_output=True,
+        text=True,
+        timeout=_START_SECONDS,
+        check=False,
+    )
+
+    printed = done.stdout + done.stderr
+    assert 0 != done.returncode
+    assert "UnknownSchemeError" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("Next step: "), printed[-3000:]
+    assert "EngineCore" not in printed

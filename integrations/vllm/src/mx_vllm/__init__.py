@@ -18,11 +18,13 @@ LOAD_FORMATS = ("mx", "modelexpress")
 def register() -> None:
     """Register the load formats with vLLM; may be called repeatedly. Never raises: vLLM then runs without them."""
     try:
-        from mx_vllm._vllm import check_version, register_load_format
+        from mx_vllm._vllm import call_before_engine_starts, check_version, register_load_format
 
         check_version()
+        from mx_vllm._checks import check_settings
         from mx_vllm._loader import MxModelLoader
 
+        call_before_engine_starts(LOAD_FORMATS, check_settings)
         for load_format in LOAD_FORMATS:
             register_load_format(load_format, MxModelLoader)
     except Exception:  # noqa: BLE001 - see above

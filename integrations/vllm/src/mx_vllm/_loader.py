@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 import modelexpress_core as mx
-from modelexpress_core.errors import IncompleteLoadError, ModelExpressError, PlacementError
+from modelexpress_core.errors import IncompleteLoadError, ModelExpressError, PlacementError, SourceChangedError
 from modelexpress_core.loads.destination import Destination, DestinationTouchedError
+from modelexpress_core.messages import listed
 from modelexpress_core.settings import from_env
+from mx_vllm._reload import (
+    PendingWeights,
+    allow_to_run,
+    check_shared,
+    fully_written,
+    in_layer_order,
+    intercept_load_weights,
+    refuse_to_run,
+    shared_names,
+)
 from mx_vllm._vllm import (
     Source,
     any_rank,
+    discard_reload,
+    finish_reload,
     forgotten_layers,
     is_first_rank,
+    layers_with_packed_copies,
     must_be_loaded,
+    must_be_reloaded,
     own_loader,
     own_weights,
     safetensors_of,
+    same_on_all_ranks,
     share_log_handlers,
     sources_of,
 )
@@ -49,6 +67,9 @@ class MxModelLoader(BaseModelLoader):
     parameters, so that each rank reads only its own bytes.
     """
 
+    #: vLLM's name of each model that was loaded. vLLM makes a new loader for each reload, and may change the name.
+    _names: ClassVar[WeakKeyDictionary[nn.Module, str]] = WeakKeyDictionary()
+
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
         if load_config.model_loader_extra_config:
@@ -62,6 +83,7 @@ class MxModelLoader(BaseModelLoader):
         self._may_fall_back = False
         self._destination = Destination()
         self._reason = ""
+        self._explicit_path: str | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Download the files, unless MX_MODEL_URI is set."""
@@ -69,9 +91,10 @@ class MxModelLoader(BaseModelLoader):
             self._own.download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        """Return the model with its weights. If ModelExpress fails on any rank, vLLM's own loader loads all ranks.
+        """Return the model with its weights. If ModelExpress fails on any rank, vLLM's own loader may load all ranks.
 
-        There is no fallback with MX_FALLBACK=0, nor for a draft model on several ranks.
+        MX_FALLBACK says whether it may; by default it may not if MX_MODEL_URI is set, since its weights may be others.
+        There is no fallback for a draft model on several ranks.
 
         Raises:
             ModelExpressError: The weights cannot be read, and there is no fallback.
@@ -79,13 +102,14 @@ class MxModelLoader(BaseModelLoader):
         # A draft model of speculative decoding has separate files, and not every rank loads it.
         self._is_draft_model = model_config is not vllm_config.model_config
         ranks_agree = not self._is_draft_model or vllm_config.parallel_config.world_size == 1
-        self._may_fall_back = self._settings.fallback and ranks_agree
+        self._may_fall_back = ranks_agree and self._is_fallback_allowed()
         with forgotten_layers(vllm_config) as forget:
             try:
                 model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
             except DestinationTouchedError:
                 pass
             else:
+                self._names[model] = model_config.model
                 return model
             finally:
                 self._may_fall_back = False
@@ -93,6 +117,7 @@ class MxModelLoader(BaseModelLoader):
             forget()
         with self._both_reasons(model_config):
             own: nn.Module = self._own.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        self._names[own] = model_config.model
         return own
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
@@ -108,7 +133,7 @@ class MxModelLoader(BaseModelLoader):
         try:
             self._load(model, model_config)
         except Exception as exc:  # noqa: BLE001 - after any error, vLLM's own loader may succeed
-            self._reason = str(exc) if isinstance(exc, ModelExpressError) else f"{type(exc).__name__}: {exc}"
+            self._reason = str(exc) if isinstance(exc, ModelExpressError) else _headline(exc)
         # All ranks must use the same source and the same steps.
         failed, touched = any_rank([bool(self._reason), self._destination.touched])
         if not failed:
@@ -120,42 +145,144 @@ class MxModelLoader(BaseModelLoader):
         with self._both_reasons(model_config):
             self._own.load_weights(model, model_config)
 
+    def _is_fallback_allowed(self) -> bool:
+        # MX_MODEL_URI is not the address of a draft model.
+        return self._settings.may_fall_back or (self._is_draft_model and self._settings.fallback is None)
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> PendingWeights:
+        """Prepare a reload of ``model`` in place, which vLLM's ``reload_weights`` performs with the result.
+
+        The model refuses to run until all ranks have loaded every byte of the same files. There is no fallback.
+
+        Raises:
+            ModelExpressError: The weights cannot be reloaded.
+        """
+        refuse_to_run(model, "a reload has begun and not ended")
+        packed = layers_with_packed_copies(model)
+        if packed:
+            message = f"vLLM for CPUs cannot reload {len(packed)} layers of {model_config.model}: {listed(packed)}"
+            cause = "their kernels keep a packed copy of the first weights"
+            raise PlacementError(message, cause=cause, hint="restart vLLM")
+        shared = shared_names(model)
+        own_path = self._names.get(model, model_config.model if self._settings.model_uri is None else None)
+        if own_path is None:
+            message = f"MX_MODEL_URI does not say which weights to reload into {model_config.model}"
+            cause = "another loader loaded the model, so that its first location is unknown"
+            raise PlacementError(message, cause=cause, hint="start vLLM with --load-format mx, or unset MX_MODEL_URI")
+        # vLLM replaced the name of the model if reload_weights got a path, and keeps it.
+        self._explicit_path = model_config.model if model_config.model != own_path else None
+        pending = PendingWeights()
+
+        def load(load_weights: Callable[..., Any]) -> Any:
+            try:
+                loaded = self._reload(model, model_config, load_weights, shared)
+            except BaseException as exc:
+                refuse_to_run(model, _headline(exc))
+                try:
+                    discard_reload(model, model_config)
+                except Exception:  # noqa: BLE001 - the error of the reload matters more
+                    _log.exception("vLLM could not discard a reload that failed; restart it")
+                raise
+            allow_to_run(model)
+            return loaded
+
+        intercept_load_weights(model, pending, load)
+        return pending
+
+    def _reload(
+        self,
+        model: nn.Module,
+        model_config: ModelConfig,
+        load_weights: Callable[..., Any],
+        shared: Mapping[str, frozenset[str]],
+    ) -> Any:
+        """Reload this rank's part. All ranks read the same files, and all fail if one fails."""
+        # vLLM has given the parameters the shapes of the checkpoint, on the meta device.
+        required = must_be_reloaded(model)
+        failure: Exception | None = None
+        with contextlib.ExitStack() as opening:
+            opened = _Opened()
+            try:
+                opened = self._open(sources_of(model, model_config), opening, model_config, None)
+            except Exception as exc:  # noqa: BLE001 - the other ranks must know of any error
+                failure = exc
+            self._agree(failure)
+            if not same_on_all_ranks(opened.fingerprint()):
+                message = f"the ranks opened different versions of {opened.uris()}"
+                cause = "the files were replaced at this moment"
+                raise SourceChangedError(message, cause=cause, hint="call reload_weights again")
+            blocks = opening.pop_all()
+        loaded = None
+        try:
+            with blocks:
+                with fully_written(required, shared) as writes:
+                    loaded = self._call(load_weights, model, opened.weights_in_layer_order(), opened)
+                finish_reload(model, model_config)
+                check_shared(model, writes, shared)
+        except Exception as exc:  # noqa: BLE001 - see above
+            failure = exc
+        self._agree(failure)
+        return loaded
+
+    def _agree(self, failure: Exception | None) -> None:
+        """Raise on every rank if there is a failure on any."""
+        [failed] = any_rank([failure is not None])
+        if failure is not None:
+            raise failure
+        if failed:
+            message = "another rank could not reload its weights"
+            raise IncompleteLoadError(message, hint="its log says why; call reload_weights again, or restart vLLM")
+
     def _load(self, model: nn.Module, model_config: ModelConfig) -> None:
         self._destination = Destination()
         sources = sources_of(model, model_config)
         # With several checkpoints, each may lack tensors; a single one must hold all of them.
         quantized = model_config.quantization is not None
         required = must_be_loaded(model, quantized=quantized) if len(sources) == 1 else None
+        with contextlib.ExitStack() as stack:
+            opened = self._open(sources, stack, model_config, required)
+            self._destination.touch()
+            self._call(model.load_weights, model, opened.weights(), opened)
+
+    def _open(
+        self,
+        sources: Sequence[Source],
+        stack: contextlib.ExitStack,
+        model_config: ModelConfig,
+        required: Mapping[str, torch.Tensor] | None,
+    ) -> _Opened:
+        """Open all sources, until ``stack`` ends. ``required``: parameters that each of them must write."""
         share_log_handlers(logging.getLogger("modelexpress_core"))
         plugins = mx.PluginManager.discover()
         watch = LoadWatch(_log, model_config.model, first_rank=is_first_rank(), bar=self.load_config.use_tqdm_on_load)
         plugins.register(watch, name="mx-vllm-watch")
-        blocks: list[mx.DeferredWeights] = []
-        weights: list[Iterable[tuple[str, torch.Tensor]]] = []
-        with contextlib.ExitStack() as stack:
-            for source in sources:
-                uri = self._uri_of(source, watch)
-                if uri is None:
-                    _log.info("vLLM reads the weights itself, because its files are not a safetensors checkpoint")
-                    weights.append(own_weights(self._own, source))
-                    continue
-                block = stack.enter_context(mx.deferred_weights(uri, model=required, plugins=plugins))
-                blocks.append(block)
-                weights.append(_prefixed(source.prefix, block))
-            self._destination.touch()
-            try:
-                load: Any = model.load_weights
-                load(itertools.chain.from_iterable(weights))
-            except (KeyError, ValueError, AssertionError, IndexError) as exc:
-                uris = ", ".join(str(block.checkpoint.uri) for block in blocks)
-                raise PlacementError(
-                    f"the code of {type(model).__name__} cannot load {uris}: {type(exc).__name__}: {exc}",
-                    cause="the checkpoint belongs to another model",
-                    hint="compare MX_MODEL_URI with --model; `mx inspect` lists the names",
-                ) from exc
+        opened = _Opened()
+        for source in sources:
+            uri = self._uri_of(source, watch)
+            if uri is None:
+                _log.info("vLLM reads the weights itself, because its files are not a safetensors checkpoint")
+                opened.parts.append(own_weights(self._own, source))
+                continue
+            block = stack.enter_context(mx.deferred_weights(uri, model=required, plugins=plugins))
+            opened.blocks.append(block)
+            opened.parts.append(_Prefixed(source.prefix, block))
+        return opened
+
+    def _call(self, load_weights: Any, model: nn.Module, weights: Any, opened: _Opened) -> Any:
+        try:
+            return load_weights(weights)
+        except (KeyError, ValueError, AssertionError, IndexError) as exc:
+            raise PlacementError(
+                f"the code of {type(model).__name__} cannot load {opened.uris()}: {type(exc).__name__}: {exc}",
+                cause="the checkpoint belongs to another model",
+                hint="compare MX_MODEL_URI with --model; `mx inspect` lists the names",
+            ) from exc
 
     def _uri_of(self, source: Source, watch: LoadWatch) -> str | None:
         """Return the URI or path to read ``source`` from; None if vLLM must read it."""
+        if source.primary and self._explicit_path is not None:
+            watch.why = "reload_weights names it"
+            return self._explicit_path if "://" in self._explicit_path else safetensors_of(self._own, source)
         if source.primary and self._settings.model_uri is not None and not self._is_draft_model:
             watch.why = "MX_MODEL_URI names it"
             return self._settings.model_uri
@@ -186,5 +313,54 @@ class MxModelLoader(BaseModelLoader):
             raise IncompleteLoadError(message, cause=cause, hint=hint) from exc
 
 
-def _prefixed(prefix: str, weights: mx.DeferredWeights) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((prefix + name, tensor) for name, tensor in weights)
+class _Opened:
+    """The sources of a load, open.
+
+    Attributes:
+        blocks: Those that ModelExpress reads.
+        parts: The weights of each source, with their prefix.
+    """
+
+    def __init__(self) -> None:
+        self.blocks: list[mx.DeferredWeights] = []
+        self.parts: list[Iterable[tuple[str, torch.Tensor]]] = []
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return the weights of all sources."""
+        return itertools.chain.from_iterable(self.parts)
+
+    def weights_in_layer_order(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Return the weights of all sources; deferred ones in the order of layers, which costs no memory."""
+        for part in self.parts:
+            yield from in_layer_order(part) if isinstance(part, _Prefixed) else part
+
+    def uris(self) -> str:
+        """Return the redacted URIs, for messages."""
+        return ", ".join(str(block.checkpoint.uri) for block in self.blocks) or "the files of vLLM's model"
+
+    def fingerprint(self) -> int:
+        """Return a number of 62 bits that differs if files differ.
+
+        The version of a local file holds its inode and times, which differ between hosts that have copies.
+        """
+        digest = hashlib.sha256()
+        for block in self.blocks:
+            local = block.checkpoint.uri.scheme == "file"
+            for file in block.checkpoint.files:
+                digest.update(repr((file.name, file.size, None if local else file.version)).encode())
+        return int.from_bytes(digest.digest()[:8], "big") >> 2
+
+
+def _headline(exc: BaseException) -> str:
+    return exc.headline if isinstance(exc, ModelExpressError) else f"{type(exc).__name__}: {exc}"
+
+
+class _Prefixed:
+    """Deferred weights with a prefix for their names."""
+
+    def __init__(self, prefix: str, weights: mx.DeferredWeights) -> None:
+        self._prefix = prefix
+        self._weights = weights
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((self._prefix + name, tensor) for name, tensor in self._weights)

@@ -21,6 +21,7 @@ from modelexpress_core import ModelExpressError, ModelURI, PluginManager, pull
 from modelexpress_core.cli.output import status_console
 from modelexpress_core.errors import CheckpointError, PluginLoadError
 from mx_vllm import LOAD_FORMATS
+from mx_vllm._checks import check_settings
 
 __all__ = ["vllm"]
 
@@ -54,6 +55,8 @@ def vllm(
     arguments = arguments or []
     _check(arguments)
     model = ModelURI.parse(uri)
+    changed = _changed_variables(uri, model, os.environ)
+    check_settings({**os.environ, **changed})
     source = _directory_of(model)
     if source.scheme == "file" and directory is None:
         small_files = Path(source.path)
@@ -62,7 +65,6 @@ def vllm(
         _pull(source, small_files)
     _check_model(small_files, source)
     command = _command(small_files, model, arguments)
-    changed = _changed_variables(uri, model, os.environ)
     shown = changed if model.scheme == "file" else {**changed, "MX_MODEL_URI": str(model)}
     line = " ".join([*(f"{name}={shlex.quote(value)}" for name, value in shown.items()), shlex.join(command)])
     if dry_run:

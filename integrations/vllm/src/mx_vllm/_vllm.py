@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import importlib.metadata
 import logging
@@ -17,14 +18,20 @@ from typing import Any
 __all__ = [
     "Source",
     "any_rank",
+    "call_before_engine_starts",
     "check_version",
+    "discard_reload",
+    "finish_reload",
     "forgotten_layers",
     "is_first_rank",
+    "layers_with_packed_copies",
     "must_be_loaded",
+    "must_be_reloaded",
     "own_loader",
     "own_weights",
     "register_load_format",
     "safetensors_of",
+    "same_on_all_ranks",
     "share_log_handlers",
     "sources_of",
 ]
@@ -75,6 +82,28 @@ def register_load_format(load_format: str, loader: type) -> None:
     known: dict[str, Any] = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
     known.pop(load_format, None)
     model_loader.register_model_loader(load_format)(loader)
+
+
+def call_before_engine_starts(load_formats: Sequence[str], check: Callable[[], None]) -> None:
+    """Call ``check`` in the first process, before vLLM starts an engine that uses one of ``load_formats``.
+
+    vLLM has no hook for this. Both ``vllm serve`` and ``LLM(...)`` begin with the replaced method, which knows the load
+    format. An error of ``check`` ends the start.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    original: Any = EngineArgs.create_engine_config
+    original = getattr(original, "mx_original", original)  # the formats may be registered repeatedly
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(self.load_format).lower() in load_formats:
+            check()
+        return original(self, *args, **kwargs)
+
+    replacement: Any = create_engine_config
+    replacement.mx_original = original
+    EngineArgs.create_engine_config = replacement
 
 
 def own_loader(load_config: Any) -> Any:
@@ -174,6 +203,27 @@ def must_be_loaded(model: Any, *, quantized: bool) -> dict[str, Any]:
     }
 
 
+def must_be_reloaded(model: Any) -> dict[str, Any]:
+    """Return the tensors of ``model``, in the format of checkpoints, that a reload must write.
+
+    vLLM allocates a layer again if any of its weights is reloaded, so all of them must be: also those that a first load
+    may leave as they are. Attention layers keep what is not reloaded. Buffers that a quantisation method may derive are
+    left out.
+    """
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+
+    required: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        if is_deferred_attention_layer(module):
+            continue
+        own = dict(module.named_parameters(recurse=False))
+        if own and getattr(module, "quant_method", None) is None:
+            kept = module._non_persistent_buffers_set
+            own.update((name, buffer) for name, buffer in module.named_buffers(recurse=False) if name not in kept)
+        required.update((f"{prefix}.{name}" if prefix else name, tensor) for name, tensor in own.items())
+    return {name: tensor for name, tensor in required.items() if tensor.numel()}
+
+
 @contextlib.contextmanager
 def forgotten_layers(vllm_config: Any) -> Iterator[Callable[[], None]]:
     """Yield a function that undoes registrations of layers, so that a model can be created again.
@@ -206,6 +256,46 @@ def _restore(value: Any, before: Iterable[Any]) -> None:
         value.extend(before)
 
 
+def layers_with_packed_copies(model: Any) -> list[str]:
+    """Return the layers that vLLM cannot reload: their kernels keep a packed copy of the first weights.
+
+    vLLM says nothing and gives wrong tokens. Only kernels for CPUs do this: those of quantised layers and of experts.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return []
+    found = []
+    for name, module in model.named_modules():
+        kernel = getattr(getattr(module, "scheme", None), "kernel", None)
+        has_packed = type(kernel).__module__.startswith("vllm.model_executor.kernels.linear.scaled_mm.")
+        if has_packed or getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
+            found.append(name)
+    return found
+
+
+def finish_reload(model: Any, model_config: Any) -> None:
+    """Process the layers that a reload has not processed yet. vLLM calls the same later, and then it does nothing."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)
+
+
+def discard_reload(model: Any, model_config: Any) -> None:
+    """Give ``model`` back the memory that it had before a reload that failed, and forget the weights that it holds.
+
+    The memory has old, new and undefined values. Without this the next reload would continue with the failed one.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        if info.can_load():
+            info.loaded_weights.clear()
+            info.load_numel = 0
+    finish_reload(model, model_config)
+
+
 def is_first_rank() -> bool:
     """Return whether this is the first rank, which alone logs messages that are the same on all ranks."""
     from vllm.distributed.parallel_state import get_world_group
@@ -225,6 +315,19 @@ def any_rank(flags: Sequence[bool]) -> list[bool]:
     votes = torch.tensor(flags, dtype=torch.int32, device="cpu")
     torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group)
     return [bool(vote) for vote in votes]
+
+
+def same_on_all_ranks(number: int) -> bool:
+    """Return whether ``number``, of at most 62 bits, is the same on all ranks. Waits until all have called this."""
+    import torch
+    from vllm.distributed.parallel_state import get_world_group
+
+    group = get_world_group()
+    if group.world_size == 1:
+        return True
+    bounds = torch.tensor([number, -number], dtype=torch.int64, device="cpu")
+    torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group)
+    return int(bounds[0]) == -int(bounds[1])
 
 
 def share_log_handlers(logger: logging.Logger) -> None:

@@ -20,9 +20,15 @@ class VllmSettings:
         shown=redacted,
         help="Location of the weights: any URI or path. Unset: the files that vLLM finds for its --model.",
     )
-    fallback: bool = env(
+    fallback: bool | None = env(
         "MX_FALLBACK",
-        default=True,
+        default=None,
         converter=boolean,
-        help="If a load fails on any rank, let vLLM's own loader load the weights on every rank.",
+        help="After a failed load, let vLLM's own loader load the files of its --model on every rank (1), or fail (0). "
+        "Unset: fail if MX_MODEL_URI is set.",
     )
+
+    @property
+    def may_fall_back(self) -> bool:
+        """Whether vLLM's own loader may load the files of its model after a load has failed."""
+        return self.model_uri is None if self.fallback is None else self.fallback
