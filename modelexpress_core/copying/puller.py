@@ -321,7 +321,8 @@ class _Pull:
                     after = os.fstat(descriptor)
             finally:
                 os.close(descriptor)
-            if actual == published[1] and before.st_mtime_ns == after.st_mtime_ns and not self._cancelled.is_set():
+            unchanged = (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
+            if actual == published[1] and unchanged and not self._cancelled.is_set():
                 self._hidden.record(wanted[name], after.st_mtime_ns, published)
                 self._skip(wanted[name], published)
                 with self._lock:
