@@ -8,6 +8,7 @@ import re
 from attrs import frozen
 
 from modelexpress_core.errors import InvalidURIError
+from modelexpress_core.messages import without_credentials
 from modelexpress_core.uri import host_and_port
 
 __all__ = ["SERVER_PORT", "Endpoint"]
@@ -48,9 +49,7 @@ class Endpoint:
         match = _ADDRESS.fullmatch(text.strip())
         port = SERVER_PORT if match is None else int(match["port"] or SERVER_PORT)
         if match is None or port > 65535:
-            before, at, address = text.rpartition("@")
-            shown = f"{'***' if before else ''}{at}{address}"  # a name and a password may come before the at sign
-            message = f"no address of a server: {shown!r}"
+            message = f"no address of a server: {without_credentials(text)!r}"
             raise InvalidURIError(message, hint="write host:port, http://host:port, or https://host:port for TLS")
         return cls(match["host"].strip("[]"), port, tls=match["scheme"] == "https")
 

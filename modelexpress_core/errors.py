@@ -34,6 +34,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from modelexpress_core.messages import hide_credentials_of_urls, printable_lines
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -84,7 +86,8 @@ class ModelExpressError(Exception):
             parts.append(f"Likely cause: {_sentence(self.cause)}")
         if self.hint:
             parts.append(f"Next step: {_sentence(self.hint)}")
-        return "\n".join(parts)
+        # Plugins and SDKs may put names of others into a message, and users URLs in place of something else.
+        return printable_lines(hide_credentials_of_urls("\n".join(parts)))
 
     @property
     def headline(self) -> str:

@@ -81,6 +81,7 @@ class Loader(LoadContext):
         if not ranked:
             message = f"no candidate is left for {request.uri}: a plugin's mx_rank_candidates dropped them all"
             raise ResolveError(message, hint="disable the plugin with MX_DISABLED_PLUGINS")
+        _log.debug("candidates for %s: %s", request.uri, ", ".join(str(candidate.uri) for candidate in ranked))
         return ranked
 
     def first(

@@ -17,7 +17,7 @@ _NO_MEMORY = re.compile(r"(can't|cannot) allocate memory|not enough memory|out o
 
 #: The usual stack of a thread, and what a thread needs besides until it runs.
 _STACK_BYTES = 8 << 20
-_SPARE_BYTES = 1 << 20
+_SPARE_BYTES = 8 << 20
 
 #: What Python says, in a RuntimeError, if the system starts no thread.
 _NO_THREAD = re.compile(r"can't start new thread")

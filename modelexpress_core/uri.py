@@ -12,6 +12,7 @@ from attrs import field, frozen
 
 from modelexpress_core.errors import InvalidURIError
 from modelexpress_core.immutable import unmodifiable
+from modelexpress_core.messages import PUBLIC_QUERY, without_credentials
 
 __all__ = ["SCHEME_PATTERN", "ModelURI", "host_and_port", "redacted"]
 
@@ -24,29 +25,11 @@ _URI = re.compile(
 )
 _ONE_SLASH = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?:/(?!/)|(?=[^/]+/))(?P<rest>.*)")
 
-#: The part before an at sign that may be shown.
-_SCHEME_AND_SLASHES = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+")
-
 #: Shown as they are in a path: all but the percent sign, the characters that end a path, and control characters.
 _PLAIN_IN_PATH = "/ :@!$&'()*+,;=~[]{}|^<>\"`\\"
 
 #: The same for an authority, where an at sign, a slash or a question mark would end it.
 _PLAIN_IN_AUTHORITY = "!$&'()*+,;=~[]:"
-
-#: Query values that are shown; all others may be credentials (SAS tokens, signatures) and are hidden.
-_PUBLIC_QUERY = frozenset({"region", "revision", "version", "versionId"})
-
-
-def _without_secrets(text: str) -> str:
-    """``text``, an invalid URI, without the parts that may be user information or a query."""
-    before, at, rest = text.rpartition("@")
-    if at:
-        scheme = _SCHEME_AND_SLASHES.match(before)
-        text = f"{scheme[0] if scheme else ''}***"
-        # Behind an at sign in a query, the query continues.
-        text += "" if "?" in before or "#" in before else f"@{rest}"
-    start, mark, _ = text.partition("?")
-    return start.partition("#")[0] + (f"{mark}***" if mark else "")
 
 
 def _is_unsafe(text: str) -> bool:
@@ -99,12 +82,12 @@ class ModelURI:
             message = "the model URI is empty"
             raise InvalidURIError(message, hint="give a URI such as s3://bucket/model, or a path")
         if _is_unsafe(text):
-            message = f"the model URI has a control character: {_without_secrets(text)!r}"
+            message = f"the model URI has a control character: {without_credentials(text)!r}"
             raise InvalidURIError(message, hint="look for a stray newline in the variable or argument")
         try:
             os.fsencode(text)
         except UnicodeEncodeError:
-            message = f"the model URI cannot be encoded: {_without_secrets(text)!r}"
+            message = f"the model URI cannot be encoded: {without_credentials(text)!r}"
             hint = "look for a truncated character in the variable or argument"
             raise InvalidURIError(message, hint=hint) from None  # the cause contains the whole text
         match = None if is_path else _URI.fullmatch(text)
@@ -172,7 +155,7 @@ class ModelURI:
         authority = quote(self.authority, safe=_PLAIN_IN_AUTHORITY)
         slash = "/" if self.path and (authority or not self.path.startswith("/")) else ""
         path = quote(self.path, safe=_PLAIN_IN_PATH, errors="surrogateescape")
-        query = "&".join(f"{quote(k)}={quote(v) if k in _PUBLIC_QUERY else '***'}" for k, v in self.query.items())
+        query = "&".join(f"{quote(k)}={quote(v) if k in PUBLIC_QUERY else '***'}" for k, v in self.query.items())
         return f"{self.scheme}://{userinfo}{authority}{slash}{path}{'?' if query else ''}{query}"
 
 
@@ -201,9 +184,9 @@ def _refuse_slips(text: str) -> None:
     if slip is not None:
         scheme, rest = slip["scheme"], slip["rest"]
         start = f"{scheme}:///" if scheme.lower() == "file" else f"{scheme}://"
-        message = f"the URI has fewer than two slashes after its scheme: {_without_secrets(text)!r}"
-        raise InvalidURIError(message, hint=f"write {start}{_without_secrets(rest)}")
+        message = f"the URI has fewer than two slashes after its scheme: {without_credentials(text)!r}"
+        raise InvalidURIError(message, hint=f"write {start}{without_credentials(rest)}")
     if "://" in text:
-        message = f"the text is neither a URI nor a file: {_without_secrets(text)!r}"
+        message = f"the text is neither a URI nor a file: {without_credentials(text)!r}"
         cause = "a URI starts with its scheme: a letter, then letters, digits, + . -"
         raise InvalidURIError(message, cause=cause, hint="look for quotes, spaces or a misspelt scheme before ://")

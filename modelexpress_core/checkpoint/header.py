@@ -4,9 +4,10 @@ A file is: 8 bytes, the length N of the header, unsigned and little-endian; N by
 JSON is one object, ``name -> {"dtype", "shape", "data_offsets"}``, plus ``"__metadata__"``, text to text. The byte
 ranges cover what follows the header without a hole and without overlapping.
 
-Source: https://huggingface.co/docs/safetensors/index#format. What it leaves open is refused, not guessed. A header is
-untrusted input: whatever it holds, parsing ends soon, with a result or a ``CheckpointError``, and takes memory in
-proportion to the header's length, which is bounded.
+Source: https://huggingface.co/docs/safetensors/index#format. What it leaves open is refused, not guessed;
+docs/safetensors.md lists what the format's library reads and this module refuses. A header is untrusted input: whatever
+it holds, parsing ends soon, with a result or a ``CheckpointError``, and takes memory in proportion to the header's
+length, which is bounded.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from attrs import frozen
 
 from modelexpress_core.checkpoint.strict_json import repeated_key, shown
 from modelexpress_core.errors import CheckpointError
+from modelexpress_core.messages import printable
 
 __all__ = ["DTYPE_BITS", "LENGTH_BYTES", "MAX_HEADER_BYTES", "Header", "HeaderTensor", "header_length", "parse_header"]
 
@@ -73,6 +75,9 @@ _DIGITS_OF_U64 = 20
 #: Sizes, products of sizes and positions are signed numbers of 64 bits in tensor libraries and operating systems.
 _MAX_INT64 = (1 << 63) - 1
 _A_LONE_ENTRY = "the header is a single tensor entry without a name"
+
+#: What JSON allows between its parts.
+_WHITE_SPACE = b" \t\r\n"
 
 #: A list or an object that begins in a list. Members of an object are different: a name comes before them.
 _INNER = re.compile(rb"[\[,][ \t\r\n]*[\[{]")
@@ -296,7 +301,7 @@ def parse_header(text: bytes, data_bytes: int, *, file: str, uri: str = "") -> H
     try:
         return _parse(text, data_bytes)
     except _Fault as fault:
-        where = f"{uri}: {file}" if uri else file
+        where = f"{uri}: {printable(file)}" if uri else printable(file)
         raise CheckpointError(
             f"{where} is no valid safetensors file: {fault}",
             uri=uri,
@@ -307,12 +312,13 @@ def parse_header(text: bytes, data_bytes: int, *, file: str, uri: str = "") -> H
 
 
 def _json(text: bytes) -> Any:  # noqa: ANN401 - of any type
-    if not text.startswith(b"{"):
+    # The format's text wants { first, but its own tests and library allow white space before it.
+    if not text.lstrip(_WHITE_SPACE).startswith(b"{"):
         raise _Fault("the header does not start with {")
     if _has_inner_list(text):
         raise _Fault("the header is nested too deeply: a list contains a list or an object")
     try:
-        # A trailing run of spaces is padding; json takes it as white space.
+        # White space after the object is padding; json takes it as such.
         return json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_Objects(),

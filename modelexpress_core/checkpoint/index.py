@@ -9,6 +9,7 @@ from typing import Any
 
 from modelexpress_core.checkpoint.strict_json import repeated_key, shown
 from modelexpress_core.errors import CheckpointError
+from modelexpress_core.messages import printable
 
 __all__ = ["INDEX_SUFFIX", "MAX_INDEX_BYTES", "SUFFIX", "missing_shards", "parse_index"]
 
@@ -43,7 +44,7 @@ def parse_index(text: bytes, *, file: str, uri: str = "") -> Mapping[str, str]:
     """
 
     def refuse(what: str) -> CheckpointError:
-        where = f"{uri}: {file}" if uri else file
+        where = f"{uri}: {printable(file)}" if uri else printable(file)
         return CheckpointError(f"{where} is no valid index: {what}", uri=uri, file=file, hint=_HINT)
 
     try:

@@ -24,7 +24,7 @@ from modelexpress_core.errors import (
     SourceChangedError,
     UnsupportedError,
 )
-from modelexpress_core.messages import byte_range, listed
+from modelexpress_core.messages import byte_range, listed, printable
 from modelexpress_core.resources import allocating, starting_threads
 from modelexpress_core.uri import ModelURI
 
@@ -113,8 +113,9 @@ class _Opening:
         return CheckpointError(f"{self._uri}: {message}", uri=str(self._uri), file=file, cause=cause, hint=hint)
 
     def _twice(self, info: TensorInfo, other: TensorInfo) -> CheckpointError:
+        files = f"{printable(other.file.name)} and {printable(info.file.name)}"
         return self._fault(
-            f"the tensor {shown(info.name)} is in two files: {other.file.name} and {info.file.name}",
+            f"the tensor {shown(info.name)} is in two files: {files}",
             file=info.file.name,
             cause="files of two checkpoints, or of two formats of one, are in one directory",
             hint="remove the files of the other checkpoint, add an index, or give the URI of one file",
@@ -215,7 +216,7 @@ class _Opening:
         info = objects.get(name) or self._storage.stat(self._uri.join(name).path)
         if info.size > MAX_INDEX_BYTES:
             raise self._fault(
-                f"the index {name} has {info.size} bytes, more than {MAX_INDEX_BYTES}",
+                f"the index {printable(name)} has {info.size} bytes, more than {MAX_INDEX_BYTES}",
                 file=name,
                 hint="check that it is an index",
             )
@@ -241,9 +242,9 @@ class _Opening:
             info = tensors.get(tensor)
             if info is not None and info.file.name == file:
                 continue
-            where = "no file has it" if info is None else f"it is in {info.file.name}"
+            where = "no file has it" if info is None else f"it is in {printable(info.file.name)}"
             raise self._fault(
-                f"the index has the tensor {shown(tensor)} in {file}, but {where}",
+                f"the index has the tensor {shown(tensor)} in {printable(file)}, but {where}",
                 file=file,
                 cause="the index and the shards are of different checkpoints",
                 hint="copy the index and all shards again from one source",
@@ -286,13 +287,13 @@ class _Opening:
         except ValueError as exc:
             if start.startswith(_LFS_POINTER):
                 raise self._fault(
-                    f"{name} is no safetensors file but a Git LFS pointer to one",
+                    f"{printable(name)} is no safetensors file but a Git LFS pointer to one",
                     file=name,
                     cause="the repository was cloned without its large files",
                     hint="run git lfs pull in the repository",
                 ) from exc
             raise self._fault(
-                f"{name} is no valid safetensors file: {exc}",
+                f"{printable(name)} is no valid safetensors file: {exc}",
                 file=name,
                 cause="the file is cut short, still being written, or in another format",
                 hint="compare its size with the original and copy it again",

@@ -7,6 +7,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run ``mx`` with the arguments of the process."""
-    from modelexpress_core.cli.app import build_app
+    from modelexpress_core.cli.interruption import exit_codes_of_signals
 
-    build_app()()
+    with exit_codes_of_signals():
+        from modelexpress_core.cli.app import build_app
+
+        build_app()()

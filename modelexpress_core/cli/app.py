@@ -11,15 +11,23 @@ from typing import Annotated
 import typer
 
 from modelexpress_core.cli import doctor, inspect, load, plugins, pull, settings
-from modelexpress_core.cli.output import errors_reported
+from modelexpress_core.cli.output import errors_reported, set_log_level
 from modelexpress_core.errors import ModelExpressError
+from modelexpress_core.messages import hide_credentials, hide_credentials_of_urls, printable_lines
 from modelexpress_core.plugins import COMMAND, CORE, PluginManager
 
 __all__ = ["build_app"]
 
 _HELP = "Load model weights from storages and peers straight into the memory where they belong."
-_EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong usage."
+_EPILOG = "Exit codes: 0 done, 1 failed, 2 wrong usage, 130 ended by Ctrl-C, 143 ended by SIGTERM."
 _LEVELS = ("debug", "info", "warning", "error")
+
+
+class _Formatter(logging.Formatter):
+    """Escapes what names of others could control a terminal with, and hides credentials of URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(hide_credentials_of_urls(super().format(record)))
 
 
 def _on_version(requested: bool) -> None:
@@ -30,7 +38,7 @@ def _on_version(requested: bool) -> None:
 
 def _log_level(text: str) -> str:
     if text.lower() not in _LEVELS:
-        message = f"expected one of {', '.join(_LEVELS)}: {text!r}"
+        message = f"expected one of {', '.join(_LEVELS)}: {hide_credentials(text)!r}"
         raise typer.BadParameter(message)
     return text.upper()
 
@@ -47,9 +55,10 @@ def _begin(
         typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_on_version),
     ] = False,
 ) -> None:
-    logging.basicConfig(level="WARNING", stream=sys.stderr, format="%(levelname)s %(message)s", force=True)
-    # Only our loggers: detailed logs of SDKs contain credentials.
-    logging.getLogger("modelexpress_core").setLevel(log_level)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level="WARNING", handlers=[handler], force=True)
+    set_log_level(log_level)
 
 
 def build_app() -> typer.Typer:

@@ -7,9 +7,8 @@ from typing import Annotated
 import attrs
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from modelexpress_core.cli.output import JsonOption, console, print_json
+from modelexpress_core.cli.output import JsonOption, console, print_json, verbatim_lines
 from modelexpress_core.doctor import STEPS, Step, can_load, diagnose
 from modelexpress_core.errors import InvalidURIError
 
@@ -67,16 +66,16 @@ class _Printer:
             self._skipped.append(step)
             return
         took = f" [dim]({step.milliseconds:.0f} ms)[/]" if step.milliseconds >= 1 else ""
-        self._line(step.status, f"[bold]{step.name:<{_NAME_COLUMNS}}[/] {escape(step.seen)}{took}")
+        self._line(step.status, f"[bold]{step.name:<{_NAME_COLUMNS}}[/] {verbatim_lines(step.seen)}{took}")
         for label, advice in (("Likely cause", step.cause), ("Next step", step.hint)):
             if advice:
                 end = "" if advice.endswith((".", "?", "!")) else "."
-                self.out.print(f"    {label}: {escape(advice)}{end}", soft_wrap=True)
+                self.out.print(f"    {label}: {verbatim_lines(advice)}{end}", soft_wrap=True)
 
     def flush(self) -> None:
         if self._skipped:
             names = ", ".join(step.name for step in self._skipped)
-            self._line("skipped", f"[dim]{names}: {escape(self._skipped[0].seen)}[/]")
+            self._line("skipped", f"[dim]{names}: {verbatim_lines(self._skipped[0].seen)}[/]")
             self._skipped.clear()
 
     def _line(self, status: str, text: str) -> None:

@@ -6,12 +6,11 @@ from collections import Counter
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from modelexpress_core.api import open_checkpoint
 from modelexpress_core.checkpoint import Checkpoint
-from modelexpress_core.cli.output import JsonOption, console, print_json
+from modelexpress_core.cli.output import JsonOption, console, print_json, verbatim
 from modelexpress_core.report import format_bytes
 
 __all__ = ["inspect"]
@@ -78,8 +77,10 @@ def _print(checkpoint: Checkpoint) -> None:
     tensors.add_column("size", justify="right")
     tensors.add_column("file", overflow="fold")
     for tensor in checkpoint.tensors.values():
-        shape = escape(str(list(tensor.shape)))
-        tensors.add_row(escape(tensor.name), tensor.dtype, shape, format_bytes(tensor.length), escape(tensor.file.name))
+        shape = verbatim(str(list(tensor.shape)))
+        tensors.add_row(
+            verbatim(tensor.name), tensor.dtype, shape, format_bytes(tensor.length), verbatim(tensor.file.name)
+        )
     out.print(tensors)
     files = Table(box=None, pad_edge=False, header_style="bold")
     files.add_column("file", overflow="fold")
@@ -89,10 +90,10 @@ def _print(checkpoint: Checkpoint) -> None:
     held = Counter(tensor.file.name for tensor in checkpoint.tensors.values())
     for file in checkpoint.files:
         files.add_row(
-            escape(file.name), str(held[file.name]), format_bytes(file.size), escape(file.version or "not pinned")
+            verbatim(file.name), str(held[file.name]), format_bytes(file.size), verbatim(file.version or "not pinned")
         )
     out.print()
     out.print(files)
     dtypes = ", ".join(f"{dtype} {format_bytes(count)}" for dtype, count in _bytes_by_dtype(checkpoint).items())
     summary = f"{len(checkpoint.tensors)} tensors, {format_bytes(checkpoint.tensor_bytes)} ({dtypes})"
-    out.print(f"\n{escape(str(checkpoint.uri))}: {summary} in {len(checkpoint.files)} files")
+    out.print(f"\n{verbatim(str(checkpoint.uri))}: {summary} in {len(checkpoint.files)} files")

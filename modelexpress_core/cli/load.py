@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import Progress
 from rich.table import Table
 
 from modelexpress_core.api import load_state_dict
-from modelexpress_core.cli.output import JsonOption, console, print_json, progress_bars
+from modelexpress_core.cli.output import JsonOption, console, print_json, progress_bars, verbatim
 from modelexpress_core.errors import ModelExpressError, PlacementError
 from modelexpress_core.events import LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.hooks import hookimpl
@@ -116,13 +116,16 @@ def _digest_file(path: Path | None) -> Iterator[_DigestWriter]:
         reason = "it is a directory" if path.is_dir() else "it has the name of a checkpoint file"
         raise ModelExpressError(f"cannot write the digests to {path}: {reason}", hint="choose another file")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+        ) as file:
             temporary = Path(file.name)
             try:
-                yield _DigestWriter(file.name)
+                yield _DigestWriter(file)
                 mask = os.umask(0)
                 os.umask(mask)
-                temporary.chmod(0o666 & ~mask)
+                # By its descriptor: others may write to the directory, and put a link in the file's place.
+                os.fchmod(file.fileno(), 0o666 & ~mask)
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -133,17 +136,17 @@ def _digest_file(path: Path | None) -> Iterator[_DigestWriter]:
 
 
 class _DigestWriter:
-    def __init__(self, path: str | None) -> None:
-        self._path = path
+    def __init__(self, file: IO[str] | None) -> None:
+        self._file = file
 
     def __call__(self, state: Mapping[str, torch.Tensor]) -> None:
-        if self._path is None:
+        if self._file is None:
             return
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             hexes = pool.map(_sha256, state.values())
             digests = dict(zip(state, hexes, strict=True))
-        with open(self._path, "w", encoding="utf-8") as file:
-            json.dump(digests, file, indent=0, sort_keys=True)
+        json.dump(digests, self._file, indent=0, sort_keys=True)
+        self._file.flush()
 
 
 def _sha256(tensor: torch.Tensor) -> str:
@@ -174,5 +177,5 @@ def _print(report: LoadReport, digests: Path | None) -> None:
     if digests is not None:
         rows["digests"] = str(digests)
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, verbatim(value))
     console().print(table)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from modelexpress_core.cli.interruption import signal_exit_code
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, PluginLoadError
 from modelexpress_core.installing import install_command
+from modelexpress_core.messages import hide_credentials_of_urls, printable, printable_lines
+from modelexpress_core.plugins import plugin_packages
 
 __all__ = [
     "JsonOption",
@@ -25,19 +29,18 @@ __all__ = [
     "exit_code",
     "package_missing",
     "print_json",
-    "printable",
     "progress_bars",
+    "set_log_level",
     "silence_grpc",
     "status_console",
+    "verbatim",
+    "verbatim_lines",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., None])
 
 #: Width of the output if there is no terminal: enough that no name is cut.
 _WIDTH_WITHOUT_TERMINAL = 200
-
-#: C0, DEL and C1.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
 
@@ -69,9 +72,14 @@ def progress_bars() -> Progress | None:
     )
 
 
-def printable(text: str) -> str:
-    """Escape the control characters in ``text``, so that foreign text cannot control the terminal or forge lines."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+def verbatim(text: str) -> str:
+    """Return ``text`` of others for a console: without markup, in one line, with special characters escaped."""
+    return escape(printable(text))
+
+
+def verbatim_lines(text: str) -> str:
+    """Return ``text``, which may have several lines of ours, likewise."""
+    return escape(printable_lines(text))
 
 
 def print_json(value: object) -> None:
@@ -83,6 +91,15 @@ def print_json(value: object) -> None:
 def exit_code(exc: ModelExpressError) -> int:
     """Return the exit code for ``exc``: 2 for wrong usage, otherwise 1."""
     return 2 if isinstance(exc, InvalidURIError) else 1
+
+
+def set_log_level(level: str) -> None:
+    """Set the level of the loggers of core and of installed plugins.
+
+    Others keep theirs: the details that SDKs log contain credentials.
+    """
+    for name in ("modelexpress_core", *plugin_packages()):
+        logging.getLogger(name).setLevel(level)
 
 
 def silence_grpc() -> None:
@@ -106,9 +123,9 @@ def errors_reported(command: _F) -> _F:
         except ModelExpressError as exc:
             _report(exc, as_json=bool(kwargs.get("json_output")))
             raise typer.Exit(exit_code(exc)) from exc
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as exc:
             status_console().print("Interrupted; nothing was kept.", style="red")
-            raise typer.Exit(1) from None
+            raise typer.Exit(signal_exit_code(exc)) from None
         except BrokenPipeError:
             # The reader of our output has closed it. Without this, Python would report the error again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,8 +142,16 @@ def errors_reported(command: _F) -> _F:
 
 def _report(exc: ModelExpressError, *, as_json: bool) -> None:
     if as_json:
-        print_json({"error": {"type": type(exc).__name__, "message": str(exc), "hint": exc.hint}})
-    first, *rest = map(printable, str(exc).split("\n"))
+        print_json(
+            {
+                "error": {
+                    "type": type(exc).__name__,
+                    "message": str(exc),
+                    "hint": exc.hint and hide_credentials_of_urls(exc.hint),
+                }
+            }
+        )
+    first, *rest = str(exc).split("\n")
     out = status_console()
     out.print("Error:", style="bold red", end=" ")
     out.print(first, markup=False, soft_wrap=True)

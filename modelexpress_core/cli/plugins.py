@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-from rich.markup import escape
 from rich.table import Table
 
-from modelexpress_core.cli.output import JsonOption, console, print_json
+from modelexpress_core.cli.output import JsonOption, console, print_json, verbatim, verbatim_lines
 from modelexpress_core.errors import PluginConflictError
 from modelexpress_core.plugins import PluginManager
 
@@ -53,7 +52,7 @@ def _print(manager: PluginManager, conflicts: list[PluginConflictError]) -> None
     for info in manager.plugins:
         schemes = "; ".join(f"{kind}: {' '.join(names)}" for kind, names in info.schemes.items())
         status = f"[{_STYLES[info.status]}]{info.status}[/]"
-        table.add_row(escape(info.name), escape(info.version), status, escape(schemes), escape(info.reason))
+        table.add_row(verbatim(info.name), verbatim(info.version), status, verbatim(schemes), verbatim(info.reason))
     out.print(table)
     for conflict in conflicts:
-        out.print(f"\n[red]conflict[/] {escape(str(conflict))}")
+        out.print(f"\n[red]conflict[/] {verbatim_lines(str(conflict))}")

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from modelexpress_core.cli.output import JsonOption, console, print_json, progress_bars, status_console
+from modelexpress_core.cli.interruption import signal_exit_code
+from modelexpress_core.cli.output import JsonOption, console, print_json, progress_bars, status_console, verbatim
 from modelexpress_core.copying import PullProgress
 from modelexpress_core.copying import pull as pull_files
 from modelexpress_core.plugins import PluginManager
@@ -40,7 +40,7 @@ class _Bars:
             bars.remove_task(self._files.pop(name))
         for name, file in active.items():
             if name not in self._files:
-                self._files[name] = bars.add_task(f"  {escape(name)}", total=file.size)
+                self._files[name] = bars.add_task(f"  {verbatim(name)}", total=file.size)
             bars.update(self._files[name], completed=file.bytes_done)
 
 
@@ -59,10 +59,10 @@ def pull(
     try:
         with _bars() as bars:
             report = pull_files(uri, directory, weights=not no_weights, on_progress=bars, plugins=plugins)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as exc:
         message = "Interrupted. Complete files are in place; run the same command again to resume."
         status_console().print(message, style="red")
-        raise typer.Exit(1) from None
+        raise typer.Exit(signal_exit_code(exc)) from None
     if json_output:
         print_json(report.to_dict())
     else:
@@ -104,5 +104,5 @@ def _print(report: PullReport) -> None:
     }
     for name, value in rows.items():
         if value:
-            table.add_row(name, escape(value))
+            table.add_row(name, verbatim(value))
     console().print(table)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from modelexpress_core.cli.output import console, exit_code, package_missing, silence_grpc
+from modelexpress_core.cli.interruption import signal_exit_code
+from modelexpress_core.cli.output import console, exit_code, package_missing, set_log_level, silence_grpc
+from modelexpress_core.contracts.metadata_store import StoreUnavailableError
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
-from modelexpress_core.messages import with_hint
+from modelexpress_core.messages import hide_credentials, printable, with_hint
 from modelexpress_core.plugins import CORE, METADATA_STORE, PluginManager
 from modelexpress_core.server.logs import announce, write_log
 from modelexpress_core.server.settings import (
@@ -67,7 +69,11 @@ def serve(
         str | None, typer.Option(help="YAML file with settings; variables and flags win over it.", metavar="FILE")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Show all settings and where each came from, and serve nothing.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Show all settings and where each came from, or why a server cannot start here; serve nothing.",
+        ),
     ] = False,
 ) -> None:
     """Run a server: workers publish the models that they hold, and others find them. Ends on SIGTERM or Ctrl-C."""
@@ -96,22 +102,23 @@ def serve(
         write_log(log)
     except ModuleNotFoundError as exc:
         raise package_missing("a log in JSON", exc) from exc
+    set_log_level(log.level.upper())
     if log.format == "text":
-        _serve(settings)
-        return
+        raise typer.Exit(_serve(settings))
     try:
-        _serve(settings)
+        code = _serve(settings)
     except ModelExpressError as exc:
         _log.error(exc.headline, extra={"error": type(exc).__name__, "cause": exc.cause, "hint": exc.hint})
         raise typer.Exit(exit_code(exc)) from exc
     except Exception as exc:
         _log.exception("the server failed")
         raise typer.Exit(1) from exc
+    raise typer.Exit(code)
 
 
 def _known_format(text: str) -> str:
     if text not in {"text", "json"}:
-        message = f"{text!r} is none of text, json"
+        message = f"{hide_credentials(text)!r} is none of text, json"
         raise typer.BadParameter(message, param_hint="--log-format")
     return text
 
@@ -196,24 +203,61 @@ def _check_files(tls: TlsSettings, auth: AuthSettings, plugins: PluginManager) -
 
 
 def _print(config: Config) -> None:
-    """Print each setting with its value and its source, if the server can use all of them."""
+    """Print each setting with its value and its source, if a server could start with all of them here and now."""
     plugins = PluginManager.discover()
     plugins.table(METADATA_STORE).lookup(ModelURI.parse(config.get(ServerSettings).metadata).scheme)
     _check_files(config.get(TlsSettings), config.get(AuthSettings), plugins)
+    _check_start(config, plugins)
     out = console()
     for key, value in config.describe(CORE):
         source = "" if value.source == "default" else f" (from {value.source})"
-        shown = (value.value, "") if value.value else ("not set", "dim")
+        shown = (printable(value.value), "") if value.value else ("not set", "dim")
         out.print(Text.assemble((key, "bold"), " = ", shown, (source, "dim")), soft_wrap=True)
 
 
-def _serve(config: Config) -> None:
+def _check_start(config: Config, plugins: PluginManager) -> None:
+    """Check what a server does before it serves.
+
+    Raises:
+        ModelExpressError: A port cannot be listened on, a package or a plugin fails.
+    """
+    try:
+        from modelexpress_core.server.app import Server
+        from modelexpress_core.server.ports import port_problems
+        from modelexpress_core.server.tracing import exported_spans
+    except ModuleNotFoundError as exc:
+        raise package_missing("the server", exc) from exc
+    settings, log = config.get(ServerSettings), config.get(LogSettings)
+    problems = port_problems(settings)
+    if problems:
+        message = "the server cannot start:\n  " + "\n  ".join(problems)
+        hint = "end the program that uses the port, or choose another port or address"
+        raise ModelExpressError(message, hint=hint)
+    try:
+        write_log(log)
+    except ModuleNotFoundError as exc:
+        raise package_missing("a log in JSON", exc) from exc
+
+    async def check() -> None:
+        _, store = plugins.open(METADATA_STORE, ModelURI.parse(settings.metadata), os.environ)
+        tls, auth, limits = config.get(TlsSettings), config.get(AuthSettings), config.get(LimitSettings)
+        try:
+            await Server(settings, store, plugins, tls=tls, auth=auth, limits=limits, environ=os.environ).check()
+        except StoreUnavailableError as exc:
+            _log.warning("the metadata store does not answer, so a server would answer calls with UNAVAILABLE: %s", exc)
+
+    with exported_spans(from_env(SpanSettings)):
+        asyncio.run(check())
+
+
+def _serve(config: Config) -> int:
+    """Serve until a signal comes; returns its exit code."""
     try:
         from modelexpress_core.server.tracing import exported_spans
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
     with exported_spans(from_env(SpanSettings)):
-        asyncio.run(
+        return asyncio.run(
             _run(
                 config.get(ServerSettings),
                 config.get(TlsSettings),
@@ -223,7 +267,7 @@ def _serve(config: Config) -> None:
         )
 
 
-async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, limits: LimitSettings) -> None:
+async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, limits: LimitSettings) -> int:
     try:
         from modelexpress_core.server.app import Server
         from modelexpress_core.server.files import raise_limit
@@ -249,8 +293,9 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, l
         if warning := risk(settings.host, auth, tls):
             _log.warning("%s", warning)
         _log.info("authentication: %s; TLS: %s", auth.mode, "no" if tls.certificate is None else "yes")
-        await end.wait()
+        number = await end
         announce("ending: calls in flight may end first")
+    return signal_exit_code(number)
 
 
 def risk(host: str, auth: AuthSettings, tls: TlsSettings) -> str:
@@ -265,11 +310,16 @@ def risk(host: str, auth: AuthSettings, tls: TlsSettings) -> str:
     return "" if tls.certificate is not None else "callers send tokens without TLS: others on the network can read them"
 
 
-def _end_signal() -> asyncio.Event:
-    """Set when SIGTERM or SIGINT comes, from now on: also while the server starts."""
-    ended = asyncio.Event()
+def _end_signal() -> asyncio.Future[int]:
+    """The first SIGTERM or SIGINT that comes, from now on: also while the server starts."""
     loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+
+    def end(number: int) -> None:
+        if not ended.done():
+            ended.set_result(number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(number, ended.set)
+            loop.add_signal_handler(number, end, number)
     return ended

@@ -6,10 +6,9 @@ import os
 from itertools import groupby
 
 import attrs
-from rich.markup import escape
 from rich.padding import Padding
 
-from modelexpress_core.cli.output import JsonOption, console, print_json
+from modelexpress_core.cli.output import JsonOption, console, print_json, verbatim
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.plugins import CORE, PluginManager
 from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
@@ -44,12 +43,12 @@ def _unusable(values: list[SettingValue]) -> set[str]:
 def _print(values: list[SettingValue]) -> None:
     out = console()
     for owner, group in groupby(values, key=lambda value: value.owner):
-        out.print(f"[bold underline]{escape(owner)}[/]")
+        out.print(f"[bold underline]{verbatim(owner)}[/]")
         for value in group:
-            shown = escape(value.value) if value.value else "[dim]not set[/]"
-            source = "" if value.source == "default" else f" [dim](from {escape(value.source)})[/]"
+            shown = verbatim(value.value) if value.value else "[dim]not set[/]"
+            source = "" if value.source == "default" else f" [dim](from {verbatim(value.source)})[/]"
             problem = " [red]cannot be used[/]" if value.problem else ""
-            out.print(f"[bold]{escape(value.name)}[/] = {shown}{source}{problem}", soft_wrap=True)
+            out.print(f"[bold]{verbatim(value.name)}[/] = {shown}{source}{problem}", soft_wrap=True)
             also = f" Also: {', '.join(value.aliases)}." if value.aliases else ""
-            out.print(Padding(f"[dim]{escape(value.help)}{escape(also)}[/]", (0, 0, 0, 4)))
+            out.print(Padding(f"[dim]{verbatim(value.help)}{verbatim(also)}[/]", (0, 0, 0, 4)))
         out.print()

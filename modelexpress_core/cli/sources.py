@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.live import Live
-from rich.markup import escape
 from rich.table import Table
 
-from modelexpress_core.cli.output import JsonOption, console, package_missing, print_json, printable, silence_grpc
+from modelexpress_core.cli.interruption import signal_exit_code
+from modelexpress_core.cli.output import JsonOption, console, package_missing, print_json, silence_grpc, verbatim
 
 if TYPE_CHECKING:
     from modelexpress_core.sources.client import ServerClient
@@ -44,7 +44,7 @@ def health(url: UrlOption = None, json_output: JsonOption = False) -> None:
         return
     uptime = timedelta(seconds=response.uptime)
     text = f"{response.status}, version {response.version}, up {uptime}, answered in {milliseconds:.0f} ms"
-    console().print(printable(text), markup=False)
+    console().print(verbatim(text))
 
 
 def sources(
@@ -69,8 +69,8 @@ def _watch(client: ServerClient, model: str | None) -> None:
             while True:
                 time.sleep(_WATCH_SECONDS)
                 live.update(_table(_as_data(client, model)), refresh=True)
-    except KeyboardInterrupt:
-        return
+    except KeyboardInterrupt as exc:  # the usual end, so without a message
+        raise typer.Exit(signal_exit_code(exc)) from None
 
 
 def _as_data(client: ServerClient, model: str | None) -> list[dict[str, object]]:
@@ -115,7 +115,7 @@ def _table(rows: list[dict[str, object]]) -> Table | str:
     now = time.time()
     for row in rows:
         silent = max(0.0, now - float(str(row["updated_at_ms"])) / 1000)
-        cells = ["" if row[column] is None else escape(printable(str(row[column]))) for column in columns]
+        cells = ["" if row[column] is None else verbatim(str(row[column])) for column in columns]
         table.add_row(*cells, f"{silent:.0f} s")
     return table
 

@@ -24,7 +24,6 @@ __all__ = [
     "digest_of",
     "fsync_directory",
     "local_errors",
-    "open_file",
     "write_all",
 ]
 
@@ -40,6 +39,8 @@ _ERRORS: Mapping[int, tuple[str, str]] = {
     errno.EPERM: ("this user may not write there", _RIGHTS),
     errno.EROFS: ("the file system is mounted read-only", "choose another directory"),
     errno.ENOTDIR: ("a part of the path is a file", "choose another directory"),
+    errno.EISDIR: ("it is a directory", "look at it with ls -ld, and move it away"),
+    errno.ELOOP: ("it is a link, which is not followed", "look at it with ls -l, and remove it"),
     errno.EEXIST: ("it is a file", "choose another directory"),
     errno.ENAMETOOLONG: ("the path is longer than the file system allows", "choose a directory with a shorter path"),
     errno.EXDEV: ("a directory below it is a separate mount", "pull into that directory separately"),
@@ -60,11 +61,6 @@ def local_errors(path: str, operation: str) -> Iterator[None]:
         code = errno.errorcode.get(exc.errno or 0, exc.errno)
         reason = f"could not {operation} {path}: {exc.strerror or exc} [{code}]"
         raise ModelExpressError(reason, cause=cause, hint=hint) from exc
-
-
-def open_file(path: str, flags: int) -> int:
-    """A descriptor of the file at ``path``, which is created if necessary, with the mode that the umask allows."""
-    return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
 def write_all(descriptor: int, data: memoryview | bytes, offset: int | None = None) -> None:
@@ -142,14 +138,15 @@ class Disk:
     sync_seconds: float = 5.0
 
 
-def digest_of(path: str, algorithm: str, cancelled: threading.Event) -> str:
-    """The digest of the file at ``path``; meaningless if ``cancelled`` is set before the end."""
+def digest_of(descriptor: int, algorithm: str, cancelled: threading.Event) -> str:
+    """The digest of an open file from its start; meaningless if ``cancelled`` is set before the end."""
     hasher = new_hasher(algorithm)
     buffer = memoryview(bytearray(_BUFFER_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while not cancelled.is_set() and (count := file.readinto(buffer)):
-            hasher.update(buffer[:count])
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    offset = 0
+    while not cancelled.is_set() and (count := os.preadv(descriptor, [buffer], offset)):
+        hasher.update(buffer[:count])
+        offset += count
     return hasher.hexdigest()
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import threading
@@ -25,11 +26,19 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
 import attrs
-from attrs import frozen
+from attrs import field, frozen
+from attrs.validators import instance_of, optional
 
-from modelexpress_core.copying.local import Disk, local_errors, open_file, write_all
+from modelexpress_core.copying.directories import Directory, NotOwnFileError
+from modelexpress_core.copying.local import Disk, local_errors, write_all
 
 __all__ = ["Identity", "Partial", "Spans", "read_identity"]
+
+#: A longer journal is not read: the file is fetched again.
+_MAX_JOURNAL_BYTES = 64 << 20
+
+#: The first line has a name of at most 4 KiB and a URI.
+_MAX_FIRST_LINE_BYTES = 64 << 10
 
 
 @frozen
@@ -43,10 +52,10 @@ class Identity:
         size: Its length in bytes.
     """
 
-    root: str
-    name: str
-    version: str | None
-    size: int
+    root: str = field(validator=instance_of(str))
+    name: str = field(validator=instance_of(str))
+    version: str | None = field(validator=optional(instance_of(str)))
+    size: int = field(validator=instance_of(int))
 
     @property
     def key(self) -> str:
@@ -102,16 +111,18 @@ class Partial:
     """The bytes and the journal of one file. ``write`` is thread-safe.
 
     Args:
-        directory: The directory of both.
+        directory: The directory of both, to which this user alone may write.
         identity: The object that they belong to.
         disk: The disk that holds both.
     """
 
-    def __init__(self, directory: str, identity: Identity, *, disk: Disk | None = None) -> None:
+    def __init__(self, directory: Directory, identity: Identity, *, disk: Disk | None = None) -> None:
         self.identity = identity
         self._disk = disk or Disk()
-        self.path = os.path.join(directory, f"{identity.key}.part")
-        self._journal_path = os.path.join(directory, f"{identity.key}.journal")
+        self._directory = directory
+        self._part_name = f"{identity.key}.part"
+        self._journal_name = f"{identity.key}.journal"
+        self.path = directory.path_of(self._part_name)
         self._lock = threading.Lock()
         self._syncing = threading.Lock()
         self._descriptor = -1
@@ -142,28 +153,37 @@ class Partial:
     def allocated_bytes(self) -> int:
         """Disk space of the file."""
         try:
-            return os.stat(self.path).st_blocks * 512
+            return self._directory.stat(self._part_name).st_blocks * 512
         except FileNotFoundError:
             return 0
+
+    @property
+    def file_bytes(self) -> int | None:
+        """Length of the file; bytes that are missing are holes in it. None if there is no file."""
+        try:
+            return self._directory.stat(self._part_name).st_size
+        except FileNotFoundError:
+            return None
 
     # -- before and after ---------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
         """Resume from the bytes that an earlier pull left, or remove them if they cannot be trusted."""
         with local_errors(self.path, "resume"):
-            if self.identity.version is not None and self._replay():
-                return
+            with contextlib.suppress(NotOwnFileError):
+                if self.identity.version is not None and self._replay():
+                    return
             self.discard()
 
     def reserve(self) -> None:
         """Create the files and reserve the space."""
         with local_errors(self.path, f"allocate {self.identity.size} bytes for {self.identity.name!r} in"):
-            descriptor = open_file(self.path, os.O_RDWR)
+            descriptor = self._directory.open_own(self._part_name, os.O_RDWR | os.O_CREAT)
             try:
                 self._disk.allocate(descriptor, self.identity.size)
             finally:
                 os.close(descriptor)
-            if not os.path.exists(self._journal_path):
+            if not self._directory.exists(self._journal_name):
                 self._begin_journal()
 
     def restart(self) -> None:
@@ -180,24 +200,29 @@ class Partial:
             self._spans = Spans()
             self._since_boot = 0
         # The journal first: bytes without a journal are ignored, whatever happens in between.
-        for path in (self._journal_path, self.path):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        for name in (self._journal_name, self._part_name):
+            self._directory.unlink(name)
 
-    def publish(self, target: str, before: Callable[[int], None]) -> None:
-        """Move the complete file to ``target``.
+    def open(self) -> int:
+        """A descriptor for reading the bytes."""
+        return self._directory.open_own(self._part_name, os.O_RDONLY)
+
+    def publish(self, target: Directory, before: Callable[[int], None]) -> None:
+        """Move the complete file to its name below ``target``.
 
         Args:
-            target: Its final path.
+            target: The directory that is pulled into.
             before: Called with the file's modification time in nanoseconds, when all bytes are on disk.
         """
         with local_errors(self.path, f"finish {self.identity.name!r} in"):
             self.sync()
-            before(os.stat(self.path).st_mtime_ns)
-        with local_errors(target, "put in place"):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            os.replace(self.path, target)
-            os.unlink(self._journal_path)
+            before(self._directory.stat(self._part_name).st_mtime_ns)
+        with (
+            local_errors(target.path_of(self.identity.name), "put in place"),
+            target.parent_of(self.identity.name) as (parent, last),
+        ):
+            self._directory.replace(self._part_name, parent, last)
+            self._directory.unlink(self._journal_name)
 
     def close(self) -> None:
         """Stop writing. The bytes stay for the next pull, if there are any and their version is known."""
@@ -238,7 +263,7 @@ class Partial:
 
     def sync(self) -> None:
         """Write all bytes to the disk."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = self._directory.open_own(self._part_name, os.O_RDWR)
         try:
             self._sync_or_discard(descriptor)
         finally:
@@ -250,7 +275,7 @@ class Partial:
         except OSError:
             # It is unknown which bytes are on the disk, and another fsync would report success.
             with contextlib.suppress(OSError):
-                os.unlink(self._journal_path)
+                self._directory.unlink(self._journal_name)
             raise
 
     def _borrow(self) -> tuple[int, int]:
@@ -258,8 +283,8 @@ class Partial:
             if self._closed:
                 raise OSError(0, "the pull has ended")
             if self._descriptor < 0:
-                self._descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-                self._journal = os.open(self._journal_path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+                self._descriptor = self._directory.open_own(self._part_name, os.O_RDWR)
+                self._journal = self._directory.open_own(self._journal_name, os.O_WRONLY | os.O_APPEND)
                 self._synced = time.monotonic()
             self._users += 1
             return self._descriptor, self._journal
@@ -280,7 +305,7 @@ class Partial:
     # -- the journal --------------------------------------------------------------------------------------------------
 
     def _begin_journal(self) -> None:
-        descriptor = open_file(self._journal_path, os.O_WRONLY | os.O_TRUNC)
+        descriptor = self._directory.create(self._journal_name)
         try:
             write_all(descriptor, _line(f"file {self.identity.text}") + _line(f"boot {self._disk.boot_id()}"))
         finally:
@@ -289,35 +314,47 @@ class Partial:
     def _replay(self) -> bool:
         """Read the journal; whether the bytes that it lists can be used."""
         try:
-            with open(self._journal_path, "rb") as file:
-                lines, length = _whole_lines(file.read())
-            size = os.stat(self.path).st_size
+            content = self._directory.read_own(self._journal_name, _MAX_JOURNAL_BYTES + 1)
+            part = self._directory.open_own(self._part_name, os.O_RDONLY)
         except FileNotFoundError:
             return False
-        if size != self.identity.size or not lines or lines[0] != f"file {self.identity.text}":
+        try:
+            size = os.fstat(part).st_size
+        finally:
+            os.close(part)
+        if size != self.identity.size or len(content) > _MAX_JOURNAL_BYTES:
             return False
-        synced, pending, boot = _ranges(lines[1:])
+        try:
+            lines, length = _whole_lines(content)
+            synced, pending, boot = _ranges(lines[1:])
+        except (IndexError, ValueError):  # whole lines, and yet not those of a journal
+            return False
+        if not lines or lines[0] != f"file {self.identity.text}":
+            return False
         same_boot = boot and boot == self._disk.boot_id()
         for offset, count in [*synced, *(pending if same_boot else ())]:
             if not 0 <= offset < offset + count <= size:
                 return False
             self._spans.add(offset, count)
         self._since_boot = len(pending) if same_boot else 0
-        os.truncate(self._journal_path, length)
-        if not same_boot:
-            with open(self._journal_path, "ab", buffering=0) as file:
-                write_all(file.fileno(), _line(f"boot {self._disk.boot_id()}"))
+        journal = self._directory.open_own(self._journal_name, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.ftruncate(journal, length)
+            if not same_boot:
+                write_all(journal, _line(f"boot {self._disk.boot_id()}"))
+        finally:
+            os.close(journal)
         return True
 
 
-def read_identity(journal: str) -> Identity | None:
+def read_identity(directory: Directory, journal: str) -> Identity | None:
     """The object of the partial file with this journal; None if the journal does not say."""
     try:
-        with open(journal, "rb") as file:
-            lines, _ = _whole_lines(file.readline())
+        start = directory.read_own(journal, _MAX_FIRST_LINE_BYTES)
+        lines, _ = _whole_lines(start[: start.find(b"\n") + 1])
         word, _, text = lines[0].partition(" ") if lines else ("", "", "")
         return Identity(**json.loads(text)) if word == "file" else None
-    except (OSError, ValueError, TypeError):
+    except (OSError, NotOwnFileError, RecursionError, ValueError, TypeError):
         return None
 
 
@@ -330,7 +367,7 @@ def _whole_lines(content: bytes) -> tuple[list[str], int]:
     """The lines before the first incomplete one, and their total length."""
     lines = []
     length = 0
-    for line in content.splitlines(keepends=True):
+    for line in io.BytesIO(content):
         text = line[9:-1]
         if line[:9] != b"%08x " % zlib.crc32(text) or line[-1:] != b"\n":
             break

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -42,6 +43,9 @@ from modelexpress_core.resources import starting_threads
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["FileProgress", "PullProgress", "pull"]
+
+#: Begins a URI, perhaps with a slash that is missing.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 #: Threads that verify files and put them in place; digests are computed without the GIL.
 _MAX_VERIFYING = min(4, os.cpu_count() or 1)
@@ -116,7 +120,7 @@ def pull(
     """
     loader = Loader(environ, plugins)
     text = os.fspath(directory)
-    if not text or "\0" in text or "://" in text:
+    if not text or "\0" in text or _SCHEME.match(text):
         message = f"no directory to copy into: {text!r}"
         raise ModelExpressError(
             message, cause="URI and directory in the wrong order", hint="first the URI, then a path"
@@ -247,6 +251,11 @@ class _Pull:
             return None
         if not os.path.isdir(parent):
             raise self._in_the_way(parent, "no directory")
+        below = parent
+        while len(below) > len(self._directory):
+            if os.path.islink(below):
+                raise self._in_the_way(below, "a link to a directory")
+            below = os.path.dirname(below)
         if not os.access(parent, os.W_OK | os.X_OK):
             message = f"nothing can be written to {parent}"
             raise ModelExpressError(
@@ -302,11 +311,18 @@ class _Pull:
             published = best_digest(infos[name].digests)
             if published is None or regular_size(path) != infos[name].size:
                 return
-            with local_errors(path, "read"):
-                before = os.stat(path)
-                actual = digest_of(path, published[0], self._cancelled)
-                after = os.stat(path)
-            if actual == published[1] and before.st_mtime_ns == after.st_mtime_ns and not self._cancelled.is_set():
+            descriptor = self._hidden.open_in_place(name)
+            if descriptor is None:
+                return
+            try:
+                with local_errors(path, "read"):
+                    before = os.fstat(descriptor)
+                    actual = digest_of(descriptor, published[0], self._cancelled)
+                    after = os.fstat(descriptor)
+            finally:
+                os.close(descriptor)
+            unchanged = (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
+            if actual == published[1] and unchanged and not self._cancelled.is_set():
                 self._hidden.record(wanted[name], after.st_mtime_ns, published)
                 self._skip(wanted[name], published)
                 with self._lock:
@@ -374,20 +390,23 @@ class _Pull:
 
     def _verified_in_place(self, copy: _Copy) -> bool:
         unfinished = copy.partial
-        if not unfinished.complete or regular_size(unfinished.path) != copy.info.size:
+        if not unfinished.complete or unfinished.file_bytes != copy.info.size:
             message = f"{copy.name!r} is incomplete although all its bytes arrived"
             raise ModelExpressError(message, hint="this is a bug in ModelExpress; please report it")
         published = best_digest(copy.info.digests) if self._verify else None
         if published is not None:
             with local_errors(unfinished.path, "read"):
-                actual = digest_of(unfinished.path, published[0], self._cancelled)
+                descriptor = unfinished.open()
+                try:
+                    actual = digest_of(descriptor, published[0], self._cancelled)
+                finally:
+                    os.close(descriptor)
             if self._cancelled.is_set():
                 raise ModelExpressError("the pull has ended")
             if actual != published[1]:
                 copy.wrong_digest = f"{published[0]} {actual}, not {published[1]}"
                 return False
-        record = partial(self._hidden.record, unfinished.identity, digest=published)
-        unfinished.publish(self._hidden.target(copy.name), record)
+        self._hidden.publish(unfinished, published)
         file = PulledFile(
             copy.name, copy.info.size, copy.info.version, "resumed" if copy.resumed_bytes else "copied", published
         )

@@ -14,7 +14,7 @@ from modelexpress_core.errors import AccessDeniedError, BackendError, Checkpoint
 from modelexpress_core.resources import starting_threads
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["WEIGHT_SUFFIXES", "Selection", "check_names", "select", "with_stat"]
+__all__ = ["WEIGHT_SUFFIXES", "Selection", "check_names", "reason_to_refuse", "select", "with_stat"]
 
 #: Suffixes of files of weights, in any case. Configurations and indexes (``.json``) and tokenizers (``.model``) have
 #: other suffixes.
@@ -158,7 +158,7 @@ def check_names(names: Iterable[str], uri: ModelURI) -> None:
     files: dict[str, str] = {}
     directories: dict[str, str] = {}
     for name in names:
-        reason = _reason_to_refuse(name)
+        reason = reason_to_refuse(name)
         if reason:
             raise _refused(uri, name, f"{shown(name)} {reason}")
         folded = name.casefold()
@@ -175,7 +175,7 @@ def check_names(names: Iterable[str], uri: ModelURI) -> None:
             )
 
 
-def _reason_to_refuse(name: str) -> str:
+def reason_to_refuse(name: str) -> str:
     """Why no file below a directory can have the name ``name``; empty if one can."""
     parts = name.split("/")
     if name.startswith("/"):

@@ -19,6 +19,7 @@ from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
+    IntegrityError,
     ModelExpressError,
     NotFoundError,
     SettingsError,
@@ -27,7 +28,7 @@ from modelexpress_core.errors import (
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.loader import Loader
 from modelexpress_core.loads.context import redacted_uris
-from modelexpress_core.messages import byte_range, listed
+from modelexpress_core.messages import byte_range, listed, printable
 from modelexpress_core.plugins import CORE, STORAGE, PluginManager
 from modelexpress_core.probing import ProbeError
 from modelexpress_core.providers import StorageProvider
@@ -49,7 +50,7 @@ _CHECKPOINT_FACTOR = 12
 #: Objects of a listing that are examined at most.
 _MAX_OBJECTS = 10_000
 
-#: Bytes of the test read.
+#: Bytes of each test read.
 _READ_BYTES = 64 << 10
 
 #: A larger difference of clocks is noted: servers refuse signatures if it is some minutes.
@@ -72,8 +73,8 @@ def diagnose(
 ) -> Iterator[Step]:
     """Examine everything that a load of ``uri`` needs, and yield the result of each step as soon as it is known.
 
-    Reads settings, looks names up, connects, lists, reads 64 KiB and all headers. Writes nothing. It raises no error:
-    failures are in the steps. ``can_load`` sums them up.
+    Reads settings, looks names up, connects, lists, reads 64 KiB at the start and in the middle of a file, and all
+    headers. Writes nothing. It raises no error: failures are in the steps. ``can_load`` sums them up.
 
     Args:
         uri: A directory, an index, or one safetensors file, as a URI or a path.
@@ -435,17 +436,45 @@ class _Examination:
             reason = "no file is known that could be read"
             raise _SkippedError(reason)
         if not info.size:
-            reason = f"{info.path} is empty"
+            reason = f"{printable(info.path)} is empty"
             raise _SkippedError(reason)
-        buffer = memoryview(bytearray(min(_READ_BYTES, info.size)))
         facts.update(path=info.path, version=info.version)
         begun = time.monotonic()
-        operation = f"read {byte_range(0, len(buffer))}"
-        count = self._in_time(lambda: storage.read_into(info.path, 0, buffer, version=info.version), operation)
+        start = self._bytes_at(storage, info, 0)
         milliseconds = (time.monotonic() - begun) * 1000
-        facts["bytes"] = count
+        facts["bytes"] = len(start)
         pinned = f"version {info.version}" if info.version else "which has no version to pin"
-        return "ok", f"{format_bytes(count)} of {info.path} ({pinned}) in {milliseconds:.1f} ms"
+        seen = f"{format_bytes(len(start))} of {printable(info.path)} ({pinned}) in {milliseconds:.1f} ms"
+        offset = info.size // 2
+        if not offset:
+            return "ok", seen
+        # Weights are read from the middle of files, and not every server has ranges.
+        middle = self._bytes_at(storage, info, offset)
+        facts["bytes_in_the_middle"] = len(middle)
+        self._check_middle(info, start, middle, offset)
+        return "ok", f"{seen}, and {format_bytes(len(middle))} from its middle"
+
+    def _bytes_at(self, storage: Storage, info: ObjectInfo, offset: int) -> bytes:
+        buffer = memoryview(bytearray(min(_READ_BYTES, info.size - offset)))
+        operation = f"read {byte_range(offset, len(buffer))}"
+        self._in_time(lambda: storage.read_into(info.path, offset, buffer, version=info.version), operation)
+        return bytes(buffer)
+
+    def _check_middle(self, info: ObjectInfo, start: bytes, middle: bytes, offset: int) -> None:
+        """Raise if ``middle``, read at ``offset``, has other bytes than the file has there, as far as that is known."""
+        overlap = start[offset:]
+        same_as_start = middle == start[: len(middle)] and len(set(middle)) > 1
+        if middle[: len(overlap)] == overlap and (overlap or not same_as_start):
+            return
+        uri = cast("ModelURI", self._uri)
+        raise IntegrityError(
+            "the bytes are those of another part of the file",
+            uri=str(uri.with_path(info.path)),
+            operation=f"read {byte_range(offset, len(middle))}",
+            provider=self._opened()[0].provider.name,
+            cause="the server, or a proxy in between, ignores Range, and the storage plugin does not notice",
+            hint="read from a server with ranges; report it to the plugin's authors",
+        )
 
     def _open_headers(self, facts: dict[str, Any]) -> tuple[str, str]:
         self._reachable()

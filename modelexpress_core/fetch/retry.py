@@ -8,6 +8,7 @@ fails a load once, not once per read.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -31,6 +32,9 @@ _MAX_LISTED_NAME_BYTES = 64 << 20
 
 #: Objects that one listing may repeat. No storage repeats any, but one that changes meanwhile might.
 _MAX_LISTED_AGAIN = 1000
+
+
+_log = logging.getLogger(__name__)
 
 
 class LoadCancelledError(ModelExpressError):
@@ -294,6 +298,8 @@ class RetryingStorage:
             raise exc
         delay = self._policy.delay(failures, exc.retry_after_seconds, self._uniform)
         if not self._budget.spend(delay):
+            _log.debug("not retrying, because the waiting time of this load is used up: %s", exc.headline)
             raise exc
+        _log.debug("retrying in %.2f s: %s", delay, exc.headline)
         if self._cancelled.wait(delay):
             raise LoadCancelledError("the load was cancelled") from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -16,6 +17,8 @@ from modelexpress_core.settings import LoadSettings, from_env
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["LoadContext", "redacted_uris"]
+
+_log = logging.getLogger(__name__)
 
 
 def redacted_uris(uri: ModelURI) -> Callable[[str], str]:
@@ -73,5 +76,6 @@ class LoadContext:
         policy = RetryPolicy.from_settings(self.settings)
         retrying = RetryingStorage(storage, policy, budget, uri_of=redacted_uris(uri))
         provider = registered.provider
+        _log.debug("reading the headers below %s with %s", uri, registered.label)
         ask_digests = to_load and self.settings.verify_digests and provider.capabilities.stat_digests
         return open_files(retrying, uri, provider=provider.name, ask_digests=ask_digests)

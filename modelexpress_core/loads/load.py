@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import time
 import uuid
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Load", "peak_rss_bytes"]
+
+_log = logging.getLogger(__name__)
 
 
 def peak_rss_bytes() -> int:
@@ -91,6 +94,10 @@ class Load(ABC):
         report = self._account()
         self.destination.complete(report)
         self._progress.report_now()
+        seconds = time.monotonic() - self._begun
+        _log.debug(
+            "loaded %s in %.2f s: %d bytes in %d reads", self._uri, seconds, report.bytes_fetched, report.requests
+        )
         self._plugins.load_finished(LoadFinished(load_id=self._id, report=report))
         return report
 
@@ -124,6 +131,8 @@ class Load(ABC):
     def _announce(self, *, provider: str, files: int, tensors: int, size_bytes: int) -> None:
         """Notify observers that the load is open."""
         self._opened = time.monotonic()
+        seconds = self._opened - self._begun
+        _log.debug("opened %s with %s in %.2f s: %d tensors in %d files", self._uri, provider, seconds, tensors, files)
         self._plugins.load_started(
             LoadStarted(
                 load_id=self._id,

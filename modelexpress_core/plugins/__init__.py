@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelexpress_core.plugins.entry_points import CORE, ENTRY_POINT_GROUP
+from modelexpress_core.plugins.entry_points import CORE, ENTRY_POINT_GROUP, plugin_packages
 from modelexpress_core.plugins.kinds import (
     AUTHENTICATOR,
     COMMAND,
@@ -29,4 +29,5 @@ __all__ = [
     "TRANSPORT",
     "Kind",
     "PluginManager",
+    "plugin_packages",
 ]

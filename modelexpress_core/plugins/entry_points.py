@@ -11,7 +11,7 @@ from attrs import frozen
 from modelexpress_core.errors import PluginLoadError
 from modelexpress_core.plugins.reasons import reason_of
 
-__all__ = ["CORE", "ENTRY_POINT_GROUP", "PluginEntryPoint", "installed_entry_points", "normalised"]
+__all__ = ["CORE", "ENTRY_POINT_GROUP", "PluginEntryPoint", "installed_entry_points", "normalised", "plugin_packages"]
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,12 @@ def installed_entry_points() -> list[PluginEntryPoint]:
         seen.add(normalised(name))
         found += _entry_points_of(distribution, name)
     return found
+
+
+def plugin_packages() -> list[str]:
+    """The packages of installed plugins, after which their loggers are named: ``mx_s3`` of ``mx_s3.plugin``."""
+    modules = {found.entry_point.module for found in installed_entry_points() if found.error is None}
+    return sorted(module.rpartition(".")[0] or module for module in modules)
 
 
 def _entry_points_of(distribution: importlib.metadata.Distribution, name: str) -> list[PluginEntryPoint]:

@@ -22,7 +22,7 @@ from modelexpress_core.server.environment import with_settings
 from modelexpress_core.server.files import OpenFiles
 from modelexpress_core.server.interceptors import MetricsInterceptor
 from modelexpress_core.server.metrics import ServerMetrics
-from modelexpress_core.server.metrics_port import MetricsPort
+from modelexpress_core.server.metrics_port import MetricsPort, read_token
 from modelexpress_core.server.reaper import Reaper
 from modelexpress_core.server.services.health import StandardHealth
 from modelexpress_core.server.services.offered import OfferedServices
@@ -110,14 +110,10 @@ class Server:
         interceptors = [*span_interceptors(), LoggingInterceptor(), MetricsInterceptor(self._metrics)]
         authenticator = open_authenticator(self._auth, self._plugins, self._environ)
         closing = await opened.enter_async_context(contextlib.AsyncExitStack())
-        context = ServiceContext(
-            store=self._store,
-            settings=self._environ,
-            plugins=_ServicePlugins(self._plugins),
-            metrics=self._metrics.registry,
-            closing=closing,
-        )
-        handlers = {**self._services.make(context), STANDARD_HEALTH.name: handler(STANDARD_HEALTH, self._health)}
+        handlers = {
+            **self._services.make(self._context(closing)),
+            STANDARD_HEALTH.name: handler(STANDARD_HEALTH, self._health),
+        }
         limits = MessageLimits(
             message_bytes=self._limits.message_bytes,
             receiving_bytes=self._limits.receiving_bytes,
@@ -129,6 +125,33 @@ class Server:
         await server.start()
         opened.push_async_callback(server.stop, self._settings.drain_seconds)
         return handlers
+
+    def _context(self, closing: contextlib.AsyncExitStack) -> ServiceContext:
+        return ServiceContext(
+            store=self._store,
+            settings=self._environ,
+            plugins=_ServicePlugins(self._plugins),
+            metrics=self._metrics.registry,
+            closing=closing,
+        )
+
+    async def check(self) -> None:
+        """Do what precedes serving: make the services, read the metrics' token, and ask the store. Serves nothing.
+
+        Call it once, and on a server that is not entered.
+
+        Raises:
+            PluginLoadError: A service cannot be made.
+            SettingsError: The file with the token of the metrics cannot be used.
+            StoreUnavailableError: The store does not answer. A server would start, and answer UNAVAILABLE.
+        """
+        async with contextlib.AsyncExitStack() as opened:
+            opened.push_async_callback(self._store.close)
+            closing = await opened.enter_async_context(contextlib.AsyncExitStack())
+            self._services.make(self._context(closing))
+            if self._settings.metrics_token is not None:
+                read_token(self._settings.metrics_token)
+            await self._store.counts()
 
     async def _serve_health(
         self, opened: contextlib.AsyncExitStack, handlers: Mapping[str, grpc.GenericRpcHandler[Any, Any]]

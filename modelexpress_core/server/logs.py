@@ -8,6 +8,7 @@ import time
 from datetime import datetime, timezone
 from typing import Any
 
+from modelexpress_core.messages import hide_credentials_of_urls, printable_lines
 from modelexpress_core.server.settings import LogSettings
 
 __all__ = ["announce", "write_log"]
@@ -28,7 +29,8 @@ class _ForPeople(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Announcements are their message alone; other records have time, level and logger before it."""
-        return record.getMessage() if isinstance(record, _Announcement) else super().format(record)
+        text = record.getMessage() if isinstance(record, _Announcement) else super().format(record)
+        return printable_lines(hide_credentials_of_urls(text))
 
 
 def _for_programs() -> logging.Formatter:

@@ -16,12 +16,13 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from modelexpress_core.errors import SettingsError
+from modelexpress_core.resources import start_thread
 from modelexpress_core.wire.files import WatchedFiles, read_bytes
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-__all__ = ["MetricsPort"]
+__all__ = ["MetricsPort", "read_token"]
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,11 @@ class MetricsPort:
         self._server.set_app(app)
         self.port = int(self._server.server_address[1])
         self._thread = threading.Thread(target=self._server.serve_forever, name="mx-metrics", daemon=True)
-        self._thread.start()
+        try:
+            start_thread(self._thread, "serve the metrics")
+        except BaseException:
+            self._server.server_close()
+            raise
 
     def close(self) -> None:
         """Close the port and its connections."""
@@ -171,7 +176,7 @@ class _WithToken:
 
     def __init__(self, app: WSGIApplication, path: str) -> None:
         self._app = app
-        self._files = WatchedFiles((path,), lambda: _read_token(path))
+        self._files = WatchedFiles((path,), lambda: read_token(path))
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer with 401 unless the token is right."""
@@ -182,7 +187,12 @@ class _WithToken:
         return [b"a bearer token is needed: the one in the file that MX_METRICS_TOKEN_PATH names\n"]
 
 
-def _read_token(path: str) -> bytes:
+def read_token(path: str) -> bytes:
+    """The token in the file at ``path``.
+
+    Raises:
+        SettingsError: The file cannot be read, or holds none.
+    """
     token = read_bytes(path, "MX_METRICS_TOKEN_PATH").strip()
     if len(token.split()) != 1:
         message = f"the file that MX_METRICS_TOKEN_PATH names holds no token: {path}"

@@ -7,6 +7,7 @@ import re
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
+from modelexpress_core.messages import without_credentials
 from modelexpress_core.settings import Override, byte_count, env, names, one_of, positive_integer, seconds, tcp_port
 from modelexpress_core.uri import host_and_port, redacted
 
@@ -46,12 +47,6 @@ def has_stray_password(uri: str) -> bool:
 
 def _redacted(uri: str) -> str:
     return "***" if has_stray_password(uri) else redacted(uri)
-
-
-def _without_user(text: str) -> str:
-    """``text`` without the part before an at sign: somebody may write a URI in place of a host or a name."""
-    before, at, rest = text.rpartition("@")
-    return f"{'***' if before else ''}{at}{rest}"
 
 
 @frozen
@@ -245,14 +240,14 @@ class StoreVariables:
     backend: str | None = env(
         "MX_METADATA_BACKEND",
         default=None,
-        shown=_without_user,
+        shown=without_credentials,
         help="Where the server keeps metadata if no URI says so: memory, redis or kubernetes.",
     )
     redis_url: str | None = env("REDIS_URL", default=None, shown=_redacted, help="URL of Redis, for the backend redis.")
     redis_host: str = env(
         "MX_REDIS_HOST",
         default="localhost",
-        shown=_without_user,
+        shown=without_credentials,
         help="Host of Redis, for the backend redis without a URL.",
     )
     redis_port: int = env(
@@ -277,7 +272,7 @@ class StoreVariables:
             "kubernetes": "kubernetes://",
         }
         if backend not in uris:
-            asked = _without_user(self.backend)
+            asked = without_credentials(self.backend)
             message = f"no metadata backend of a server is called {asked!r}; there are {', '.join(uris)}"
             raise SettingsError(message, hint="correct MX_METADATA_BACKEND, or set MX_METADATA_URI, which wins over it")
         from_url = backend == "redis" and self.redis_url

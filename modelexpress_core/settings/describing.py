@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
+from modelexpress_core.messages import hide_credentials
 from modelexpress_core.settings.declaring import field_names, fields
 from modelexpress_core.settings.provenance import SettingSources
 from modelexpress_core.settings.reading import read
@@ -80,8 +81,9 @@ def _largest_usable(cls: type[_T], values: Mapping[str, Any]) -> tuple[_T, Mappi
 
 
 def _to_text(value: object) -> str:
+    """``value`` as a variable has it. Of a URL in a field of any kind, credentials are hidden: it may be misplaced."""
     if isinstance(value, Mapping):
-        return ",".join(f"{k}={v}" for k, v in value.items())
+        return ",".join(hide_credentials(f"{k}={v}") for k, v in value.items())
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return "" if value is None else str(value)
+        return ",".join(hide_credentials(str(each)) for each in value)
+    return "" if value is None else hide_credentials(str(value))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.messages import with_hint
+from modelexpress_core.messages import may_hold_credentials, with_hint
 from modelexpress_core.settings.converters import WITH_UNITS
 from modelexpress_core.settings.declaring import Variable, fields
 from modelexpress_core.settings.provenance import SettingSources
@@ -122,7 +122,8 @@ def read(cls: type, sources: SettingSources) -> Reading:
             try:
                 accept(field, converter(text) if converter else text, name)
             except ValueError as exc:
-                problem = f"***: {_NOT_SHOWN}" if variable.hidden else f"{text!r}: {exc}"
+                hidden = variable.hidden or may_hold_credentials(text)
+                problem = f"***: {_NOT_SHOWN}" if hidden else f"{text!r}: {exc}"
                 reading.problems[field, name] = f"{name}={problem}"
         if field in sources.overrides:
             accept(field, sources.overrides[field].value, sources.overrides[field].source)
@@ -150,6 +151,8 @@ def _explain(exc: ValueError, value: object, variable: Variable) -> str:
     try:
         text = repr(value)
     except ValueError:  # of a number with thousands of digits
+        return _NOT_SHOWN
+    if may_hold_credentials(text):
         return _NOT_SHOWN
     return f"{text if len(text) <= _SHOWN_CHARACTERS else f'{text[:_SHOWN_CHARACTERS]}...'}: {exc}"
 

@@ -7,6 +7,8 @@ server signs for this reader, this source and this worker.
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,16 +17,22 @@ import attrs
 import grpc
 from attrs import frozen
 
-from modelexpress_core.errors import AccessDeniedError, BackendError
+from modelexpress_core.errors import AccessDeniedError, BackendError, NotFoundError
+from modelexpress_core.resources import start_thread
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.settings import ServerAddress
 from modelexpress_core.wire.client import Client, Security
-from modelexpress_core.wire.proto.modelexpress import p2p_pb2
-from modelexpress_core.wire.rpc import WORKER
+from modelexpress_core.wire.proto.modelexpress import access_pb2, p2p_pb2
+from modelexpress_core.wire.rpc import LEASE, WORKER
 
 __all__ = ["Lease", "WorkerClient"]
 
+
+_log = logging.getLogger(__name__)
+
+#: How often a lease is renewed before it would end: two renewals may be lost.
+_RENEWALS_PER_TERM = 4
 
 #: A grant is used up to this long before it expires.
 _GRANT_MARGIN_SECONDS = 30.0
@@ -77,7 +85,7 @@ class WorkerClient(Client):
     ) -> None:
         without_token = attrs.evolve(security or Security(), token=None)
         # No retries: if a worker does not answer, or drains, the next peer is the better choice.
-        super().__init__(url, (WORKER,), deadline_seconds=deadline_seconds, security=without_token, retries=False)
+        super().__init__(url, (WORKER, LEASE), deadline_seconds=deadline_seconds, security=without_token, retries=False)
         self._server = server
         self._grants: dict[tuple[str, str], _Grant] = {}
 
@@ -115,24 +123,52 @@ class WorkerClient(Client):
 
     @contextlib.contextmanager
     def lease(self, source_id: str, worker_id: str | None = None) -> Iterator[Lease]:
-        """Hold a lease during the ``with`` block.
+        """Hold a lease during the ``with`` block. A thread renews it, if the worker takes renewals.
 
         Raises:
             BackendError: The call failed; or, at the end of the block, the worker does not confirm that the lease
                 lasted until then, so that data read in the block cannot be trusted.
         """
-        request = p2p_pb2.PrepareTensorReadRequest(mx_source_id=source_id, worker_id=worker_id)
+        request = p2p_pb2.PrepareTensorReadRequest(mx_source_id=source_id, worker_id=worker_id, renews=True)
         response: p2p_pb2.PrepareTensorReadResponse = self._call_granted("PrepareTensorRead", request)
         release = p2p_pb2.ReleaseTensorReadRequest(
             mx_source_id=source_id, worker_id=worker_id, lease_id=response.lease_id
         )
         try:
-            yield Lease(response.lease_id, response.manifest)
+            with self._renewing(response.lease_id, response.renew_within_seconds):
+                yield Lease(response.lease_id, response.manifest)
         except BaseException:
             with contextlib.suppress(BackendError):  # the error of the block is raised; the lease will expire
                 self._call(WORKER, "ReleaseTensorRead", release)
             raise
         self._call(WORKER, "ReleaseTensorRead", release)
+
+    @contextlib.contextmanager
+    def _renewing(self, lease_id: str, within_seconds: float) -> Iterator[None]:
+        """Renew a lease until the end of the block; 0 seconds mean that it needs no renewal."""
+        if not within_seconds:
+            yield
+            return
+        ended = threading.Event()
+        interval_seconds = within_seconds / _RENEWALS_PER_TERM
+        request = access_pb2.RenewLeaseRequest(lease_id=lease_id)
+
+        def renew() -> None:
+            while not ended.wait(interval_seconds):
+                try:
+                    self._call(LEASE, "RenewLease", request, deadline_seconds=interval_seconds)
+                except NotFoundError:
+                    return  # its release will raise that
+                except BackendError as exc:
+                    _log.debug("the lease was not renewed, and is tried again: %s", exc)
+
+        thread = threading.Thread(target=renew, name="mx-lease", daemon=True)
+        start_thread(thread, "renew the lease")
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def _call_granted(self, method: str, request: Any) -> Any:  # noqa: ANN401 - two messages and their responses
         """The response of ``method``; the worker gets a read grant if it wants one."""

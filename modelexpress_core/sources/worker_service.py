@@ -15,6 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import attrs
 import grpc
 import grpc.aio
 from attrs import frozen
@@ -24,15 +25,15 @@ from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.resources import start_thread
 from modelexpress_core.wire.admission import MessageLimits, peer_host
 from modelexpress_core.wire.authentication import caller
-from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
-from modelexpress_core.wire.rpc import STANDARD_HEALTH, WORKER, handler
+from modelexpress_core.wire.proto.modelexpress import access_pb2, health_pb2, p2p_pb2
+from modelexpress_core.wire.rpc import LEASE, STANDARD_HEALTH, WORKER, handler
 from modelexpress_core.wire.serving import listen, new_server
 from modelexpress_core.wire.settings import TlsSettings
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-__all__ = ["Leases", "TooManyLeasesError", "WorkerServer"]
+__all__ = ["RENEWAL_SECONDS", "Leases", "TooManyLeasesError", "WorkerServer"]
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Code = grpc.StatusCode
@@ -53,26 +54,37 @@ class TooManyLeasesError(Exception):
     """A reader, or all readers together, hold as many leases as they may."""
 
 
+#: A lease that its reader renews ends this long after the last renewal: a reader that died holds up nothing for long.
+RENEWAL_SECONDS = 15
+
+
 @frozen
 class _Lease:
-    """Whose lease it is, and the time at which it expires."""
+    """A lease.
+
+    Attributes:
+        reader: Whose it is.
+        until: When it expires.
+        latest: When it expires even if it is renewed.
+    """
 
     reader: str
     until: float
+    latest: float
 
 
 class Leases:
     """The leases of the current readers. Thread-safe.
 
     Args:
-        seconds: A lease expires after this time, in case its reader has died.
+        seconds: A lease expires after this time, in case its reader has died, also if it is renewed.
         clock: A monotonic clock, in seconds.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._seconds = seconds
         self._clock = clock
-        self._active: dict[str, _Lease] = {}  # in the order of their expiry, since all last equally long
+        self._active: dict[str, _Lease] = {}
         #: Released leases, until they would have expired, so that a repeated release gets the same answer.
         self._released: dict[str, _Lease] = {}
         self._active_of: Counter[str] = Counter()
@@ -85,11 +97,12 @@ class Leases:
         """Whether the worker has stopped granting leases."""
         return self._draining
 
-    def grant(self, reader: str = "") -> str | None:
+    def grant(self, reader: str = "", *, renews: bool = False) -> str | None:
         """Return a new lease; None while draining.
 
         Args:
             reader: Name or address of the reader, whose number of leases is limited.
+            renews: Whether the reader renews it; it ends ``RENEWAL_SECONDS`` after the last renewal then.
 
         Raises:
             TooManyLeasesError: The reader, or all readers together, hold as many as they may.
@@ -105,7 +118,9 @@ class Leases:
                 message = f"readers hold {_MAX_LEASES} leases, which is the limit for a worker"
                 raise TooManyLeasesError(message)
             lease = secrets.token_hex(16)
-            self._active[lease] = _Lease(reader, self._clock() + self._seconds)
+            now = self._clock()
+            latest = now + self._seconds
+            self._active[lease] = _Lease(reader, min(latest, now + RENEWAL_SECONDS) if renews else latest, latest)
             self._active_of[reader] += 1
             return lease
 
@@ -121,6 +136,16 @@ class Leases:
                 self._remember(lease, active)
                 self._changed.notify_all()
             return lease in self._released
+
+    def renew(self, lease: str) -> bool:
+        """Let a lease last for ``RENEWAL_SECONDS`` from now; return False if it has ended or never existed."""
+        with self._changed:
+            self._remove_expired()
+            active = self._active.get(lease)
+            if active is not None:
+                until = min(active.latest, max(active.until, self._clock() + RENEWAL_SECONDS))
+                self._active[lease] = attrs.evolve(active, until=until)
+            return active is not None
 
     def out(self) -> int:
         """Return the number of active leases."""
@@ -141,7 +166,8 @@ class Leases:
                     self._active.clear()
                     self._active_of.clear()
                     return False
-                self._changed.wait(min(deadline, next(iter(self._active.values())).until) - now)
+                # A lease may be renewed meanwhile: the loop looks again.
+                self._changed.wait(min(deadline, *(lease.until for lease in self._active.values())) - now)
             return True
 
     def _remember(self, lease: str, released: _Lease) -> None:
@@ -158,9 +184,9 @@ class Leases:
     def _remove_expired(self) -> int:
         """Forget expired leases; return the number of active ones."""
         now = self._clock()
-        while self._active and (first := next(iter(self._active))) and self._active[first].until <= now:
-            _pop(self._active, self._active_of, first)
-        for lease in [each for each, released in self._released.items() if released.until <= now]:
+        for lease in [each for each, active in self._active.items() if active.until <= now]:
+            _pop(self._active, self._active_of, lease)
+        for lease in [each for each, released in self._released.items() if released.latest <= now]:
             _pop(self._released, self._released_of, lease)
         return len(self._active)
 
@@ -196,12 +222,14 @@ class _WorkerService:
         await self._check(request, context)
         name, host = caller.get(), peer_host(context.peer())
         try:
-            lease = self._leases.grant(f"{name} at {host}" if name else host)
+            lease = self._leases.grant(f"{name} at {host}" if name else host, renews=request.renews)
         except TooManyLeasesError as exc:
             await context.abort(_Code.RESOURCE_EXHAUSTED, f"{exc}; release leases, or read from another worker")
         if lease is None:
             await context.abort(_Code.UNAVAILABLE, _DRAINING)
-        return p2p_pb2.PrepareTensorReadResponse(lease_id=lease, manifest=self._manifest)
+        return p2p_pb2.PrepareTensorReadResponse(
+            lease_id=lease, manifest=self._manifest, renew_within_seconds=RENEWAL_SECONDS if request.renews else 0
+        )
 
     async def release_tensor_read(
         self, request: p2p_pb2.ReleaseTensorReadRequest, context: _Context
@@ -209,9 +237,7 @@ class _WorkerService:
         """Release a lease, also while the worker drains."""
         await self._check_ids(request, context)
         if not self._leases.release(request.lease_id):
-            await context.abort(
-                _Code.NOT_FOUND, "no such lease: it has ended, and the memory may have changed since then"
-            )
+            await context.abort(_Code.NOT_FOUND, _NO_LEASE)
         return p2p_pb2.ReleaseTensorReadResponse()
 
     async def _check(self, request: Any, context: _Context) -> None:  # noqa: ANN401 - one of two messages
@@ -231,12 +257,30 @@ class _WorkerService:
             await context.abort(_Code.FAILED_PRECONDITION, reason)
 
 
+class _LeaseService:
+    """The handlers of ``LeaseService``."""
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+
+    async def renew_lease(
+        self, request: access_pb2.RenewLeaseRequest, context: _Context
+    ) -> access_pb2.RenewLeaseResponse:
+        """Renew a lease, also while the worker drains."""
+        if not self._leases.renew(request.lease_id):
+            await context.abort(_Code.NOT_FOUND, _NO_LEASE)
+        return access_pb2.RenewLeaseResponse()
+
+
 #: Requests have ids and no more. Many readers may read the manifest at the same time.
 _MAX_REQUEST_BYTES = 64 << 10
 _RECEIVING_BYTES = 8 << 20
 _ANSWER_BYTES = 256 << 20
 
-_RELEASE = WORKER.path("ReleaseTensorRead")
+#: Methods for which the id of the lease suffices: it is a secret of its reader, whose grant may have expired.
+_BY_LEASE = (WORKER.path("ReleaseTensorRead"), LEASE.path("RenewLease"))
+
+_NO_LEASE = "no such lease: it has ended, and the memory may have changed since then"
 
 _DRAINING = "the worker is draining: its memory is about to change"
 
@@ -266,7 +310,7 @@ class WorkerServer:
         manifest: Manifest of the worker's tensors, with the ids of source and worker.
         address: Address to listen on: ``host:port``; port 0 is any free port.
         tls: Files of TLS; TLS is on if there is a certificate.
-        authenticator: Authenticates readers; None to accept every reader. To release a lease its id suffices.
+        authenticator: Authenticates readers; None to accept every reader. To renew or release a lease its id suffices.
         lease_seconds: How long a reader may keep a lease.
 
     Attributes:
@@ -323,12 +367,15 @@ class WorkerServer:
             self._end_loop()
 
     async def _begin(self) -> tuple[int, grpc.aio.Server]:
-        services = {WORKER: _WorkerService(self._manifest, self.leases), STANDARD_HEALTH: _WorkerHealth(self.leases)}
+        services = {
+            WORKER: _WorkerService(self._manifest, self.leases),
+            LEASE: _LeaseService(self.leases),
+            STANDARD_HEALTH: _WorkerHealth(self.leases),
+        }
         handlers = {service.name: handler(service, implementation) for service, implementation in services.items()}
         manifest_bytes = self._manifest.ByteSize()
         limits = MessageLimits(_MAX_REQUEST_BYTES, _RECEIVING_BYTES, max(_ANSWER_BYTES, 16 * manifest_bytes))
-        # A load may take longer than the grant of its reader is valid. The id of a lease is a secret of the reader.
-        server = new_server(handlers, authenticator=self._authenticator, open_methods=[_RELEASE], limits=limits)
+        server = new_server(handlers, authenticator=self._authenticator, open_methods=_BY_LEASE, limits=limits)
         try:
             port = listen(server, self._address, tls=self._tls, authenticator=self._authenticator)
         except RuntimeError as exc:

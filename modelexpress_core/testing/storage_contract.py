@@ -108,6 +108,7 @@ class StorageContract(Contract, contract=True):
         page_size: Objects in one page of a listing; a test puts one more. 0 if listings have no pages.
         unsupported_names: Names in ``UNUSUAL_NAMES`` that the backend cannot store, with the reason.
         hang_seconds: How long one call may take before it counts as hanging.
+        close_seconds: How long a stalled read may go on after ``close``.
     """
 
     versions: ClassVar[bool] = True
@@ -115,6 +116,7 @@ class StorageContract(Contract, contract=True):
     page_size: ClassVar[int] = 0
     unsupported_names: ClassVar[Mapping[str, str]] = {}
     hang_seconds: ClassVar[float] = 30.0
+    close_seconds: ClassVar[float] = 2.0
 
     # -- fixtures to override -----------------------------------------------------------------------------------------
 
@@ -784,24 +786,42 @@ class StorageContract(Contract, contract=True):
         self._ends_at_close(storage, read)
 
     def test_close_ends_a_read_that_waits(self, stalled: tuple[Storage, str] | None) -> None:
-        """``close`` ends a stalled read, so that a failed load does not wait for a silent server."""
+        """``close`` itself ends a stalled read, so that a failed load does not wait for a silent server.
+
+        A read that only its time-out ends fails: give the storage of ``stalled`` one that is far longer than
+        ``close_seconds``. The test sets the patience of a storage that has one.
+        """
         if stalled is None:
             pytest.skip("the fixture `stalled` is None")
         storage, path = stalled
+        if hasattr(storage, "patience_seconds"):
+            storage.patience_seconds = 10 * self.hang_seconds
+        ended: list[float] = []
+        closed: list[float] = []
 
         def read(_: int) -> None:
             try:
                 checked_read(storage, path, 0, 1000, broken=True)
             except BackendError as exc:
+                ended.append(time.monotonic())
                 check_final(exc, "a read that close ended")
                 return
             violated("the read returned without an error, although it should stall: check the fixture `stalled`")
 
         def close() -> None:
             time.sleep(_MEANWHILE_SECONDS)
+            closed.append(time.monotonic())
             self._soon("close during a stalled read", storage.close)
 
         self._in_threads(3, read, meanwhile=close)
+        if min(ended) < closed[0]:
+            violated("a read ended before close was called, although it should stall: check the fixture `stalled`")
+        late = max(ended) - closed[0]
+        if late > self.close_seconds:
+            violated(
+                f"a stalled read ended {late:.1f} s after close, and at most {self.close_seconds:g} s are allowed "
+                "(close_seconds): shut its connection down in close, and do not wait for its time-out"
+            )
 
     # -- errors -------------------------------------------------------------------------------------------------------
 

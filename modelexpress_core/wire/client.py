@@ -21,6 +21,7 @@ from modelexpress_core.errors import (
     UnavailableError,
     UnsupportedError,
 )
+from modelexpress_core.messages import printable
 from modelexpress_core.settings import from_env
 from modelexpress_core.wire.channel import Connection
 from modelexpress_core.wire.diagnosis import diagnose
@@ -75,7 +76,7 @@ _ERRORS: dict[grpc.StatusCode, tuple[type[BackendError], str, str]] = {
     ),
     _Code.RESOURCE_EXHAUSTED: (
         BackendError,
-        "the message is longer than 100 MiB, or the server has run out of something",
+        "the message is longer than the server takes (MX_MAX_MESSAGE_BYTES), or the server has reached another limit",
         "publish less metadata: readers ask the worker for its tensors",
     ),
     _Code.INVALID_ARGUMENT: (
@@ -248,7 +249,9 @@ class Client:
             kind, cause, hint = _ERRORS.get(code, (BackendError, "", "look into the log of the server"))
             if code is _Code.UNAUTHENTICATED and self._connection.withholds_token:
                 cause, hint = _TOKEN_WITHHELD
-            error = kind(f"the server answered {code.name}: {exc.details()}", cause=cause or None, hint=hint)
+            error = kind(
+                f"the server answered {code.name}: {printable(str(exc.details()))}", cause=cause or None, hint=hint
+            )
         error.uri, error.operation = str(self._endpoint), f"call {method}"
         return error
 

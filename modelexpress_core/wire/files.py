@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import threading
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -15,6 +16,12 @@ __all__ = ["WatchedFiles", "read_bytes"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+#: Variables that name files with secrets.
+_SECRETS = frozenset({"MX_AUTH_TOKENS_PATH", "MX_AUTH_TOKEN_PATH", "MX_METRICS_TOKEN_PATH", "MX_TLS_KEY_PATH"})
+
+#: Files with secrets that others can read, which the log has named.
+_named: set[str] = set()
+
 #: Readings of files that change while they are read.
 _ATTEMPTS = 5
 
@@ -22,13 +29,16 @@ _Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 def read_bytes(path: str, variable: str) -> bytes:
-    """The content of a file.
+    """The content of a file. The log warns once of a file with secrets that all users can read.
 
     Raises:
         SettingsError: It cannot be read; the message names the file, and the ``variable`` that names it.
     """
     try:
         with open(path, "rb") as file:
+            if variable in _SECRETS and os.fstat(file.fileno()).st_mode & stat.S_IROTH and path not in _named:
+                _named.add(path)
+                _log.warning("all users of this machine can read %s, which %s names: chmod o-r it", path, variable)
             return file.read()
     except (OSError, ValueError) as exc:  # the latter for a path with a NUL in it
         message = f"the file that {variable} names cannot be read: {path}: {getattr(exc, 'strerror', None) or exc}"

@@ -24,6 +24,7 @@ __all__ = [
     "ACCESS",
     "API",
     "HEALTH",
+    "LEASE",
     "MESSAGE_OPTIONS",
     "P2P",
     "STANDARD_HEALTH",
@@ -116,6 +117,11 @@ P2P = Service(
 ACCESS = Service(
     "modelexpress.access.AccessService",
     {"GetReadGrant": Method(access_pb2.GetReadGrantRequest, access_pb2.GetReadGrantResponse)},
+)
+
+LEASE = Service(
+    "modelexpress.access.LeaseService",
+    {"RenewLease": Method(access_pb2.RenewLeaseRequest, access_pb2.RenewLeaseResponse)},
 )
 
 WORKER = Service(

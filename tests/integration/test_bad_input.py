@@ -24,6 +24,7 @@ from attrs import field, frozen
 
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Fault, Policy, TcpProxy
+from tests.support.signals import with_default_signals
 from tests.support.waiting import eventually
 
 INDEX = "model.safetensors.index.json"
@@ -413,7 +414,7 @@ def test_a_message_says_what_is_wrong_and_what_to_do(name: str, place: Place, mx
 def test_ctrl_c_ends_a_command_with_a_word_and_leaves_nothing_half_written(
     command: str, place: Place, tmp_path: Path
 ) -> None:
-    """Soon, with exit code 1, no traceback, and no file under its name that is not whole."""
+    """Soon, with exit code 130, no traceback, and no file under its name that is not whole."""
     asked = []
 
     def policy(number: int, request: bytes) -> Fault | None:
@@ -425,7 +426,7 @@ def test_ctrl_c_ends_a_command_with_a_word_and_leaves_nothing_half_written(
     target = tmp_path / "copy"
     arguments = [command, place.uri, *([str(target)] if command == "pull" else [])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "modelexpress_core", *arguments],
+        with_default_signals([sys.executable, "-m", "modelexpress_core", *arguments]),
         env=environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -437,7 +438,7 @@ def test_ctrl_c_ends_a_command_with_a_word_and_leaves_nothing_half_written(
     begun = time.monotonic()
     _, said = process.communicate(timeout=60)
 
-    assert 1 == process.returncode, said
+    assert 130 == process.returncode, said
     assert time.monotonic() - begun < 20
     assert "Interrupted" in said
     assert "Traceback" not in said

@@ -317,3 +317,63 @@ def test_output_that_cannot_be_written_is_an_error(sharded: Path) -> None:
     assert done.returncode == 1
     assert "No space left" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_log_level_of_mx_reaches_core_and_plugins(
+    mx: Run, uploaded: str, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """Loads say what they do in the log, and so do plugins; by default neither does."""
+    (tmp_path / "chatting").mkdir()
+    (tmp_path / "chatting" / "__init__.py").touch()
+    (tmp_path / "chatting" / "plugin.py").write_text(
+        "import logging\n"
+        "from modelexpress_core.hooks import hookimpl\n"
+        "@hookimpl\n"
+        "def mx_load_started(event):\n"
+        "    logging.getLogger('chatting.inner').debug('a detail of a plugin')\n"
+        "    logging.getLogger('sdk').debug('a detail of an SDK')\n"
+    )
+    info = tmp_path / "chatting-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: chatting\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[modelexpress.plugins]\nchatting = chatting.plugin\n")
+    environ = {**environ, "PYTHONPATH": str(tmp_path)}
+
+    detailed = mx("--log-level", "debug", "load", uploaded, "--json", environ=environ)
+    usual = mx("load", uploaded, "--json", environ=environ)
+
+    assert 0 == detailed.returncode, detailed.stderr
+    for line in (
+        f"DEBUG candidates for {uploaded}",
+        f"DEBUG reading the headers below {uploaded} with mx-s3",
+        f"DEBUG opened {uploaded} with mx-s3",
+        f"DEBUG loaded {uploaded}",
+        "DEBUG a detail of a plugin",
+    ):
+        assert line in detailed.stderr
+    assert "a detail of an SDK" not in detailed.stderr
+    assert "" == usual.stderr
+    json.loads(detailed.stdout)
+
+
+@pytest.mark.slow
+def test_digests_are_not_written_through_a_link(sharded: Path, tmp_path: Path) -> None:
+    """Somebody who may write to the directory puts one in place of the file that is being written."""
+    valuable, out = tmp_path / "valuable", tmp_path / "out"
+    valuable.write_text("mine")
+    valuable.chmod(0o600)
+    out.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modelexpress_core", "load", str(sharded), "--digests", str(out / "digests.json")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    temporary: list[Path] = []
+    while not temporary and process.poll() is None:  # the load takes far longer than this loop to see the file
+        temporary = list(out.iterdir())
+    (tmp_path / "link").symlink_to(valuable)
+    (tmp_path / "link").rename(temporary[0])
+    said, _ = process.communicate(timeout=120)
+
+    assert ("mine", 0o600) == (valuable.read_text(), valuable.stat().st_mode & 0o777), said

@@ -23,8 +23,11 @@ import trustme
 
 from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.doctor import STEPS, Step, can_load, diagnose
+from modelexpress_core.errors import UnsupportedError
 from modelexpress_core.plugins import PluginManager
+from modelexpress_core.storage.memory import MemoryStorage
 from tests.support import lookout
+from tests.support.checkpoints import pattern
 from tests.support.network import CLOSED_PORT
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -663,3 +666,38 @@ def test_no_torch_is_needed(sharded: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(sharded)], capture_output=True, text=True, check=False)
 
     assert 0 == done.returncode, done.stderr
+
+
+class _WithoutRange(MemoryStorage):
+    """As of a server that ignores Range: every read begins at the start of the file."""
+
+    refuses = False
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        if offset and self.refuses:
+            raise UnsupportedError("the server ignores Range", uri=f"memory://{path}", operation="read")
+        return super().read_into(path, 0, buffer, version=version)
+
+
+@pytest.mark.parametrize("refuses", [True, False], ids=["the plugin notices", "the plugin does not notice"])
+@pytest.mark.parametrize("size", [2, 1000, 100_000, 1_000_000])
+def test_a_server_that_ignores_range_is_found(size: int, refuses: bool) -> None:
+    """By a read in the middle of a file, whether it overlaps the one at the start or not."""
+    storage = _WithoutRange("test")
+    storage.refuses = refuses
+    storage.put("model/model.safetensors", b"ab" * (size // 2) if size == 2 else pattern(size, 1))
+
+    class Plugin:
+        @staticmethod
+        @lookout.hookimpl
+        def mx_register_storages() -> list[lookout.StorageProvider]:
+            return [lookout.StorageProvider("mx-test", ("test",), lambda uri, settings: storage)]
+
+    plugins = PluginManager.discover({})
+    plugins.register(Plugin(), name="mx-test")
+
+    steps = {step.name: step for step in diagnose("test://test/model", environ={}, plugins=plugins)}
+
+    assert ["ok", "failed"] == statuses(steps, "listing", "read")
+    assert f"read bytes {size // 2}-" in steps["read"].seen or refuses
+    assert "Range" in f"{steps['read'].seen} {steps['read'].cause}"

@@ -29,6 +29,7 @@ from modelexpress_core.wire.identities import identity_to_message
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.rpc import P2P
 from tests.support.serving import Serving
+from tests.support.signals import with_default_signals
 from tests.support.waiting import eventually
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +61,7 @@ def run(start: Start) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
         def run(url: str, worker_id: str, mode: str) -> subprocess.Popen[str]:
             process = subprocess.Popen(
-                [sys.executable, str(_PROGRAM), url, worker_id, mode],
+                with_default_signals([sys.executable, str(_PROGRAM), url, worker_id, mode]),
                 env={**os.environ, "PYTHONPATH": str(_ROOT)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

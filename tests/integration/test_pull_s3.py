@@ -21,6 +21,7 @@ import modelexpress_core as mx
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Fault, TcpProxy
 from modelexpress_core.plugins import STORAGE
+from tests.support.signals import with_default_signals
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 Start = Callable[[str, Path, "dict[str, str]"], "subprocess.Popen[str]"]
@@ -116,7 +117,7 @@ def started() -> Iterator[Start]:
     processes: list[subprocess.Popen[str]] = []
 
     def started(uri: str, out: Path, environ: dict[str, str]) -> subprocess.Popen[str]:
-        program = [sys.executable, "-m", "modelexpress_core", "pull", uri, str(out)]
+        program = with_default_signals([sys.executable, "-m", "modelexpress_core", "pull", uri, str(out)])
         environ = {**os.environ, **environ}
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(program, env=environ, stdout=pipe, stderr=pipe, text=True))
@@ -216,7 +217,7 @@ def test_after_kill_9_only_what_is_missing_is_read(
 def test_ctrl_c_says_that_the_next_run_goes_on(
     mx: Run, started: Start, uploaded: str, sharded: Path, proxy: TcpProxy, through: dict[str, str], tmp_path: Path
 ) -> None:
-    """Exit code 1, no traceback, no file in part; and it does go on."""
+    """Exit code 130, no traceback, no file in part; and it does go on."""
     out = tmp_path / "out"
     proxy.policy = Ranges(stall_after=20)
     process = started(uploaded, out, through)
@@ -228,7 +229,7 @@ def test_ctrl_c_says_that_the_next_run_goes_on(
 
     done = mx("pull", uploaded, str(out), "--json", environ=through)
 
-    assert 1 == process.returncode
+    assert 130 == process.returncode
     assert "run the same command again to resume" in " ".join(errors.split())
     assert "Traceback" not in errors
     assert total_bytes(sharded) - kept == json.loads(done.stdout)["bytes_copied"]

@@ -22,6 +22,7 @@ import modelexpress_core as mx
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Fault, TcpProxy
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
+from tests.support.signals import with_default_signals
 
 
 class Observer:
@@ -323,7 +324,7 @@ def test_a_server_that_is_gone_fails_the_load_within_its_budget(
 
 
 def test_ctrl_c_ends_a_slow_load_at_once(s3_server: SeaweedFS, uploaded: str, environ: dict[str, str]) -> None:
-    """One message, exit code 1, though every read stalls."""
+    """One message, exit code 130, though every read stalls."""
 
     def policy(number: int, head: bytes) -> Fault | None:
         return Fault("stall", 500) if number >= 5 and head.startswith(b"GET") else None
@@ -331,7 +332,7 @@ def test_ctrl_c_ends_a_slow_load_at_once(s3_server: SeaweedFS, uploaded: str, en
     with through(s3_server, policy) as proxy:
         environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"
         process = subprocess.Popen(
-            [sys.executable, "-m", "modelexpress_core", "load", uploaded],
+            with_default_signals([sys.executable, "-m", "modelexpress_core", "load", uploaded]),
             env={**os.environ, **environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -346,7 +347,7 @@ def test_ctrl_c_ends_a_slow_load_at_once(s3_server: SeaweedFS, uploaded: str, en
         begun = time.monotonic()
         out, err = process.communicate(timeout=60)
 
-    assert process.returncode == 1, err
+    assert process.returncode == 130, err
     assert time.monotonic() - begun < 10
     assert out == ""
     assert "Interrupted" in err

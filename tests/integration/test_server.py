@@ -29,6 +29,7 @@ from modelexpress_core.wire.identities import identity_from_message, identity_to
 from modelexpress_core.wire.proto.modelexpress import api_pb2, health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import API, HEALTH, P2P, STANDARD_HEALTH, stub
 from tests.support.serving import Serving
+from tests.support.signals import with_default_signals
 from tests.support.waiting import eventually
 
 #: Identities of one test alone.
@@ -341,12 +342,12 @@ def test_it_ends_well_as_soon_as_it_says_that_it_serves(start: Start) -> None:
         serving = start()
         serving.process.send_signal(signal.SIGTERM)
 
-        assert 0 == serving.process.wait(60)
+        assert 143 == serving.process.wait(60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_ends_when_it_is_told_to(start: Start, number: int) -> None:
-    """With exit code 0, without a traceback, and once it has told those who watch, who do not keep it."""
+    """With the signal's exit code, without a traceback, and once it has told those who watch, who do not keep it."""
     serving = start(MX_DRAIN_SECONDS="3600")
     with open_channel(Endpoint.parse(serving.url)) as channel:
         watch = stub(STANDARD_HEALTH, channel)["Watch"](health_pb2.HealthCheckRequest(), timeout=60)
@@ -356,7 +357,7 @@ def test_it_ends_when_it_is_told_to(start: Start, number: int) -> None:
         assert serving.process.stderr is not None
         said = serving.process.stderr.read()
 
-        assert 0 == serving.process.wait(30)
+        assert 128 + number == serving.process.wait(30)
         assert [health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING] == states
         assert "Traceback" not in said
 
@@ -460,7 +461,7 @@ def test_what_others_publish_does_not_steer_the_terminal(answering: Callable[...
     for done in shown:
         assert 0 == done.returncode, done.stderr
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", done.stdout)
-    for word in (r"w\x1b]0;owned\x07\x9b31m\x7f\x0d\x0a[red]", r"m\x1b]0", r"a\x1b]0", r"0\x1b"):
+    for word in (r"w\x1b]0;owned\x07\x9b31m\x7f\r\n[red]", r"m\x1b]0", r"a\x1b]0", r"0\x1b"):
         assert word in shown[0].stdout
     assert r"v\x1b]0;owned" in shown[1].stdout
     assert f"m{bad}" == json.loads(shown[2].stdout)[0]["model"]
@@ -507,11 +508,13 @@ def test_silent_sources_are_shown(start: Start, mx: Command) -> None:
 
 
 def test_watching(start: Start, tmp_path: Path) -> None:
-    """Sources that come are shown, until Ctrl-C, which is no failure."""
+    """Sources that come are shown, until Ctrl-C."""
     serving = start()
     with (tmp_path / "shown").open("w") as shown:
         process = subprocess.Popen(
-            [sys.executable, "-m", "modelexpress_core", "sources", "--watch", "--url", serving.url],
+            with_default_signals(
+                [sys.executable, "-m", "modelexpress_core", "sources", "--watch", "--url", serving.url]
+            ),
             env={**os.environ, "COLUMNS": "200", "FORCE_COLOR": "1"},
             stdout=shown,
             stderr=subprocess.STDOUT,
@@ -523,7 +526,7 @@ def test_watching(start: Start, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
 
         assert came
-        assert 0 == process.wait(30)
+        assert 130 == process.wait(30)
         assert "Traceback" not in (tmp_path / "shown").read_text()
 
 

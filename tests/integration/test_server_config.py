@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from devtools.redis_server import RedisServer
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+from tests.support.network import CLOSED_PORT
 from tests.support.serving import Serving
 
 _SECRET = "hunter2"
@@ -68,14 +70,14 @@ def test_checking(mx: Command, config: Callable[[str], str]) -> None:
     path = config("port: 9000\nlog: {level: warning}\n")
     environ = {"MX_METADATA_BACKEND": "redis", "REDIS_URL": f"redis://:{_SECRET}@redis", "MX_DRAIN_SECONDS": "3"}
 
-    done = mx("--log-level", "debug", "serve", "--check", "--config", path, "--host", "h", environ=environ)
+    done = mx("--log-level", "debug", "serve", "--check", "--config", path, "--host", "127.0.0.1", environ=environ)
     unknown = mx("serve", "--check", environ={"MX_METADATA_BACKEND": "kubernetes"})
     wrong = mx("serve", "--check", environ={"MX_METADATA_BACKEND": "server"})
     no_uri = mx("serve", "--check", environ={"MX_METADATA_URI": f"redis:/:{_SECRET}@h"})
 
     assert 0 == done.returncode, done.stderr
     shown = done.stdout.splitlines()
-    assert "host = h (from --host)" in shown
+    assert "host = 127.0.0.1 (from --host)" in shown
     assert f"port = 9000 (from {path}, line 1)" in shown
     assert "metrics_port = 9401" in shown
     assert "metadata = redis://***@redis (from MX_METADATA_BACKEND, REDIS_URL)" in shown
@@ -253,3 +255,87 @@ def test_a_password_in_a_url_is_not_told(start: Start) -> None:
 
     assert "ListSources" in said
     assert _SECRET not in said
+
+
+@pytest.mark.slow
+def test_checking_finds_all_that_stops_a_server(mx: Command, config: Callable[[str], str], tmp_path: Path) -> None:
+    """Whatever ``mx serve`` refuses, ``mx serve --check`` refuses with the same reason."""
+    here = ("--host", "127.0.0.1", "--port", "0", "--metrics-port", "0")
+    plugins = tmp_path / "plugins"
+    for name, hook, record in (
+        ("wrong-service", "mx_register_server_services", "ServerServiceProvider('a.B', lambda context: 1 / 0)"),
+        ("same-service", "mx_register_server_services", "ServerServiceProvider('model_express.api.ApiService', print)"),
+        ("wrong-store", "mx_register_metadata_stores", "MetadataStoreProvider('w', ('wrong',), lambda *_: 1 / 0)"),
+    ):
+        module = name.replace("-", "_")
+        info = plugins / name / f"{module}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[modelexpress.plugins]\n{name} = {module}\n")
+        (plugins / name / f"{module}.py").write_text(
+            "from modelexpress_core.hooks import hookimpl\n"
+            "from modelexpress_core.providers import MetadataStoreProvider, ServerServiceProvider\n"
+            f"@hookimpl\ndef {hook}():\n    return [{record}]\n"
+        )
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        taken = str(listening.getsockname()[1])
+        refused = [
+            (("--port", taken), {}, "MODEL_EXPRESS_SERVER_PORT"),
+            (("--metrics-port", taken), {}, "MODEL_EXPRESS_SERVER_METRICS_PORT"),
+            (("--health-port", taken), {}, "MODEL_EXPRESS_HEALTH_PORT"),
+            (("--host", "192.0.2.1"), {}, "cannot listen on 192.0.2.1"),
+            (("--host", "no.such.host.invalid"), {}, "cannot listen on no.such.host.invalid"),
+            (("--metadata", "etcd://host"), {}, "metadata store scheme 'etcd'"),
+            (("--metadata", "wrong://host"), {"PYTHONPATH": str(plugins / "wrong-store")}, "ZeroDivisionError"),
+            ((), {"PYTHONPATH": str(plugins / "wrong-service")}, "a.B"),
+            ((), {"PYTHONPATH": str(plugins / "same-service")}, "model_express.api.ApiService"),
+            (("--config", str(tmp_path / "none")), {}, "cannot be read"),
+            ((), {"MX_AUTH_MODE": "token", "MX_AUTH_TOKENS_PATH": "/none"}, "cannot be read: /none"),
+            ((), {"MX_METRICS_TOKEN_PATH": "/none"}, "MX_METRICS_TOKEN_PATH"),
+            ((), {"MX_TLS_CERT_PATH": "/none", "MX_TLS_KEY_PATH": "/none"}, "/none"),
+        ]
+        for options, environ, words in refused:
+            served = mx("serve", *here, *options, environ=environ)
+            checked = mx("serve", "--check", *here, *options, environ=environ)
+
+            assert (1, "") == (checked.returncode, checked.stdout), (options, environ, checked.stderr)
+            assert 1 == served.returncode, (options, environ, served.stderr)
+            for done in (served, checked):
+                assert words in done.stderr, (options, environ, done.stderr)
+                assert "Traceback" not in done.stderr
+
+
+def test_checking_finds_two_ports_that_are_one(mx: Command) -> None:
+    """The second of them could not be listened on."""
+    with socket.create_server(("127.0.0.1", 0)) as once:
+        port = str(once.getsockname()[1])
+
+    done = mx("serve", "--check", "--host", "127.0.0.1", "--port", port, "--metrics-port", port)
+
+    assert 1 == done.returncode
+    assert (
+        f"MODEL_EXPRESS_SERVER_METRICS_PORT is {port}, which is the port of MODEL_EXPRESS_SERVER_PORT, too"
+        in done.stderr
+    )
+
+
+def test_checking_warns_of_a_store_that_does_not_answer(mx: Command) -> None:
+    """A server would start, and wait for it."""
+    store = f"redis://127.0.0.1:{CLOSED_PORT}"
+
+    done = mx("serve", "--check", "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", "--metadata", store)
+
+    assert 0 == done.returncode, done.stderr
+    assert "the metadata store does not answer" in done.stderr
+    assert "port = 0 (from --port)" in done.stdout
+
+
+def test_checking_serves_nothing_and_changes_nothing(mx: Command, start: Start) -> None:
+    """Beside a server with the same store."""
+    with RedisServer() as redis, ServerClient(start(MX_METADATA_URI=redis.url).url) as client:
+        client.publish(SourceIdentity("acme/model"), p2p_pb2.WorkerMetadata(), "w")
+
+        done = mx("serve", "--check", "--port", "0", "--metrics-port", "0", "--metadata", redis.url)
+
+        assert (0, "") == (done.returncode, done.stderr)
+        assert 1 == len(client.list_sources())

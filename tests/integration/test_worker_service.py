@@ -16,7 +16,7 @@ import trustme
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import AccessDeniedError, ModelExpressError, NotFoundError, UnavailableError
 from modelexpress_core.sources.worker_client import WorkerClient
-from modelexpress_core.sources.worker_service import Leases, TooManyLeasesError, WorkerServer
+from modelexpress_core.sources.worker_service import RENEWAL_SECONDS, Leases, TooManyLeasesError, WorkerServer
 from modelexpress_core.wire.channel import open_channel
 from modelexpress_core.wire.client import Security
 from modelexpress_core.wire.grants import GrantAuthenticator, new_grant_key
@@ -295,3 +295,76 @@ def test_random_bytes_do_no_harm() -> None:
                         assert exc.code().name in allowed, exc  # noqa: PT017 - an answer is as good
         with client(server) as reader:
             assert manifest() == reader.manifest("5a5f555570065064")
+
+
+# -- renewals ----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_lease_that_its_reader_renews_ends_soon_after_the_reader() -> None:
+    """While a lease of a reader that does not know renewals keeps the long time."""
+    clock = Clock()
+    leases = Leases(600, clock)
+    renewed, long = leases.grant(renews=True), leases.grant()
+    assert renewed is not None
+    assert long is not None
+    for _ in range(10):
+        clock.now += RENEWAL_SECONDS - 1
+        assert leases.renew(renewed)
+    assert 2 == leases.out()
+    clock.now += RENEWAL_SECONDS
+
+    assert 1 == leases.out()
+    assert not leases.renew(renewed)
+    assert not leases.release(renewed)
+    assert leases.release(long)
+
+
+def test_renewals_do_not_prolong_a_lease_without_end() -> None:
+    """A reader has the time that the worker gives, and no more."""
+    clock = Clock()
+    leases = Leases(20, clock)
+    lease = leases.grant(renews=True)
+    assert lease is not None
+    clock.now = 10
+    assert leases.renew(lease)
+    clock.now = 19.9
+    assert leases.renew(lease)
+    clock.now = 20
+
+    assert not leases.renew(lease)
+    assert not leases.release(lease)
+
+
+def test_a_reader_renews_its_lease_while_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a lease lasts without renewal; afterwards nothing renews it."""
+    monkeypatch.setattr("modelexpress_core.sources.worker_service.RENEWAL_SECONDS", 1)
+    with WorkerServer(manifest(), "127.0.0.1:0") as server, client(server) as reader:
+        with reader.lease("5a5f555570065064", "w-1"):
+            time.sleep(2.5)
+            assert 1 == server.leases.out()
+
+        assert 0 == server.leases.out()
+    assert not [thread for thread in threading.enumerate() if thread.name == "mx-lease"]
+
+
+def test_a_reader_that_died_holds_up_a_worker_for_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease ends by itself, and the worker may change its memory."""
+    monkeypatch.setattr("modelexpress_core.sources.worker_service.RENEWAL_SECONDS", 1)
+    with WorkerServer(manifest(), "127.0.0.1:0") as server, open_channel(Endpoint("127.0.0.1", server.port)) as channel:
+        request = p2p_pb2.PrepareTensorReadRequest(mx_source_id="5a5f555570065064", renews=True)
+        answer = stub(WORKER, channel)["PrepareTensorRead"](request, timeout=10)
+        begun = time.monotonic()
+
+        assert 1 == answer.renew_within_seconds
+        assert server.drain(30)
+        assert time.monotonic() - begun < 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import subprocess
@@ -68,15 +69,23 @@ def would_install(python: Path, arguments: str) -> set[str]:
 
     Options ``-e`` are left out: they change nothing in what is resolved, and need a package of hatchling's.
     """
+    paths = [each.replace(str(ROOT), ".").removeprefix("./") for each in shlex.split(arguments) if each != "-e"]
+    return resolved(python, *paths)
+
+
+@functools.cache
+def resolved(python: Path, *paths: str) -> set[str]:
+    """Return the packages that pip would install for ``paths``, relative to the checkout; each list is tried once."""
+    paths = tuple(each if each.startswith(".") else f"./{each}" for each in paths)
     offline = ("--dry-run", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
     done = subprocess.run(
-        [python, "-m", "pip", "install", *offline, *(each for each in shlex.split(arguments) if each != "-e")],
+        [python, "-m", "pip", "install", *offline, *paths],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert 0 == done.returncode, f"pip install {arguments}\n{done.stdout}{done.stderr}"
+    assert 0 == done.returncode, f"pip install {shlex.join(paths)}\n{done.stdout}{done.stderr}"
     names = re.search(r"^Would install (.*)$", done.stdout, re.MULTILINE)
     return set() if names is None else {re.sub(r"-[\d.]+$", "", name) for name in names[1].split()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -79,7 +80,7 @@ class Serving:
         with ThreadPoolExecutor(1) as pool:
             printed = pool.submit(self.process.stdout.read)
             said = self.process.stderr.read()
-        assert 0 == self.process.wait(_START_SECONDS), said
+        assert 128 + signal.SIGTERM == self.process.wait(_START_SECONDS), said
         return printed.result(), said
 
     def end(self) -> None:

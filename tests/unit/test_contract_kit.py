@@ -532,6 +532,15 @@ class ClosesWhenReadsHaveEnded(Right):
             pass
 
 
+@fails("close_ends_a_read_that_waits")
+class LeavesReadsToTheirTimeout(Right):
+    """``close`` ends no read: the time-out of an SDK does, sooner than ``hang_seconds``."""
+
+    def silence(self) -> int:
+        threading.Event().wait(3.0)
+        raise self.failure(BackendError, "the read timed out")
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import tracemalloc
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -386,6 +387,55 @@ def test_any_tokens(tokens: list[str]) -> None:
     check_refused_or_sound(framed(f"{{{''.join(tokens)}}}".encode()))
 
 
+@pytest.mark.parametrize("before", [b" ", b"\n", b"\r\n", b"\t\n ", b" " * 100], ids=repr)
+@pytest.mark.parametrize("after", [b"", b"\r ", b"\n\t"], ids=repr)
+def test_white_space_around_the_header_is_allowed(before: bytes, after: bytes) -> None:
+    """As in the format's own test of a header that is padded at its start, though its text says otherwise."""
+    content = framed(before + f'{{"a":{entry()}}}'.encode() + after, bytes(4))
+
+    assert {"a": ("F32", (1,), bytes(4))} == found(content) == found_by_library(content)
+
+
+_MORE = ',"scale":[1]'
+
+#: What the library reads and we refuse, by the row of docs/safetensors.md.
+BEYOND_THE_FORMAT: Mapping[str, tuple[bytes, str]] = {
+    "two tensors with one name": (framed(f'{{"a":{entry()},"a":{entry()}}}'.encode(), bytes(4)), "appears twice"),
+    "two texts with one key in `__metadata__`": (framed(b'{"__metadata__":{"a":"b","a":"c"}}'), "appears twice"),
+    "a tensor with another field besides `dtype`, `shape` and `data_offsets`": (
+        framed(f'{{"a":{entry(more=_MORE)}}}'.encode(), bytes(4)),
+        "has the fields",
+    ),
+    "a tensor that is a list, not an object": (framed(b'{"a":["F32",[1],[0,4]]}', bytes(4)), "nested too deeply"),
+    "`__metadata__` that is `null`": (framed(b'{"__metadata__":null}'), "describes no tensor"),
+    "a control character in the name of a tensor": (framed(f'{{"a\\n":{entry()}}}'.encode(), bytes(4)), "not allowed"),
+    "more than 64 dimensions": (
+        framed(f'{{"a":{entry(shape=str([1] * 65))}}}'.encode(), bytes(4)),
+        "has 65 dimensions",
+    ),
+}
+
+
+@pytest.mark.parametrize("row", BEYOND_THE_FORMAT)
+def test_what_is_refused_beyond_the_format_is_in_the_docs(row: str) -> None:
+    """The library reads it, we refuse it, and docs/safetensors.md gives the reason."""
+    content, words = BEYOND_THE_FORMAT[row]
+    page = (Path(__file__).parents[2] / "docs" / "safetensors.md").read_text()
+
+    assert safetensors.deserialize(content) is not None
+    with pytest.raises(CheckpointError, match=words):
+        opened(content)
+    assert re.search(rf"^\| {re.escape(row)} \| .+ \|$", page, re.MULTILINE)
+
+
+def test_the_docs_list_nothing_that_is_read() -> None:
+    """Each row of the page is tested above."""
+    page = (Path(__file__).parents[2] / "docs" / "safetensors.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| .+ \|$", page, re.MULTILINE)
+
+    assert ["refused", *BEYOND_THE_FORMAT] == rows
+
+
 # -- hostile -----------------------------------------------------------------------------------------------------------
 
 _HUGE = "9" * 5000
@@ -405,7 +455,7 @@ HOSTILE: Mapping[str, tuple[bytes, str]] = {
     "length one below the header": (framed(b"{ }", length=2), "not JSON"),
     # The text.
     "only spaces": (framed(b" " * 64), "does not start with {"),
-    "space first": (framed(b" {}"), "does not start with {"),
+    "a form feed first": (framed(b"\x0c{}"), "does not start with {"),
     "byte order mark": (framed(b"\xef\xbb\xbf{}"), "does not start with {"),
     "UTF-16": (framed("{}".encode("utf-16-le")), "not JSON"),
     "not JSON": (framed(b"{'a': 1}"), "not JSON"),

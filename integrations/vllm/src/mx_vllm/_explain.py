@@ -10,13 +10,14 @@ from typing import Annotated
 import attrs
 import typer
 from attrs import frozen
-from rich.markup import escape
 
 from modelexpress_core import ModelExpressError, PluginManager
-from modelexpress_core.cli.output import JsonOption, console, print_json
+from modelexpress_core.cli.output import JsonOption, console, print_json, verbatim
 from modelexpress_core.loader import Loader
+from modelexpress_core.messages import hide_credentials
 from modelexpress_core.report import format_bytes, format_files
 from modelexpress_core.settings import from_env
+from modelexpress_core.uri import redacted
 from mx_vllm.settings import VllmSettings
 
 __all__ = ["explain"]
@@ -63,7 +64,7 @@ def explain(
     places = _ranked(model, from_env(VllmSettings, os.environ))
     usable = any(place.status == "chosen" for place in places)
     if json_output:
-        print_json({"model": model, "usable": usable, "places": [attrs.asdict(place) for place in places]})
+        print_json({"model": _shown(model), "usable": usable, "places": [attrs.asdict(place) for place in places]})
     else:
         _print(model, places)
     if not usable:
@@ -111,7 +112,7 @@ def _found_by_vllm(loader: Loader, model: str) -> Iterator[Place]:
     folder = model if os.path.isdir(model) else _in_hub_cache(model)
     if folder is None:
         why = "MX_MODEL_URI is not set, and there is no such directory: vLLM downloads it from the Hugging Face Hub"
-        yield Place(model, why, "chosen", "ModelExpress, after the download")
+        yield Place(_shown(model), why, "chosen", "ModelExpress, after the download")
         return
     where = "" if folder == model else ", in the cache of the Hugging Face Hub"
     yield from _opened(loader, folder, f"vLLM finds it for its model{where}, and MX_MODEL_URI is not set")
@@ -125,12 +126,17 @@ def _in_hub_cache(model: str) -> str | None:
     return None
 
 
+def _shown(model: str) -> str:
+    """``model`` without credentials, which a URI may have."""
+    return redacted(model) if "://" in model else hide_credentials(model)
+
+
 def _fallback(model: str) -> Place:
     if os.path.isdir(model) and not _has_weights(model):
         problem = "the directory has no weights"
-        return Place(model, "it is vLLM's model", "unusable", "vLLM's own loader", problem=problem)
+        return Place(_shown(model), "it is vLLM's model", "unusable", "vLLM's own loader", problem=problem)
     why = "if ModelExpress fails, vLLM's own loader reads the files of vLLM's model (MX_FALLBACK)"
-    return Place(model, why, "chosen", "vLLM's own loader")
+    return Place(_shown(model), why, "chosen", "vLLM's own loader")
 
 
 def _has_weights(folder: str) -> bool:
@@ -139,19 +145,20 @@ def _has_weights(folder: str) -> bool:
 
 def _print(model: str, places: list[Place]) -> None:
     out = console()
-    command = f"mx vllm {model}" if "://" in model else f"vllm serve {model} --load-format mx"
-    out.print(f"[bold]{escape(command)}[/]", soft_wrap=True)
+    shown = _shown(model)
+    command = f"mx vllm {shown}" if "://" in model else f"vllm serve {shown} --load-format mx"
+    out.print(f"[bold]{verbatim(command)}[/]", soft_wrap=True)
     for number, place in enumerate(places, 1):
         style = _STYLES[place.status]
         status = f"[{style}]{place.status}[/]" if style else place.status
-        out.print(f"\n{number}. {escape(place.place)}: {status}", soft_wrap=True)
-        out.print(f"   because {escape(place.why)}", soft_wrap=True)
+        out.print(f"\n{number}. {verbatim(place.place)}: {status}", soft_wrap=True)
+        out.print(f"   because {verbatim(place.why)}", soft_wrap=True)
         if place.bytes is not None:
             size = f"{place.tensors} tensors, {format_bytes(place.bytes)} in {format_files(place.files or 0)}"
-            out.print(f"   {size}, read by {escape(place.reader)}", soft_wrap=True)
+            out.print(f"   {size}, read by {verbatim(place.reader)}", soft_wrap=True)
         elif not place.problem:
-            out.print(f"   read by {escape(place.reader)}", soft_wrap=True)
+            out.print(f"   read by {verbatim(place.reader)}", soft_wrap=True)
         for line in place.problem.splitlines():
-            out.print(f"   {escape(line)}", style="red", soft_wrap=True)
+            out.print(f"   {verbatim(line)}", style="red", soft_wrap=True)
     if all(place.status == "unusable" for place in places):
         out.print("\n[bold red]vLLM could not load the weights from any of these places.[/]")

@@ -343,20 +343,24 @@ class GetTensorManifestResponse(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[TensorDescriptor, _Mapping]]] = ..., mx_source_id: _Optional[str] = ..., metadata_endpoint: _Optional[str] = ..., agent_name: _Optional[str] = ..., worker_rank: _Optional[int] = ..., accelerator: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
 
 class PrepareTensorReadRequest(_message.Message):
-    __slots__ = ("mx_source_id", "worker_id")
+    __slots__ = ("mx_source_id", "worker_id", "renews")
     MX_SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    RENEWS_FIELD_NUMBER: _ClassVar[int]
     mx_source_id: str
     worker_id: str
-    def __init__(self, mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
+    renews: bool
+    def __init__(self, mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., renews: bool = ...) -> None: ...
 
 class PrepareTensorReadResponse(_message.Message):
-    __slots__ = ("lease_id", "manifest")
+    __slots__ = ("lease_id", "manifest", "renew_within_seconds")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    RENEW_WITHIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     lease_id: str
     manifest: GetTensorManifestResponse
-    def __init__(self, lease_id: _Optional[str] = ..., manifest: _Optional[_Union[GetTensorManifestResponse, _Mapping]] = ...) -> None: ...
+    renew_within_seconds: int
+    def __init__(self, lease_id: _Optional[str] = ..., manifest: _Optional[_Union[GetTensorManifestResponse, _Mapping]] = ..., renew_within_seconds: _Optional[int] = ...) -> None: ...
 
 class ReleaseTensorReadRequest(_message.Message):
     __slots__ = ("mx_source_id", "worker_id", "lease_id")
