@@ -266,7 +266,7 @@ def test_two_ranks_reload_together(
 
     tokens, _, answer, again, _, failed, refused = results
     assert ([None, None], tokens) == (answer, again)
-    assert 4 == printed.count("ModelExpress loaded ")
+    assert 5 == printed.count("ModelExpress loaded ")  # the last one is the first rank's, before it learns of the other
     assert "error" in failed
     assert "the second rank may not read" in printed
     assert "another rank could not reload its weights" in printed
