@@ -26,7 +26,7 @@ _LISTED = 8
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]")
 
 #: Query values that are shown; all others may be credentials (SAS tokens, signatures) and are hidden.
-PUBLIC_QUERY = frozenset({"region", "revision", "version", "versionId"})
+PUBLIC_QUERY = frozenset({"region", "revision", "tls", "version", "versionId"})
 
 #: Ends a URL in the middle of a text.
 _BETWEEN_URLS = re.compile(r"([\s'\"<>]+)")

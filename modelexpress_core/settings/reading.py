@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.messages import may_hold_credentials, with_hint
+from modelexpress_core.messages import hide_credentials, may_hold_credentials, with_hint
 from modelexpress_core.settings.converters import WITH_UNITS
 from modelexpress_core.settings.declaring import Variable, fields
 from modelexpress_core.settings.provenance import SettingSources
@@ -122,8 +122,7 @@ def read(cls: type, sources: SettingSources) -> Reading:
             try:
                 accept(field, converter(text) if converter else text, name)
             except ValueError as exc:
-                hidden = variable.hidden or may_hold_credentials(text)
-                problem = f"***: {_NOT_SHOWN}" if hidden else f"{text!r}: {exc}"
+                problem = f"***: {_NOT_SHOWN}" if variable.hidden else _shown_problem(exc, text)
                 reading.problems[field, name] = f"{name}={problem}"
         if field in sources.overrides:
             accept(field, sources.overrides[field].value, sources.overrides[field].source)
@@ -152,9 +151,23 @@ def _explain(exc: ValueError, value: object, variable: Variable) -> str:
         text = repr(value)
     except ValueError:  # of a number with thousands of digits
         return _NOT_SHOWN
+    if isinstance(value, str):
+        return _shown_problem(exc, value)
     if may_hold_credentials(text):
         return _NOT_SHOWN
     return f"{text if len(text) <= _SHOWN_CHARACTERS else f'{text[:_SHOWN_CHARACTERS]}...'}: {exc}"
+
+
+def _shown_problem(exc: ValueError, text: str) -> str:
+    """The value ``text`` without credentials, and why it cannot be used."""
+    shown = hide_credentials(text)
+    quoted = repr(shown)
+    if len(quoted) > _SHOWN_CHARACTERS:
+        quoted = f"{quoted[:_SHOWN_CHARACTERS]}..."
+    reason = str(exc)
+    if shown != text and "'" in reason:  # the reason may quote a part of the value
+        return f"{quoted}: the value cannot be used"
+    return f"{quoted}: {reason}"
 
 
 def _kind(hint: Any) -> Any:  # noqa: ANN401 - of any type

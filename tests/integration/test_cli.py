@@ -152,6 +152,7 @@ def test_plugins_lists_the_installed_ones(mx: Run) -> None:
             "model_express.health.HealthService",
             "model_express.api.ApiService",
             "model_express.p2p.P2pService",
+            "modelexpress.access.AccessService",
         ],
         "command": ["serve", "health", "sources"],
     }

@@ -142,9 +142,8 @@ def test_a_token_is_not_sent_in_plain_text_to_another_host(
     assert "the token was not sent, because the connection is not encrypted" in str(refused.value)
     assert "https://" in str(refused.value)
     assert "MX_AUTH_TOKEN_PLAINTEXT=1" in str(refused.value)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert 1 == len(warnings)
-    assert "without TLS" in warnings[0]
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert 1 == len([record for record in warnings if "without TLS" in record.getMessage()])
 
 
 def test_a_loopback_server_is_called_without_a_proxy(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,9 @@ __all__ = ["Serving"]
 _START_SECONDS = 60
 
 
-#: A line of gRPC's own log, which its threads write under load.
-_GRPC_LOG_LINE = re.compile(r"[IWE]\d{4} [\d:.]+ +\d+ \S+\.cc:\d+\] ")
+#: Lines that may come before the server says that it serves: gRPC's own log, which its threads write under load, and
+#: warnings of files of tokens and keys, as tests write them.
+_LINES_BEFORE = re.compile(r"[IWE]\d{4} [\d:.]+ +\d+ \S+\.cc:\d+\] |.* all users of this machine can read ")
 
 
 class Serving:
@@ -53,7 +54,7 @@ class Serving:
         assert self.process.stderr is not None
         timer = threading.Timer(_START_SECONDS, self.process.kill)
         timer.start()
-        line = next((line for line in self.process.stderr if not _GRPC_LOG_LINE.match(line)), "")
+        line = next((line for line in self.process.stderr if not _LINES_BEFORE.match(line)), "")
         timer.cancel()
         match = re.fullmatch(r"serving on (\S+), metrics on (\S+), metadata in ([^\s,]+)(?:, health on (\S+))?\n", line)
         if match is not None:

@@ -228,7 +228,7 @@ def test_a_url_in_the_wrong_variable_is_not_shown() -> None:
     with pytest.raises(SettingsError) as raised:
         StoreVariables(backend=url).metadata()
 
-    assert ["***@r", "***@r"] == [row.value for row in rows if row.source != "default"]
+    assert ["redis://***@r", "redis://***@r"] == [row.value for row in rows if row.source != "default"]
     assert _SECRET not in str(raised.value) + repr(StoreVariables(backend=url, redis_host=url))
 
 
