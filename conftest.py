@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -83,6 +84,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         if reason.startswith(MISSING_TOOL):
             report.outcome, report.longrepr = "failed", f"{reason} (--require-tools)"
     return report
+
+
+@pytest.fixture(autouse=True)
+def _log_levels() -> Iterator[None]:
+    """Put back the levels of our loggers: commands that a test runs in this process set them."""
+    loggers = [logging.getLogger(name) for name in ("modelexpress_core", "mx_s3", "mx_vllm")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

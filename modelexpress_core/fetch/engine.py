@@ -252,7 +252,7 @@ class FetchEngine:
             if not self._threads:
                 raise
             self._may_start_threads = False
-            _log.warning("the load goes on with %d threads: %s", len(self._threads), exc.headline)
+            _log.warning("the load goes on without more threads than %d: %s", len(self._threads), exc.headline)
         else:
             self._threads.append(thread)
 

@@ -133,13 +133,13 @@ def test_mocked_few_threads_are_enough(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With those that could be started the load goes on, and says so once."""
-    limited = _FewThreads(monkeypatch, "mx-fetch", 2)
+    limited = _FewThreads(monkeypatch, "mx-fetch", 1)  # even with two processors a load begins with more
 
     state = mx.load_state_dict(model)
 
-    assert 2 == limited.started
+    assert 1 == limited.started
     assert all(bool((tensor == int(name.split(".")[1])).all()) for name, tensor in state.items())
-    assert ["the load goes on with 2 threads"] == [
+    assert ["the load goes on without more threads than 1"] == [
         record.message.partition(":")[0] for record in caplog.records if "threads" in record.message
     ]
 
