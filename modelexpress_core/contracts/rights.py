@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -123,8 +123,4 @@ def _words(value: Any, what: str) -> tuple[str, ...]:  # noqa: ANN401 - of any t
     if not words or not all(isinstance(word, str) and word.strip() for word in words):
         reason = f"{what} must be a list of words"
         raise ValueError(reason)
-    return tuple(_stripped(words))
-
-
-def _stripped(words: Iterable[Any]) -> Iterable[str]:
-    return (word.strip() for word in words)
+    return tuple(str(word).strip() for word in words)
