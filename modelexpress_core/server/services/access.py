@@ -9,7 +9,7 @@ import grpc
 from modelexpress_core.contracts.metadata_store import MetadataStore
 from modelexpress_core.contracts.rights import READ, Rights
 from modelexpress_core.contracts.service import ServiceContext
-from modelexpress_core.server.services.p2p import lacks_right, now_ms
+from modelexpress_core.server.services.p2p import now_ms, require_right
 from modelexpress_core.settings import from_env
 from modelexpress_core.wire.authentication import caller
 from modelexpress_core.wire.grants import GRANT_SECONDS, ReadGrant, sign_grant
@@ -50,9 +50,7 @@ class AccessService:
         if source is None:
             reason = f"unknown worker {request.worker_id!r} of source {request.mx_source_id!r}"
             await context.abort(_Code.NOT_FOUND, reason)
-        model = source.record.model_name
-        if not self._rights.allows(reader, READ, model):
-            await context.abort(_Code.PERMISSION_DENIED, lacks_right(reader, READ, model))
+        await require_right(self._rights, READ, source.record.model_name, context)
         if not source.grant_key:
             reason = "the worker was published when the server authenticated no callers: restart the worker"
             await context.abort(_Code.FAILED_PRECONDITION, reason)

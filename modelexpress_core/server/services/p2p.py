@@ -132,8 +132,7 @@ class P2pService:
             return p2p_pb2.PublishMetadataResponse(success=False, message=problem)
         identity = identity_from_message(request.identity)
         publisher = caller.get()
-        if not self._rights.allows(publisher, PUBLISH, identity.model_name):
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, lacks_right(publisher, PUBLISH, identity.model_name))
+        await require_right(self._rights, PUBLISH, identity.model_name, context)
         worker = request.worker
         record = SourceRecord(
             source_id=identity.source_id,
@@ -305,9 +304,7 @@ class P2pService:
             if source is None:
                 return p2p_pb2.GetMetadataResponse(found=False)
             record = source.record
-            if not self._rights.allows(caller.get(), READ, record.model_name):
-                reason = lacks_right(caller.get(), READ, record.model_name)
-                await context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
+            await require_right(self._rights, READ, record.model_name, context)
             await reserve_answer(2 * len(source.worker) + len(source.identity))
             response = p2p_pb2.GetMetadataResponse(
                 found=True,
@@ -347,9 +344,12 @@ class P2pService:
         return p2p_pb2.UpdateStatusResponse(success=True, message="updated", server_time_ms=now_ms())
 
 
-def lacks_right(name: str, right: str, model: str) -> str:
-    """The text of an answer to a caller that lacks a right."""
-    return f"{name!r} may not {right} {model!r}: no rule of the server's rights allows it"
+async def require_right(rights: Rights, right: str, model: str, context: RpcContext) -> None:
+    """End the call with PERMISSION_DENIED unless its caller has ``right`` for ``model``."""
+    name = caller.get()
+    if not rights.allows(name, right, model):
+        reason = f"{name!r} may not {right} {model!r}: no rule of the server's rights allows it"
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
 
 
 def now_ms() -> int:
