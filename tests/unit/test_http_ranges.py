@@ -235,6 +235,15 @@ def test_an_ignored_encoding_hides_no_other(reader: Reading) -> None:
         read(reader(url, ignored_encodings=("aws-chunked",)))
 
 
+def test_an_object_that_was_decoded_on_the_way_is_refused(reader: Reading) -> None:
+    """A service that decodes stored objects says so in a header of its own; the answer is no range of the object."""
+    answer = part(0, 9, "X-Stored-Encoding: gzip").replace(b"206 Partial Content", b"200 OK")
+    headers = ("content-encoding", "x-stored-encoding")
+
+    with server(answer) as (url, _), pytest.raises(UnsupportedError, match="encoded: gzip"):
+        reader(url, encoding_headers=headers).read_into("object", 0, memoryview(bytearray(10)), version=None)
+
+
 def test_chunked_answers(reader: Reading) -> None:
     """Proxies may send a range so."""
     chunks = b"4\r\n%s\r\n6\r\n%s\r\n0\r\n\r\n" % (CONTENT[10:14], CONTENT[14:20])
