@@ -1,4 +1,4 @@
-"""What the tests of all packages share: a real S3 server, a clean environment, and how tests are told apart."""
+"""What the tests of all packages share: servers of object stores, a clean environment, and how tests are told apart."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from devtools.fake_gcs import FakeGcs
 from devtools.missing import ToolMissingError
 from devtools.seaweedfs import SeaweedFS
 from tests.support.tools import MISSING_TOOL, skip_without
@@ -18,7 +19,7 @@ from tests.support.tools import MISSING_TOOL, skip_without
 BUCKET = "models"
 
 #: Fixtures that start a server; the tests that use one are marked ``server``.
-_SERVER_FIXTURES = {"s3_server"}
+_SERVER_FIXTURES = {"gcs_server", "s3_server"}
 
 
 _MAX_WORKERS = 16
@@ -89,7 +90,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _log_levels() -> Iterator[None]:
     """Put back the levels of our loggers: commands that a test runs in this process set them."""
-    loggers = [logging.getLogger(name) for name in ("modelexpress_core", "mx_s3", "mx_vllm")]
+    loggers = [logging.getLogger(name) for name in ("modelexpress_core", "mx_gcs", "mx_s3", "mx_vllm")]
     levels = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, levels, strict=True):
@@ -103,14 +104,38 @@ def s3_server() -> Iterator[SeaweedFS]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[FakeGcs]:
+    """fake-gcs-server with the bucket ``models``; each worker starts one at first use, and stops it at the end."""
+    with FakeGcs(BUCKET) as server:
+        yield server
+
+
+#: Beginnings of the names of variables that SDKs read.
+_SDK_VARIABLES = (
+    "AWS_",
+    "CLOUDSDK_",
+    "GCE_",
+    "GOOGLE_",
+    "MODEL_EXPRESS_",
+    "MX_",
+    "NO_GCE_CHECK",
+    "REQUESTS_",
+    "RUNAI_",
+    "STORAGE_EMULATOR_HOST",
+)
+
+
 @pytest.fixture
 def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Remove from the environment what SDKs read from it, and hide the configuration files of this machine."""
     for name in list(os.environ):
-        if name.startswith(("AWS_", "MX_", "MODEL_EXPRESS_", "RUNAI_", "REQUESTS_")) or name.lower().endswith("_proxy"):
+        if name.startswith(_SDK_VARIABLES) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     for name in ("COLUMNS", "LINES"):  # a width would cut the tables that commands print
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "no-gcloud"))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
