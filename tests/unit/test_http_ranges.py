@@ -143,8 +143,9 @@ def test_versions_may_have_headers_of_their_own(reader: Reading) -> None:
         reading = reader(url, versions=versions)
 
         assert CONTENT[10:20] == read(reading, version="8")
-        with pytest.raises(SourceChangedError, match="another version, 8, and x-if-generation was ignored"):
+        with pytest.raises(SourceChangedError, match="another version, 8, and x-if-generation was ignored") as caught:
             read(reading, version="7")
+        assert "replaced the object" in str(caught.value.cause)
         assert ["8", "7"] == started.header("X-If-Generation")
 
 

@@ -32,6 +32,14 @@ _NO_VERSION = "the server, or a proxy before it, leaves the header out; bytes of
 
 _OTHER_BYTES = "the server, or a proxy before it, does not honour Range requests"
 
+_CHANGED = Meaning(
+    SourceChangedError,
+    "something replaced the object since the load began",
+    "start the load again when nothing writes to the model",
+)
+
+_CLOSED = Meaning(UnavailableError, "the server, a proxy or the network dropped the connection", "try again")
+
 
 @frozen
 class VersionHeaders:
@@ -136,7 +144,7 @@ class RangeReader:
         failures.check_open(path, operation)
         if not done:
             reason = "the connection was closed before the first byte"
-            raise failures.described(Meaning(UnavailableError, hint="try again"), reason, path, operation)
+            raise failures.described(_CLOSED, reason, path, operation)
         return done
 
     def _answer(self, path: str, headers: Mapping[str, str], operation: str) -> Answer:
@@ -166,8 +174,7 @@ class RangeReader:
             raise self._failures.described(self._hides_version, reason, path, operation)
         if version is not None and answered != version:
             reason = f"the answer is of another version, {answered}, and {self._versions.condition} was ignored"
-            meaning = Meaning(SourceChangedError, hint="start the load again")
-            raise self._failures.described(meaning, reason, path, operation)
+            raise self._failures.described(_CHANGED, reason, path, operation)
         check_encoding(headers, self._ignored_encodings, self._encoding_headers)
         if answer.status == 200 and offset == 0:
             return length
