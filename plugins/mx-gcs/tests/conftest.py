@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta, timezone
@@ -21,9 +22,11 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from google.auth import jwt
 
 from devtools.fake_gcs import FakeGcs
+from devtools.http_proxy import HttpProxy
 from devtools.tcp_proxy import Policy, TcpProxy
 from modelexpress_core.uri import ModelURI
 from mx_gcs._storage import GcsStorage, open_gcs
+from tests.support.http_servers import server_context
 
 BUCKET = "models"
 
@@ -115,7 +118,7 @@ class Request:
 
 
 @contextlib.contextmanager
-def serving(answer: Callable[[Request], Answer | None]) -> Iterator[str]:
+def serving(answer: Callable[[Request], Answer | None], context: ssl.SSLContext | None = None) -> Iterator[str]:
     """The URL of a server that gives each request the answer; None closes the connection without one."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -150,13 +153,20 @@ def serving(answer: Callable[[Request], Answer | None]) -> Iterator[str]:
 
     with Server(("127.0.0.1", 0), Handler) as listening:
         listening.daemon_threads = True
+        if context is not None:
+            listening.socket = context.wrap_socket(listening.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listening.server_port}"
+            yield f"http{'s' if context else ''}://127.0.0.1:{listening.server_port}"
         finally:
             listening.shutdown()
             thread.join()
+
+
+@pytest.fixture(name="serving")
+def _serving() -> Callable[..., contextlib.AbstractContextManager[str]]:
+    return serving
 
 
 @pytest.fixture
@@ -209,7 +219,7 @@ class Google:
 
     def __init__(self, port: int, key: rsa.RSAPrivateKey) -> None:
         self._port = port
-        self._key = key
+        self.key = key
         self._lock = threading.Lock()
         self.url = ""
         self.tokens: dict[str, frozenset[str]] = {}
@@ -228,7 +238,7 @@ class Google:
     @property
     def private_key(self) -> str:
         """PEM."""
-        return self._key.private_bytes(
+        return self.key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ).decode()
 
@@ -247,7 +257,6 @@ class Google:
             "client_id": "the-client",
             "client_secret": self.client_secret,
             "refresh_token": self.refresh_token,
-            "token_uri": f"{self.url}/token",
             "quota_project_id": "the-quota-project",
         }
 
@@ -263,9 +272,10 @@ class Google:
         return {**info, **(acting if impersonated else {})}
 
     def impersonated_file(self) -> dict[str, Any]:
+        url = self._impersonation_url.replace(self.url, "https://iamcredentials.googleapis.com")
         return {
             "type": "impersonated_service_account",
-            "service_account_impersonation_url": self._impersonation_url,
+            "service_account_impersonation_url": url,
             "source_credentials": self.login_file(),
         }
 
@@ -279,16 +289,16 @@ class Google:
         path = urlsplit(request.path).path
         if path.startswith(("/storage/", "/download/")):
             self.requests.append(request)
-            return self.before(request) or self._checked(request) or self._passed_on(request)
+            return self.before(request) or self.checked(request) or self._passed_on(request)
         if path.startswith("/computeMetadata/"):
             return self._metadata(request, path)
         if path == "/token":
-            return self._oauth(request.form)
+            return self.oauth(request.form)
         if path == "/v1/token":
             return self._sts(request.form)
         return self._iam(request) if path.endswith(f"{self.target}:generateAccessToken") else (404, {}, b"")
 
-    def _checked(self, request: Request) -> Answer | None:
+    def checked(self, request: Request) -> Answer | None:
         """What GCS answers to a token that does not suffice; None if it does."""
         right = "list" if request.path.partition("?")[0].endswith("/o") else "get"
         allowed = self.tokens.get(request.token)
@@ -323,12 +333,12 @@ class Google:
                 self.tokens[token] = self.rights
             return token, None
 
-    def _oauth(self, form: dict[str, str]) -> Answer:
+    def oauth(self, form: dict[str, str]) -> Answer:
         self.forms.append(form)
         if form["grant_type"] == "refresh_token":
             known = (form["refresh_token"], form["client_secret"]) == (self.refresh_token, self.client_secret)
         else:
-            public = self._key.public_key().public_bytes(
+            public = self.key.public_key().public_bytes(
                 serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
             )
             try:
@@ -380,6 +390,13 @@ def key() -> rsa.RSAPrivateKey:
     return rsa.generate_private_key(public_exponent=65537, key_size=2048)
 
 
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, str]:
+    """TLS under Google's names, and the file with the authority that vouches for it."""
+    names = ("storage", "oauth2", "iamcredentials")
+    return server_context(tmp_path_factory.mktemp("tls"), *(f"{name}.googleapis.com" for name in names))
+
+
 @pytest.fixture
 def google(server: FakeGcs, key: rsa.RSAPrivateKey) -> Iterator[Google]:
     google = Google(server.port, key)
@@ -388,7 +405,19 @@ def google(server: FakeGcs, key: rsa.RSAPrivateKey) -> Iterator[Google]:
 
 
 @pytest.fixture
-def variables(google: Google, tmp_path: Path) -> Callable[[str], dict[str, str]]:
+def tunnel(google: Google, authority: tuple[ssl.SSLContext, str]) -> Iterator[HttpProxy]:
+    """A proxy that leads from Google's host names to the stand-in."""
+    with serving(google.answer, authority[0]) as url:
+        port = urlsplit(url).port
+        assert port is not None
+        with HttpProxy(route=lambda _host, _port: ("127.0.0.1", port)) as proxy:
+            yield proxy
+
+
+@pytest.fixture
+def variables(
+    google: Google, tunnel: HttpProxy, authority: tuple[ssl.SSLContext, str], tmp_path: Path
+) -> Callable[[str], dict[str, str]]:
     """Variables with which credentials come from a place, for each kind that there is."""
 
     def variables(kind: str) -> dict[str, str]:
@@ -401,15 +430,17 @@ def variables(google: Google, tmp_path: Path) -> Callable[[str], dict[str, str]]
             "external impersonated": google.external_file(subject, impersonated=True),
             "impersonated": google.impersonated_file(),
         }
-        endpoint = {"MX_GCS_ENDPOINT": google.url}
+        # The services for logins have fixed names.
+        proxy, endpoint = f"http://127.0.0.1:{tunnel.port}", {"MX_GCS_ENDPOINT": google.url}
+        tunnelled = {**endpoint, "HTTPS_PROXY": proxy, "MX_GCS_CA_BUNDLE": authority[1]}
         if kind == "metadata":
             host = google.url.removeprefix("http://")
             return {**endpoint, "GCE_METADATA_HOST": host, "NO_GCE_CHECK": "false"}
         if kind == "gcloud":
             (tmp_path / "application_default_credentials.json").write_text(json.dumps(google.login_file()))
-            return {**endpoint, "CLOUDSDK_CONFIG": str(tmp_path)}
+            return {**tunnelled, "CLOUDSDK_CONFIG": str(tmp_path)}
         file = tmp_path / "credentials.json"
         file.write_text(json.dumps(contents[kind]))
-        return {**endpoint, "GOOGLE_APPLICATION_CREDENTIALS": str(file)}
+        return {**tunnelled, "GOOGLE_APPLICATION_CREDENTIALS": str(file)}
 
     return variables

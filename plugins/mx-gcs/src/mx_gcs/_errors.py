@@ -530,7 +530,7 @@ def _said(content: bytes) -> tuple[str, str]:
         return str(details[0].get("reason") or ""), str(error.get("message") or "")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         text = content[:2000].decode("utf-8", "replace").strip()
-        return "", "" if "<" in text else text
+        return "", text if text[:1].isalpha() else ""  # neither HTML nor a part of JSON
 
 
 def _quoted(text: str) -> str:
