@@ -435,7 +435,7 @@ def variables(
         tunnelled = {**endpoint, "HTTPS_PROXY": proxy, "MX_GCS_CA_BUNDLE": authority[1]}
         if kind == "metadata":
             host = google.url.removeprefix("http://")
-            return {**endpoint, "GCE_METADATA_HOST": host, "NO_GCE_CHECK": "false"}
+            return {**tunnelled, "GCE_METADATA_HOST": host, "NO_GCE_CHECK": "false"}
         if kind == "gcloud":
             (tmp_path / "application_default_credentials.json").write_text(json.dumps(google.login_file()))
             return {**tunnelled, "CLOUDSDK_CONFIG": str(tmp_path)}

@@ -38,6 +38,9 @@ _LOGIN_FILE = "application_default_credentials.json"
 #: How often a token is renewed early, at most: the metadata server may give the same one for a while.
 _EARLY_RENEWAL_SECONDS = 10.0
 
+#: In requests to a metadata server, and in its answers.
+_FLAVOR = "Metadata-Flavor"
+
 #: What names the machine on Google's own.
 _PRODUCT_NAME = Path("/sys/class/dmi/id/product_name")
 
@@ -81,10 +84,19 @@ class MetadataCredentials(Credentials):
 
     def _get(self, request: TokenRequests, name: str) -> str:
         url = f"http://{self._host}/computeMetadata/v1/instance/service-accounts/default/{name}"
-        answer = request(url, headers={"Metadata-Flavor": "Google"})
-        if answer.headers.get("metadata-flavor") != "Google":  # any web server may answer under such an address
-            raise MetadataAnswerError
+        try:
+            answer = request(url, headers={_FLAVOR: "Google"})
+        except TokenAnswerError as exc:
+            _check_flavor(exc.headers)
+            raise
+        _check_flavor(answer.headers)
         return answer.data.decode("utf-8", "replace")
+
+
+def _check_flavor(headers: Mapping[str, str]) -> None:
+    """Refuse what is not from a metadata server of Google: other clouds have one at the same address."""
+    if headers.get(_FLAVOR.lower()) != "Google":
+        raise MetadataAnswerError
 
 
 @frozen
@@ -273,8 +285,12 @@ class Identity:
         credentials = MetadataCredentials(host)
         try:
             email = credentials.email(self._requests)
-        except (OSError, MetadataAnswerError) as exc:
+        except OSError as exc:
             raise NoCredentialsError(host, expected=self._expects_metadata()) from exc
+        except MetadataAnswerError as exc:
+            if self._settings.metadata_host is not None:
+                raise
+            raise NoCredentialsError(host, expected=False) from exc
         except TokenAnswerError as exc:
             if exc.status == 404:
                 raise

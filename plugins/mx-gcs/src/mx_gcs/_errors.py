@@ -554,7 +554,7 @@ def _without_token(exc: CredentialsError, uri: str, operation: str) -> BackendEr
     if answer is not None:
         said = ", ".join(part for part in (f"HTTP {answer.status}", answer.code) if part)
         reason = f"no access token could be fetched: {answer.host} answered {said}"
-        return described(_meaning_of_token_answer(answer), reason, answer.retry_after)
+        return described(_meaning_of_token_answer(answer), reason, answer.headers.get("retry-after"))
     missing = next((link for link in chain if isinstance(link, NoCredentialsError)), None)
     if missing is not None:
         reason = "no credentials were found"

@@ -46,16 +46,16 @@ class TokenAnswerError(Exception):
         status: HTTP status.
         code: Error code in the answer: ``"invalid_grant"``, ``"PERMISSION_DENIED"``.
         words: What the service says about it, and more codes. May hold a part of a credential.
-        retry_after: The header of that name.
+        headers: By lower-case name.
     """
 
-    def __init__(self, host: str, status: int, code: str, words: str, retry_after: str | None = None) -> None:
+    def __init__(self, host: str, status: int, code: str, words: str, headers: Mapping[str, str]) -> None:
         super().__init__(f"{host} answered HTTP {status}")
         self.host = host
         self.status = status
         self.code = code
         self.words = words
-        self.retry_after = retry_after
+        self.headers = headers
 
 
 @frozen
@@ -130,7 +130,7 @@ class TokenRequests:
                 raise BadAnswerError(f"the answer has more than {_MAX_CONTENT_BYTES} bytes")
         if not 200 <= answer.status < 300:
             code, words = _error_of(data)
-            raise TokenAnswerError(request.origin.host, answer.status, code, words, answer.headers.get("retry-after"))
+            raise TokenAnswerError(request.origin.host, answer.status, code, words, answer.headers)
         return TokenAnswer(answer.status, answer.headers, data)
 
     def close(self) -> None:
