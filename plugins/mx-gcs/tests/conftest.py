@@ -373,7 +373,7 @@ class Google:
         flavor = {"Metadata-Flavor": "Google"}
         if request.headers.get("Metadata-Flavor") != "Google":
             return 403, flavor, b"Missing Metadata-Flavor:Google header."
-        if path.endswith("/email") and "metadata" not in self.refusals:
+        if path.endswith("/email") and self.refusals.get("metadata", (200,))[0] == 200:
             return 200, flavor, self.service_account.encode()
         token, refused = self._token("metadata")
         status, headers, body = refused or _json(200, access_token=token, expires_in=self.lifetime_seconds)

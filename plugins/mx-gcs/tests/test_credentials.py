@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,45 @@ def test_a_token_service_that_cannot_be_reached(google: Any, variables: Variable
     assert error.retryable
     assert google.service_account in str(error)
     assert "ConnectionRefusedError" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "answer"),
+    [
+        ("key", "oauth", json_answer(200, id_token="s3cret", expires_in=3600)),
+        ("key", "oauth", json_answer(200, access_token="s3cret\nX-Other: 1", expires_in=3600)),
+        ("key", "oauth", json_answer(200, access_token=["s3cret"], expires_in=3600)),
+        ("key", "oauth", json_answer(200, access_token="s3cret", expires_in="soon")),
+        ("key", "oauth", (200, {}, b"s3cret")),
+        ("login", "oauth", json_answer(200, id_token="s3cret", refresh_token="s3cret")),
+        ("external", "sts", json_answer(200, token="s3cret")),
+        ("impersonated", "iam", json_answer(200, accessToken="s3cret", expireTime="soon")),
+        ("metadata", "metadata", json_answer(200, access_token="s3cret")),
+        ("metadata", "metadata", json_answer(200, access_token=5, expires_in=5)),
+        ("metadata", "metadata", json_answer(200, access_token="s3cret\r\nX-Other: 1", expires_in=3600)),
+        ("metadata", "metadata", (200, {}, b"s3cret")),
+        ("metadata", "metadata", (200, {}, b"[" * 100_000)),
+    ],
+)
+def test_an_answer_without_a_usable_token(  # a case and its parts
+    kind: str, asked: str, answer: Any, google: Any, variables: Variables, opened: Opened
+) -> None:
+    """It is an error, neither whose message nor whose traceback has what was answered; GCS is not asked."""
+    google.refusals[asked] = answer
+
+    error = refused(opened(**variables(kind)), google)
+
+    assert "s3cret" not in "".join(traceback.format_exception(error))
+    assert [] == google.requests
+
+
+def test_an_odd_name_of_a_service_account(google: Any, variables: Variables, opened: Opened) -> None:
+    """What is no name is not shown."""
+    google.service_account = "s3cret\r\nloader"
+
+    error = refused(opened(**variables("metadata")), google)
+
+    assert "s3cret" not in "".join(traceback.format_exception(error))
 
 
 def test_a_redirect_of_a_token_service_is_not_followed(google: Any, variables: Variables, opened: Opened) -> None:

@@ -113,6 +113,17 @@ def test_reads_of_one_object_prepare_one_request(
     assert [first] * 3 + [second] == [request.query["ifGenerationMatch"] for request in google.requests]
 
 
+def test_a_name_that_is_no_unicode(emulated: Callable[..., GcsStorage]) -> None:
+    """A URI may have %80, which is none; there is no such object."""
+    for call in (
+        lambda: emulated().stat("requests/\udc80"),
+        lambda: emulated().read_into("requests/\udc80", 0, memoryview(bytearray(5)), version="1"),
+    ):
+        with pytest.raises(BackendError):
+            call()
+    assert [] == list(emulated().list("requests/\udc80"))
+
+
 # -- listing -----------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +197,7 @@ def test_a_listing_without_end_is_given_up(serving: Any, opened: Callable[..., G
         {"items": [item("model/a", generation="")]},
         {"items": [item("model/a", generation="1&alt=json")]},
         {"items": [item("")]},
+        {"items": [item("model/\ud800")]},
         {"items": [{}]},
         {"items": ["model/a"]},
         {"items": "model/a"},
@@ -226,7 +238,7 @@ def test_encoded_metadata_is_refused(encoding: str, scripted: Scripted) -> None:
 
 def test_pages_have_a_bound(scripted: Scripted) -> None:
     """A page that is longer than any of GCS is an error, and is not kept."""
-    page = b'{"items": [' + b" " * (17 << 20) + b"]}"
+    page = b'{"items": [' + b" " * (9 << 20) + b"]}"
 
     with pytest.raises(BackendError):
         list(scripted((200, {}, page)).list("model"))

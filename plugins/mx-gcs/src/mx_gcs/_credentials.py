@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 from attrs import field, frozen
 from google.auth.credentials import Credentials, TokenState
 
+from modelexpress_core.storage.http import Request
 from mx_gcs._errors import (
     CredentialsError,
     CredentialsFileError,
@@ -40,6 +42,9 @@ _EARLY_RENEWAL_SECONDS = 10.0
 
 #: In requests to a metadata server, and in its answers.
 _FLAVOR = "Metadata-Flavor"
+
+#: A service account, or the workload identity pool of a cluster ("project.svc.id.goog").
+_ACCOUNT = re.compile(r"[A-Za-z0-9._@:/-]{1,256}")
 
 #: What names the machine on Google's own.
 _PRODUCT_NAME = Path("/sys/class/dmi/id/product_name")
@@ -79,8 +84,11 @@ class MetadataCredentials(Credentials):
         self.expiry = datetime.now(timezone.utc).replace(tzinfo=None) + timedelta(seconds=lifetime)
 
     def email(self, request: TokenRequests) -> str:
-        """The service account's email address, which takes a request."""
-        return self._get(request, "email").strip()
+        """The service account's email address, or what a pod has in its place; takes a request."""
+        text = self._get(request, "email").strip()
+        if not _ACCOUNT.fullmatch(text):
+            raise MetadataAnswerError
+        return text
 
     def _get(self, request: TokenRequests, name: str) -> str:
         url = f"http://{self._host}/computeMetadata/v1/instance/service-accounts/default/{name}"
@@ -214,7 +222,7 @@ class Identity:
             if held is not None and held is not previous:
                 return held
             if self._fetches != fetches and self._failure is not None:
-                raise CredentialsError(self._failure.error, self._failure.place) from self._failure
+                raise CredentialsError(self._failure.error, self._failure.place)
             return self._fetch()
 
     def _renewed_early(self, held: _Held) -> _Held:
@@ -240,11 +248,13 @@ class Identity:
             headers: dict[str, str] = {}
             source.credentials.apply(headers)
             held = _Held(source, tuple((name.title(), value) for name, value in headers.items()))
+            Request.to_url("GET", self._settings.base_url, held.headers)  # refuses a token that is no header
             if held.state is TokenState.INVALID:
                 raise StaleTokenError  # noqa: TRY301 - told like all other failures
-        except Exception as exc:  # google-auth raises exceptions of its own, and many of Python's
+        except Exception as exc:  # noqa: BLE001 - google-auth raises exceptions of its own, and many of Python's
             self._failure = CredentialsError(exc, place)
-            raise self._failure from exc
+            # Those of google-auth may hold what a service answered, and with it tokens.
+            raise self._failure from (exc if isinstance(exc, OSError) else None)
         finally:
             self._fetches += 1  # at the end, so that waiting threads see that another thread has tried
         self._held = held
@@ -314,8 +324,8 @@ class Identity:
             raise CredentialsFileError(str(path), f"its type, {kind[:40]!r}, is none of: {', '.join(_LOADERS)}")
         try:
             credentials, whose = load(info)
-        except Exception as exc:  # a key that cannot be parsed raises any exception; none is shown, for it may quote it
-            raise CredentialsFileError(str(path), f"it is no usable {kind}") from exc
+        except Exception:  # noqa: BLE001 - a key that cannot be parsed raises any exception
+            raise CredentialsFileError(str(path), f"it is no usable {kind}") from None
         domain = getattr(credentials, "universe_domain", self._settings.universe_domain)
         if domain != self._settings.universe_domain:
             raise UniverseError(str(domain), self._settings.universe_domain)

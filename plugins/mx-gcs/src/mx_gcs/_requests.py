@@ -37,8 +37,8 @@ VERSIONS = VersionHeaders(condition="ifGenerationMatch", answered="x-goog-genera
 #: answer has another length than the object then, and no Content-Encoding.
 ENCODING_HEADERS = ("content-encoding", "x-goog-stored-content-encoding")
 
-#: A page of a listing has at most 1000 names of 1024 bytes, which JSON may write in six times as many.
-_MAX_CONTENT_BYTES = 16 << 20
+#: A page of a listing has at most 1000 names of 1024 bytes.
+_MAX_CONTENT_BYTES = 8 << 20
 
 #: What is read of an answer that refuses; its status says enough.
 _MAX_ERROR_BYTES = 1 << 20
@@ -182,8 +182,8 @@ class GcsRequests:
         return tuple((name, value) for name, value in headers if name != "X-Goog-User-Project")
 
     def _object(self, path: str) -> str:
-        return f"b/{self._bucket}/o/{quote(path, safe='')}"
+        return f"b/{self._bucket}/o/{quote(path, safe='', errors='surrogateescape')}"
 
     def _query(self, parameters: Mapping[str, str]) -> str:
         paying = {} if self._user_project is None else {"userProject": self._user_project}
-        return urlencode({**parameters, **paying}, quote_via=quote, safe="")
+        return urlencode({**parameters, **paying}, quote_via=quote, safe="", errors="surrogateescape")

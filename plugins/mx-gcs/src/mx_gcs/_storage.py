@@ -215,7 +215,7 @@ class GcsStorage:
             _number(fields.get("size")),
             _number(fields.get("generation")),
         )
-        if not name or size is None or generation is None:
+        if not name or not _is_unicode(name) or size is None or generation is None:
             reason = "the server gave no name, size or generation of it"
             raise self._failures.described(_NO_METADATA, reason, path, operation)
         published = {
@@ -231,6 +231,15 @@ class GcsStorage:
 
 def _number(value: object) -> str | None:
     return value if isinstance(value, str) and _NUMBER.fullmatch(value) else None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written in UTF-8; JSON can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text(value: object) -> str | None:
