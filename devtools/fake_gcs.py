@@ -100,10 +100,23 @@ class FakeGcs:
         """URL of the server."""
         return f"http://127.0.0.1:{self.port}"
 
+    def restart(self) -> None:
+        """Start the server again with the objects that it has, which frees the memory that uploads took.
+
+        Only with the backend ``filesystem``.
+        """
+        assert self._backend == "filesystem"
+        self._end()
+        self._start_process()
+        self._wait_till_ready()
+
     def _start(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="fake-gcs-"))
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
+        self._start_process()
+
+    def _start_process(self) -> None:
         with (self._directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [
@@ -112,6 +125,7 @@ class FakeGcs:
                     "-host=127.0.0.1",
                     f"-port={self.port}",
                     f"-external-url={self.endpoint}",
+                    f"-public-host=127.0.0.1:{self.port}",  # else it serves the XML API under Google's name alone
                     f"-backend={self._backend}",
                     f"-filesystem-root={self._directory / 'objects'}",
                     "-log-level=warn",
@@ -145,12 +159,17 @@ class FakeGcs:
 
     def stop(self) -> None:
         """Kill the server, and remove its data."""
-        process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        if self._end():
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _end(self) -> bool:
+        process, self._process = self._process, None
+        if process is None:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
 
     def environ(self) -> dict[str, str]:
         """Return the environment variables for access to this server."""
