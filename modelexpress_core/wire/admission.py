@@ -24,9 +24,10 @@ import grpc
 import grpc.aio
 from attrs import define, field, frozen
 
+from modelexpress_core.wire.peers import peer_host
 from modelexpress_core.wire.rpc import RpcContext, RpcHandler, behaviour_of, make_handler, write_all
 
-__all__ = ["Admission", "MessageLimits", "peer_host", "reserve_answer", "try_reserve_answer"]
+__all__ = ["Admission", "MessageLimits", "reserve_answer", "try_reserve_answer"]
 
 #: A message may take so long from the beginning of its call. On a slow line of 2.5 Mbit/s, 16 MiB take as long.
 _ARRIVAL_SECONDS = 60.0
@@ -64,11 +65,6 @@ class MessageLimits:
     message_bytes: int = 16 << 20
     receiving_bytes: int = 512 << 20
     answer_bytes: int = 512 << 20
-
-
-def peer_host(peer: str) -> str:
-    """The address in gRPC's name of a peer, without the port: ``"ipv4:10.0.0.1:5000"`` is ``"ipv4:10.0.0.1"``."""
-    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
 
 
 @define(eq=False)
