@@ -201,6 +201,8 @@ class Admission:
         return len(self._arrivals) < self._most_arrivals and self._arrivals_of[connection] < self._most_of_connection
 
     async def _turn_to_read(self, connection: str) -> None:
+        if self._arrivals_of[connection] < self._most_of_connection:
+            self._make_way(asyncio.get_running_loop().time())
         waiter = _Waiter(connection)
         self._readers[waiter] = None
         self._keep_sweeping()
@@ -239,18 +241,23 @@ class Admission:
             self._abort(arrival, grpc.StatusCode.DEADLINE_EXCEEDED, f"no message within {_ARRIVAL_SECONDS:.0f} s")
         waiting = sum(self._arrivals_of[waiter.connection] < self._most_of_connection for waiter in self._readers)
         if len(self._arrivals) >= self._most_arrivals:
+            for _ in range(min(waiting, self._most_arrivals)):
+                if not self._make_way(now):
+                    break
+        self._wake_reader()
+        if self._arrivals or self._readers:
+            self._keep_sweeping()
+
+    def _make_way(self, now: float) -> bool:
+        """End the message that gives way to others, and tell whether there was one."""
+        victim = self._slowest(now)
+        if victim is not None:
             reason = (
                 f"the message took over {_GIVES_WAY_SECONDS:.0f} s, and others wait: "
                 f"the limit of arriving messages is {self._receiving_bytes} bytes (MX_MAX_RECEIVING_BYTES)"
             )
-            for _ in range(min(waiting, self._most_arrivals)):
-                victim = self._slowest(now)
-                if victim is None:
-                    break
-                self._abort(victim, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
-        self._wake_reader()
-        if self._arrivals or self._readers:
-            self._keep_sweeping()
+            self._abort(victim, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        return victim is not None
 
     def _slowest(self, now: float) -> _Arrival | None:
         """The message that gives way: of the connection that has most, the oldest; None if all are young."""

@@ -23,9 +23,15 @@ _WITH_VLLM = ["test_failures.py", "test_register.py", "test_reload.py", "test_se
 collect_ignore = [] if importlib.util.find_spec("vllm") else _WITH_VLLM
 
 
+@pytest.fixture(scope="session")
+def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where vLLM keeps what it found out about its classes of models: to find it out takes ten seconds for each."""
+    return tmp_path_factory.mktemp("vllm-cache")
+
+
 @pytest.fixture(autouse=True)
-def _nothing_configured(nothing_configured: None) -> None:
-    pass
+def _nothing_configured(nothing_configured: None, vllm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(vllm_cache))
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +43,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture
-def run_vllm(tmp_path: Path) -> Callable[..., tuple[Any, str]]:
+def run_vllm() -> Callable[..., tuple[Any, str]]:
     """A function that runs a program of this directory; returns the results that it prints as JSON, and its output."""
 
     def run_vllm(program: str, argument: object, **environ: str) -> tuple[Any, str]:
@@ -51,7 +57,6 @@ def run_vllm(tmp_path: Path) -> Callable[..., tuple[Any, str]]:
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                 "VLLM_NO_USAGE_STATS": "1",
                 "HF_HUB_OFFLINE": "1",
-                "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
                 **environ,
             },
             capture_output=True,
