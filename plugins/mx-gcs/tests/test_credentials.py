@@ -90,6 +90,20 @@ def test_a_service_account_can_be_impersonated(
     assert [delegate] == google.forms[-1]["delegates"]
 
 
+def test_the_metadata_server_is_reached_without_a_proxy(
+    google: Any, variables: Variables, tunnel: HttpProxy, opened: Opened, put: Callable[..., str]
+) -> None:
+    """A proxy must not see tokens of the machine, and could not reach the server; GCS is reached through it."""
+    put("credentials/object", b"content")
+    settings = {name: value for name, value in variables("metadata").items() if name != "MX_GCS_ENDPOINT"}
+    proxy = f"http://127.0.0.1:{tunnel.port}"
+
+    assert 7 == opened(**settings, HTTP_PROXY=proxy, ALL_PROXY=proxy).stat("credentials/object").size
+    assert ["metadata"] == google.asked
+    assert ["storage.googleapis.com:443"] == tunnel.tunnels
+    assert [] == tunnel.requests
+
+
 def test_only_the_right_to_read_is_asked_for(google: Any, variables: Variables, opened: Opened) -> None:
     """A token that leaks cannot write."""
     opened(**variables("external impersonated")).credentials()

@@ -96,6 +96,20 @@ def test_requests_have_only_what_they_need(
     assert {"identity"} == {request.headers["Accept-Encoding"] for request in google.requests}
 
 
+def test_an_endpoint_may_have_a_path(serving: Any, opened: Callable[..., GcsStorage]) -> None:
+    """A gateway of one's own, which passes requests on."""
+    paths: list[str] = []
+
+    def answered(request: Any) -> Any:
+        paths.append(request.path.partition("?")[0])
+        return answer(**item())
+
+    with serving(answered) as url:
+        opened(MX_GCS_ENDPOINT=f"{url}/gateway/", MX_GCS_ANONYMOUS="1").stat("model/a")
+
+    assert ["/gateway/storage/v1/b/models/o/model%2Fa"] == paths
+
+
 def test_reads_of_one_object_prepare_one_request(
     google: Any, opened: Callable[..., GcsStorage], variables: Callable[[str], dict[str, str]], put: Callable[..., str]
 ) -> None:

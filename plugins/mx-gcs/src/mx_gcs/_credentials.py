@@ -250,7 +250,7 @@ class Identity:
             held = _Held(source, tuple((name.title(), value) for name, value in headers.items()))
             Request.to_url("GET", self._settings.base_url, held.headers)  # refuses a token that is no header
             if held.state is TokenState.INVALID:
-                raise StaleTokenError  # noqa: TRY301 - told like all other failures
+                raise StaleTokenError  # noqa: TRY301 - explained like all other failures
         except Exception as exc:  # noqa: BLE001 - google-auth raises exceptions of its own, and many of Python's
             self._failure = CredentialsError(exc, place)
             # Those of google-auth may hold what a service answered, and with it tokens.
