@@ -92,6 +92,14 @@ def raised(call: Callable[[], Any]) -> BackendError:
             False,
             "cryptoKeyEncrypterDecrypter",
         ),
+        (
+            403,
+            "insufficientPermissions",
+            "Request had insufficient authentication scopes.",
+            AccessDeniedError,
+            False,
+            "cloud-platform",
+        ),
         (403, "accountDisabled", "The account for bucket has been disabled.", AccessDeniedError, False, "billing"),
         (
             403,

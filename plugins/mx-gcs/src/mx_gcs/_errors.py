@@ -184,6 +184,11 @@ _KMS = Meaning(
     "the key in Cloud KMS is disabled or destroyed, or the storage service may not use it",
     "check the key's state, and that the service agent of Cloud Storage has roles/cloudkms.cryptoKeyEncrypterDecrypter",
 )
+_FEW_SCOPES = Meaning(
+    AccessDeniedError,
+    "the access scopes of this machine (or of the user's login) do not allow it",
+    "give the machine or the node pool the scope cloud-platform, or use the key of a service account",
+)
 _BILLING = Meaning(
     AccessDeniedError,
     "the project of the bucket has no billing account, or its account is closed or disabled",
@@ -228,6 +233,7 @@ _WORDS: tuple[tuple[re.Pattern[str], Meaning], ...] = tuple(
         (r"vpcServiceControls|VPC Service Controls|SECURITY_POLICY_VIOLATED", _PERIMETER),
         (r"customer.(?:supplied )?encryption key|encryption key.*customer", _CUSTOMER_KEY),
         (r"cloudkms|Cloud KMS", _KMS),
+        (r"insufficient authentication scopes|scope\(s\) are not authorized", _FEW_SCOPES),
         (r"billing account", _BILLING),
         (r"bucket does not exist", _NO_BUCKET),
     )
@@ -300,7 +306,7 @@ _TOKEN_ANSWERS: tuple[_TokenAnswer, ...] = (
         ),
     ),
     _TokenAnswer(
-        "invalid_target|invalid_request",
+        "invalid_target",
         "",
         Meaning(
             AccessDeniedError,
@@ -333,12 +339,8 @@ _TOKEN_ANSWERS: tuple[_TokenAnswer, ...] = (
     ),
     _TokenAnswer(
         "PERMISSION_DENIED",
-        "SCOPE|scope",
-        Meaning(
-            AccessDeniedError,
-            "the access scopes of this machine do not allow it",
-            "give the machine the scope cloud-platform",
-        ),
+        "ACCESS_TOKEN_SCOPE|insufficient authentication scopes",
+        _FEW_SCOPES,
     ),
     _TokenAnswer(
         "(?:PERMISSION_DENIED)?",
@@ -392,7 +394,7 @@ _METADATA_SILENT = Meaning(
     retryable=True,
 )
 
-_CHECK_TOKEN_SERVICE = "check the URLs in the file of the credentials, firewalls, and HTTPS_PROXY and NO_PROXY"  # noqa: S105 - a hint
+_CHECK_SERVICE = "check the URLs in the file of the credentials, firewalls, and HTTPS_PROXY and NO_PROXY"
 
 #: Exceptions on the way to a token -> what was seen, and what it means. The first line that fits counts.
 _NO_TOKEN: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
@@ -458,19 +460,17 @@ _NO_TOKEN: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
     (
         (EncodedAnswerError,),
         "the answer with the access token is encoded",
-        Meaning(AccessDeniedError, "a proxy changes answers", _CHECK_TOKEN_SERVICE),
+        Meaning(AccessDeniedError, "a proxy changes answers", _CHECK_SERVICE),
     ),
     (
         (socket.gaierror, ssl.SSLError),
         "no connection to the service that gives access tokens",
-        Meaning(
-            AccessDeniedError, "its name does not resolve, or its certificate is not trusted", _CHECK_TOKEN_SERVICE
-        ),
+        Meaning(AccessDeniedError, "its name does not resolve, or its certificate is not trusted", _CHECK_SERVICE),
     ),
     (
         (OSError,),
         "no connection to the service that gives access tokens",
-        Meaning(AccessDeniedError, "it cannot be reached from here, or not now", _CHECK_TOKEN_SERVICE, retryable=True),
+        Meaning(AccessDeniedError, "it cannot be reached from here, or not now", _CHECK_SERVICE, retryable=True),
     ),
 )
 _NO_TOKEN_OTHERWISE = Meaning(
