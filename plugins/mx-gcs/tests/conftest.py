@@ -318,7 +318,9 @@ class Google:
             headers = {name: value for name, value in request.headers.items() if name != "Host"}
             connection.request(request.method, request.path, request.body or None, headers)
             answer = connection.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read()
+            of_connection = {"Connection", "Content-Length", "Transfer-Encoding"}
+            answered = {name: value for name, value in answer.getheaders() if name not in of_connection}
+            return answer.status, answered, answer.read()
 
     def _token(self, kind: str, prefix: str = "ya29") -> tuple[str, Answer | None]:
         with self._lock:
