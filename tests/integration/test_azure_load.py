@@ -1,0 +1,100 @@
+"""Loads from a real server of Azure's Blob service: every tensor, by API, by command and by copy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from devtools.azurite import Azurite
+from modelexpress_core import load_into, load_state_dict
+
+
+@pytest.fixture(scope="module")
+def stored(azurite: Azurite, sharded: Path) -> str:
+    """The URI of the generated checkpoint."""
+    return azurite.upload(sharded, "models", "sharded")
+
+
+@pytest.fixture
+def environ(azurite: Azurite) -> dict[str, str]:
+    return azurite.environ()
+
+
+def test_a_real_checkpoint_is_equal_to_what_safetensors_reads(
+    azurite: Azurite, minilm: Path, environ: dict[str, str], expected: Any, assert_equal: Any
+) -> None:
+    """Every tensor of all-MiniLM-L6-v2 arrives bit by bit."""
+    uri = azurite.upload(minilm, "models", "minilm")
+
+    state = load_state_dict(uri, environ=environ)
+
+    assert_equal(expected(minilm), state)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "azure://models",
+        "az://models@mxaccount.blob.core.windows.net",
+        "abfss://models@mxaccount.dfs.core.windows.net",
+        "https://mxaccount.blob.core.windows.net/models",
+    ],
+)
+def test_every_form_of_the_uri_loads_the_same(
+    start: str, stored: str, sharded: Path, environ: dict[str, str], expected: Any, assert_equal: Any
+) -> None:
+    """The account is in variables or in the URI, the container before an at sign or in the path."""
+    assert stored.startswith("az://models/")
+
+    state = load_state_dict(stored.replace("az://models", start), environ=environ)
+
+    assert_equal(expected(sharded), state)
+
+
+def test_one_shard_can_be_named(stored: str, sharded: Path, environ: dict[str, str], expected: Any) -> None:
+    """A URI may name one file."""
+    one = load_state_dict(f"{stored}/model-00002-of-00003.safetensors", environ=environ)
+
+    assert 0 < len(one) < len(expected(sharded))
+
+
+def test_published_digests_are_compared(stored: str, sharded: Path, environ: dict[str, str], expected: Any) -> None:
+    """The SDK stores an MD5 of blobs that it uploads in one piece."""
+    model = {name: torch.empty_like(tensor) for name, tensor in expected(sharded).items()}
+
+    report = load_into(model, stored, environ=environ)
+
+    assert 3 == report.verified["digests"]
+
+
+def test_the_command_loads_it(mx: Callable[..., Any], stored: str, environ: dict[str, str]) -> None:
+    """`mx load` reads every byte, and names the plugin."""
+    done = mx("load", "--json", stored, environ=environ)
+
+    assert 0 == done.returncode, done.stderr
+    assert "mx-azure" == json.loads(done.stdout)["storage"]["plugin"]
+
+
+def test_the_command_copies_it(
+    mx: Callable[..., Any], stored: str, sharded: Path, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """`mx pull` writes the same files."""
+    done = mx("pull", stored, str(tmp_path / "copy"), environ=environ)
+
+    assert 0 == done.returncode, done.stderr
+    for path in sharded.iterdir():
+        assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes(), path.name
+
+
+def test_the_doctor_finds_nothing(mx: Callable[..., Any], stored: str, environ: dict[str, str]) -> None:
+    """All steps pass, and the credentials are named without a secret."""
+    done = mx("doctor", "--json", stored, environ=environ)
+
+    assert 0 == done.returncode, done.stdout + done.stderr
+    assert "key of the account mxaccount, from AZURE_STORAGE_ACCOUNT_KEY" in done.stdout
+    assert environ["AZURE_STORAGE_ACCOUNT_KEY"] not in done.stdout
