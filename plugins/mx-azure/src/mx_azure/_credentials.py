@@ -122,7 +122,6 @@ class Identity:
             if self._token is not None and self._token.text != refused:
                 return True
             self._raise_failure_since(asked)
-            self._credential = None  # it keeps tokens, and would give the same again
             return self._fetch().text != refused
 
     def describe(self) -> str:
@@ -143,11 +142,12 @@ class Identity:
         """Fetch a token; the lock is held."""
         attempts: list[Attempt] = []
         try:
-            if self._credential is None:
+            if self._credential is None or self._token is not None:  # one keeps its token, and would give it again
                 self._transport, self._credential = _new_credential(self._settings, self._proxies)
             attempts = self._transport.begin()
             found = self._credential.get_token(_SCOPE)
         except Exception as exc:  # credentials raise any exception, even of the JSON module
+            self._credential = None  # one repeats some refusals from its memory, without another request
             self._failure = TokenError(self.way, exc, attempts)
             self._note_throttling(attempts)
             raise self._failure from exc

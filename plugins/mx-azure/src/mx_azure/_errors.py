@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from urllib.parse import parse_qsl
 
 import attrs
 from attrs import field, frozen
@@ -59,9 +62,8 @@ _ARCHIVED = Meaning(
 )
 _NETWORK_RULES = Meaning(
     AccessDeniedError,
-    "the firewall of the account does not allow this network, or the SAS token does not allow this operation",
-    "check Networking of the account in the portal (a private endpoint or an allowed network), and the permissions r "
-    "and l of the token",
+    "the firewall of the account does not allow this network",
+    "check Networking of the account in the portal: this machine needs a private endpoint or an allowed network",
 )
 _OWN_KEY = Meaning(
     UnsupportedError, "the blob is encrypted with a key of the customer's, which reads have to send", "copy the blob"
@@ -87,7 +89,6 @@ _ANSWERS: Mapping[str | int, Meaning] = {
     "ResourceNotFound": _NOT_FOUND,
     "InvalidResourceName": Meaning(NotFoundError, "no container or blob can have this name", "correct the URI"),
     "AccountIsDisabled": Meaning(AccessDeniedError, "the account is disabled", "enable it, or check the subscription"),
-    "AuthorizationFailure": _NETWORK_RULES,
     "AuthorizationSourceIPMismatch": Meaning(
         AccessDeniedError, "the SAS token is for other addresses", "get a token for the address of this machine"
     ),
@@ -134,12 +135,8 @@ _ANSWERS: Mapping[str | int, Meaning] = {
     503: _SLOW_DOWN,
 }
 
-#: Codes and statuses with which the service refuses the credentials themselves, or what they allow.
-_REFUSED = frozenset({"AuthenticationFailed", "InvalidAuthenticationInfo"})
-_NOT_ALLOWED = frozenset({"AuthorizationPermissionMismatch", "InsufficientAccountPermissions"})
-
 #: Kind of credential -> what it means that the service refuses it.
-_REFUSED_MEANINGS: Mapping[str, Meaning] = {
+_REFUSED: Mapping[str, Meaning] = {
     "key": Meaning(
         AccessDeniedError,
         "the key is not one of this account, was rotated, or a proxy changes the requests",
@@ -159,7 +156,7 @@ _REFUSED_MEANINGS: Mapping[str, Meaning] = {
 }
 
 #: Kind of credential -> what it means that it does not allow the operation.
-_NOT_ALLOWED_MEANINGS: Mapping[str, Meaning] = {
+_NOT_ALLOWED: Mapping[str, Meaning] = {
     "key": Meaning(AccessDeniedError, "the account's key does not allow it", "check the account"),
     "sas": Meaning(
         AccessDeniedError,
@@ -174,8 +171,37 @@ _NOT_ALLOWED_MEANINGS: Mapping[str, Meaning] = {
     ),
 }
 
+#: Kind of credential -> what AuthorizationFailure means: the firewall, or what the credential does not allow.
+_FAILED: Mapping[str, Meaning] = {
+    "key": _NETWORK_RULES,
+    "sas": Meaning(
+        AccessDeniedError,
+        "the SAS token is for another container or operation, or the firewall of the account does not allow this "
+        "network",
+        "get a token for this container with sp=rl into {variable}, and check Networking of the account in the portal",
+    ),
+    "token": _NETWORK_RULES,
+    "anonymous": attrs.evolve(
+        _ANONYMOUS, cause="the container is not public, or the firewall of the account does not allow this network"
+    ),
+}
+
+#: Code -> what it means, by the kind of credential.
+_BY_KIND: Mapping[str, Mapping[str, Meaning]] = {
+    "AuthenticationFailed": _REFUSED,
+    "InvalidAuthenticationInfo": _REFUSED,
+    "AuthorizationFailure": _FAILED,
+    "AuthorizationPermissionMismatch": _NOT_ALLOWED,
+    "InsufficientAccountPermissions": _NOT_ALLOWED,
+}
+
+_MAYBE_PRIVATE = attrs.evolve(
+    _NOT_FOUND, cause="there is no such container or blob, or the container is not public", hint=_ANONYMOUS.hint
+)
 _SAS_EXPIRED = Meaning(
-    AccessDeniedError, "the SAS token ran out, or is not valid yet", "get a new token into {variable}; check the clock"
+    AccessDeniedError,
+    "the SAS token ran out, or is not valid yet",
+    "get a new token into {variable}, and check the clock of this machine",
 )
 _SKEWED = Meaning(AccessDeniedError, "the clock of this machine is wrong by more than 15 minutes", _CLOCK)
 _TOKEN_EXPIRED = Meaning(AccessDeniedError, "the token ran out, and no newer one could be had", _CLOCK)
@@ -195,14 +221,14 @@ _RENEWED = Meaning(
     "check the clock of this machine, and whether the identity was disabled",
 )
 
-#: Words in the detail of a refusal -> kinds of credential, and what it means. The detail itself is never shown: it
+#: Words in the detail of a refusal, kind of credential -> what it means. The detail itself is never shown: it
 #: repeats the signature.
-_DETAILS: Sequence[tuple[re.Pattern[str], frozenset[str], Meaning]] = (
-    (re.compile(r"not valid in the specified time frame|expired", re.IGNORECASE), frozenset({"sas"}), _SAS_EXPIRED),
-    (re.compile(r"date header too old|request date", re.IGNORECASE), frozenset({"key"}), _SKEWED),
-    (re.compile(r"audience", re.IGNORECASE), frozenset({"token"}), _AUDIENCE),
-    (re.compile(r"issuer", re.IGNORECASE), frozenset({"token"}), _TENANT),
-    (re.compile(r"lifetime|expired", re.IGNORECASE), frozenset({"token"}), _TOKEN_EXPIRED),
+_DETAILS: Sequence[tuple[re.Pattern[str], str, Meaning]] = (
+    (re.compile(r"not valid in the specified time frame|expired", re.IGNORECASE), "sas", _SAS_EXPIRED),
+    (re.compile(r"date header too old|request date", re.IGNORECASE), "key", _SKEWED),
+    (re.compile(r"audience", re.IGNORECASE), "token", _AUDIENCE),
+    (re.compile(r"issuer", re.IGNORECASE), "token", _TENANT),
+    (re.compile(r"lifetime|expired", re.IGNORECASE), "token", _TOKEN_EXPIRED),
 )
 
 
@@ -210,6 +236,15 @@ def _element(content: bytes, name: bytes) -> str:
     """The text of the first element of that name in the body of an error, which is small and flat XML."""
     found = re.search(b"<%s>([^<]*)</%s>" % (name, name), content[:65536])
     return found[1].decode("utf-8", "replace").strip() if found else ""
+
+
+def _time(text: str | None) -> datetime | None:
+    """A time in a SAS token, which may be a date alone."""
+    try:
+        found = datetime.fromisoformat((text or "").replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=timezone.utc)
 
 
 def error_code(refusal: Refusal) -> str:
@@ -300,6 +335,11 @@ _ENTRA: Mapping[str, Meaning] = {
 
 _THROTTLED = Meaning(ThrottledError, "it gets more requests than it serves at a time", "try again later")
 _TOKEN_BUSY = Meaning(AccessDeniedError, "it has a passing fault", "try again later", retryable=True)
+_NO_TOKEN = Meaning(
+    AccessDeniedError,
+    "its answer has no token: something else answers in its place",
+    "check AZURE_AUTHORITY_HOST, and HTTPS_PROXY and NO_PROXY",
+)
 _TOKEN_REFUSED = Meaning(AccessDeniedError, "it does not accept what it was asked with", _CHECK_PRINCIPAL)
 _TOKEN_UNREACHABLE = Meaning(
     AccessDeniedError,
@@ -338,23 +378,24 @@ def _of_tokens(exc: TokenError) -> tuple[str, Meaning, str | None]:
     file = next((link for link in chain if isinstance(link, OSError) and link.filename), None)
     if file is not None:
         return f"{start}: {file.filename} cannot be read [{type(file).__name__}]", _FILE, None
-    # The last answer counts: a chain ends with the first identity that could be asked.
-    answered = next((attempt for attempt in reversed(exc.attempts) if attempt.status), None)
-    if answered is not None:
+    answered = exc.attempts[-1] if exc.attempts else None
+    if answered is not None and answered.status:
         codes = "".join(f", {code}" for code in answered.codes)
         reason = f"{start}: {answered.host} answered HTTP {answered.status}{codes}"
         numbers = [code.removeprefix("AADSTS") for code in answered.codes]
         meaning = next((_ENTRA[number] for number in numbers if number in _ENTRA), None)
         if meaning is None:
             meaning = _TOKEN_REFUSED
-            if answered.status == 429:
+            if answered.status < 400:
+                meaning = _NO_TOKEN
+            elif answered.status == 429:
                 meaning = _THROTTLED
             elif answered.status >= 500:
                 meaning = _TOKEN_BUSY
             elif "managed identity" in exc.way:
                 meaning = _NO_IDENTITY
         return reason, meaning, answered.retry_after
-    failed = next((attempt for attempt in reversed(exc.attempts) if attempt.failure is not None), None)
+    failed = answered
     if failed is not None and "managed identity" not in exc.way:
         return f"{start}: no connection to {failed.host} [{type(failed.failure).__name__}]", _TOKEN_UNREACHABLE, None
     if "managed identity" in exc.way:
@@ -375,6 +416,8 @@ class AzureFailures(Failures):
         closed: As for Failures.
         kind: What requests carry: ``"key"``, ``"sas"``, ``"token"`` or ``"anonymous"``.
         variable: The variable that holds the key or the SAS token.
+        sas: The SAS token.
+        now: Seconds since the epoch.
     """
 
     caught = (OSError, TokenError, RefusedAgainError)
@@ -387,8 +430,12 @@ class AzureFailures(Failures):
         closed: Callable[[], bool],
         kind: str,
         variable: str,
+        sas: str | None = None,
+        now: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(PROVIDER, uri, endpoint=endpoint, names=NAMES, closed=closed)
+        self._sas = dict(parse_qsl(sas or ""))
+        self._now = now
         self._kind = kind
         self._variable = variable
 
@@ -410,18 +457,21 @@ class AzureFailures(Failures):
         )
 
     def _meaning(self, refusal: Refusal, code: str) -> Meaning:
-        if code in _NOT_ALLOWED:
-            return _NOT_ALLOWED_MEANINGS[self._kind]
-        if code == "ResourceNotFound" and self._kind == "anonymous":
-            cause = "there is no such container or blob, or the container is not public"
-            return attrs.evolve(_NOT_FOUND, cause=cause)
-        if code in _REFUSED or (not code and refusal.status in {401, 403}):
-            detail = _element(refusal.content, b"AuthenticationErrorDetail")
-            for words, kinds, meaning in _DETAILS:
-                if self._kind in kinds and words.search(detail):
-                    return meaning
-            return _REFUSED_MEANINGS[self._kind]
-        return meaning_of_answer(refusal.status, code, _ANSWERS)
+        by_kind = _BY_KIND.get(code) or (_REFUSED if not code and refusal.status in {401, 403} else None)
+        if by_kind is None:
+            anonymous = code == "ResourceNotFound" and self._kind == "anonymous"
+            return _MAYBE_PRIVATE if anonymous else meaning_of_answer(refusal.status, code, _ANSWERS)
+        if self._sas and by_kind is not _NOT_ALLOWED and not self._sas_is_valid_now():
+            return _SAS_EXPIRED
+        detail = _element(refusal.content, b"AuthenticationErrorDetail")
+        found = (meaning for words, kind, meaning in _DETAILS if self._kind == kind and words.search(detail))
+        return next(found, by_kind[self._kind])
+
+    def _sas_is_valid_now(self) -> bool:
+        """Whether the SAS token says so; it may also leave its times to a policy of the container."""
+        now = datetime.fromtimestamp(self._now(), timezone.utc)
+        begins, ends = _time(self._sas.get("st")), _time(self._sas.get("se"))
+        return (begins is None or begins <= now) and (ends is None or now < ends)
 
     def unanswered(self, exc: Exception, path: str, operation: str, silence_seconds: float | None) -> BackendError:
         """The error for an exception of a connection, or on the way to a token."""

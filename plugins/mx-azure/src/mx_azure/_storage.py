@@ -109,6 +109,8 @@ class AzureStorage:
             closed=lambda: pool.closed,
             kind=self._kind,
             variable=location.variable,
+            sas=location.sas,
+            now=now,
         )
         self._requests = AzureRequests(location, identity, now)
         self._reader = RangeReader(pool, self._requests, self._failures, read_timeout_seconds=read_timeout_seconds)
