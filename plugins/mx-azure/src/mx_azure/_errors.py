@@ -29,7 +29,7 @@ __all__ = ["NAMES", "PROVIDER", "Attempt", "AzureFailures", "RefusedAgainError",
 PROVIDER = "mx-azure"
 
 NAMES = SettingNames(
-    endpoint="the account's name and AZURE_STORAGE_ENDPOINT",
+    endpoint="AZURE_STORAGE_ENDPOINT",
     ca_bundle="MX_AZURE_CA_BUNDLE",
     read_timeout="MX_AZURE_READ_TIMEOUT_SECONDS (or MX_STALL_SECONDS)",
 )
@@ -173,7 +173,11 @@ _NOT_ALLOWED: Mapping[str, Meaning] = {
 
 #: Kind of credential -> what AuthorizationFailure means: the firewall, or what the credential does not allow.
 _FAILED: Mapping[str, Meaning] = {
-    "key": _NETWORK_RULES,
+    "key": Meaning(
+        AccessDeniedError,
+        "the firewall of the account does not allow this network, or the key is not one of this account",
+        "check Networking of the account in the portal, {variable}, and the account's name",
+    ),
     "sas": Meaning(
         AccessDeniedError,
         "the SAS token is for another container or operation, or the firewall of the account does not allow this "
@@ -488,7 +492,6 @@ class AzureFailures(Failures):
             return self._answered(_RENEWED, exc.refusal, path, operation)
         error = super().unanswered(exc, path, operation, silence_seconds)
         if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_NONAME:
-            error.cause = (
-                "there is no such storage account, or this machine has no DNS for it (a private endpoint needs)"
-            )
+            error.cause = "there is no such storage account, or this machine has no DNS for its private endpoint"
+            error.hint = "check the account's name in the URI or AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ENDPOINT"
         return error

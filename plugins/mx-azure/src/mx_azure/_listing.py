@@ -8,8 +8,6 @@ from xml.etree.ElementTree import Element, ParseError, fromstring
 
 from attrs import frozen
 
-from modelexpress_core.storage.http import BadAnswerError
-
 __all__ = ["Entry", "Page", "parsed_page"]
 
 
@@ -53,17 +51,20 @@ def parsed_page(content: bytes) -> Page:
     """The page that ``content`` is.
 
     Raises:
-        BadAnswerError: It is not the listing of a Blob service.
+        ValueError: It is not the listing of a Blob service.
     """
     if b"<!DOCTYPE" in content:  # no listing has one, and entities could make a small text huge
-        raise BadAnswerError("the listing has a document type")
+        message = "the listing has a document type"
+        raise ValueError(message)
     try:
         root = fromstring(content)  # noqa: S314 - bounded in size, and without entities
         if root.tag != "EnumerationResults":
-            raise BadAnswerError("the answer is not a listing")
+            message = "the answer is not a listing"
+            raise ValueError(message)
         return Page([_entry(blob) for blob in root.iterfind("Blobs/Blob")], root.findtext("NextMarker") or "")
-    except (ParseError, ValueError, LookupError) as exc:
-        raise BadAnswerError("the listing cannot be read") from exc
+    except (ParseError, LookupError) as exc:
+        message = "the listing cannot be read"
+        raise ValueError(message) from exc
 
 
 def _entry(blob: Element) -> Entry:

@@ -15,6 +15,7 @@ from modelexpress_core.errors import (
     NotFoundError,
     SettingsError,
     SourceChangedError,
+    UnavailableError,
     UnsupportedError,
 )
 from modelexpress_core.settings import from_env
@@ -58,6 +59,11 @@ _SLOW_LISTING = Meaning(
 _SAME_PAGE = Meaning(
     UnsupportedError,
     "the server, or a proxy before it, ignores where the next page begins",
+    "check AZURE_STORAGE_ENDPOINT and what is in front of it",
+)
+_NO_LISTING = Meaning(
+    UnavailableError,
+    "something in front of the server answers, or the answer was cut",
     "check AZURE_STORAGE_ENDPOINT and what is in front of it",
 )
 _NO_ETAG = Meaning(
@@ -193,8 +199,9 @@ class AzureStorage:
         _, content = self._ask("GET", Target.of(self._location, container, sent), path, operation)
         try:
             return parsed_page(content)
-        except BadAnswerError as exc:
-            raise self._failure(exc, path, operation) from exc
+        except ValueError as exc:
+            reason = f"what {self._location.origin} answered is no listing of the Blob service"
+            raise self._failures.described(_NO_LISTING, reason, path, operation) from exc
 
     def _listed(self, entry: Entry, path: str, operation: str) -> ObjectInfo:
         if not entry.etag:
