@@ -12,6 +12,8 @@ import torch
 
 from devtools.azurite import Azurite
 from modelexpress_core import load_into, load_state_dict
+from modelexpress_core.doctor import diagnose
+from modelexpress_core.errors import ModelExpressError
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,32 @@ def test_the_command_copies_it(
     assert 0 == done.returncode, done.stderr
     for path in sharded.iterdir():
         assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("uri", "variables", "step", "says"),
+    [
+        ("az://models/sharded", {"AZURE_STORAGE_ACCOUNT_KEY": "d3Jvbmc="}, "listing", "AZURE_STORAGE_ACCOUNT_KEY"),
+        ("az://no-such-container/sharded", {}, "listing", "az storage container list"),
+        ("az://models/sharded", {"AZURE_ACCOUNT_NAME": "other"}, "plugin", "AZURE_ACCOUNT_NAME"),
+        ("az://models/sharded", {"AZURE_STORAGE_ENDPOINT": "http://127.0.0.1:1/mxaccount"}, "connection", "endpoint"),
+    ],
+)
+def test_the_doctor_finds_what_a_load_finds(
+    stored: str, environ: dict[str, str], uri: str, variables: dict[str, str], step: str, says: str
+) -> None:
+    """The step that fails, and the same next step."""
+    changed = {**environ, **variables}
+
+    steps = list(diagnose(uri, environ=changed))
+    with pytest.raises(ModelExpressError) as caught:
+        load_state_dict(uri, environ={**changed, "MX_RETRY_ATTEMPTS": "1"})
+
+    failed = next(found for found in steps if found.status == "failed")
+    assert step == failed.name
+    if step != "connection":
+        assert failed.hint == caught.value.hint
+        assert says in str(caught.value)
 
 
 def test_the_doctor_finds_nothing(mx: Callable[..., Any], stored: str, environ: dict[str, str]) -> None:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from devtools.azurite import Azurite
 from modelexpress_core import load_state_dict
-from modelexpress_core.errors import AccessDeniedError, BackendError, SettingsError, ThrottledError
+from modelexpress_core.errors import AccessDeniedError, BackendError, SettingsError, ThrottledError, UnavailableError
 from modelexpress_core.settings import from_env
 from modelexpress_core.storage.http import Proxies
 from modelexpress_core.uri import ModelURI
@@ -345,6 +345,33 @@ def test_a_system_assigned_identity_has_no_client(
 
     assert "client_id" not in services.requests[-1]
     assert "true" == services.requests[-1]["metadata"]
+
+
+def test_no_proxy_sees_the_tokens_of_the_machine(
+    with_tokens: Callable[..., AzureStorage], services: TokenServices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metadata service is on the machine itself, whatever HTTP_PROXY says."""
+    monkeypatch.setenv("AZURE_POD_IDENTITY_AUTHORITY_HOST", services.machine)
+
+    storage = with_tokens(AZURE_TENANT_ID=None, HTTP_PROXY=f"http://127.0.0.1:{CLOSED_PORT}")
+
+    assert CONTENT == read(storage)
+
+
+def test_an_unknown_authority_gets_no_token(
+    with_tokens: Callable[..., AzureStorage], services: TokenServices, tmp_path: Path
+) -> None:
+    """Neither Entra ID nor the Blob service, if its certificate is not trusted."""
+    other = tmp_path / "other.pem"
+    trustme.CA().cert_pem.write_to_path(str(other))
+
+    with pytest.raises(AccessDeniedError, match="SSLCertVerificationError"):
+        read(with_tokens(AZURE_CLIENT_SECRET=SECRET, MX_AZURE_CA_BUNDLE=str(other)))
+    with pytest.raises(UnavailableError, match="MX_AZURE_CA_BUNDLE") as caught:
+        with_tokens(AZURE_STORAGE_ACCOUNT_KEY="a2V5", MX_AZURE_CA_BUNDLE=str(other)).stat("object")
+
+    assert "is not trusted" in str(caught.value)
+    assert [] == services.requests
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import threading
 from collections.abc import Mapping
@@ -12,16 +13,13 @@ from urllib.parse import urlencode, urlsplit
 from azure.core.exceptions import ServiceRequestError, ServiceResponseError
 from azure.core.pipeline.transport import HttpResponse, HttpTransport
 
-from modelexpress_core.storage.http import BadAnswerError, ConnectionPool, Proxies, Request, check_encoding
+from modelexpress_core.storage.http import BadAnswerError, ConnectionPool, Origin, Proxies, Request, check_encoding
 from mx_azure._errors import Attempt
 
 __all__ = ["BoundedTransport"]
 
 #: Tokens, keys and descriptions of Entra ID take a few KiB.
 _MAX_CONTENT_BYTES = 1 << 20
-
-#: The metadata service of machines, which answers on the machine itself: no proxy may see its tokens.
-_LINK_LOCAL = "169.254.169.254"
 
 
 class BoundedTransport(HttpTransport[Any, Any]):
@@ -89,10 +87,9 @@ class BoundedTransport(HttpTransport[Any, Any]):
         )
         content = _content(request)
         prepared = Request.to_url(request.method, request.url, _headers(request, len(content)), content)
-        link_local = prepared.origin.host == _LINK_LOCAL
         pool = ConnectionPool(
             connect_timeout_seconds=connect,
-            proxies=Proxies() if link_local else self._proxies,
+            proxies=Proxies() if _is_on_machine(prepared.origin) else self._proxies,
             ca_bundle=self._ca_bundle,
         )
         with closing(pool), pool.send(prepared, lambda: wait) as answer:
@@ -129,6 +126,17 @@ class _Answer(HttpResponse):
     def body(self) -> bytes:
         """The whole content."""
         return self._content
+
+
+def _is_on_machine(origin: Origin) -> bool:
+    """Whether it is a metadata service of this machine, by plain HTTP: no proxy may see its tokens."""
+    if origin.tls:
+        return False
+    try:
+        address = ipaddress.ip_address(origin.host.partition("%")[0])
+    except ValueError:
+        return origin.host.lower() == "localhost"
+    return address.is_loopback or address.is_link_local
 
 
 def _headers(request: Any, length: int) -> list[tuple[str, str]]:  # noqa: ANN401 - see above
