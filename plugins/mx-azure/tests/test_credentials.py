@@ -595,18 +595,30 @@ def test_a_refused_token_is_replaced_once_for_all_reads(
     assert 2 == len(services.tokens)
 
 
+@pytest.mark.parametrize(
+    ("claims", "says"),
+    [
+        ({"iss": "https://login.example.com/"}, "of another tenant"),
+        ({"aud": "https://graph.microsoft.com"}, "for another service"),
+    ],
+)
 def test_a_refused_token_and_a_refused_new_one(
-    with_tokens: Callable[..., AzureStorage], services: TokenServices, token_file: Path
+    with_tokens: Callable[..., AzureStorage],
+    services: TokenServices,
+    token_file: Path,
+    claims: dict[str, str],
+    says: str,
 ) -> None:
-    """The error says that another was tried; neither is in the message."""
-    services.claims = {"aud": "https://graph.microsoft.com"}
+    """The error says why; that of a HEAD, whose answer has no words, that another was tried."""
+    services.claims = claims
     storage = with_tokens(AZURE_FEDERATED_TOKEN_FILE=str(token_file))
 
-    for call in (
-        lambda: storage.stat("object"),
-        lambda: storage.read_into("object", 0, memoryview(bytearray(9)), version=None),
-    ):
-        with pytest.raises(AccessDeniedError, match="a new token was fetched") as caught:
+    calls: dict[str, Callable[[], Any]] = {
+        "a new token was fetched": lambda: storage.stat("object"),
+        says: lambda: storage.read_into("object", 0, memoryview(bytearray(9)), version=None),
+    }
+    for words, call in calls.items():
+        with pytest.raises(AccessDeniedError, match=words) as caught:
             call()
 
         assert not any(token in str(caught.value) for token in services.tokens)

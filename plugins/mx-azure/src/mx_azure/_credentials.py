@@ -42,6 +42,9 @@ _KNOWN_AUTHORITIES = frozenset(
     {"https://login.microsoftonline.com", "https://login.chinacloudapi.cn", "https://login.microsoftonline.us"}
 )
 
+#: How an identity is found that no variable names.
+_SEARCH = "a managed identity or a developer tool"
+
 #: Variables of the process that azure-identity reads: of managed identities and of developer tools.
 _PROCESS_VARIABLES = ("AZURE_", "IDENTITY_", "IMDS_", "MSI_")
 
@@ -136,7 +139,7 @@ class Identity:
         """Raise the last failure again if another thread has just asked in vain, or until the service may be asked."""
         failure = self._failure
         if failure is not None and (self._asked != asked or self._now() < self._throttled_until):
-            raise TokenError(failure.way, failure.error, failure.attempts) from failure
+            raise TokenError(failure.way, failure.error, failure.attempts, searched=failure.searched) from failure
 
     def _fetch(self) -> _Token:
         """Fetch a token; the lock is held."""
@@ -148,7 +151,7 @@ class Identity:
             found = self._credential.get_token(_SCOPE)
         except Exception as exc:  # credentials raise any exception, even of the JSON module
             self._credential = None  # one repeats some refusals from its memory, without another request
-            self._failure = TokenError(self.way, exc, attempts)
+            self._failure = TokenError(self.way, exc, attempts, searched=self.way == _SEARCH)
             self._note_throttling(attempts)
             raise self._failure from exc
         finally:
@@ -169,7 +172,7 @@ class Identity:
         self._throttled_until = self._now() + min(asked_for or backoff, _MAX_BACKOFF_SECONDS)
 
 
-_identities: dict[int, tuple[object, Identity]] = {}
+_identities: dict[object, Identity] = {}
 _identities_lock = threading.Lock()
 
 
@@ -191,10 +194,9 @@ def identity_for(settings: AzureSettings, environ: Mapping[str, str]) -> Identit
     )
     key = (tokens, tuple(sorted(proxies.by_scheme.items())), proxies.exceptions, process)
     with _identities_lock:
-        known = _identities.get(hash(key))
-        if known is None or known[0] != key:
-            known = _identities[hash(key)] = (key, Identity(settings, proxies))
-        return known[1]
+        if key not in _identities:
+            _identities[key] = Identity(settings, proxies)
+        return _identities[key]
 
 
 def authorities(settings: AzureSettings) -> str:
@@ -209,7 +211,7 @@ def _way(settings: AzureSettings) -> str:
         return "the service principal of AZURE_CLIENT_ID and AZURE_CLIENT_CERTIFICATE_PATH"
     if settings.federated_token_file is not None:
         return "the workload identity of AZURE_FEDERATED_TOKEN_FILE"
-    return "a managed identity or a developer tool"
+    return _SEARCH
 
 
 def _new_credential(settings: AzureSettings, proxies: Proxies) -> tuple[Any, Any]:

@@ -222,7 +222,7 @@ _TENANT = Meaning(
 _RENEWED = Meaning(
     AccessDeniedError,
     "a new token was fetched in the middle of the load, and the service refuses that too",
-    "check the clock of this machine, and whether the identity was disabled",
+    "check the clock of this machine, AZURE_TENANT_ID, and whether the identity was disabled",
 )
 
 #: Words in the detail of a refusal, kind of credential -> what it means. The detail itself is never shown: it
@@ -286,11 +286,13 @@ class TokenError(Exception):
         way: How it was tried, for people.
         error: What azure-identity raised; may hold secrets, so it is not shown.
         attempts: The requests that were made.
+        searched: No variable names the identity: it was looked for on this machine.
     """
 
-    def __init__(self, way: str, error: BaseException, attempts: Sequence[Attempt]) -> None:
+    def __init__(self, way: str, error: BaseException, attempts: Sequence[Attempt], *, searched: bool = False) -> None:
         super().__init__(way)
         self.way = way
+        self.searched = searched
         self.error = error
         self.attempts = tuple(attempts)
 
@@ -354,7 +356,8 @@ _TOKEN_UNREACHABLE = Meaning(
 _NO_IDENTITY = Meaning(
     AccessDeniedError,
     "this machine has no managed identity, or not the one that AZURE_CLIENT_ID names",
-    "assign an identity to the machine, and set AZURE_CLIENT_ID if it has several",
+    "assign an identity to the machine, and set AZURE_CLIENT_ID if it has several; or set another credential, such as "
+    "AZURE_STORAGE_ACCOUNT_KEY",
 )
 _NOTHING = Meaning(
     AccessDeniedError,
@@ -382,30 +385,31 @@ def _of_tokens(exc: TokenError) -> tuple[str, Meaning, str | None]:
     file = next((link for link in chain if isinstance(link, OSError) and link.filename), None)
     if file is not None:
         return f"{start}: {file.filename} cannot be read [{type(file).__name__}]", _FILE, None
-    answered = exc.attempts[-1] if exc.attempts else None
-    if answered is not None and answered.status:
-        codes = "".join(f", {code}" for code in answered.codes)
-        reason = f"{start}: {answered.host} answered HTTP {answered.status}{codes}"
-        numbers = [code.removeprefix("AADSTS") for code in answered.codes]
-        meaning = next((_ENTRA[number] for number in numbers if number in _ENTRA), None)
-        if meaning is None:
-            meaning = _TOKEN_REFUSED
-            if answered.status < 400:
-                meaning = _NO_TOKEN
-            elif answered.status == 429:
-                meaning = _THROTTLED
-            elif answered.status >= 500:
-                meaning = _TOKEN_BUSY
-            elif "managed identity" in exc.way:
-                meaning = _NO_IDENTITY
-        return reason, meaning, answered.retry_after
-    failed = answered
-    if failed is not None and "managed identity" not in exc.way:
-        return f"{start}: no connection to {failed.host} [{type(failed.failure).__name__}]", _TOKEN_UNREACHABLE, None
-    if "managed identity" in exc.way:
-        asked = f" (nothing answers at {failed.host})" if failed is not None else ""
+    last = exc.attempts[-1] if exc.attempts else None
+    if last is not None and last.status:
+        codes = "".join(f", {code}" for code in last.codes)
+        reason = f"{start}: {last.host} answered HTTP {last.status}{codes}"
+        return reason, _of_attempt(last, searched=exc.searched), last.retry_after
+    if exc.searched:
+        asked = f" (nothing answers at {last.host})" if last is not None else ""
         return f"no credentials were found{asked}", _NOTHING, None
+    if last is not None:
+        return f"{start}: no connection to {last.host} [{type(last.failure).__name__}]", _TOKEN_UNREACHABLE, None
     return f"{start} [{type(exc.error).__name__}]", _INCOMPLETE, None
+
+
+def _of_attempt(attempt: Attempt, *, searched: bool) -> Meaning:
+    """What an answer without a token means."""
+    for code in attempt.codes:
+        if code.removeprefix("AADSTS") in _ENTRA:
+            return _ENTRA[code.removeprefix("AADSTS")]
+    if attempt.status == 429:
+        return _THROTTLED
+    if attempt.status >= 500:
+        return _TOKEN_BUSY
+    if attempt.status < 400:
+        return _NO_TOKEN
+    return _NO_IDENTITY if searched else _TOKEN_REFUSED
 
 
 # -- one storage -------------------------------------------------------------------------------------------------------
@@ -489,7 +493,9 @@ class AzureFailures(Failures):
                 retry_after=retry_after,
             )
         if isinstance(exc, RefusedAgainError):
-            return self._answered(_RENEWED, exc.refusal, path, operation)
+            meaning = self._meaning(exc.refusal, error_code(exc.refusal))
+            unclear = meaning in {_REFUSED["token"], _TOKEN_EXPIRED}
+            return self._answered(_RENEWED if unclear else meaning, exc.refusal, path, operation)
         error = super().unanswered(exc, path, operation, silence_seconds)
         if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_NONAME:
             error.cause = "there is no such storage account, or this machine has no DNS for its private endpoint"

@@ -1,7 +1,7 @@
 """Requests to the Blob service, each with what proves that it may be made: a signature, a SAS token, a bearer token.
 
-A signature of an account key covers the Range header, the condition and the time, so that each request has its own. This
-takes a tenth of the processor time of Microsoft's SDK, because the parts that the requests of one object share are kept.
+A signature of an account key covers the Range header, the condition and the time, so that each request has its own.
+This takes a tenth of the processor time of Microsoft's SDK: the parts that requests of one object share are kept.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ _NO_ETAG = Meaning(
     "the server, or a proxy before it, leaves it out; bytes of two versions could be mixed",
     "check AZURE_STORAGE_ENDPOINT and what is in front of it",
 )
+_NO_CONTAINER = Meaning(NotFoundError, hint="write az://container@account.blob.core.windows.net/path")
 _A_CONTAINER = Meaning(NotFoundError, hint="name a blob in it")
 _A_DIRECTORY = Meaning(NotFoundError, "it stands for a directory of a hierarchical account", "name a blob in it")
 
@@ -168,6 +169,8 @@ class AzureStorage:
         operation = "list the blobs"
         self._failures.check_open(prefix, operation)
         container, directory = self._location.split(prefix)
+        if not container:
+            raise self._failures.described(_NO_CONTAINER, "the path names no container", prefix, operation)
         parameters = {
             "restype": "container",
             "comp": "list",
