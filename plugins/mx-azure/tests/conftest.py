@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ssl
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from devtools.azurite import Azurite
 from devtools.tcp_proxy import Policy, TcpProxy
 from modelexpress_core.uri import ModelURI
 from mx_azure._storage import AzureStorage, open_azure
+from tests.support.azure_tokens import ASSERTION, CLIENT, CONTENT, TENANT, TokenServices
 from tests.support.scripted_http import Answer, Request, pass_on, serving
 
 CONTAINER = "models"
@@ -94,3 +98,66 @@ def fronted(azurite: Azurite, scripted: Callable[..., AzureStorage]) -> Callable
         return scripted(lambda request: answer(request) or pass_on(request, azurite.port), **options)
 
     return fronted
+
+
+# -- tokens, on the real server by https -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> tuple[trustme.CA, Path]:
+    files = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(files / "ca.pem"))
+    return authority, files
+
+
+@pytest.fixture(scope="session")
+def secure(authority: tuple[trustme.CA, Path]) -> Iterator[Azurite]:
+    """The real server by https, which accepts tokens."""
+    issuer, files = authority
+    certificate = issuer.issue_cert("127.0.0.1")
+    certificate.private_key_pem.write_to_path(str(files / "key.pem"))
+    certificate.cert_chain_pems[0].write_to_path(str(files / "cert.pem"))
+    with Azurite("models", certificate=(files / "cert.pem", files / "key.pem"), ca_bundle=files / "ca.pem") as server:
+        with contextlib.closing(server.client()) as client:
+            client.get_blob_client("models", "object").upload_blob(CONTENT)
+        yield server
+
+
+@pytest.fixture
+def services(authority: tuple[trustme.CA, Path]) -> Iterator[TokenServices]:
+    services = TokenServices()
+    services.gate.set()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority[0].issue_cert("127.0.0.1").configure_cert(context)
+    with serving(services.answer, context) as port, serving(services.answer) as plain:
+        services.host = f"127.0.0.1:{port}"
+        services.machine = f"http://127.0.0.1:{plain}"
+        yield services
+
+
+@pytest.fixture
+def with_tokens(secure: Azurite, services: TokenServices) -> Iterator[Callable[..., AzureStorage]]:
+    """Opens storages on the real server, with an identity in place of the account's key."""
+    with contextlib.ExitStack() as stack:
+
+        def with_tokens(**variables: str | None) -> AzureStorage:
+            environ = {
+                **secure.environ(),
+                "AZURE_STORAGE_ACCOUNT_KEY": None,
+                "AZURE_TENANT_ID": TENANT,
+                "AZURE_CLIENT_ID": CLIENT,
+                "AZURE_AUTHORITY_HOST": services.host,
+                **variables,
+            }
+            settings = {name: value for name, value in environ.items() if value is not None}
+            return stack.enter_context(contextlib.closing(open_azure(ModelURI.parse("az://models"), settings)))
+
+        yield with_tokens
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text(ASSERTION)
+    return path
