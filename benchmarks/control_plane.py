@@ -15,6 +15,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ _HEARTBEAT_SECONDS = 30.0
 _TURNS = 10
 _TICKS = os.sysconf("SC_CLK_TCK")
 _START_SECONDS = 60
+_LISTERS = 4
+_HEALTH_RATE = 50
+_HEALTH_BESIDE_LISTS = f"GetHealth beside {_LISTERS} lists of all workers"
 
 
 @frozen
@@ -63,6 +67,7 @@ class _Sizes:
     lists: int
     large: int
     connections: int
+    listed: int
 
     @property
     def most(self) -> int:
@@ -228,8 +233,8 @@ class _Rig:
 def run(plan: Plan) -> Report:
     """Measure."""
     sizes = plan.pick(
-        _Sizes((100, 1000, 10_000), seconds=6.0, lists=200, large=50, connections=500),
-        _Sizes((16, 64), seconds=1.0, lists=10, large=5, connections=10),
+        _Sizes((100, 1000, 10_000), seconds=6.0, lists=200, large=50, connections=500, listed=40_000),
+        _Sizes((16, 64), seconds=1.0, lists=10, large=5, connections=10, listed=200),
     )
     rates = plan.pick(_RATES, {"memory": 200, "redis": 100})
     rig = _Rig(_Cores.of_this_machine(), sizes, _Results())
@@ -247,6 +252,7 @@ def run(plan: Plan) -> Report:
                 if shared:
                     _memory_of_redis(rig, shared)
         _memory_of_tensors(rig)
+        _health_beside_lists(rig)
     plan.say("profile")
     for store in ("memory", "redis"):
         with _on(cores.clients), contextlib.ExitStack() as opened:
@@ -299,6 +305,8 @@ def _targets(results: _Results, sizes: _Sizes, rates: Mapping[str, int]) -> list
                 unit="ms",
             ),
         ]
+    health = results.median(_HEALTH_BESIDE_LISTS, "memory", sizes.listed, "p99_ms")
+    targets.append(Target(f"{_HEALTH_BESIDE_LISTS}, p99", health, 50.0, at_most=True, unit="ms"))
     memory = results.median("memory of a worker", "memory", most, "kib")
     targets.append(Target("memory of a worker", memory, 20.0, at_most=True, unit="KiB"))
     ready = results.median("ready after exec", "memory", 0, "seconds")
@@ -406,6 +414,24 @@ def _memory_of_tensors(rig: _Rig) -> None:
         clients.do("publish", first=rig.sizes.large, count=count, tensors=_TENSORS)
         kib = (server.memory_bytes - memory) / count / 1024
         rig.results.add(f"memory of a worker with {_TENSORS} tensors", "memory", count, kib=kib)
+
+
+def _health_beside_lists(rig: _Rig) -> None:
+    """Measure how long a probe of the health waits while others list everything."""
+    with (
+        _serve(rig.cores, "memory://") as server,
+        _Clients(rig.cores, server) as listers,
+        _Clients(rig.cores, server) as clients,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        clients.do("connect")
+        assert clients.do("publish", first=0, count=rig.sizes.listed)["wrong"] == 0
+        listing = pool.submit(listers.do, "list_all", seconds=rig.sizes.seconds + 2, under_way=_LISTERS)
+        time.sleep(1)
+        asked = clients.do("health", rate=_HEALTH_RATE, seconds=rig.sizes.seconds)
+        listed = listing.result()
+        rig.results.add(_HEALTH_BESIDE_LISTS, "memory", rig.sizes.listed, **asked)
+        rig.results.add(f"ListSources of all, {_LISTERS} at once", "memory", rig.sizes.listed, **listed)
 
 
 #: Text in the path of a function's file -> the package that it belongs to; the first match counts.

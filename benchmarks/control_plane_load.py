@@ -148,6 +148,26 @@ class _Load:
         )
         return {**listed, **{sum_of: listed[sum_of] + beaten[sum_of] for sum_of in ("calls", "wrong")}}
 
+    async def list_all(self, seconds: float, under_way: int) -> Mapping[str, Any]:
+        """List all workers, with ``under_way`` calls at once; answers are only counted, so that this takes little."""
+        methods = [channel.unary_unary(f"/{P2P.name}/ListSources") for channel in self._channels]
+        request = p2p_pb2.ListSourcesRequest().SerializeToString()
+
+        async def one(number: int) -> bool:
+            return len(await methods[number % _CHANNELS](request)) > 0
+
+        return await _most(seconds, under_way, one)
+
+    async def health(self, rate: float, seconds: float) -> Mapping[str, Any]:
+        """Ask for the health at a rate, whether or not the server keeps up."""
+        methods = [stub(HEALTH, channel)["GetHealth"] for channel in self._channels]
+
+        async def one(number: int) -> bool:
+            answer = await methods[number % _CHANNELS](health_pb2.GetHealthRequest())
+            return bool(answer.status == "ok")
+
+        return await _at_rate(rate, seconds, one)
+
     async def beat(self, rate: float, seconds: float, workers: int) -> Mapping[str, Any]:
         """Send heartbeats at a rate, whether or not the server keeps up."""
         return await _at_rate(rate, seconds, self._any_of(workers, self._beat))

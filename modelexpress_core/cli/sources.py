@@ -92,6 +92,8 @@ def _as_data(client: ServerClient, model: str | None) -> list[dict[str, object]]
             "source_id": source.mx_source_id,
             "accelerator": source.accelerator,
             "load": _load(source),
+            "publisher": source.publisher or None,
+            "publisher_address": source.publisher_address or None,
             "updated_at_ms": source.updated_at,
         }
         for source in everything
@@ -108,7 +110,9 @@ def _table(rows: list[dict[str, object]]) -> Table | str:
     if not rows:
         return "no sources"
     table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = ("model", "status", "rank", "worker_id", "source_id", "accelerator", "load")
+    columns = ["model", "status", "rank", "worker_id", "source_id", "accelerator", "load"]
+    if any(row["publisher"] for row in rows):  # the server authenticates its callers
+        columns += ["publisher", "publisher_address"]
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="fold")
     table.add_column("silent for", justify="right")

@@ -10,8 +10,8 @@ from attrs import frozen
 
 from modelexpress_core.contracts.metadata_store import Quota, StoreFullError
 from modelexpress_core.server.settings import LimitSettings
-from modelexpress_core.wire.admission import peer_host
 from modelexpress_core.wire.authentication import caller
+from modelexpress_core.wire.peers import peer_host
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.rpc import RpcContext, RpcHandler, behaviour_of, make_handler
 

@@ -23,8 +23,9 @@ from attrs import frozen
 from modelexpress_core.contracts.authenticator import Authenticator
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.resources import start_thread
-from modelexpress_core.wire.admission import MessageLimits, peer_host
+from modelexpress_core.wire.admission import MessageLimits
 from modelexpress_core.wire.authentication import caller
+from modelexpress_core.wire.peers import peer_host
 from modelexpress_core.wire.proto.modelexpress import access_pb2, health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import LEASE, STANDARD_HEALTH, WORKER, handler
 from modelexpress_core.wire.serving import listen, new_server

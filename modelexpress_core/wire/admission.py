@@ -24,9 +24,10 @@ import grpc
 import grpc.aio
 from attrs import define, field, frozen
 
+from modelexpress_core.wire.peers import peer_host
 from modelexpress_core.wire.rpc import RpcContext, RpcHandler, behaviour_of, make_handler, write_all
 
-__all__ = ["Admission", "MessageLimits", "peer_host", "reserve_answer", "try_reserve_answer"]
+__all__ = ["Admission", "MessageLimits", "reserve_answer", "try_reserve_answer"]
 
 #: A message may take so long from the beginning of its call. On a slow line of 2.5 Mbit/s, 16 MiB take as long.
 _ARRIVAL_SECONDS = 60.0
@@ -64,11 +65,6 @@ class MessageLimits:
     message_bytes: int = 16 << 20
     receiving_bytes: int = 512 << 20
     answer_bytes: int = 512 << 20
-
-
-def peer_host(peer: str) -> str:
-    """The address in gRPC's name of a peer, without the port: ``"ipv4:10.0.0.1:5000"`` is ``"ipv4:10.0.0.1"``."""
-    return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
 
 
 @define(eq=False)
@@ -205,6 +201,8 @@ class Admission:
         return len(self._arrivals) < self._most_arrivals and self._arrivals_of[connection] < self._most_of_connection
 
     async def _turn_to_read(self, connection: str) -> None:
+        if self._arrivals_of[connection] < self._most_of_connection:
+            self._make_way(asyncio.get_running_loop().time())
         waiter = _Waiter(connection)
         self._readers[waiter] = None
         self._keep_sweeping()
@@ -243,18 +241,23 @@ class Admission:
             self._abort(arrival, grpc.StatusCode.DEADLINE_EXCEEDED, f"no message within {_ARRIVAL_SECONDS:.0f} s")
         waiting = sum(self._arrivals_of[waiter.connection] < self._most_of_connection for waiter in self._readers)
         if len(self._arrivals) >= self._most_arrivals:
+            for _ in range(min(waiting, self._most_arrivals)):
+                if not self._make_way(now):
+                    break
+        self._wake_reader()
+        if self._arrivals or self._readers:
+            self._keep_sweeping()
+
+    def _make_way(self, now: float) -> bool:
+        """End the message that gives way to others, and tell whether there was one."""
+        victim = self._slowest(now)
+        if victim is not None:
             reason = (
                 f"the message took over {_GIVES_WAY_SECONDS:.0f} s, and others wait: "
                 f"the limit of arriving messages is {self._receiving_bytes} bytes (MX_MAX_RECEIVING_BYTES)"
             )
-            for _ in range(min(waiting, self._most_arrivals)):
-                victim = self._slowest(now)
-                if victim is None:
-                    break
-                self._abort(victim, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
-        self._wake_reader()
-        if self._arrivals or self._readers:
-            self._keep_sweeping()
+            self._abort(victim, grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        return victim is not None
 
     def _slowest(self, now: float) -> _Arrival | None:
         """The message that gives way: of the connection that has most, the oldest; None if all are young."""

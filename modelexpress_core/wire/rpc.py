@@ -7,11 +7,9 @@ programs can be imported in the same process; on the wire only paths, field numb
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NoReturn, Protocol, TypeAlias
-from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -36,7 +34,6 @@ __all__ = [
     "behaviour_of",
     "handler",
     "make_handler",
-    "peer_address",
     "split_path",
     "stub",
     "write_all",
@@ -148,22 +145,6 @@ class _Channel(Protocol):
 
     @property
     def stream_stream(self) -> Callable[..., Any]: ...
-
-
-def peer_address(context: RpcContext) -> str:
-    """The IP address of the caller, in its usual form; empty if it has none, as over a Unix socket.
-
-    It is the address of the last proxy, if there are any.
-    """
-    kind, _, rest = unquote(context.peer() or "").partition(":")
-    if kind not in {"ipv4", "ipv6"}:
-        return ""
-    host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return ""
-    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def split_path(path: str) -> tuple[str, str]:

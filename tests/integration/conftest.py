@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from devtools.models import generate_sharded, real_checkpoint
 from devtools.seaweedfs import SeaweedFS
+from tests.support.commands import Commands
 from tests.support.serving import Serving
 
 
@@ -48,19 +50,26 @@ def environ(s3_server: SeaweedFS) -> dict[str, str]:
     return s3_server.environ()
 
 
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Commands]:
+    """Starts commands in processes of their own, which have imported torch already."""
+    with closing(Commands("torch", "safetensors.torch")) as commands:
+        yield commands
+
+
+@pytest.fixture(scope="session")
+def server_commands() -> Iterator[Commands]:
+    """The same for servers, which need no torch; some tests measure their memory."""
+    with closing(Commands()) as commands:
+        yield commands
+
+
 @pytest.fixture
-def mx(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def mx(commands: Commands, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the command line in a process of its own."""
 
     def mx(*arguments: str, environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "modelexpress_core", *arguments],
-            env={**os.environ, "HOME": str(tmp_path), **(environ or {})},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        return commands.run(arguments, {**os.environ, "HOME": str(tmp_path), **(environ or {})}, timeout=120)
 
     return mx
 
@@ -124,12 +133,12 @@ def assert_equal() -> Callable[[Mapping[str, torch.Tensor], Mapping[str, torch.T
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Serving]]:
+def start(server_commands: Commands) -> Iterator[Callable[..., Serving]]:
     """Starts a server of ours, with arguments and variables."""
     started: list[Serving] = []
 
     def start(*arguments: str, **environ: str) -> Serving:
-        started.append(Serving(*arguments, **environ))
+        started.append(Serving(server_commands, *arguments, **environ))
         return started[-1]
 
     yield start

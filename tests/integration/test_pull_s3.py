@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +20,10 @@ import modelexpress_core as mx
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Fault, TcpProxy
 from modelexpress_core.plugins import STORAGE
-from tests.support.signals import with_default_signals
+from tests.support.commands import Commands, RunningCommand
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-Start = Callable[[str, Path, "dict[str, str]"], "subprocess.Popen[str]"]
+Start = Callable[[str, Path, "dict[str, str]"], RunningCommand]
 
 CHUNK = 256 << 10
 
@@ -112,15 +111,12 @@ def journaled(copy: Path) -> int:
 
 
 @pytest.fixture
-def started() -> Iterator[Start]:
+def started(commands: Commands) -> Iterator[Start]:
     """Starts ``mx pull``; no process outlives the test."""
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[RunningCommand] = []
 
-    def started(uri: str, out: Path, environ: dict[str, str]) -> subprocess.Popen[str]:
-        program = with_default_signals([sys.executable, "-m", "modelexpress_core", "pull", uri, str(out)])
-        environ = {**os.environ, **environ}
-        pipe = subprocess.PIPE
-        processes.append(subprocess.Popen(program, env=environ, stdout=pipe, stderr=pipe, text=True))
+    def started(uri: str, out: Path, environ: dict[str, str]) -> RunningCommand:
+        processes.append(commands.start(["pull", uri, str(out)], {**os.environ, **environ}))
         return processes[-1]
 
     yield started
@@ -129,7 +125,7 @@ def started() -> Iterator[Start]:
         process.communicate()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: RunningCommand) -> None:
     end = time.monotonic() + 60
     while not condition():
         assert process.poll() is None, process.communicate()

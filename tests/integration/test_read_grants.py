@@ -349,3 +349,17 @@ def test_a_token_among_the_settings_of_a_connection_to_a_worker_is_not_sent(tmp_
 
     assert worker.heard
     assert not [line for line in worker.heard if line.startswith("authorization")]
+
+
+def test_mx_sources_shows_who_published(fleet: Fleet, offer: Offer, mx: Callable[..., Any]) -> None:
+    """In the table and as JSON."""
+    environ = {**fleet.environ("reader"), "COLUMNS": "250"}
+
+    [source] = json.loads(mx("sources", "--json", environ=environ).stdout)
+    table = mx("sources", environ=environ).stdout
+
+    assert ("workers", "127.0.0.1") == (source["publisher"], source["publisher_address"])
+    assert ["publisher", "publisher address"] == [
+        word.strip() for word in table.splitlines()[0].split("  ") if "publ" in word
+    ]
+    assert re.search(r" workers +127\.0\.0\.1 ", table)

@@ -404,6 +404,8 @@ def test_the_commands(start: Start, mx: Command) -> None:
     assert ("acme/model", "ready", 1, "w-[1]", _IDENTITY.source_id) == tuple(
         source[key] for key in ("model", "status", "rank", "worker_id", "source_id")
     )
+    assert "publisher" not in sources.stdout  # the server authenticates nobody
+    assert (None, None) == (source["publisher"], source["publisher_address"])
     assert "no sources" in other.stdout
     assert (1, True) == (nobody.returncode, "check MODEL_EXPRESS_URL" in nobody.stderr)
     assert (2, True) == (wrong.returncode, "host:port" in wrong.stderr)

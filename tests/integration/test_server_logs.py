@@ -19,6 +19,7 @@ from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.wire.channel import open_channel
 from modelexpress_core.wire.proto.modelexpress import health_pb2
 from modelexpress_core.wire.rpc import HEALTH, STANDARD_HEALTH, stub
+from tests.support.commands import Commands
 from tests.support.serving import Serving
 
 Start = Callable[..., Serving]
@@ -92,9 +93,9 @@ def test_text_is_for_people(start: Start) -> None:
         (("--log-level", "debug"), {"MODEL_EXPRESS_LOG_LEVEL": "error"}, True),
     ],
 )
-def test_levels(arguments: tuple[str, ...], environ: dict[str, str], calls: bool) -> None:
+def test_levels(arguments: tuple[str, ...], environ: dict[str, str], calls: bool, server_commands: Commands) -> None:
     """Calls are logged at debug; a level that is given to `mx` wins. Where the server is, is said at every level."""
-    serving = Serving(before=arguments, **environ)
+    serving = Serving(server_commands, before=arguments, **environ)
     try:
         with ServerClient(serving.url) as client:
             client.health()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import Commands
 from tests.support.signals import with_default_signals
 
 pytestmark = pytest.mark.slow
@@ -43,7 +44,7 @@ def silent() -> Iterator[socket.socket]:
     ids=" ".join,
 )
 def test_a_signal_ends_a_command_that_waits(
-    number: int, command: tuple[str, ...], silent: socket.socket, tmp_path: Path
+    number: int, command: tuple[str, ...], silent: socket.socket, commands: Commands, tmp_path: Path
 ) -> None:
     """For a server that says nothing."""
     port = silent.getsockname()[1]
@@ -55,13 +56,7 @@ def test_a_signal_ends_a_command_that_waits(
         "MODEL_EXPRESS_URL": f"127.0.0.1:{port}",
         "MX_SERVER_DEADLINE_SECONDS": "100",
     }
-    process = subprocess.Popen(
-        with_default_signals([sys.executable, "-m", "modelexpress_core", *arguments]),
-        env={**os.environ, "HOME": str(tmp_path), **environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = commands.start(arguments, {**os.environ, "HOME": str(tmp_path), **environ})
     try:
         connection, _ = silent.accept()
         with connection:

@@ -6,14 +6,12 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from devtools.processes import end_with_parent
+from tests.support.commands import Commands
 
 __all__ = ["Serving"]
 
@@ -29,6 +27,7 @@ class Serving:
     """A server on free ports of loopback, from when it says that it serves; ended at the end of its ``with`` block.
 
     Args:
+        commands: Start it.
         *arguments: More options.
         before: Options of ``mx`` itself.
         **environ: More variables.
@@ -41,17 +40,9 @@ class Serving:
         process: Its process; what it says goes to ``process.stderr``, and what it prints to ``process.stdout``.
     """
 
-    def __init__(self, *arguments: str, before: Sequence[str] = (), **environ: str) -> None:
-        command = [sys.executable, "-m", "modelexpress_core", *before, "serve", "--host", "127.0.0.1"]
-        self.process = subprocess.Popen(
-            [*command, "--port", "0", "--metrics-port", "0", *arguments],
-            env={**os.environ, **environ},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls nothing that takes a lock
-        )
-        assert self.process.stderr is not None
+    def __init__(self, commands: Commands, *arguments: str, before: Sequence[str] = (), **environ: str) -> None:
+        here = ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
+        self.process = commands.start([*before, "serve", *here, *arguments], {**os.environ, **environ})
         timer = threading.Timer(_START_SECONDS, self.process.kill)
         timer.start()
         line = next((line for line in self.process.stderr if not _LINES_BEFORE.match(line)), "")
@@ -74,8 +65,6 @@ class Serving:
 
     def ended(self) -> tuple[str, str]:
         """Told to end, what it printed and what it said from then on."""
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
         self.process.terminate()
         # Not with communicate, which would pass over what was read along with the first line.
         with ThreadPoolExecutor(1) as pool:
@@ -88,6 +77,5 @@ class Serving:
         """At once, without a word."""
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream is not None:
-                stream.close()
+        self.process.stdout.close()
+        self.process.stderr.close()

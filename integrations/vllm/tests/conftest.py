@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-_GENERATE = Path(__file__).with_name("generate.py")
 _MODELS = Path(__file__).with_name("models.py")
 _SECONDS = 900
 
@@ -24,9 +23,15 @@ _WITH_VLLM = ["test_failures.py", "test_register.py", "test_reload.py", "test_se
 collect_ignore = [] if importlib.util.find_spec("vllm") else _WITH_VLLM
 
 
+@pytest.fixture(scope="session")
+def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where vLLM keeps what it found out about its classes of models: to find it out takes ten seconds for each."""
+    return tmp_path_factory.mktemp("vllm-cache")
+
+
 @pytest.fixture(autouse=True)
-def _nothing_configured(nothing_configured: None) -> None:
-    pass
+def _nothing_configured(nothing_configured: None, vllm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(vllm_cache))
 
 
 @pytest.fixture(scope="session")
@@ -38,22 +43,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture
-def generated(tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], str]]:
-    """A function that runs vLLM several times in one process; returns the results and the output."""
+def run_vllm() -> Callable[..., tuple[Any, str]]:
+    """A function that runs a program of this directory; returns the results that it prints as JSON, and its output."""
 
-    def generated(runs: Sequence[dict[str, Any]], **environ: str) -> tuple[list[dict[str, Any]], str]:
-        in_one_process = all(run.get("tensor_parallel", 1) == 1 for run in runs)
+    def run_vllm(program: str, argument: object, **environ: str) -> tuple[Any, str]:
         done = subprocess.run(
-            [sys.executable, str(_GENERATE), json.dumps(list(runs))],
+            [sys.executable, str(Path(__file__).with_name(program)), json.dumps(argument)],
             env={
                 **os.environ,
                 "VLLM_PLUGINS": "modelexpress",
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_one_process else "1",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                 "VLLM_NO_USAGE_STATS": "1",
                 "HF_HUB_OFFLINE": "1",
-                "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
                 **environ,
             },
             capture_output=True,
@@ -64,6 +67,19 @@ def generated(tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], str]]
         printed = done.stdout + done.stderr
         assert done.returncode == 0, printed[-6000:]
         return json.loads(done.stdout.splitlines()[-1]), printed
+
+    return run_vllm
+
+
+@pytest.fixture
+def generated(run_vllm: Callable[..., tuple[Any, str]]) -> Callable[..., tuple[list[dict[str, Any]], str]]:
+    """A function that runs vLLM several times in one process; returns the results and the output."""
+
+    def generated(runs: Sequence[dict[str, Any]], **environ: str) -> tuple[list[dict[str, Any]], str]:
+        in_one_process = all(run.get("tensor_parallel", 1) == 1 for run in runs)
+        processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_one_process else "1"}
+        results, printed = run_vllm("generate.py", list(runs), **{**processes, **environ})
+        return results, printed
 
     return generated
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PROMPTS = [[5, 9, 33, 7], [101, 2, 77, 250, 13, 64], [3]]
+from engines import new_engine, shut_down, tokens_of
 
 
 def keep_parameters() -> None:
@@ -23,23 +23,6 @@ def keep_parameters() -> None:
 
     ops._supports_onednn = False
     layers.check_cpu_sgl_kernel = lambda *_: False
-
-
-def tokens(llm: Any) -> list[list[tuple[int, float]]]:
-    """Return the tokens after each prompt with their log probabilities, which depend on every weight."""
-    from vllm import SamplingParams
-
-    llm.reset_prefix_cache()
-    outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
-        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1),
-        use_tqdm=False,
-    )
-    found = []
-    for output in outputs:
-        chosen = zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
-        found.append([(token, round(logprobs[token].logprob, 4)) for token, logprobs in chosen])
-    return found
 
 
 def replace(source: str, directory: str) -> None:
@@ -53,7 +36,8 @@ def replace(source: str, directory: str) -> None:
 def run(llm: Any, step: list[Any]) -> Any:
     what, *arguments = step
     if what == "tokens":
-        return tokens(llm)
+        llm.reset_prefix_cache()
+        return tokens_of(llm)
     if what == "call":
         method, *options = arguments
         return llm.collective_rpc(method, kwargs=options[0] if options else {})
@@ -76,17 +60,7 @@ def main() -> None:
         os.environ.update(engine.pop("environ", {}))
         if not packed:
             keep_parameters()
-        from vllm import LLM
-
-        llm = LLM(
-            enforce_eager=True,
-            gpu_memory_utilization=0.3,  # vLLM refuses to start if less than this share of memory is free
-            max_model_len=64,
-            max_num_seqs=4,
-            dtype="bfloat16",
-            seed=0,
-            **engine,
-        )
+        llm = new_engine(max_num_seqs=4, dtype="bfloat16", seed=0, **engine)
         found = []
         for step in steps:
             try:
@@ -94,7 +68,7 @@ def main() -> None:
             except Exception as exc:  # noqa: BLE001 - the test compares it
                 found.append({"error": f"{type(exc).__name__}: {exc}"})
         results.append(found)
-        llm.llm_engine.engine_core.shutdown()
+        shut_down(llm)
         del llm
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 

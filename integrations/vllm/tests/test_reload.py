@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,38 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from devtools.seaweedfs import SeaweedFS
 
-_RELOAD = Path(__file__).with_name("reload.py")
-_SECONDS = 900
-
 Reloaded = Callable[..., tuple[list[list[Any]], str]]
 
 
 @pytest.fixture
-def reloaded(tmp_path: Path) -> Reloaded:
+def reloaded(run_vllm: Callable[..., tuple[Any, str]]) -> Reloaded:
     """A function that runs steps on engines, one after another in one process; returns the results and the output."""
 
     def reloaded(engines: Sequence[dict[str, Any]], **environ: str) -> tuple[list[list[Any]], str]:
-        done = subprocess.run(
-            [sys.executable, str(_RELOAD), json.dumps(list(engines))],
-            env={
-                **os.environ,
-                "VLLM_PLUGINS": "modelexpress",
-                "VLLM_CPU_KVCACHE_SPACE": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_NO_USAGE_STATS": "1",
-                "HF_HUB_OFFLINE": "1",
-                "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
-                **environ,
-            },
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-        printed = done.stdout + done.stderr
-        assert done.returncode == 0, printed[-6000:]
-        return json.loads(done.stdout.splitlines()[-1]), printed
+        results, printed = run_vllm("reload.py", list(engines), **environ)
+        return results, printed
 
     return reloaded
 

@@ -102,14 +102,13 @@ def _serving(command: Sequence[str], directory: Path, environ: Mapping[str, str]
 
 
 def _environ(directory: Path) -> dict[str, str]:
-    """The environment of vLLM, with its caches in ``directory``."""
+    """The environment of vLLM, with the cache of ModelExpress in ``directory``."""
     return {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
-        "VLLM_CACHE_ROOT": str(directory / "cache"),
         "XDG_CACHE_HOME": str(directory / "cache"),
     }
 

@@ -9,7 +9,8 @@ import grpc
 from modelexpress_core.contracts.metadata_store import MetadataStore
 from modelexpress_core.contracts.rights import READ, Rights
 from modelexpress_core.contracts.service import ServiceContext
-from modelexpress_core.server.services.p2p import now_ms, require_right
+from modelexpress_core.server.clock import now_ms
+from modelexpress_core.server.services.authorization import require_right
 from modelexpress_core.settings import from_env
 from modelexpress_core.wire.authentication import caller
 from modelexpress_core.wire.grants import GRANT_SECONDS, ReadGrant, sign_grant

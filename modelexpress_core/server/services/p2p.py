@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import logging
 import math
-import time
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -32,18 +31,21 @@ from modelexpress_core.contracts.metadata_store import (
 )
 from modelexpress_core.contracts.rights import PUBLISH, READ, Rights
 from modelexpress_core.contracts.service import ServiceContext
+from modelexpress_core.server.clock import now_ms
 from modelexpress_core.server.deadlines import time_out
 from modelexpress_core.server.limits import FewEntries, RecordLimits
 from modelexpress_core.server.metrics import SourceServiceMetrics
 from modelexpress_core.server.pacing import Pacer, merge_sorted
+from modelexpress_core.server.services.authorization import require_right
 from modelexpress_core.server.settings import LimitSettings, ServerSettings
 from modelexpress_core.settings import from_env
 from modelexpress_core.wire.admission import reserve_answer, try_reserve_answer
 from modelexpress_core.wire.authentication import caller
 from modelexpress_core.wire.grants import new_grant_key
 from modelexpress_core.wire.identities import identity_from_message
+from modelexpress_core.wire.peers import peer_address
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
-from modelexpress_core.wire.rpc import P2P, RpcContext, handler, peer_address
+from modelexpress_core.wire.rpc import P2P, RpcContext, handler
 from modelexpress_core.wire.settings import AuthSettings
 
 __all__ = ["P2pService", "make_p2p"]
@@ -145,7 +147,7 @@ class P2pService:
             training_step=_training_step(identity),
             layout_signature=identity.extra_parameters.get("layout_signature"),
             publisher=publisher,
-            publisher_address=peer_address(context) if publisher else "",
+            publisher_address=peer_address(context.peer() or "") if publisher else "",
         )
         _keep_one_list(worker)
         worker.ClearField("status")
@@ -342,19 +344,6 @@ class P2pService:
             message = f"unknown worker {request.worker_id!r} of source {request.mx_source_id!r}; publish it again"
             return p2p_pb2.UpdateStatusResponse(success=False, message=message)
         return p2p_pb2.UpdateStatusResponse(success=True, message="updated", server_time_ms=now_ms())
-
-
-async def require_right(rights: Rights, right: str, model: str, context: RpcContext) -> None:
-    """End the call with PERMISSION_DENIED unless its caller has ``right`` for ``model``."""
-    name = caller.get()
-    if not rights.allows(name, right, model):
-        reason = f"{name!r} may not {right} {model!r}: no rule of the server's rights allows it"
-        await context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
-
-
-def now_ms() -> int:
-    """The server's time, in milliseconds since 1970: the clock by which read grants expire."""
-    return time.time_ns() // 1_000_000
 
 
 def _problem(request: p2p_pb2.PublishMetadataRequest) -> str:
