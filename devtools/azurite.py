@@ -47,7 +47,7 @@ def binary() -> str:
     installed = ROOT / ".tools" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
     found = str(installed) if installed.is_file() else shutil.which("azurite-blob")
     if found is None or shutil.which("node") is None:
-        message = "azurite-blob: install Node.js, and run npm install --prefix .tools/azurite azurite"
+        message = "azurite-blob: install Node.js, and run npm install --prefix .tools/azurite azurite@3"
         raise ToolMissingError(message)
     return found
 
