@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import random
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from devtools.azurite import Azurite
+from devtools.tcp_proxy import Fault, Policy, TcpProxy
 from modelexpress_core import load_into, load_state_dict
 from modelexpress_core.doctor import diagnose
-from modelexpress_core.errors import ModelExpressError
+from modelexpress_core.errors import ModelExpressError, SourceChangedError
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,82 @@ def test_the_command_copies_it(
     assert 0 == done.returncode, done.stderr
     for path in sharded.iterdir():
         assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes(), path.name
+
+
+@contextlib.contextmanager
+def through(azurite: Azurite, environ: dict[str, str], policy: Policy) -> Iterator[None]:
+    """``environ`` names a proxy before the server."""
+    with TcpProxy("127.0.0.1", azurite.port, policy) as proxy:
+        environ["AZURE_STORAGE_ENDPOINT"] = f"http://127.0.0.1:{proxy.port}/{azurite.account}"
+        yield
+
+
+@pytest.mark.parametrize("kind", ["reset", "truncate", "unavailable"])
+def test_broken_connections_do_not_break_a_load(
+    kind: Literal["reset", "truncate", "unavailable"],
+    azurite: Azurite,
+    stored: str,
+    sharded: Path,
+    environ: dict[str, str],
+    expected: Any,
+    assert_equal: Any,
+) -> None:
+    """Every third answer is cut somewhere, or is a refusal; the load is exact and counts what was sent again."""
+    chance = random.Random(7)
+
+    def policy(number: int, _head: bytes) -> Fault | None:
+        return Fault(kind, chance.randrange(300, 2_000_000)) if number % 3 == 2 else None
+
+    model = {name: torch.empty_like(tensor) for name, tensor in expected(sharded).items()}
+    with through(azurite, environ, policy):
+        report = load_into(model, stored, environ=environ)
+
+    assert_equal(expected(sharded), model)
+    assert report.retries > 0
+
+
+def test_damaged_bytes_are_found_and_fetched_again(
+    azurite: Azurite, stored: str, sharded: Path, environ: dict[str, str], expected: Any, assert_equal: Any
+) -> None:
+    """A byte of a large answer that changed on the way, by the MD5 of the blob."""
+    damaged = []
+
+    def policy(_number: int, head: bytes) -> Fault | None:
+        length = re.search(rb"range: bytes=(\d+)-(\d+)", head, re.IGNORECASE)
+        if damaged or length is None or int(length[2]) - int(length[1]) < 1_000_000:
+            return None
+        damaged.append(head)
+        return Fault("flip", 500_000, of_body=True)
+
+    model = {name: torch.empty_like(tensor) for name, tensor in expected(sharded).items()}
+    with through(azurite, environ, policy):
+        report = load_into(model, stored, environ=environ)
+
+    assert 1 == len(damaged)
+    assert_equal(expected(sharded), model)
+    assert report.bytes_reread > 0
+
+
+def test_a_shard_that_is_replaced_during_the_load_fails_it(
+    azurite: Azurite, sharded: Path, environ: dict[str, str]
+) -> None:
+    """Two versions never mix, and the error names the blob."""
+    uri = azurite.upload(sharded, "models", "replaced")
+    name = "model-00002-of-00003.safetensors"
+    replaced = []
+
+    def policy(_number: int, head: bytes) -> Fault | None:
+        if not replaced and head.startswith(b"GET") and b"if-match" in head.lower():
+            replaced.append(name)
+            with azurite.client() as client:
+                content = (sharded / name).read_bytes()
+                client.get_blob_client("models", f"replaced/{name}").upload_blob(content, overwrite=True)
+        return None
+
+    with through(azurite, environ, policy), pytest.raises(SourceChangedError, match=name):
+        load_state_dict(uri, environ=environ)
+
+    assert replaced
 
 
 @pytest.mark.parametrize(
