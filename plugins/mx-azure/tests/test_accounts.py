@@ -8,7 +8,7 @@ import pytest
 
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
 from modelexpress_core.plugins import STORAGE, PluginManager
-from modelexpress_core.settings import from_env
+from modelexpress_core.settings import describe, from_env
 from modelexpress_core.uri import ModelURI
 from mx_azure._accounts import locate
 from mx_azure.plugin import mx_rewrite_uri
@@ -166,6 +166,11 @@ def test_uris_that_are_refused(uri: str, says: str) -> None:
             {"AZURE_STORAGE_CONNECTION_STRING": f"BlobEndpoint=models;AccountKey={KEY}"},
             ["AZURE_STORAGE_CONNECTION_STRING"],
         ),
+        (
+            "az://abc",
+            {"AZURE_STORAGE_CONNECTION_STRING": "AccountName=models1;SharedAccessSignature=s3cret"},
+            ["AZURE_STORAGE_CONNECTION_STRING"],
+        ),
     ],
 )
 def test_variables_that_are_refused(uri: str, environ: dict[str, str], names: list[str]) -> None:
@@ -187,7 +192,10 @@ def test_variables_that_are_refused(uri: str, environ: dict[str, str], names: li
         {"AZURE_STORAGE_SAS_TOKEN": "https://models1.blob.core.windows.net/?sig=s3cret"},
         {"AZURE_STORAGE_SAS_TOKEN": "s3cret"},
         {"AZURE_STORAGE_SAS_TOKEN": "sv=1&sig=s3cret\r\nX: y"},
+        {"AZURE_STORAGE_SAS_TOKEN": "sv=1&sig=s3cret#fragment"},
         {"AZURE_STORAGE_ENDPOINT": "models.example.com"},
+        {"AZURE_STORAGE_ENDPOINT": "https://models.example.com/a b"},
+        {"AZURE_STORAGE_ENDPOINT": "https://models.example.com/#x"},
         {"AZURE_STORAGE_ENDPOINT": "https://user:s3cret@models.example.com"},
         {"AZURE_STORAGE_ENDPOINT": "https://models.example.com?sig=s3cret"},
         {"AZURE_AUTHORITY_HOST": "http://login.example.com"},
@@ -249,3 +257,20 @@ def test_https_is_left_to_others() -> None:
     with pytest.raises(ModelExpressError):
         manager.table(STORAGE).lookup("https")
     assert "mx-azure" == manager.table(STORAGE).lookup("az").plugin.name
+
+
+def test_secrets_are_not_shown() -> None:
+    """Neither repr nor `mx settings` shows a key, a token or a password."""
+    environ = {
+        **NAME,
+        "AZURE_STORAGE_ACCOUNT_KEY": KEY,
+        "AZURE_STORAGE_CONNECTION_STRING": STRING,
+        "AZURE_STORAGE_SAS_TOKEN": "sv=1&sig=s3cret",
+        "AZURE_CLIENT_SECRET": "s3cret",
+        "AZURE_CLIENT_CERTIFICATE_PASSWORD": "s3cret",
+    }
+
+    shown = f"{from_env(AzureSettings, environ)!r} {describe(AzureSettings, environ, owner='mx-azure')!r}"
+
+    assert "s3cret" not in shown
+    assert KEY not in shown

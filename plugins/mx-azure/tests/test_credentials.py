@@ -295,6 +295,17 @@ def test_an_endless_answer_with_a_token_is_given_up(
         read(with_tokens(AZURE_CLIENT_SECRET=SECRET))
 
 
+def test_a_token_that_no_header_can_hold_is_refused(
+    with_tokens: Callable[..., AzureStorage], services: TokenServices
+) -> None:
+    """It would add a header of its own."""
+    given = b'{"access_token": "a\\r\\nX-Evil: b", "token_type": "Bearer", "expires_in": 3600}'
+    services.refusal = (200, {"Content-Type": "application/json"}, given)
+
+    with pytest.raises(AccessDeniedError, match="no token from the service principal"):
+        read(with_tokens(AZURE_CLIENT_SECRET=SECRET))
+
+
 def test_a_silent_service_is_given_up(with_tokens: Callable[..., AzureStorage], services: TokenServices) -> None:
     """After the read timeout."""
     services.gate.clear()

@@ -12,7 +12,7 @@ from attrs import field, frozen
 from modelexpress_core.errors import InvalidURIError, SettingsError
 from modelexpress_core.storage.http import Origin, check_uri
 from modelexpress_core.uri import ModelURI
-from mx_azure.settings import ACCOUNT, AZURE_HOST, CONTAINER, AzureSettings
+from mx_azure.settings import ACCOUNT, AZURE_HOST, CONTAINER, AzureSettings, is_endpoint, is_sas_token
 
 __all__ = ["Location", "locate"]
 
@@ -248,15 +248,13 @@ def _of_connection_string(parts: Mapping[str, str]) -> _Source:
     if not url:
         suffix = parts.get("EndpointSuffix", "core.windows.net")
         url = f"{parts.get('DefaultEndpointsProtocol', 'https')}://{account}.blob.{suffix}"
-    try:
-        Origin.of_url(url)
-        usable = "?" not in url
-    except ValueError:
-        usable = False
-    if not usable:
+    if not is_endpoint(url):
         raise _bad_connection_string("has a BlobEndpoint or EndpointSuffix that makes no URL")
-    if not (parts.get("AccountKey") or parts.get("SharedAccessSignature")):
+    token = parts.get("SharedAccessSignature", "").removeprefix("?")
+    if not (parts.get("AccountKey") or token):
         raise _bad_connection_string("has neither an AccountKey nor a SharedAccessSignature")
+    if token and not is_sas_token(token):
+        raise _bad_connection_string("has a SharedAccessSignature that is no SAS token")
     return _Source(_CONNECTION_STRING, account or _account_of(url), url)
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -149,6 +150,9 @@ class Identity:
                 self._transport, self._credential = _new_credential(self._settings, self._proxies)
             attempts = self._transport.begin()
             found = self._credential.get_token(_SCOPE)
+            if not re.fullmatch(r"[!-~]+", found.token):
+                message = "a token that cannot be sent in a header"
+                raise ValueError(message)  # noqa: TRY301 - handled as other failures
         except Exception as exc:  # credentials raise any exception, even of the JSON module
             self._credential = None  # one repeats some refusals from its memory, without another request
             self._failure = TokenError(self.way, exc, attempts, searched=self.way == _SEARCH)
@@ -220,8 +224,9 @@ def _new_credential(settings: AzureSettings, proxies: Proxies) -> tuple[Any, Any
 
     from mx_azure._sending import BoundedTransport
 
-    # Its warnings repeat what our errors say, and more of the answers.
-    logging.getLogger("azure.identity").setLevel(logging.ERROR)
+    logger = logging.getLogger("azure.identity")
+    if logger.level == logging.NOTSET:  # its warnings repeat what our errors say, and more of the answers
+        logger.setLevel(logging.ERROR)
     transport = BoundedTransport(
         connect_timeout_seconds=settings.connect_timeout_seconds,
         read_timeout_seconds=settings.read_timeout_seconds,

@@ -12,7 +12,7 @@ from attrs import frozen
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.settings import boolean, env, seconds
 
-__all__ = ["ACCOUNT", "AZURE_HOST", "CONTAINER", "AzureSettings"]
+__all__ = ["ACCOUNT", "AZURE_HOST", "CONTAINER", "AzureSettings", "is_endpoint", "is_sas_token"]
 
 #: https://learn.microsoft.com/azure/storage/common/storage-account-overview#storage-account-name
 ACCOUNT = re.compile(r"[a-z0-9]{3,24}")
@@ -45,9 +45,25 @@ def _key(text: str) -> str:
     return text.strip()
 
 
+def is_sas_token(token: str) -> bool:
+    """Whether ``token`` looks like a SAS token, and can be sent as a query."""
+    return "://" not in token.partition("=")[0] and "sig=" in token and bool(re.fullmatch(r"[!\"$-~]+", token))
+
+
+def is_endpoint(url: str) -> bool:
+    """Whether ``url`` can be that of a Blob service: http or https, and a path of plain characters."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+    plain = re.fullmatch(r"[A-Za-z0-9/._~-]*", parts.path) is not None
+    return usable and plain and not (parts.query or parts.fragment or "@" in parts.netloc)
+
+
 def _sas_token(text: str) -> str:
     token = text.strip().removeprefix("?")
-    if "://" in token.partition("=")[0] or "sig=" not in token or not re.fullmatch(r"[!-~]+", token):
+    if not is_sas_token(token):
         reason = "expected a SAS token such as sv=...&sp=rl&sig=..., percent-encoded and without the URL"
         raise ValueError(reason)
     return token
@@ -57,12 +73,7 @@ def _endpoint(text: str) -> str:
     text = text.strip().rstrip("/")
     if "@" in text or "?" in text:  # may contain a credential, which a ValueError would show; see AzureSettings
         return text
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in {"http", "https"} and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    if not usable:
+    if not is_endpoint(text):
         reason = "expected a URL such as https://account.blob.core.windows.net or http://127.0.0.1:10000/account"
         raise ValueError(reason)
     return text
