@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import subprocess
+import sys
 
 import pytest
 
@@ -257,6 +259,23 @@ def test_https_is_left_to_others() -> None:
     with pytest.raises(ModelExpressError):
         manager.table(STORAGE).lookup("https")
     assert "mx-azure" == manager.table(STORAGE).lookup("az").plugin.name
+
+
+def test_a_key_needs_no_sdk() -> None:
+    """Opening a storage with a key or a SAS token imports neither azure-core nor azure-identity."""
+    program = """
+import sys
+from modelexpress_core.uri import ModelURI
+from mx_azure._storage import open_azure
+for credential in ({"AZURE_STORAGE_ACCOUNT_KEY": "a2V5"}, {"AZURE_STORAGE_SAS_TOKEN": "sig=a"}):
+    open_azure(ModelURI.parse("az://models"), {"AZURE_STORAGE_ACCOUNT_NAME": "models1", **credential}).credentials()
+print(*sys.modules)
+"""
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert 0 == done.returncode, done.stderr
+    assert set() == {"azure", "msal", "requests", "cryptography", "torch"} & set(done.stdout.split())
 
 
 def test_secrets_are_not_shown() -> None:
