@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -172,12 +170,6 @@ def test_a_wrong_key(opened: Callable[..., AzureStorage]) -> None:
     assert "d3Jvbmcta2V5" not in str(caught.value)
 
 
-def test_a_wrong_clock(opened: Callable[..., AzureStorage]) -> None:
-    """Azurite checks no times: the answer is the right one, and the request has the time of the machine."""
-    with pytest.raises(NotFoundError):
-        opened(now=lambda: 0.0).stat("no-such-object")
-
-
 def test_a_container_that_does_not_exist(opened: Callable[..., AzureStorage]) -> None:
     """For every operation, by its name."""
     storage = opened("az://no-such-container")
@@ -265,7 +257,7 @@ def test_close_ends_everything(opened: Callable[..., AzureStorage]) -> None:
     storage = opened()
     storage.close()
 
-    with contextlib.suppress(StopIteration), pytest.raises(BackendError, match=re.escape("was closed")) as caught:
+    with pytest.raises(BackendError, match="was closed") as caught:
         storage.stat("object")
 
     assert not caught.value.retryable
