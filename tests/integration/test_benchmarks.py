@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 NAMES = {
     "local": {"contender", "destination", "seconds", "GB/s", "of limit", "CPU-s/GB"},
     "s3": {"contender", "destination", "seconds", "GB/s", "of limit", "CPU-s/GB"},
+    "azure": {"contender", "destination", "seconds", "GB/s", "of limit", "CPU-s/GB"},
     "concurrency": {"latency ms", "cap MB/s", "destination", "best fixed", "of best"},
     "recording": {"what", "us a tensor", "seconds"},
     "memory": {"what", "destination", "peak over it MiB"},
@@ -49,6 +50,7 @@ def _each_positive(*keys: str) -> Callable[[Rows], bool]:
 CORRECT: dict[str, Callable[[Rows], bool]] = {
     "local": _moved_the_same_bytes,
     "s3": _moved_the_same_bytes,
+    "azure": _moved_the_same_bytes,
     "concurrency": _each_positive("best fixed", "of best"),
     "recording": _each_positive("us a tensor", "seconds"),
     "memory": lambda rows: all(row["peak over it MiB"] >= 0 for row in rows),
