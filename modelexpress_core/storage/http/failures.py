@@ -346,7 +346,7 @@ def connection_error(
             continue
         if isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN:
             meaning = _DNS_FAULT  # noqa: PLW2901 - of the same line
-        if isinstance(found, ssl.SSLCertVerificationError) and found.verify_code in EXPLAINED_CODES:
+        if isinstance(found, ssl.SSLCertVerificationError) and getattr(found, "verify_code", 0) in EXPLAINED_CODES:
             what, cause, hint = explain_verification_error(found)
             seen = f"the certificate of the endpoint {{endpoint}} {what}"  # noqa: PLW2901 - of the same line
             meaning = Meaning(UnavailableError, cause, hint, retryable=False)  # noqa: PLW2901
