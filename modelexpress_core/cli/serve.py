@@ -271,6 +271,7 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, l
     try:
         from modelexpress_core.server.app import Server
         from modelexpress_core.server.files import raise_limit
+        from modelexpress_core.server.garbage import collect_seldom
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
     raise_limit()
@@ -279,6 +280,7 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, l
     plugins = PluginManager.discover()
     _, store = plugins.open(METADATA_STORE, uri, os.environ)
     server = Server(settings, store, plugins, tls=tls, auth=auth, limits=limits, environ=os.environ)
+    collect_seldom()
     async with server:
         grpc = host_and_port(settings.host, server.port)
         metrics = f"{host_and_port(settings.host, server.metrics_port)}/metrics"
