@@ -144,11 +144,19 @@ class StorageProvider(SchemeProvider):
     Attributes:
         tier: Position of its candidates in the order of attempts: ``CACHE`` or ``ORIGIN``.
         capabilities: The optional methods of the storage, and the cost of its reads.
+        needs_regular: Whether the factory takes a third argument: the storage that the scheme's regular plugin opens
+            for the same URI and settings. The storage of the factory uses it, and closes it. For alternatives only.
     """
 
-    factory: Callable[[ModelURI, Mapping[str, str]], Storage] = field(validator=_check_factory)
+    factory: Callable[..., Storage] = field(validator=_check_factory)
     tier: Tier = field(default=Tier.ORIGIN, converter=Tier, validator=_check_file_tier, kw_only=True)
     capabilities: StorageCapabilities = field(factory=StorageCapabilities, kw_only=True)
+    needs_regular: bool = field(default=False, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if self.needs_regular and not self.alternative:
+            message = f"{self.name} needs the regular plugin of its scheme, so it must be alternative=True"
+            raise ValueError(message)
 
 
 @frozen
