@@ -182,6 +182,7 @@ def write_json(reports: Sequence[Report], path: Path) -> None:
         "fastsafetensors",
         "modelexpress-core",
         "mx-s3",
+        "mx-streamer",
         "obstore",
         "runai-model-streamer",
         "s3torchconnector",

@@ -122,7 +122,7 @@ class FetchEngine:
         self._threads: list[threading.Thread] = []
         self._may_start_threads = True
         self._busy = 0
-        self._running: dict[int, tuple[float, Range]] = {}
+        self._running: dict[int, tuple[float, Range, int]] = {}  # since when, the first range, the bytes
         self._pending_segments = 0
         self._files: dict[str, CheckpointFile] = {}
         self._stopping = False
@@ -212,8 +212,8 @@ class FetchEngine:
         if condition.wait(_HUNG_CHECK_SECONDS):
             return
         now = time.monotonic()
-        for begun, range_ in list(self._running.values()):  # other threads change it
-            allowed = _HUNG_STALL_FACTOR * self._stall_seconds + range_.length / _HUNG_BYTES_PER_SECOND
+        for begun, range_, length in list(self._running.values()):  # other threads change it
+            allowed = _HUNG_STALL_FACTOR * self._stall_seconds + length / _HUNG_BYTES_PER_SECOND
             if now - begun > allowed:
                 raise DeadlineError(
                     f"no answer for {now - begun:.0f} s",
@@ -378,10 +378,10 @@ class FetchEngine:
             if memory is not range_.direct:
                 delivering_seconds += self._deliver(range_, memory)
             self._integrity.arrived(range_, memory)
-            self._running[threading.get_ident()] = (time.monotonic(), longest)
+            self._running[threading.get_ident()] = (time.monotonic(), first, length)
 
-        longest = max((range_ for range_, _ in places), key=lambda range_: range_.length)
-        self._running[threading.get_ident()] = (time.monotonic(), longest)
+        first, length = places[0][0], sum(range_.length for range_, _ in places)
+        self._running[threading.get_ident()] = (time.monotonic(), first, length)
         self._storage.read_batch(
             [ReadRequest(range_.file.path, range_.offset, memory, range_.file.version) for range_, memory in places],
             arrived,
@@ -399,7 +399,7 @@ class FetchEngine:
 
     def _read(self, range_: Range, memory: memoryview) -> None:
         file, runs = range_.file, range_.segments[0].runs
-        self._running[threading.get_ident()] = (time.monotonic(), range_)
+        self._running[threading.get_ident()] = (time.monotonic(), range_, range_.length)
         if runs is None:
             self._storage.read_into(file.path, range_.offset, memory, version=file.version)
         else:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 import modelexpress_core as mx
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Fault, TcpProxy
-from modelexpress_core.contracts.storage import ReadRequest
+from modelexpress_core.contracts.storage import Endpoint, ReadRequest
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -29,6 +29,7 @@ from modelexpress_core.errors import (
     SourceChangedError,
     UnavailableError,
 )
+from mx_streamer.settings import StreamerSettings, engine_endpoint
 from tests.support.commands import Commands
 from tests.support.network import CLOSED_PORT
 
@@ -126,6 +127,17 @@ def test_the_command_loads(uploaded: str, use_s3: Callable[..., None], tmp_path:
     assert (0, "") == (done.returncode, done.stderr)
     assert ("mx-streamer", 2) == (report["storage"]["plugin"], report["verified"]["digests"])
     assert report["bytes_needed"] == report["bytes_fetched"]
+
+
+def test_copies_of_files_are_complete(uploaded: str, files: Path, use_s3: Callable[..., None], tmp_path: Path) -> None:
+    """``pull`` reads through the engine, too, and compares the digests."""
+    use_s3()
+
+    mx.pull(uploaded, tmp_path / "copy")
+
+    names = sorted(path.name for path in files.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "copy").iterdir() if not path.name.startswith("."))
+    assert all((files / name).read_bytes() == (tmp_path / "copy" / name).read_bytes() for name in names)
 
 
 def test_it_is_not_used_unless_it_is_preferred(files: Path) -> None:
@@ -298,6 +310,20 @@ def test_the_place_of_the_bucket_must_be_the_same(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage.example")
     with pytest.raises(SettingsError, match="RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING=1"):
         mx.load_state_dict(uploaded)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "virtual", "expected"),
+    [
+        (Endpoint("127.0.0.1", 8333), False, "http://127.0.0.1:8333"),
+        (Endpoint("::1", 8333), False, "http://[::1]:8333"),
+        (Endpoint("s3.example", 443, tls=True), False, "https://s3.example:443"),
+        (Endpoint("models.s3.eu-west-1.amazonaws.com", 443, tls=True), True, "https://s3.eu-west-1.amazonaws.com:443"),
+    ],
+)
+def test_the_engine_gets_the_endpoint_as_a_url(endpoint: Endpoint, virtual: bool, expected: str) -> None:
+    """Without the bucket, which the engine adds."""
+    assert expected == engine_endpoint(endpoint, "models", StreamerSettings(virtual_addressing=virtual))
 
 
 def test_parameters_of_uris_are_refused(uploaded: str, use_s3: Callable[..., None]) -> None:
