@@ -6,19 +6,24 @@ import contextlib
 import json
 import os
 import re
+import ssl
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import modelexpress_core as mx
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Fault, TcpProxy
+from modelexpress_core.cli.app import build_app
 from modelexpress_core.contracts.storage import Endpoint, ReadRequest
 from modelexpress_core.errors import (
     AccessDeniedError,
@@ -30,7 +35,7 @@ from modelexpress_core.errors import (
     UnavailableError,
 )
 from mx_streamer.settings import StreamerSettings, engine_endpoint
-from tests.support.commands import Commands
+from tests.support.http_servers import answering, server_context
 from tests.support.network import CLOSED_PORT
 
 STATE = {
@@ -117,14 +122,14 @@ def test_the_state_dict_is_that_of_the_regular_plugin(
         assert torch.equal(tensor.flatten().view(torch.uint8), streamed[name].flatten().view(torch.uint8))
 
 
-def test_the_command_loads(uploaded: str, use_s3: Callable[..., None], tmp_path: Path) -> None:
+def test_the_command_loads(uploaded: str, use_s3: Callable[..., None]) -> None:
     """``mx load`` reports the plugin and every byte."""
     use_s3()
-    with closing(Commands("torch")) as commands:
-        done = commands.run(["load", uploaded, "--json"], {**os.environ, "HOME": str(tmp_path)}, timeout=120)
 
+    done = CliRunner().invoke(build_app(), ["load", uploaded, "--json"])
+
+    assert 0 == done.exit_code, done.output
     report = json.loads(done.stdout)
-    assert (0, "") == (done.returncode, done.stderr)
     assert ("mx-streamer", 2) == (report["storage"]["plugin"], report["verified"]["digests"])
     assert report["bytes_needed"] == report["bytes_fetched"]
 
@@ -324,6 +329,63 @@ def test_the_place_of_the_bucket_must_be_the_same(
 def test_the_engine_gets_the_endpoint_as_a_url(endpoint: Endpoint, virtual: bool, expected: str) -> None:
     """Without the bucket, which the engine adds."""
     assert expected == engine_endpoint(endpoint, "models", StreamerSettings(virtual_addressing=virtual))
+
+
+def test_public_buckets_need_no_keys(on_s3: Callable[..., Any], client: Any) -> None:
+    """``MX_S3_ANONYMOUS`` without keys: the engine finds none, and does not sign either."""
+    client.put_object(Bucket="public", Key="open/object", Body=b"content")
+    nothing = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+    storage = on_s3("s3://public", MX_S3_ANONYMOUS="1", **nothing)
+    memory = bytearray(7)
+
+    (completion,) = storage.read_batch([ReadRequest("open/object", 0, memoryview(memory))])
+
+    assert (None, b"content") == (completion.error, bytes(memory))
+
+
+#: Reads one object with the engine, in a process of its own: the engine tries again for minutes, and cannot be stopped.
+_READ = """
+import sys, threading
+from mx_streamer._engine import Engine, Extent
+
+print(Engine(sys.argv[1]).read([Extent("s3://models/object", 0, memoryview(bytearray(10)))], threading.Event()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trusted", [True, False])
+def test_the_engine_verifies_certificates(tmp_path: Path, trusted: bool) -> None:
+    """It sends its request, with the signature, to a server with a certificate of AWS_CA_BUNDLE, and to no other."""
+    (tmp_path / "other").mkdir()
+    context, authority = server_context(tmp_path, "localhost")
+    _, other = server_context(tmp_path / "other", "localhost")
+    refused = threading.Event()
+
+    class Watched:
+        def wrap_socket(self, *arguments: Any, **options: Any) -> ssl.SSLSocket:
+            try:
+                return context.wrap_socket(*arguments, **options)
+            except ssl.SSLError:
+                refused.set()
+                raise
+
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "made up"}
+    environ = {**os.environ, **keys, "AWS_CA_BUNDLE": authority if trusted else other}
+    refusal = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n"
+
+    with answering(refusal, context=cast("ssl.SSLContext", Watched())) as server:
+        command = [sys.executable, "-c", _READ, f"https://localhost:{server.port}"]
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
+        try:
+            if trusted:
+                assert "['File access error']\n" == process.communicate(timeout=120)[0]
+            else:
+                assert refused.wait(60)
+        finally:
+            process.kill()
+            process.communicate()
+
+    assert trusted == bool(server.requests)
 
 
 def test_parameters_of_uris_are_refused(uploaded: str, use_s3: Callable[..., None]) -> None:
