@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 
+from devtools.azurite import Azurite
 from devtools.missing import ToolMissingError
 from devtools.seaweedfs import SeaweedFS
+from tests.support.network import CLOSED_PORT
 from tests.support.tools import MISSING_TOOL, skip_without
 
 BUCKET = "models"
 
 #: Fixtures that start a server; the tests that use one are marked ``server``.
-_SERVER_FIXTURES = {"s3_server"}
+_SERVER_FIXTURES = {"azurite", "s3_server"}
 
+#: Variables that our settings and the SDKs read.
+_READ_VARIABLES = ("AWS_", "AZURE_", "IDENTITY_", "IMDS_", "MODEL_EXPRESS_", "MSI_", "MX_", "REQUESTS_", "RUNAI_")
 
 _MAX_WORKERS = 16
 
@@ -89,7 +93,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _log_levels() -> Iterator[None]:
     """Put back the levels of our loggers: commands that a test runs in this process set them."""
-    loggers = [logging.getLogger(name) for name in ("modelexpress_core", "mx_s3", "mx_streamer", "mx_vllm")]
+    loggers = [logging.getLogger(name) for name in ("modelexpress_core", "mx_azure", "mx_s3", "mx_streamer", "mx_vllm")]
     levels = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, levels, strict=True):
@@ -103,14 +107,23 @@ def s3_server() -> Iterator[SeaweedFS]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def azurite() -> Iterator[Azurite]:
+    """Azurite with the container ``models``; each worker starts one at first use, and stops it at the end."""
+    with Azurite("models") as server:
+        yield server
+
+
 @pytest.fixture
 def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Remove from the environment what SDKs read from it, and hide the configuration files of this machine."""
     for name in list(os.environ):
-        if name.startswith(("AWS_", "MX_", "MODEL_EXPRESS_", "RUNAI_", "REQUESTS_")) or name.lower().endswith("_proxy"):
+        if name.startswith(_READ_VARIABLES) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     for name in ("COLUMNS", "LINES"):  # a width would cut the tables that commands print
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AZURE_POD_IDENTITY_AUTHORITY_HOST", f"http://127.0.0.1:{CLOSED_PORT}")
+    monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "ManagedIdentityCredential")

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "BlobObstore",
+    "BlobSdk",
+    "BlobSockets",
     "Boto3",
     "Contender",
     "FastSafetensors",
@@ -272,14 +275,35 @@ class RawSockets(_Bucket):
     def __init__(self, directory: str, bucket: str, prefix: str) -> None:
         super().__init__(directory, bucket, prefix)
         client = self.client(1)
-        self.requests = {}
-        for name, key in self.keys.items():
-            url = urlsplit(client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}))
-            self.address = (url.hostname, url.port)
-            self.requests[name] = f"GET {url.path}?{url.query} HTTP/1.1\r\nHost: {url.netloc}\r\n"
+        self.sockets = _Sockets(
+            {
+                name: client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key})
+                for name, key in self.keys.items()
+            }
+        )
 
     def run(self, *, connections: int) -> None:  # type: ignore[override]
-        memory = self.destination.memory
+        self.sockets.read(self, connections)
+
+
+class _Sockets:
+    """HTTP over plain sockets.
+
+    Args:
+        urls: The URL of each section, with all that proves that it may be read.
+        headers: Lines of further headers.
+    """
+
+    def __init__(self, urls: Mapping[str, str], headers: str = "") -> None:
+        self.requests = {}
+        for name, text in urls.items():
+            url = urlsplit(text)
+            self.address = (url.hostname, url.port)
+            self.requests[name] = f"GET {url.path}?{url.query} HTTP/1.1\r\nHost: {url.netloc}\r\n{headers}"
+
+    def read(self, contender: _IntoPlace, connections: int) -> None:
+        """Read all sections into place."""
+        memory = contender.destination.memory
 
         def work(take: Callable[[], tuple[Any, ...] | None]) -> None:
             with socket.create_connection(self.address) as connection:
@@ -289,7 +313,7 @@ class RawSockets(_Bucket):
                     connection.sendall(request.encode())
                     _receive(connection, memory[there : there + length])
 
-        _in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
+        _in_threads(connections, work, list(pieces(contender.sections, _PIECE_BYTES)))
 
 
 def _receive(connection: socket.socket, view: memoryview) -> None:
@@ -405,3 +429,84 @@ class S3TorchConnector(_Bucket):
                     done += count
 
         _in_threads(connections, work, list(pieces(self.sections, 1 << 40)))
+
+
+# -- from Azure -------------------------------------------------------------------------------------------------------
+
+
+class _Blobs(_IntoPlace):
+    """Reads blobs below ``prefix`` in one container, from the server in the AZURE variables."""
+
+    def __init__(self, directory: str, container: str, prefix: str) -> None:
+        super().__init__(directory)
+        self.container = container
+        self.names = {section.name: f"{prefix}/{section.name}" for section in self.sections}
+
+
+class BlobSockets(_Blobs):
+    """HTTP over plain sockets with a SAS token: the limit."""
+
+    def __init__(self, directory: str, container: str, prefix: str, sas: str) -> None:
+        super().__init__(directory, container, prefix)
+        start = f"{os.environ['AZURE_STORAGE_ENDPOINT']}/{container}"
+        urls = {name: f"{start}/{blob}?{sas}" for name, blob in self.names.items()}
+        self.sockets = _Sockets(urls, "x-ms-version: 2021-08-06\r\n")
+
+    def run(self, *, connections: int) -> None:  # type: ignore[override]
+        self.sockets.read(self, connections)
+
+
+class BlobSdk(_Blobs):
+    """azure-storage-blob, one range per request; its buffers are copied into place."""
+
+    def __init__(self, directory: str, container: str, prefix: str) -> None:
+        super().__init__(directory, container, prefix)
+        from azure.storage.blob import BlobServiceClient
+
+        account = {
+            "account_name": os.environ["AZURE_STORAGE_ACCOUNT_NAME"],
+            "account_key": os.environ["AZURE_STORAGE_ACCOUNT_KEY"],
+        }
+        service = BlobServiceClient(
+            os.environ["AZURE_STORAGE_ENDPOINT"], credential=account, max_single_get_size=_PIECE_BYTES
+        )
+        self.blobs = {name: service.get_blob_client(container, blob) for name, blob in self.names.items()}
+
+    def run(self, *, connections: int) -> None:  # type: ignore[override]
+        memory = self.destination.memory
+
+        def work(take: Callable[[], tuple[Any, ...] | None]) -> None:
+            while (piece := take()) is not None:
+                name, offset, length, there = piece
+                memory[there : there + length] = self.blobs[name].download_blob(offset, length).readall()
+
+        _in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
+
+
+class BlobObstore(_Blobs):
+    """obstore; its buffers are copied into place."""
+
+    def __init__(self, directory: str, container: str, prefix: str) -> None:
+        super().__init__(directory, container, prefix)
+        from obstore.store import AzureStore
+
+        self.store = AzureStore(
+            container,
+            endpoint=os.environ["AZURE_STORAGE_ENDPOINT"],
+            account_name=os.environ["AZURE_STORAGE_ACCOUNT_NAME"],
+            account_key=os.environ["AZURE_STORAGE_ACCOUNT_KEY"],
+            client_options={"allow_http": True},
+        )
+
+    def run(self, *, connections: int) -> None:  # type: ignore[override]
+        import obstore
+
+        memory = self.destination.memory
+
+        def work(take: Callable[[], tuple[Any, ...] | None]) -> None:
+            while (piece := take()) is not None:
+                name, offset, length, there = piece
+                content = obstore.get_range(self.store, self.names[name], start=offset, length=length)
+                memory[there : there + length] = memoryview(content)
+
+        _in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))

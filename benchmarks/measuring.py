@@ -178,9 +178,11 @@ def _version(distribution: str) -> str | None:
 def write_json(reports: Sequence[Report], path: Path) -> None:
     """Write all ``reports``, the machine and the versions to one file."""
     distributions = (
+        "azure-storage-blob",
         "boto3",
         "fastsafetensors",
         "modelexpress-core",
+        "mx-azure",
         "mx-s3",
         "mx-streamer",
         "obstore",

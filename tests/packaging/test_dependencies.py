@@ -21,7 +21,7 @@ _PROJECT = pyproject(ROOT)["project"]
 _COLLECTIONS = {"all", "dev"}
 
 #: Packages that need no upper bound: the reason is on the line.
-_UNBOUNDED = {"attrs"}
+_UNBOUNDED = {"attrs", "certifi"}
 
 
 def lines(folder: Path) -> dict[str, str]:

@@ -13,7 +13,9 @@ from devtools.packages import ROOT
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    # The variables of a make that runs these tests reach them by both ways.
+    of_make = ("MAKE", "MFLAGS", "PYTHON", "VENV")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(of_make)}
     return subprocess.run(
         ["make", *arguments], cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=60
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from devtools import azurite
+from devtools.missing import ToolMissingError
 from devtools.packages import ROOT
 from devtools.redis_server import binary
 
@@ -78,3 +80,16 @@ def test_a_redis_of_this_machine_will_do(tmp_path: Path) -> None:
     printed = run_tests(tmp_path, path=programs)
 
     assert "2 passed" in printed, printed
+
+
+def test_without_azurite_the_reason_is_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked for in the checkout, and then on the path."""
+    monkeypatch.setattr(azurite, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(ToolMissingError, match=r"npm install --prefix \.tools/azurite azurite@3"):
+        azurite.binary()
+
+    for name in ("azurite-blob", "node"):
+        (tmp_path / name).touch(mode=0o755)
+    assert str(tmp_path / "azurite-blob") == azurite.binary()

@@ -49,7 +49,7 @@ def test_there_are_members() -> None:
 
 def test_the_extras_are_the_ones_that_are_documented() -> None:
     """Each backend, the server and its spans, the integration, the contract kit, and the two that collect."""
-    expected = {"s3", "server", "otel", "vllm", "testing", "dev", "all"}
+    expected = {"azure", "s3", "server", "otel", "vllm", "testing", "dev", "all"}
 
     assert expected == set(_EXTRAS)
 
@@ -82,7 +82,7 @@ def test_every_extra_can_be_installed() -> None:
     packages = {pyproject(each)["project"]["name"] for each in _FIRST_PARTY}
     required = {re.split(r"[\[=<>~ ]", each)[0] for each in requirements(ROOT)}
 
-    assert {"mx-s3", "mx-vllm"} <= packages
+    assert {"mx-azure", "mx-s3", "mx-vllm"} <= packages
     assert set() == {name for name in required if name.startswith("mx-")} - packages
 
 

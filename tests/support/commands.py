@@ -119,14 +119,14 @@ class RunningCommand:
         """
         if self.stdout.closed:
             return "", ""
-        with ThreadPoolExecutor(2) as pool, self.stdout, self.stderr:
+        with self.stdout, self.stderr, ThreadPoolExecutor(2) as pool:
             printed, said = pool.submit(self.stdout.read), pool.submit(self.stderr.read)
             try:
                 self.wait(timeout)
             except TimeoutError:
                 self.kill()
                 raise
-        return printed.result(), said.result()
+            return printed.result(), said.result()
 
 
 class Commands:

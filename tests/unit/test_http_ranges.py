@@ -163,6 +163,8 @@ def _wrong(content_range: str) -> bytes:
         (part(11, 20), UnsupportedError, "other bytes"),
         (_wrong("bytes 20-10/100"), UnsupportedError, "other bytes"),
         (_wrong("bytes 10-9/100"), UnsupportedError, "other bytes"),
+        (_wrong("bytes 10-9/*"), UnsupportedError, "other bytes"),
+        (_wrong("bytes 10-9/10"), SourceChangedError, "no bytes: bytes 10-9/10"),
         (_wrong("bytes -10-19/100"), UnsupportedError, "other bytes"),
         (_wrong("bytes */100"), UnsupportedError, "other bytes"),
         (_wrong("items 10-19/100"), UnsupportedError, "other bytes"),

@@ -200,9 +200,9 @@ try:
         mx.load_state_dict(path)
     else:
         with torch.device("meta"):
-            model = torch.nn.Module()
+            model = torch.nn.ModuleDict({"weight": torch.nn.Module()})
             for number in range(64):
-                model.register_buffer(f"w{number}", torch.empty(1 << 20, dtype=torch.uint8))
+                model["weight"].register_buffer(str(number), torch.empty(1 << 20, dtype=torch.uint8))
         mx.load_into(model, path)
 except BaseException as exc:
     print(type(exc).__name__, exc)

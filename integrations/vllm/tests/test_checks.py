@@ -14,7 +14,7 @@ from modelexpress_core.errors import (
     SettingsError,
     UnknownSchemeError,
 )
-from mx_vllm._checks import check_settings
+from mx_vllm._checks import check_settings, warn_of_other_format
 
 
 @pytest.mark.parametrize(
@@ -89,3 +89,14 @@ def test_nothing_is_connected() -> None:
         with pytest.raises(BlockingIOError):
             listening.accept()
     check_settings({"MX_MODEL_URI": "/only/on/the/workers"})
+
+
+@pytest.mark.parametrize(("environ", "warned"), [({"MX_MODEL_URI": "s3://b/m"}, True), ({"MX_MODEL_URI": ""}, False)])
+def test_another_load_format_does_not_read_the_address(
+    environ: dict[str, str], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights would be others than those of MX_MODEL_URI, without a word."""
+    warn_of_other_format("auto", environ)
+
+    assert warned == ("'auto' does not read it" in caplog.text)
+    assert warned == ("add --load-format mx" in caplog.text)

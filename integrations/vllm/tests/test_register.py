@@ -60,3 +60,15 @@ def test_options_of_other_formats_are_refused() -> None:
 
     assert done.returncode == 1
     assert "takes no model_loader_extra_config" in done.stderr
+
+
+def test_an_address_that_the_load_format_does_not_read_is_told() -> None:
+    """Before vLLM looks for its model."""
+    done = _python(
+        "import mx_vllm, os; mx_vllm.register(); os.environ['MX_MODEL_URI'] = 's3://bucket/model'\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "EngineArgs(model='/nothing').create_engine_config()"
+    )
+
+    assert done.returncode == 1
+    assert "MX_MODEL_URI is set, but the load format 'auto' does not read it" in done.stderr + done.stdout

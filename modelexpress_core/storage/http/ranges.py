@@ -23,9 +23,16 @@ _MAX_ERROR_BYTES = 1 << 20
 _MAX_RENEWALS = 3
 
 #: RFC 9110 section 14.4.
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/(?:[0-9]{1,19}|\*)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)")
 
 _NO_VERSION = "the server, or a proxy before it, leaves the header out; bytes of two versions could be mixed"
+
+#: Some servers answer a range that begins at the end with an empty one, in place of 416.
+_ENDS_BEFORE = Meaning(
+    SourceChangedError,
+    "the object is shorter than when the load began, or than its header says",
+    "start the load again when nothing writes to the model",
+)
 
 _OTHER_BYTES = "the server, or a proxy before it, does not honour Range requests"
 
@@ -165,6 +172,9 @@ class RangeReader:
             return length
         content_range = headers.get("content-range", "")
         match = _CONTENT_RANGE.fullmatch(content_range) if answer.status == 206 else None
+        if match is not None and match[3] == match[1] == str(offset) == str(int(match[2]) + 1):
+            reason = f"the answer holds no bytes: {content_range}"
+            raise self._failures.described(_ENDS_BEFORE, reason, path, operation)
         if match is None or int(match[1]) != offset or int(match[2]) < offset:
             reason = f"the answer holds other bytes: {content_range[:80] or 'the whole object'}"
             raise self._failures.described(self._ignores_range, reason, path, operation)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
 import re
 import ssl
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
-from email.message import Message
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -24,6 +20,8 @@ from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Policy, TcpProxy
 from modelexpress_core.uri import ModelURI
 from mx_s3._storage import S3Storage, open_s3
+from tests.support import scripted_http
+from tests.support.scripted_http import Answer
 
 BUCKET = "models"
 
@@ -87,24 +85,9 @@ def proxied(server: SeaweedFS, opened: Callable[..., S3Storage]) -> Iterator[Cal
         yield proxied
 
 
-Answer = tuple[int, Mapping[str, str], bytes]
-
-
 @frozen
-class Request:
-    """What a client sent.
-
-    Attributes:
-        method: ``GET``, ``HEAD``, ``PUT`` or ``POST``.
-        path: With the query.
-        headers: By name, in any case.
-        body: All of it.
-    """
-
-    method: str
-    path: str
-    headers: Message
-    body: bytes
+class Request(scripted_http.Request):
+    """What a client sent, and signed."""
 
     @property
     def access_key(self) -> str:
@@ -122,50 +105,15 @@ class Request:
         return match[1].split("/") if match else ["", "", ""]
 
 
-@contextlib.contextmanager
-def serving(answer: Callable[[Request], Answer | None], context: ssl.SSLContext | None = None) -> Iterator[int]:
+def serving(
+    answer: Callable[[Request], Answer | None], context: ssl.SSLContext | None = None
+) -> contextlib.AbstractContextManager[int]:
     """The port of a server that gives each request the answer; None closes the connection without one."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer_signed(request: scripted_http.Request) -> Answer | None:
+        return answer(Request(request.method, request.path, request.headers, request.body))
 
-        def do_GET(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            given = answer(Request(self.command, self.path, self.headers, body))
-            if given is None:
-                self.close_connection = True
-                return
-            status, headers, body = given
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-            self.close_connection = "Content-Length" in headers and self.command != "HEAD"
-
-        do_HEAD = do_PUT = do_POST = do_GET  # noqa: N815 - the names that http.server wants
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 64
-
-        def handle_error(self, *_: object) -> None:
-            pass  # clients that go away are what some tests are about
-
-    with Server(("127.0.0.1", 0), Handler) as http:
-        http.daemon_threads = True
-        if context is not None:
-            http.socket = context.wrap_socket(http.socket, server_side=True, do_handshake_on_connect=False)
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-        thread.start()
-        try:
-            yield http.server_port
-        finally:
-            http.shutdown()
-            thread.join()
+    return scripted_http.serving(answer_signed, context)
 
 
 @pytest.fixture(name="serving")
@@ -196,25 +144,11 @@ def fronted(server: SeaweedFS) -> Iterator[Callable[[Callable[[Request], Answer 
 
         def fronted(answer: Callable[[Request], Answer | None]) -> str:
             def answer_or_pass_on(request: Request) -> Answer:
-                return answer(request) or _passed_on(request, port)
+                return answer(request) or scripted_http.pass_on(request, port)
 
             return f"http://127.0.0.1:{stack.enter_context(serving(answer_or_pass_on))}"
 
         yield fronted
-
-
-def _passed_on(request: Request, port: int) -> Answer:
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
-        connection.putrequest(request.method, request.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in request.headers.items():
-            connection.putheader(name, value)
-        connection.endheaders(request.body or None)
-        response = connection.getresponse()
-        headers = {name: value for name, value in response.getheaders() if name != "Connection"}
-        body = response.read()
-    if request.method != "HEAD":
-        headers.pop("Content-Length", None)  # as long as the body is, and the connection stays
-    return response.status, headers, body
 
 
 class AwsServices:

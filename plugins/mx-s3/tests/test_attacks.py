@@ -40,12 +40,16 @@ def attacked(opened: Callable[..., S3Storage]) -> Attacked:
 
     @contextlib.contextmanager
     def attacked(
-        answer: Any, *, limit_bytes: int = _LIMIT_BYTES, **options: Any
+        answer: Any,
+        *,
+        limit_bytes: int = _LIMIT_BYTES,
+        read_timeout_seconds: float = _READ_TIMEOUT_SECONDS,
+        **options: Any,
     ) -> Iterator[tuple[S3Storage, ByteServer]]:
         with answering(answer, **options) as server:
             storage = opened(
                 AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.port}",
-                MX_S3_READ_TIMEOUT_SECONDS=str(_READ_TIMEOUT_SECONDS),
+                MX_S3_READ_TIMEOUT_SECONDS=str(read_timeout_seconds),
             )
             begun, before = time.monotonic(), _peak_bytes()
             with contextlib.closing(storage):
@@ -64,7 +68,8 @@ def _sends(start: bytes, piece: bytes, pause_seconds: float = 0.0) -> Callable[[
     """Sends ``start``, and then one piece after the other, for as long as the client takes them."""
 
     def send(sock: socket.socket, _: bytes) -> None:
-        sock.sendall(start)
+        # In one piece, so that more than the head is there when the client has read the head.
+        sock.sendall(start if pause_seconds else start + piece)
         pause, until = threading.Event(), time.monotonic() + _ATTACK_SECONDS
         while time.monotonic() < until:
             if pause_seconds:
@@ -194,7 +199,8 @@ def test_pages_of_huge_names(attacked: Attacked) -> None:
     """Each page has another one, so that nothing but their size grows without end."""
     pages = _Pages(lambda number: [f"model/{number}{'x' * 4_000_000}"])
     with (
-        attacked(pages, limit_bytes=256 << 20) as (storage, _),  # 64 MiB of names, and pages on their way
+        # 64 MiB of names, and pages on their way; time that a busy machine needs for these.
+        attacked(pages, limit_bytes=256 << 20, read_timeout_seconds=3.0) as (storage, _),
         pytest.raises(BackendError, match="below it"),
     ):
         list(_retrying(storage).list("model"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterable, Mapping
 
@@ -12,7 +13,9 @@ from modelexpress_core.plugins import STORAGE
 from modelexpress_core.settings import CORE_SETTINGS, SettingSources, find_problems, from_env
 from mx_vllm.settings import VllmSettings
 
-__all__ = ["check_settings"]
+__all__ = ["check_settings", "warn_of_other_format"]
+
+_log = logging.getLogger(__name__)
 
 
 def check_settings(environ: Mapping[str, str] | None = None) -> None:
@@ -46,6 +49,22 @@ def check_settings(environ: Mapping[str, str] | None = None) -> None:
     else:
         with contextlib.closing(storage):
             pass
+
+
+def warn_of_other_format(load_format: str, environ: Mapping[str, str] | None = None) -> None:
+    """Warn if MX_MODEL_URI is set although vLLM uses a load format that does not read it.
+
+    Args:
+        load_format: vLLM's load format, which is not one of ours.
+        environ: As for ``check_settings``.
+    """
+    environ = os.environ if environ is None else environ
+    if environ.get("MX_MODEL_URI"):
+        _log.warning(
+            "MX_MODEL_URI is set, but the load format %r does not read it: the weights come from vLLM's model. To load "
+            "them from MX_MODEL_URI, add --load-format mx; else unset it",
+            load_format,
+        )
 
 
 def _check_values(classes: Iterable[type], environ: Mapping[str, str]) -> None:

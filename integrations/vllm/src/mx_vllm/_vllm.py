@@ -84,8 +84,8 @@ def register_load_format(load_format: str, loader: type) -> None:
     model_loader.register_model_loader(load_format)(loader)
 
 
-def call_before_engine_starts(load_formats: Sequence[str], check: Callable[[], None]) -> None:
-    """Call ``check`` in the first process, before vLLM starts an engine that uses one of ``load_formats``.
+def call_before_engine_starts(check: Callable[[str], None]) -> None:
+    """Call ``check`` with the load format in the first process, before vLLM starts an engine.
 
     vLLM has no hook for this. Both ``vllm serve`` and ``LLM(...)`` begin with the replaced method, which knows the load
     format. An error of ``check`` ends the start.
@@ -97,8 +97,7 @@ def call_before_engine_starts(load_formats: Sequence[str], check: Callable[[], N
 
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(self.load_format).lower() in load_formats:
-            check()
+        check(str(self.load_format).lower())
         return original(self, *args, **kwargs)
 
     replacement: Any = create_engine_config
