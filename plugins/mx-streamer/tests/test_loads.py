@@ -223,6 +223,19 @@ def test_the_regular_plugin_explains_failures(
     assert all(error.hint for error in (missing, changed, short))
 
 
+def test_a_file_that_was_replaced_is_not_read_under_its_old_version(opened: Callable[..., Any], tmp_path: Path) -> None:
+    """Although the regular plugin has the old file open, and goes on reading it."""
+    path = tmp_path / "object"
+    path.write_bytes(bytes(100))
+    storage = opened("file:///")
+    version = storage.stat(str(path)).version
+    storage.read_into(str(path), 0, memoryview(bytearray(8)), version=version)
+    (tmp_path / "new").write_bytes(b"x" * 100)
+    (tmp_path / "new").replace(path)
+
+    assert isinstance(failure(storage, str(path), version), SourceChangedError)
+
+
 def test_missing_rights_are_explained(on_s3: Callable[..., Any], put: Callable[..., str]) -> None:
     """Refused keys, which the engine calls a file access error."""
     put("explained/object", bytes(100))

@@ -50,8 +50,12 @@ class Engine:
         with _refusals("start"):
             self._streamer = native.runai_start()
         if endpoint is not None:
-            with _refusals("use the endpoint"):
-                native.runai_set_credentials(self._streamer, S3Credentials(endpoint=endpoint))
+            try:
+                with _refusals("use the endpoint"):
+                    native.runai_set_credentials(self._streamer, S3Credentials(endpoint=endpoint))
+            except BaseException:
+                self.end()
+                raise
 
     def read(self, extents: Sequence[Extent], closing: threading.Event) -> list[str | None]:
         """Read all ``extents``; returns for each of them what the engine said, or None if all its bytes are in place.

@@ -136,7 +136,11 @@ class StreamedStorage:
 
 
 class StreamedFiles(StreamedStorage):
-    """Files of this machine."""
+    """Files of this machine.
+
+    The engine opens a path anew, and the regular plugin keeps files open: a file that was replaced by renaming has
+    another version here, and fails the load.
+    """
 
     def check_unchanged(self, path: str, *, version: str) -> None:
         """Return if the file at ``path`` still has ``version``."""
