@@ -1,4 +1,4 @@
-"""What the tests of all packages share: a real S3 server, a clean environment, and how tests are told apart."""
+"""What the tests of all packages share: servers of object stores, a clean environment, and how tests are told apart."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from devtools.azurite import Azurite
+from devtools.fake_gcs import FakeGcs
 from devtools.missing import ToolMissingError
 from devtools.seaweedfs import SeaweedFS
 from tests.support.network import CLOSED_PORT
@@ -20,10 +21,25 @@ from tests.support.tools import MISSING_TOOL, skip_without
 BUCKET = "models"
 
 #: Fixtures that start a server; the tests that use one are marked ``server``.
-_SERVER_FIXTURES = {"azurite", "s3_server"}
+_SERVER_FIXTURES = {"azurite", "gcs_server", "s3_server"}
 
 #: Variables that our settings and the SDKs read.
-_READ_VARIABLES = ("AWS_", "AZURE_", "IDENTITY_", "IMDS_", "MODEL_EXPRESS_", "MSI_", "MX_", "REQUESTS_", "RUNAI_")
+_READ_VARIABLES = (
+    "AWS_",
+    "AZURE_",
+    "CLOUDSDK_",
+    "GCE_",
+    "GOOGLE_",
+    "IDENTITY_",
+    "IMDS_",
+    "MODEL_EXPRESS_",
+    "MSI_",
+    "MX_",
+    "NO_GCE_CHECK",
+    "REQUESTS_",
+    "RUNAI_",
+    "STORAGE_EMULATOR_HOST",
+)
 
 _MAX_WORKERS = 16
 
@@ -93,7 +109,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _log_levels() -> Iterator[None]:
     """Put back the levels of our loggers: commands that a test runs in this process set them."""
-    loggers = [logging.getLogger(name) for name in ("modelexpress_core", "mx_azure", "mx_s3", "mx_streamer", "mx_vllm")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("modelexpress_core", "mx_azure", "mx_gcs", "mx_s3", "mx_streamer", "mx_vllm")
+    ]
     levels = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, levels, strict=True):
@@ -104,6 +123,13 @@ def _log_levels() -> Iterator[None]:
 def s3_server() -> Iterator[SeaweedFS]:
     """SeaweedFS with the bucket ``models``; each worker starts one at first use, and stops it at the end."""
     with SeaweedFS(BUCKET) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[FakeGcs]:
+    """fake-gcs-server with the bucket ``models``; each worker starts one at first use, and stops it at the end."""
+    with FakeGcs(BUCKET) as server:
         yield server
 
 
@@ -125,5 +151,7 @@ def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "no-gcloud"))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("AZURE_POD_IDENTITY_AUTHORITY_HOST", f"http://127.0.0.1:{CLOSED_PORT}")
     monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "ManagedIdentityCredential")

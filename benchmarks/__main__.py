@@ -16,7 +16,18 @@ from rich.console import Console
 from benchmarks.measuring import Plan, Report, print_report, write_json
 
 #: The default benchmarks, in the order in which they run.
-BENCHMARKS = ("local", "s3", "azure", "concurrency", "recording", "memory", "faults", "corruption", "control_plane")
+BENCHMARKS = (
+    "local",
+    "s3",
+    "gcs",
+    "azure",
+    "concurrency",
+    "recording",
+    "memory",
+    "faults",
+    "corruption",
+    "control_plane",
+)
 #: Benchmarks that run only if named: they take long, and need another environment.
 _NAMED = ("vllm",)
 
@@ -49,9 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
     for name in list(os.environ):
-        if name.startswith(("AWS_", "AZURE_", "MX_", "RUNAI_")):
+        if name.startswith(("AWS_", "AZURE_", "CLOUD_STORAGE_", "GOOGLE_", "MX_", "RUNAI_", "STORAGE_EMULATOR_")):
             del os.environ[name]  # the benchmarks set these variables themselves
-    os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    os.environ["AWS_EC2_METADATA_DISABLED"] = os.environ["NO_GCE_CHECK"] = "true"
     reports: list[Report] = []
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as temporary:
         scratch = parsed.scratch or Path(temporary)

@@ -29,6 +29,7 @@ __all__ = [
     "Boto3",
     "Contender",
     "FastSafetensors",
+    "IntoPlace",
     "ModelExpressInto",
     "ModelExpressState",
     "Obstore",
@@ -38,6 +39,8 @@ __all__ = [
     "S3TorchConnector",
     "SafetensorsClone",
     "Tensorizer",
+    "in_threads",
+    "receive",
 ]
 
 #: Size of the raw clients' requests, unless a setting overrides it.
@@ -66,7 +69,7 @@ class Contender(ABC):
         """Free the loaded tensors, unless the next run loads into them."""
 
 
-class _IntoPlace(Contender):
+class IntoPlace(Contender):
     """Loads into touched memory."""
 
     def __init__(self, directory: str) -> None:
@@ -95,7 +98,7 @@ class _Fresh(Contender):
 # -- ModelExpress -----------------------------------------------------------------------------------------------------
 
 
-class ModelExpressInto(_IntoPlace):
+class ModelExpressInto(IntoPlace):
     """``load_into``."""
 
     def __init__(self, directory: str, uri: str) -> None:
@@ -131,7 +134,7 @@ class ModelExpressState(_Fresh):
 # -- from disk --------------------------------------------------------------------------------------------------------
 
 
-def _in_threads(count: int, work: Callable[[Callable[[], tuple[Any, ...] | None]], None], tasks: Sequence[Any]) -> None:
+def in_threads(count: int, work: Callable[[Callable[[], tuple[Any, ...] | None]], None], tasks: Sequence[Any]) -> None:
     """Run ``work`` in ``count`` threads, each with a function that returns the next of ``tasks``, None at the end."""
     waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for task in itertools.chain(tasks, itertools.repeat(None, count)):
@@ -153,7 +156,7 @@ def _in_threads(count: int, work: Callable[[Callable[[], tuple[Any, ...] | None]
         raise errors[0]
 
 
-class Preadv(_IntoPlace):
+class Preadv(IntoPlace):
     """Only ``preadv`` in threads, on open files: the limit."""
 
     def __init__(self, directory: str) -> None:
@@ -172,7 +175,7 @@ class Preadv(_IntoPlace):
                     count = os.preadv(self.descriptors[name], [memory[there : there + length]], offset)
                     offset, there, length = offset + count, there + count, length - count
 
-        _in_threads(threads, work, list(pieces(self.sections, mib << 20)))
+        in_threads(threads, work, list(pieces(self.sections, mib << 20)))
 
 
 class SafetensorsClone(_Fresh):
@@ -249,7 +252,7 @@ class RunaiStreamer(_Fresh):
 # -- from S3 ----------------------------------------------------------------------------------------------------------
 
 
-class _Bucket(_IntoPlace):
+class _Bucket(IntoPlace):
     """Reads objects below ``prefix`` in one bucket, from the server in the AWS variables."""
 
     def __init__(self, directory: str, bucket: str, prefix: str) -> None:
@@ -301,7 +304,7 @@ class _Sockets:
             self.address = (url.hostname, url.port)
             self.requests[name] = f"GET {url.path}?{url.query} HTTP/1.1\r\nHost: {url.netloc}\r\n{headers}"
 
-    def read(self, contender: _IntoPlace, connections: int) -> None:
+    def read(self, contender: IntoPlace, connections: int) -> None:
         """Read all sections into place."""
         memory = contender.destination.memory
 
@@ -311,12 +314,12 @@ class _Sockets:
                     name, offset, length, there = piece
                     request = f"{self.requests[name]}Range: bytes={offset}-{offset + length - 1}\r\n\r\n"
                     connection.sendall(request.encode())
-                    _receive(connection, memory[there : there + length])
+                    receive(connection, memory[there : there + length])
 
-        _in_threads(connections, work, list(pieces(contender.sections, _PIECE_BYTES)))
+        in_threads(connections, work, list(pieces(contender.sections, _PIECE_BYTES)))
 
 
-def _receive(connection: socket.socket, view: memoryview) -> None:
+def receive(connection: socket.socket, view: memoryview) -> None:
     """Receive the body of one answer into ``view``; only bytes that arrive with the header are copied."""
     head = b""
     while b"\r\n\r\n" not in head:
@@ -364,7 +367,7 @@ class Boto3(_Bucket):
                     done += count
                 raw.release_conn()
 
-        _in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
+        in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
 
 
 class Obstore(_Bucket):
@@ -395,7 +398,7 @@ class Obstore(_Bucket):
                 content = obstore.get_range(self.store, self.keys[name], start=offset, length=length)
                 memory[there : there + length] = memoryview(content)
 
-        _in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
+        in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
 
 
 class S3TorchConnector(_Bucket):
@@ -428,13 +431,13 @@ class S3TorchConnector(_Bucket):
                         raise ConnectionError(message)
                     done += count
 
-        _in_threads(connections, work, list(pieces(self.sections, 1 << 40)))
+        in_threads(connections, work, list(pieces(self.sections, 1 << 40)))
 
 
 # -- from Azure -------------------------------------------------------------------------------------------------------
 
 
-class _Blobs(_IntoPlace):
+class _Blobs(IntoPlace):
     """Reads blobs below ``prefix`` in one container, from the server in the AZURE variables."""
 
     def __init__(self, directory: str, container: str, prefix: str) -> None:
@@ -480,7 +483,7 @@ class BlobSdk(_Blobs):
                 name, offset, length, there = piece
                 memory[there : there + length] = self.blobs[name].download_blob(offset, length).readall()
 
-        _in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
+        in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
 
 
 class BlobObstore(_Blobs):
@@ -509,4 +512,4 @@ class BlobObstore(_Blobs):
                 content = obstore.get_range(self.store, self.names[name], start=offset, length=length)
                 memory[there : there + length] = memoryview(content)
 
-        _in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))
+        in_threads(connections, work, list(pieces(self.sections, _PIECE_BYTES)))

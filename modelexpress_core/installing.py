@@ -24,6 +24,7 @@ _CORE = "modelexpress-core"
 #: The packages of this repository besides core: the folder of each, and the extra of core that installs it, or "".
 PACKAGES: Mapping[str, tuple[str, str]] = {
     "mx-azure": ("plugins/mx-azure", "azure"),
+    "mx-gcs": ("plugins/mx-gcs", "gcs"),
     "mx-s3": ("plugins/mx-s3", "s3"),
     "mx-streamer": ("plugins/mx-streamer", ""),  # no extra of core: its wheels need a newer glibc than core's
     "mx-vllm": ("integrations/vllm", "vllm"),

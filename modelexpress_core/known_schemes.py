@@ -33,7 +33,7 @@ KNOWN_SCHEMES: Mapping[str, KnownScheme] = {
     "memory": KnownScheme("modelexpress-core", ""),
     "inproc": KnownScheme("modelexpress-core", ""),
     "s3": KnownScheme("mx-s3", "s3"),
-    "gs": KnownScheme("mx-gcs"),
+    "gs": KnownScheme("mx-gcs", "gcs"),
     "az": KnownScheme("mx-azure", "azure"),
     "hf": KnownScheme("mx-hf"),
     "mx": KnownScheme("mx-grpc-stream"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping
 
-__all__ = ["explain_verification_error"]
+__all__ = ["EXPLAINED_CODES", "explain_verification_error"]
 
 #: OpenSSL's verification error -> (what is wrong, likely cause, next step).
 _EXPLANATIONS: Mapping[int, tuple[str, str, str]] = {
@@ -14,6 +14,10 @@ _EXPLANATIONS: Mapping[int, tuple[str, str, str]] = {
     62: ("is for another host", "the name in the endpoint is not one that the certificate has", "use one that it has"),
     64: ("is for another host", "the address in the endpoint is none that the certificate has", "use a name it has"),
 }
+
+#: OpenSSL's verification errors that do not mean an unknown authority.
+EXPLAINED_CODES = frozenset(_EXPLANATIONS)
+
 _UNTRUSTED = (
     "is not trusted",
     "it was signed by an authority of your own, or by a proxy that looks into connections",

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 NAMES = {
     "local": {"contender", "destination", "seconds", "GB/s", "of limit", "CPU-s/GB"},
     "s3": {"contender", "destination", "seconds", "GB/s", "of limit", "CPU-s/GB"},
+    "gcs": {"contender", "destination", "seconds", "GB/s", "of limit", "CPU-s/GB"},
     "azure": {"contender", "destination", "seconds", "GB/s", "of limit", "CPU-s/GB"},
     "concurrency": {"latency ms", "cap MB/s", "destination", "best fixed", "of best"},
     "recording": {"what", "us a tensor", "seconds"},
@@ -50,6 +51,7 @@ def _each_positive(*keys: str) -> Callable[[Rows], bool]:
 CORRECT: dict[str, Callable[[Rows], bool]] = {
     "local": _moved_the_same_bytes,
     "s3": _moved_the_same_bytes,
+    "gcs": _moved_the_same_bytes,
     "azure": _moved_the_same_bytes,
     "concurrency": _each_positive("best fixed", "of best"),
     "recording": _each_positive("us a tensor", "seconds"),

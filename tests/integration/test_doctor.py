@@ -557,7 +557,7 @@ def test_a_model_on_disk(mx: Run, sharded: Path) -> None:
     ("uri", "code", "failed", "words"),
     [
         ("/no/such/model", 1, ["listing"], "check the URI"),
-        ("gs://bucket/model", 1, ["plugin"], "mx-gcs, which is not published yet"),
+        ("hf://org/model", 1, ["plugin"], "mx-hf, which is not published yet"),
         ("s3:/bucket/model", 2, ["uri"], "write s3://bucket/model"),
         ("s3://", 2, ["plugin"], "write s3://bucket/path"),
     ],
@@ -589,13 +589,13 @@ def test_settings_that_cannot_be_used(mx: Run, sharded: Path) -> None:
 
 def test_a_plugin_that_is_broken(mx: Run, tmp_path: Path) -> None:
     """It is said to be broken, with its reason, and not to be missing."""
-    info = tmp_path / "mx_gcs-1.0.dist-info"
+    info = tmp_path / "mx_hf-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mx-gcs\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[modelexpress.plugins]\nmx-gcs = nowhere_to_be_found\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mx-hf\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[modelexpress.plugins]\nmx-hf = nowhere_to_be_found\n")
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
 
-    done = mx("doctor", "gs://bucket/model", environ={"PYTHONPATH": path})
+    done = mx("doctor", "hf://org/model", environ={"PYTHONPATH": path})
 
     assert 1 == done.returncode
     assert "installed but broken" in done.stdout

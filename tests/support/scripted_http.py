@@ -41,6 +41,7 @@ def serving(answer: Callable[[Request], Answer | None], context: ssl.SSLContext 
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # head and body are two writes
 
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -89,7 +90,8 @@ def pass_on(request: Request, port: int) -> Answer:
             connection.putheader(name, value)
         connection.endheaders(request.body or None)
         response = connection.getresponse()
-        headers = {name: value for name, value in response.getheaders() if name != "Connection"}
+        of_connection = {"Connection", "Transfer-Encoding"}
+        headers = {name: value for name, value in response.getheaders() if name not in of_connection}
         body = response.read()
     if request.method != "HEAD":
         headers.pop("Content-Length", None)  # as long as the body is, and the connection stays

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from devtools.http_proxy import HttpProxy
 from modelexpress_core.errors import (
@@ -143,8 +146,9 @@ def test_versions_may_have_headers_of_their_own(reader: Reading) -> None:
         reading = reader(url, versions=versions)
 
         assert CONTENT[10:20] == read(reading, version="8")
-        with pytest.raises(SourceChangedError, match="another version, 8, and x-if-generation was ignored"):
+        with pytest.raises(SourceChangedError, match="another version, 8, and x-if-generation was ignored") as caught:
             read(reading, version="7")
+        assert "replaced the object" in str(caught.value.cause)
         assert ["8", "7"] == started.header("X-If-Generation")
 
 
@@ -235,6 +239,15 @@ def test_an_ignored_encoding_hides_no_other(reader: Reading) -> None:
         pytest.raises(UnsupportedError, match="encoded: aws-chunked, gzip"),
     ):
         read(reader(url, ignored_encodings=("aws-chunked",)))
+
+
+def test_an_object_that_was_decoded_on_the_way_is_refused(reader: Reading) -> None:
+    """A service that decodes stored objects says so in a header of its own; the answer is no range of the object."""
+    answer = part(0, 9, "X-Stored-Encoding: gzip").replace(b"206 Partial Content", b"200 OK")
+    headers = ("content-encoding", "x-stored-encoding")
+
+    with server(answer) as (url, _), pytest.raises(UnsupportedError, match="encoded: gzip"):
+        reader(url, encoding_headers=headers).read_into("object", 0, memoryview(bytearray(10)), version=None)
 
 
 def test_chunked_answers(reader: Reading) -> None:
@@ -464,3 +477,33 @@ def test_a_proxy_that_asks_for_a_password(reader: Reading) -> None:
             read(reading)
         assert "proxy" in str(caught.value)
         assert [] == started.requests
+
+
+@pytest.mark.parametrize(
+    ("names", "expired", "says"),
+    [
+        (("other.example",), False, "is for another host"),
+        (("127.0.0.1",), True, "has expired"),
+        (("127.0.0.1",), False, "is not trusted"),
+    ],
+)
+def test_why_a_certificate_is_refused(
+    reader: Reading, tmp_path: Path, names: tuple[str, ...], says: str, *, expired: bool
+) -> None:
+    """Another host, an old certificate and an unknown authority have different causes and next steps."""
+    authority, stranger = trustme.CA(), trustme.CA()
+    file = tmp_path / "authority.pem"
+    (stranger if says == "is not trusted" else authority).cert_pem.write_to_path(str(file))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    yesterday = datetime.now(timezone.utc) - timedelta(days=1)
+    authority.issue_cert(*names, **({"not_after": yesterday} if expired else {})).configure_cert(context)
+
+    with (
+        answering(part(), context=context) as server,
+        pytest.raises(UnavailableError, match=says) as caught,
+    ):
+        read(reader(f"https://127.0.0.1:{server.port}", ca_bundle=str(file)))
+
+    assert caught.value.cause
+    assert caught.value.hint
+    assert not caught.value.retryable

@@ -26,6 +26,7 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.storage.http.requests import Refusal
+from modelexpress_core.tls_errors import EXPLAINED_CODES, explain_verification_error
 from modelexpress_core.uri import ModelURI
 
 __all__ = [
@@ -345,6 +346,10 @@ def connection_error(
             continue
         if isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN:
             meaning = _DNS_FAULT  # noqa: PLW2901 - of the same line
+        if isinstance(found, ssl.SSLCertVerificationError) and getattr(found, "verify_code", 0) in EXPLAINED_CODES:
+            what, cause, hint = explain_verification_error(found)
+            seen = f"the certificate of the endpoint {{endpoint}} {what}"  # noqa: PLW2901 - of the same line
+            meaning = Meaning(UnavailableError, cause, hint, retryable=False)  # noqa: PLW2901
         silence = "in time" if silence_seconds is None else f"for {silence_seconds:.3g} s"
         reason = f"{seen.format(endpoint=endpoint, silence=silence)} [{_name(chain)}]"
         return meaning.described(reason, hint=(meaning.hint or "").format(names=names), **about)

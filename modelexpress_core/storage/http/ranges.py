@@ -14,7 +14,10 @@ from modelexpress_core.storage.http.connections import ConnectionPool
 from modelexpress_core.storage.http.failures import EncodedAnswerError, Failures, Meaning
 from modelexpress_core.storage.http.requests import Refusal, Request, Signer
 
-__all__ = ["RangeReader", "VersionHeaders", "check_encoding"]
+__all__ = ["CONTENT_ENCODING", "RangeReader", "VersionHeaders", "check_encoding"]
+
+#: The header that says how a content is encoded (RFC 9110 section 8.4).
+CONTENT_ENCODING = "content-encoding"
 
 #: What is read of an answer that does not hold what was asked for.
 _MAX_ERROR_BYTES = 1 << 20
@@ -36,6 +39,14 @@ _ENDS_BEFORE = Meaning(
 
 _OTHER_BYTES = "the server, or a proxy before it, does not honour Range requests"
 
+_CHANGED = Meaning(
+    SourceChangedError,
+    "something replaced the object since the load began",
+    "start the load again when nothing writes to the model",
+)
+
+_CLOSED = Meaning(UnavailableError, "the server, a proxy or the network dropped the connection", "try again")
+
 
 @frozen
 class VersionHeaders:
@@ -50,22 +61,24 @@ class VersionHeaders:
     answered: str = "etag"
 
 
-def check_encoding(headers: Mapping[str, str], ignored: Collection[str] = ()) -> None:
+def check_encoding(
+    headers: Mapping[str, str], ignored: Collection[str] = (), names: Collection[str] = (CONTENT_ENCODING,)
+) -> None:
     """Refuse an answer whose content is encoded: every request says that it accepts no encoding.
 
     Args:
         headers: Of the answer, by lower-case name.
         ignored: Codings that a service shows although the content is not encoded, in lower case.
+        names: The headers that say so, in lower case. A service that decodes objects on the way has one of its own.
 
     Raises:
         EncodedAnswerError: It is encoded.
     """
-    value = headers.get("content-encoding")
-    if value is None:
-        return
-    codings = {coding.strip().lower() for coding in value.split(",")}
-    if codings - {"", "identity", *ignored}:
-        raise EncodedAnswerError(value)
+    for name in names:
+        value = headers.get(name, "")
+        codings = {coding.strip().lower() for coding in value.split(",")}
+        if codings - {"", "identity", *ignored}:
+            raise EncodedAnswerError(value)
 
 
 class RangeReader:
@@ -79,6 +92,7 @@ class RangeReader:
         versions: The headers that carry an object's version.
         ignored_encodings: Codings that the service shows although the content is not encoded. An answer with any other
             holds other bytes than the object.
+        encoding_headers: The headers that say how the content, or the object, is encoded; in lower case.
     """
 
     def __init__(
@@ -90,6 +104,7 @@ class RangeReader:
         read_timeout_seconds: float,
         versions: VersionHeaders | None = None,
         ignored_encodings: Collection[str] = (),
+        encoding_headers: Collection[str] = (CONTENT_ENCODING,),
     ) -> None:
         self._pool = pool
         self._signer = signer
@@ -98,6 +113,7 @@ class RangeReader:
         self._patience_seconds = read_timeout_seconds
         self._versions = versions or VersionHeaders()
         self._ignored_encodings = ignored_encodings
+        self._encoding_headers = encoding_headers
         check = f"check {failures.names.endpoint} and what is in front of it"
         self._ignores_range = Meaning(UnsupportedError, _OTHER_BYTES, check)
         self._hides_version = Meaning(UnsupportedError, _NO_VERSION, check)
@@ -135,7 +151,7 @@ class RangeReader:
         failures.check_open(path, operation)
         if not done:
             reason = "the connection was closed before the first byte"
-            raise failures.described(Meaning(UnavailableError, hint="try again"), reason, path, operation)
+            raise failures.described(_CLOSED, reason, path, operation)
         return done
 
     def _answer(self, path: str, headers: Mapping[str, str], operation: str) -> Answer:
@@ -165,9 +181,8 @@ class RangeReader:
             raise self._failures.described(self._hides_version, reason, path, operation)
         if version is not None and answered != version:
             reason = f"the answer is of another version, {answered}, and {self._versions.condition} was ignored"
-            meaning = Meaning(SourceChangedError, hint="start the load again")
-            raise self._failures.described(meaning, reason, path, operation)
-        check_encoding(headers, self._ignored_encodings)
+            raise self._failures.described(_CHANGED, reason, path, operation)
+        check_encoding(headers, self._ignored_encodings, self._encoding_headers)
         if answer.status == 200 and offset == 0:
             return length
         content_range = headers.get("content-range", "")

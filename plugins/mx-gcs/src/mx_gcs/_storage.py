@@ -1,0 +1,291 @@
+"""Reading objects of one GCS bucket, straight into the caller's memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
+from modelexpress_core.errors import BackendError, DeadlineError, NotFoundError, UnsupportedError
+from modelexpress_core.settings import from_env, variables
+from modelexpress_core.storage.http import (
+    ConnectionPool,
+    Meaning,
+    Origin,
+    Proxies,
+    RangeReader,
+    check_uri,
+    hex_of_base64,
+)
+from modelexpress_core.uri import ModelURI
+from mx_gcs._errors import NAMES, PROVIDER, GcsFailures, shown
+from mx_gcs._requests import ENCODING_HEADERS, VERSIONS, GcsRequests
+from mx_gcs.settings import GcsSettings
+
+if TYPE_CHECKING:
+    from mx_gcs._credentials import Identity
+
+__all__ = ["GcsStorage", "open_gcs"]
+
+#: https://cloud.google.com/storage/docs/buckets#naming: up to 63 characters, or 222 with dots.
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+
+#: Generations and sizes are 64-bit numbers, which the API writes as text.
+_NUMBER = re.compile(r"[0-9]{1,19}")
+
+#: A listing may take this many times the read timeout, and the time of its objects at this rate. GCS gives a thousand
+#: in half a second.
+_LISTING_TIMEOUTS = 10
+_MIN_OBJECTS_PER_SECOND = 100
+
+_SLOW_LISTING = Meaning(
+    DeadlineError,
+    "the server sends pages without end, or very slowly",
+    "check MX_GCS_ENDPOINT and what is in front of it; MX_GCS_READ_TIMEOUT_SECONDS raises the limit",
+    retryable=False,
+)
+_SAME_PAGE = Meaning(
+    UnsupportedError,
+    "the server, or a proxy before it, ignores where the next page begins",
+    "check MX_GCS_ENDPOINT and what is in front of it, or use another server",
+)
+_A_BUCKET = Meaning(NotFoundError, hint="name an object in it")
+_NO_METADATA = Meaning(
+    UnsupportedError,
+    "the server, or a proxy before it, does not speak the API of GCS; bytes of two versions could be mixed",
+    "check MX_GCS_ENDPOINT and what is in front of it, or use another server",
+)
+
+
+class GcsStorage:
+    """Reads ranges of the objects of one bucket. An object's version is its generation, a number.
+
+    Args:
+        settings: How GCS is reached.
+        uri: Any URI in the bucket.
+        pool: The connections, which are closed with the storage.
+        identity: Gives requests their tokens; None where they have none.
+        clock: Seconds; says how long a listing takes.
+    """
+
+    def __init__(
+        self,
+        settings: GcsSettings,
+        uri: ModelURI,
+        pool: ConnectionPool,
+        *,
+        identity: Identity | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._identity = identity
+        self._clock = clock
+        self._failures = GcsFailures(
+            PROVIDER,
+            uri,
+            endpoint=lambda: shown(settings.base_url),
+            names=NAMES,
+            closed=lambda: pool.closed,
+        )
+        self._requests = GcsRequests(
+            settings.base_url,
+            uri.authority,
+            identity=identity,
+            user_project=settings.user_project,
+            pool=pool,
+            failures=self._failures,
+            read_timeout_seconds=settings.read_timeout_seconds,
+        )
+        self._reader = RangeReader(
+            pool,
+            self._requests,
+            self._failures,
+            read_timeout_seconds=settings.read_timeout_seconds,
+            versions=VERSIONS,
+            encoding_headers=ENCODING_HEADERS,
+        )
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a read waits for its next bytes; at most, and to begin with, MX_GCS_READ_TIMEOUT_SECONDS."""
+        return self._reader.patience_seconds
+
+    @patience_seconds.setter
+    def patience_seconds(self, seconds: float) -> None:
+        self._reader.patience_seconds = seconds
+
+    def endpoint(self) -> Endpoint:
+        """Where requests go."""
+        origin = Origin.of_url(self._settings.base_url)
+        try:
+            proxy = self._pool.proxies.for_origin(origin)
+        except ValueError as exc:
+            raise self._failures.described(Meaning(BackendError), str(exc), "", "find the proxy") from None
+        return Endpoint(
+            host=origin.host,
+            port=origin.port,
+            tls=origin.tls,
+            ca_bundle=self._settings.ca_bundle if origin.tls else None,
+            proxy=None if proxy is None else str(proxy),
+        )
+
+    def credentials(self) -> str:
+        """Whose credentials are used, and where they were found; fetches a token."""
+        if self._identity is None:
+            reason = "MX_GCS_ANONYMOUS" if self._settings.anonymous else "STORAGE_EMULATOR_HOST"
+            return f"none: requests carry no credentials ({reason})"
+        try:
+            return self._identity.describe()
+        except self._failures.caught as exc:
+            raise self._failure(exc, "", "find the credentials") from exc
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """The objects below ``prefix``, a page of a thousand at a time; names that end in a slash are directories."""
+        operation = "list the objects"
+        folder = f"{prefix}/" if prefix else ""
+        token: str | None = None
+        objects, seconds = 0, 0.0  # of waiting for pages, not of what the caller does with them
+        while True:
+            self._failures.check_open(prefix, operation)
+            begun = self._clock()
+            try:
+                page = self._requests.page(folder, token, operation)
+            except self._failures.caught as exc:
+                raise self._failure(exc, prefix, operation) from exc
+            seconds += self._clock() - begun
+            if seconds > self._seconds_for(objects):
+                reason = f"the listing has not ended after {seconds:.0f} s and {objects} objects"
+                raise self._failures.described(_SLOW_LISTING, reason, prefix, operation)
+            items = page.get("items", [])
+            if not isinstance(items, list):
+                raise self._failures.described(_NO_METADATA, "the listing has no items", prefix, operation)
+            for item in items:
+                objects += 1
+                info = self._info(item, prefix, operation)
+                if not info.path.startswith(folder):
+                    reason = "the listing has objects of another directory"
+                    raise self._failures.described(_NO_METADATA, reason, prefix, operation)
+                if not info.path.endswith("/"):
+                    yield info
+            previous, token = token, page.get("nextPageToken")
+            if not token:
+                return
+            if token == previous or not isinstance(token, str):
+                reason = "the server sends the same page of the listing again"
+                raise self._failures.described(_SAME_PAGE, reason, prefix, operation)
+
+    def _seconds_for(self, objects: int) -> float:
+        """How long the pages before the one that is expected may have taken."""
+        return _LISTING_TIMEOUTS * self._settings.read_timeout_seconds + objects / _MIN_OBJECTS_PER_SECOND
+
+    def stat(self, path: str) -> ObjectInfo:
+        """The object at ``path``, with the digests that GCS keeps of it."""
+        operation = "read the size"
+        self._failures.check_open(path, operation)
+        if not path:
+            raise self._failures.described(_A_BUCKET, "a bucket is no object", path, operation)
+        try:
+            metadata = self._requests.metadata(path, operation)
+        except self._failures.caught as exc:
+            raise self._failure(exc, path, operation) from exc
+        info = self._info(metadata, path, operation)
+        if info.path != path:
+            raise self._failures.described(_NO_METADATA, "the answer is of another object", path, operation)
+        return info
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        """Read into ``buffer`` with one GET of the range, which GCS refuses if the generation is not ``version``."""
+        return self._reader.read_into(path, offset, buffer, version=version)
+
+    def close(self) -> None:
+        """Shut the connections down; reads that are under way in other threads fail at once."""
+        self._pool.close()
+        if self._identity is not None:
+            self._identity.close()
+
+    def _info(self, metadata: Any, path: str, operation: str) -> ObjectInfo:  # noqa: ANN401 - what JSON holds
+        """What the API says of an object; without a generation, its version could not be pinned."""
+        fields = metadata if isinstance(metadata, dict) else {}
+        name, size, generation = (
+            _text(fields.get("name")),
+            _number(fields.get("size")),
+            _number(fields.get("generation")),
+        )
+        if not name or not _is_unicode(name) or size is None or generation is None:
+            reason = "the server gave no name, size or generation of it"
+            raise self._failures.described(_NO_METADATA, reason, path, operation)
+        published = {
+            "crc32c": hex_of_base64("crc32c", _text(fields.get("crc32c"))),
+            "md5": hex_of_base64("md5", _text(fields.get("md5Hash"))),
+        }
+        digests = {algorithm: digest for algorithm, digest in published.items() if digest is not None}
+        return ObjectInfo(name, int(size), generation, digests)
+
+    def _failure(self, exc: Exception, path: str, operation: str) -> BackendError:
+        return self._failures.of_exception(exc, path, operation, self._settings.read_timeout_seconds)
+
+
+def _number(value: object) -> str | None:
+    return value if isinstance(value, str) and _NUMBER.fullmatch(value) else None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written in UTF-8; JSON can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def open_gcs(uri: ModelURI, settings: Mapping[str, str], *, clock: Callable[[], float] = time.monotonic) -> GcsStorage:
+    """The storage for ``gs`` URIs. Connects to nothing yet, and looks for no credentials.
+
+    Raises:
+        InvalidURIError: The URI has no bucket, or holds credentials or parameters.
+        SettingsError: A variable has a value that cannot be used.
+    """
+    check_uri(
+        uri,
+        service="GCS",
+        place="bucket",
+        pattern=_BUCKET,
+        parameters=(),
+        credentials_hint="remove them, and set GOOGLE_APPLICATION_CREDENTIALS",
+        name_hint="an endpoint goes into MX_GCS_ENDPOINT, the project that pays into MX_GCS_USER_PROJECT",
+    )
+    values = from_env(GcsSettings, _with_environment(settings))
+    proxies = Proxies.from_environ(settings, os.environ)
+    pool = ConnectionPool(
+        connect_timeout_seconds=values.connect_timeout_seconds, proxies=proxies, ca_bundle=values.ca_bundle
+    )
+    identity = None if values.without_credentials else _identity(values, proxies, clock)
+    return GcsStorage(values, uri, pool, identity=identity, clock=clock)
+
+
+def _with_environment(settings: Mapping[str, str]) -> Mapping[str, str]:
+    """``settings``, and the variables of Google's tools in the process's environment that they do not name."""
+    shared = [name for name in variables(GcsSettings) if not name.startswith("MX_")]
+    return {**{name: os.environ[name] for name in shared if name in os.environ}, **settings}
+
+
+def _identity(settings: GcsSettings, proxies: Proxies, clock: Callable[[], float]) -> Identity:
+    from mx_gcs._credentials import Identity
+    from mx_gcs._tokens import METADATA_HOST, TokenRequests
+
+    requests = TokenRequests(
+        connect_timeout_seconds=settings.connect_timeout_seconds,
+        read_timeout_seconds=settings.read_timeout_seconds,
+        proxies=proxies,
+        ca_bundle=settings.ca_bundle,
+        metadata_host=settings.metadata_host or METADATA_HOST,
+    )
+    return Identity(settings, requests, clock)
