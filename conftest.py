@@ -109,7 +109,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _log_levels() -> Iterator[None]:
     """Put back the levels of our loggers: commands that a test runs in this process set them."""
-    loggers = [logging.getLogger(name) for name in ("modelexpress_core", "mx_azure", "mx_gcs", "mx_s3", "mx_vllm")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("modelexpress_core", "mx_azure", "mx_gcs", "mx_s3", "mx_streamer", "mx_vllm")
+    ]
     levels = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, levels, strict=True):

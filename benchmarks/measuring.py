@@ -187,6 +187,7 @@ def write_json(reports: Sequence[Report], path: Path) -> None:
         "mx-azure",
         "mx-gcs",
         "mx-s3",
+        "mx-streamer",
         "obstore",
         "runai-model-streamer",
         "s3torchconnector",

@@ -84,7 +84,8 @@ class StorageCapabilities:
     """The optional methods of a storage, and the cost of its reads.
 
     Attributes:
-        read_batch: Has its own engine, with a method ``read_batch``.
+        read_batch: Has its own engine, which reads many ranges at once: a ``BatchStorage``. ``concurrency`` and
+            ``most_concurrency`` count its batches. It declares no ``read_runs``.
         read_runs: Reads many short runs in one call: a ``RunStorage``.
         recheck: Compares the version of an object again at the end of a load: a ``RecheckingStorage``.
         patience: Gives up a read after ``patience_seconds`` without a byte: a ``PatientStorage``.
@@ -105,6 +106,11 @@ class StorageCapabilities:
     concurrency: int = field(default=8, validator=attrs.validators.ge(1))
     most_concurrency: int = field(default=64, validator=attrs.validators.ge(1))
     request_cost_bytes: int = field(default=256 << 10, validator=attrs.validators.ge(0))
+
+    def __attrs_post_init__(self) -> None:
+        if self.read_batch and self.read_runs:
+            message = "read_batch and read_runs exclude each other; declare one of them"
+            raise ValueError(message)
 
 
 @frozen
@@ -138,11 +144,19 @@ class StorageProvider(SchemeProvider):
     Attributes:
         tier: Position of its candidates in the order of attempts: ``CACHE`` or ``ORIGIN``.
         capabilities: The optional methods of the storage, and the cost of its reads.
+        needs_regular: Whether the factory takes a third argument: the storage that the scheme's regular plugin opens
+            for the same URI and settings. The storage of the factory uses it, and closes it. For alternatives only.
     """
 
-    factory: Callable[[ModelURI, Mapping[str, str]], Storage] = field(validator=_check_factory)
+    factory: Callable[..., Storage] = field(validator=_check_factory)
     tier: Tier = field(default=Tier.ORIGIN, converter=Tier, validator=_check_file_tier, kw_only=True)
     capabilities: StorageCapabilities = field(factory=StorageCapabilities, kw_only=True)
+    needs_regular: bool = field(default=False, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if self.needs_regular and not self.alternative:
+            message = f"{self.name} needs the regular plugin of its scheme, so it must be alternative=True"
+            raise ValueError(message)
 
 
 @frozen

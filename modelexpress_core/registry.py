@@ -97,10 +97,7 @@ class SchemeTable(Generic[P]):
             PluginLoadError: ``MX_PREFER`` names a plugin that is broken or disabled.
             UnknownSchemeError: No usable plugin handles it.
         """
-        claims = sorted(
-            (record for record in self.records if scheme in record.provider.schemes),
-            key=lambda record: (record.plugin.name, record.provider.name),
-        )
+        claims = self._claims(scheme)
         preferred = self.prefer.get(scheme)
         if preferred is not None and (claims or self._is_installed(preferred)):
             return self._preferred(scheme, preferred, claims)
@@ -113,6 +110,35 @@ class SchemeTable(Generic[P]):
             hint = " or ".join(f"MX_PREFER={scheme}={record.plugin.name}" for record in regular)
             raise PluginConflictError(message, plugin=labels, hint=f"set {hint}, or uninstall one")
         raise self._unknown(scheme, claims)
+
+    def regular(self, scheme: str) -> Registered[P]:
+        """The record for ``scheme`` that is no alternative, whatever ``MX_PREFER`` names.
+
+        Raises:
+            PluginConflictError: Several plugins claim the scheme.
+            UnknownSchemeError: Only alternatives handle it.
+        """
+        claims = self._claims(scheme)
+        regular = [record for record in claims if not record.provider.alternative]
+        if len(regular) == 1:
+            return regular[0]
+        if regular:
+            labels = " and ".join(record.label for record in regular)
+            message = (
+                f"an alternative for {scheme} needs its regular plugin, and {len(regular)} are installed: {labels}"
+            )
+            hint = f"set MX_DISABLED_PLUGINS={regular[-1].plugin.name}, or uninstall one"
+            raise PluginConflictError(message, plugin=labels, hint=hint)
+        labels = ", ".join(record.label for record in claims) or "none"
+        message = f"an alternative for {scheme} needs its regular plugin, and only alternatives are usable: {labels}"
+        hint = _install_step(scheme) or "`mx plugins` lists what is installed"
+        raise UnknownSchemeError(message, hint=hint)
+
+    def _claims(self, scheme: str) -> list[Registered[P]]:
+        return sorted(
+            (record for record in self.records if scheme in record.provider.schemes),
+            key=lambda record: (record.plugin.name, record.provider.name),
+        )
 
     def _is_installed(self, name: str) -> bool:
         return any(plugin.name == name for plugin in self.plugins)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
 from attrs import field, frozen
 
 from modelexpress_core.endpoint import Endpoint
+from modelexpress_core.errors import BackendError
 from modelexpress_core.immutable import unmodifiable
 
 __all__ = [
+    "BatchStorage",
+    "Completion",
     "DiagnosableStorage",
     "Endpoint",
     "ObjectInfo",
     "PatientStorage",
+    "ReadRequest",
     "RecheckingStorage",
     "RunStorage",
     "Storage",
@@ -129,6 +133,66 @@ class RunStorage(Storage, Protocol):
         Raises:
             SourceChangedError: The object has another version now, and its old content cannot be read.
             BackendError: Any other failure.
+        """
+        ...
+
+
+@frozen
+class ReadRequest:
+    """One range to read in a batch; the arguments of ``Storage.read_into``.
+
+    Attributes:
+        path: As in ``ObjectInfo.path``.
+        offset: First byte.
+        buffer: Writable, one-dimensional, with the format of bytes, never empty. The read fills it.
+        version: As in ``ObjectInfo.version``; None reads any version.
+    """
+
+    path: str
+    offset: int
+    buffer: memoryview = field(repr=False, eq=False)
+    version: str | None = None
+
+
+@frozen
+class Completion:
+    """The end of one request of a batch.
+
+    Attributes:
+        index: Position of the request in its batch.
+        error: Why the request failed. None if every byte is in place.
+    """
+
+    index: int
+    error: BackendError | None = None
+
+
+class BatchStorage(Storage, Protocol):
+    """A storage with its own engine, which reads many ranges of many objects at once.
+
+    Declared with the capability ``read_batch``. Core then reads by ``read_batch`` alone while it fetches, and by
+    ``read_into`` before: the headers of files, for example. Core runs several batches at a time, as many as the
+    ``concurrency`` of the record says, and retries requests that fail.
+    """
+
+    def read_batch(self, requests: Sequence[ReadRequest]) -> Generator[Completion, None, None]:
+        """Read all ``requests``, concurrently and straight into their buffers.
+
+        Yields one completion for each request, in any order. A completion without an error promises that the whole
+        buffer holds bytes of the requested version. Once a request is completed, nothing writes to its buffer.
+
+        If core closes the generator early, or ``close`` is called in another thread, reads under way end or are
+        waited for: once the generator has ended, in whatever way, nothing writes to any buffer of the batch.
+
+        A storage that cannot pin versions compares the version of an object after its last read, before it yields the
+        completions. This detects every change but one that is undone before the comparison. Digests detect that one
+        too, where the storage publishes them and the object is read as a whole.
+
+        Args:
+            requests: Ranges that may lie in any order; their buffers do not overlap.
+
+        Raises:
+            BackendError: During iteration. Applies to all requests that are not completed.
         """
         ...
 

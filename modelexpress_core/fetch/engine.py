@@ -1,10 +1,11 @@
 """The engine: ranges in, bytes in place.
 
 Threads read, because the calls that matter (``preadv``, ``recv_into``, TLS reads, copies) release the GIL. They take
-ranges from a queue; urgent ranges, for which code waits, go first. The first error ends the load: reads that have not
-begun are dropped, reads under way are cut short by closing the storage, and no thread touches the destination when the
-error reaches the caller. At the end the digests of whole files are compared, the versions of all files once more (if
-the storage can do that), and planned bytes with those that arrived.
+ranges from a queue; urgent ranges, for which code waits, go first. A storage with its own engine gets many ranges at a
+time from each thread. The first error ends the load: reads that have not begun are dropped, reads under way are cut
+short by closing the storage, and no thread touches the destination when the error reaches the caller. At the end the
+digests of whole files are compared, the versions of all files once more (if the storage can do that), and planned bytes
+with those that arrived.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
-from modelexpress_core.contracts.storage import PatientStorage, RecheckingStorage, Storage
+from modelexpress_core.contracts.storage import PatientStorage, ReadRequest, RecheckingStorage, Storage
 from modelexpress_core.errors import BackendError, DeadlineError, ResourceError, ThrottledError
 from modelexpress_core.fetch.concurrency import ConcurrencyLimit, concurrency_for
 from modelexpress_core.fetch.integrity import Integrity
@@ -49,6 +50,9 @@ _ABORT_SECONDS = 60.0
 _HUNG_STALL_FACTOR = 10
 _HUNG_BYTES_PER_SECOND = 100_000
 _HUNG_CHECK_SECONDS = 1.0
+
+#: A storage with its own engine gets this much at a time. Urgent ranges wait for what it has.
+_READ_BATCH_BYTES = 128 << 20
 
 
 class FetchEngine:
@@ -118,7 +122,7 @@ class FetchEngine:
         self._threads: list[threading.Thread] = []
         self._may_start_threads = True
         self._busy = 0
-        self._running: dict[int, tuple[float, Range]] = {}
+        self._running: dict[int, tuple[float, Range, int]] = {}  # since when, the first range, the bytes
         self._pending_segments = 0
         self._files: dict[str, CheckpointFile] = {}
         self._stopping = False
@@ -208,8 +212,8 @@ class FetchEngine:
         if condition.wait(_HUNG_CHECK_SECONDS):
             return
         now = time.monotonic()
-        for begun, range_ in list(self._running.values()):  # other threads change it
-            allowed = _HUNG_STALL_FACTOR * self._stall_seconds + range_.length / _HUNG_BYTES_PER_SECOND
+        for begun, range_, length in list(self._running.values()):  # other threads change it
+            allowed = _HUNG_STALL_FACTOR * self._stall_seconds + length / _HUNG_BYTES_PER_SECOND
             if now - begun > allowed:
                 raise DeadlineError(
                     f"no answer for {now - begun:.0f} s",
@@ -263,7 +267,7 @@ class FetchEngine:
                     self._work_ready.wait()
                 if self._stopping:
                     return
-                batch = (self._urgent or self._queue).popleft()
+                batch = self._take()
                 self._busy += 1
             try:
                 self._fetch(batch)
@@ -284,6 +288,19 @@ class FetchEngine:
                         self._wake_threads(others)
                 del batch
 
+    def _take(self) -> Sequence[Range]:
+        """The next batch of the queue, with the lock held; several together for a storage with its own engine."""
+        queue = self._urgent or self._queue
+        batch = queue.popleft()
+        if not self.capabilities.read_batch:
+            return batch
+        together = list(batch)
+        length = sum(range_.length for range_ in together)
+        while queue and length < _READ_BATCH_BYTES:
+            together += queue[0]
+            length += sum(range_.length for range_ in queue.popleft())
+        return together
+
     def _fetch(self, batch: Sequence[Range]) -> None:
         """Fetch one batch. Figures are counted by batch, because a range may have a few hundred bytes."""
         self.ledger.begin(len(batch))
@@ -291,8 +308,11 @@ class FetchEngine:
         begun = time.monotonic()
         delivering_seconds = 0.0
         try:
-            for range_ in batch:
-                delivering_seconds += self._fetch_range(range_)
+            if self.capabilities.read_batch:
+                delivering_seconds = self._fetch_together(batch)
+            else:
+                for range_ in batch:
+                    delivering_seconds += self._fetch_range(range_)
             arrived = sum(range_.length for range_ in batch)
         finally:
             self.ledger.end(arrived)
@@ -324,17 +344,62 @@ class FetchEngine:
         with self.staging.borrow(range_.length) as buffer:
             waited = time.monotonic() - asked
             self._read(range_, buffer)
-            begun = time.monotonic()
-            for segment in range_.segments:
-                start = segment.offset - range_.offset
-                segment.deliver(buffer[start : start + segment.length])
-            delivered = time.monotonic() - begun
+            delivered = self._deliver(range_, buffer)
             self._integrity.arrived(range_, buffer)
         return waited + delivered
 
+    def _fetch_together(self, batch: Sequence[Range]) -> float:
+        """Fetch ``batch`` with the storage's own engine; returns the seconds as ``_fetch_range`` does.
+
+        Ranges that go through staging buffers are read when there are buffers for them, some at a time.
+        """
+        seconds = 0.0
+        placed = [(range_, range_.direct) for range_ in batch if range_.direct is not None]
+        staged = deque(range_ for range_ in batch if range_.direct is None)
+        for range_, memory in placed:
+            if range_.segments[0].ticket.fresh:
+                make_pages(memory)
+        if placed:
+            seconds += self._read_together(placed)
+        while staged:
+            asked = time.monotonic()
+            with self.staging.borrow_several([range_.length for range_ in staged]) as buffers:
+                seconds += time.monotonic() - asked
+                seconds += self._read_together([(staged.popleft(), buffer) for buffer in buffers])
+        return seconds
+
+    def _read_together(self, places: Sequence[tuple[Range, memoryview]]) -> float:
+        """Read ranges into their memory, in one batch; returns the seconds spent on copying from it."""
+        delivering_seconds = 0.0
+
+        def arrived(index: int) -> None:
+            nonlocal delivering_seconds
+            range_, memory = places[index]
+            if memory is not range_.direct:
+                delivering_seconds += self._deliver(range_, memory)
+            self._integrity.arrived(range_, memory)
+            self._running[threading.get_ident()] = (time.monotonic(), first, length)
+
+        first, length = places[0][0], sum(range_.length for range_, _ in places)
+        self._running[threading.get_ident()] = (time.monotonic(), first, length)
+        self._storage.read_batch(
+            [ReadRequest(range_.file.path, range_.offset, memory, range_.file.version) for range_, memory in places],
+            arrived,
+        )
+        return delivering_seconds
+
+    @staticmethod
+    def _deliver(range_: Range, buffer: memoryview) -> float:
+        """Copy the parts of ``range_`` from ``buffer`` to their destinations; returns the seconds."""
+        begun = time.monotonic()
+        for segment in range_.segments:
+            start = segment.offset - range_.offset
+            segment.deliver(buffer[start : start + segment.length])
+        return time.monotonic() - begun
+
     def _read(self, range_: Range, memory: memoryview) -> None:
         file, runs = range_.file, range_.segments[0].runs
-        self._running[threading.get_ident()] = (time.monotonic(), range_)
+        self._running[threading.get_ident()] = (time.monotonic(), range_, range_.length)
         if runs is None:
             self._storage.read_into(file.path, range_.offset, memory, version=file.version)
         else:

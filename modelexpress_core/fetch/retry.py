@@ -12,14 +12,20 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import cast
 
 from attrs import frozen
 
-from modelexpress_core.contracts.storage import ObjectInfo, RunStorage, Storage
-from modelexpress_core.errors import BackendError, ModelExpressError, SourceChangedError, UnavailableError
+from modelexpress_core.contracts.storage import BatchStorage, Completion, ObjectInfo, ReadRequest, RunStorage, Storage
+from modelexpress_core.errors import (
+    BackendError,
+    ModelExpressError,
+    SourceChangedError,
+    ThrottledError,
+    UnavailableError,
+)
 from modelexpress_core.messages import byte_range
 from modelexpress_core.settings import LoadSettings
 
@@ -233,6 +239,72 @@ class RetryingStorage:
             return self._checked(count, path, first, len(buffer) - done, run_bytes)
 
         return self._fill(path, len(buffer), read)
+
+    def read_batch(self, requests: Sequence[ReadRequest], arrived: Callable[[int], None]) -> None:
+        """Read all ``requests`` with the storage's own engine, with as many batches as that takes.
+
+        Args:
+            requests: As in ``BatchStorage.read_batch``.
+            arrived: Called once for each request, with its position, when its bytes are in place.
+        """
+        left = dict(enumerate(requests))
+        failures = 0
+        while left:
+            if self._cancelled.is_set():
+                raise LoadCancelledError("the load was cancelled")
+            if failures:
+                for _ in left:
+                    self._on_retry()
+            before = len(left)
+            error = self._read_batch_once(left, arrived)
+            if error is not None:
+                failures = failures + 1 if len(left) == before else 1
+                self._wait(error, failures)
+
+    def _read_batch_once(self, left: dict[int, ReadRequest], arrived: Callable[[int], None]) -> BackendError | None:
+        """Read ``left``, and remove what arrived from it. Returns the error of what did not arrive."""
+        positions = list(left)
+        first = left[positions[0]].path
+        open_positions = set(range(len(positions)))
+        errors: list[BackendError] = []
+        try:
+            with _translated_errors(first):
+                batch = cast("BatchStorage", self._storage).read_batch(list(left.values()))
+            with closing(batch):
+                while True:
+                    with _translated_errors(first):
+                        completion: Completion | None = next(batch, None)
+                    if completion is None:
+                        break
+                    if completion.index not in open_positions:
+                        raise self._broken_batch(
+                            first, f"a completion of request {completion.index!r}, which is not open"
+                        )
+                    open_positions.remove(completion.index)
+                    if completion.error is None:
+                        position = positions[completion.index]
+                        arrived(position)
+                        del left[position]
+                    else:
+                        errors.append(completion.error)
+                        if not completion.error.retryable:
+                            return completion.error
+                    if self._cancelled.is_set():
+                        raise LoadCancelledError("the load was cancelled")
+        except BackendError as exc:
+            return exc
+        if open_positions:
+            return self._broken_batch(first, f"no completion of {len(open_positions)} of {len(positions)} requests")
+        errors.sort(key=lambda error: not isinstance(error, ThrottledError))  # it lowers the number of reads
+        return errors[0] if errors else None
+
+    def _broken_batch(self, path: str, found: str) -> BackendError:
+        return BackendError(
+            f"read_batch yielded {found}",
+            uri=self._uri_of(path),
+            operation="read",
+            hint="report it to the plugin's authors",
+        )
 
     def _fill(self, path: str, total: int, read: Callable[[int], int]) -> int:
         """Call ``read`` with the number of bytes read so far, until ``total`` are read."""

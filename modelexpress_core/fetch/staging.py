@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 __all__ = ["StagingPool"]
@@ -32,6 +32,7 @@ class StagingPool:
         self._allocate = allocate
         self._free: list[memoryview] = []
         self._unmade = max(1, budget_bytes // self.buffer_bytes)
+        self._most_at_once = max(1, self._unmade // 2)
         self._changed = threading.Condition()
 
     def allocate_with(self, allocate: Callable[[int], memoryview]) -> None:
@@ -41,19 +42,35 @@ class StagingPool:
     @contextmanager
     def borrow(self, length: int) -> Iterator[memoryview]:
         """A buffer of ``length`` bytes, until the ``with`` block ends."""
-        if length > self.buffer_bytes:
-            message = f"{length} bytes do not fit a staging buffer of {self.buffer_bytes}"
+        with self.borrow_several([length]) as (buffer,):
+            yield buffer
+
+    @contextmanager
+    def borrow_several(self, lengths: Sequence[int]) -> Iterator[list[memoryview]]:
+        """Buffers for the first of ``lengths``: one, and as many more as are free now, but at most half of all.
+
+        A thread that has buffers never waits for another one. Otherwise all threads could wait for each other.
+        """
+        longest = max(lengths)
+        if longest > self.buffer_bytes:
+            message = f"{longest} bytes do not fit a staging buffer of {self.buffer_bytes}"
             raise ValueError(message)
+        buffers: list[memoryview] = []
         with self._changed:
             while not self._free and not self._unmade:
                 self._changed.wait()
-            buffer = self._free.pop() if self._free else None
-            self._unmade -= buffer is None
-        if buffer is None:
-            buffer = self._allocate(self.buffer_bytes)
+            wanted = min(len(lengths), self._most_at_once)
+            while self._free and len(buffers) < wanted:
+                buffers.append(self._free.pop())
+            new = min(wanted - len(buffers), self._unmade)
+            self._unmade -= new
         try:
-            yield buffer[:length]
+            while new:
+                buffers.append(self._allocate(self.buffer_bytes))
+                new -= 1
+            yield [buffer[:length] for buffer, length in zip(buffers, lengths, strict=False)]
         finally:
             with self._changed:
-                self._free.append(buffer)
-                self._changed.notify()
+                self._unmade += new
+                self._free.extend(buffers)
+                self._changed.notify(len(buffers) + new)

@@ -6,6 +6,7 @@ and registers each alone, in order of name. It removes a plugin that fails, keep
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import os
@@ -263,13 +264,22 @@ class PluginManager:
     def open(self, kind: Kind[P, T], uri: ModelURI, environ: Mapping[str, str]) -> tuple[Registered[P], T]:
         """Open ``uri`` with the plugin for its scheme. Returns the record, and the object that its factory opened.
 
+        An alternative that needs the regular plugin of the scheme gets what that one opened.
+
         Raises:
             ResolveError: No usable plugin handles the scheme.
             PluginError: The factory failed with another error than ours, or returned an object of another kind.
             ModelExpressError: The factory raised it.
         """
         registered = self.table(kind).lookup(uri.scheme)
-        return registered, open_product(kind, registered, uri, environ)
+        if not getattr(registered.provider, "needs_regular", False):
+            return registered, open_product(kind, registered, uri, environ)
+        with contextlib.ExitStack() as opened:
+            regular: Any = open_product(kind, self.table(kind).regular(uri.scheme), uri, environ)
+            opened.callback(regular.close)
+            product = open_product(kind, registered, uri, environ, regular)
+            opened.pop_all()  # it closes the regular one
+        return registered, product
 
     def open_named(self, kind: Kind[R, T], name: str, *arguments: object) -> T:
         """The object that the factory of the record ``name`` returns for ``arguments``.

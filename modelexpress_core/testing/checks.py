@@ -8,14 +8,23 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
 from attrs import frozen
 
-from modelexpress_core.contracts.storage import DiagnosableStorage, Endpoint, PatientStorage, RunStorage, Storage
+from modelexpress_core.contracts.storage import (
+    BatchStorage,
+    Completion,
+    DiagnosableStorage,
+    Endpoint,
+    PatientStorage,
+    ReadRequest,
+    RunStorage,
+    Storage,
+)
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -28,6 +37,7 @@ from modelexpress_core.testing.contract import violated
 
 __all__ = [
     "DIGESTS",
+    "BatchBuffers",
     "Runs",
     "calls_of",
     "check_bytes",
@@ -40,12 +50,14 @@ __all__ = [
     "check_patience",
     "check_runs",
     "check_waiting",
+    "checked_batch",
     "checked_read",
     "checked_runs",
     "listed_paths",
     "random_content",
     "same",
     "watched_sockets",
+    "with_batches",
     "with_diagnosis",
     "with_patience",
     "with_runs",
@@ -141,6 +153,91 @@ def checked_runs(storage: RunStorage, path: str, runs: Runs, version: str | None
     return got
 
 
+class BatchBuffers:
+    """Requests of a batch whose buffers lie in one memory, with margins between them that no read may write to.
+
+    Args:
+        ranges: Path, offset, length and version of each request.
+    """
+
+    def __init__(self, ranges: Sequence[tuple[str, int, int, str | None]]) -> None:
+        self._starts = []
+        end = _MARGIN_BYTES
+        for _, _, length, _ in ranges:
+            self._starts.append(end)
+            end += length + _MARGIN_BYTES
+        self._memory = bytearray([_FILL]) * end
+        view = memoryview(self._memory)
+        self.requests = [
+            ReadRequest(path, offset, view[start : start + length], version)
+            for (path, offset, length, version), start in zip(ranges, self._starts, strict=True)
+        ]
+
+    def content(self, index: int) -> bytes:
+        """The content of the buffer of request ``index``."""
+        return bytes(self.requests[index].buffer)
+
+    def check_margins(self) -> None:
+        """Fail if a read wrote outside the buffers."""
+        end = 0
+        for start, request in zip(self._starts, self.requests, strict=True):
+            margin = self._memory[end:start]
+            if margin.count(_FILL) != len(margin):
+                violated(
+                    f"read_batch wrote outside the buffer of {request!r}, before its start or behind the one before"
+                )
+            end = start + len(request.buffer)
+        if self._memory[end:].count(_FILL) != _MARGIN_BYTES:
+            violated("read_batch wrote behind the last buffer")
+
+
+def checked_batch(
+    storage: BatchStorage, buffers: BatchBuffers, check: Callable[[int, bytes], object] = lambda _index, _got: None
+) -> Mapping[int, BackendError]:
+    """Read a batch, and return the errors of its requests, by index; fail if a completion is missing or repeated.
+
+    Args:
+        storage: The storage under test.
+        buffers: The requests.
+        check: Called with each request that completes without an error, and the content of its buffer at that time.
+    """
+    number = len(buffers.requests)
+    batch = storage.read_batch(buffers.requests)
+    if not callable(getattr(batch, "close", None)):
+        violated(f"read_batch returned {type(batch).__name__}, which has no close: write it as a generator")
+    done: dict[int, bytes] = {}
+    errors: dict[int, BackendError] = {}
+    try:
+        for completion in batch:
+            index = _checked_index(completion, {*done, *errors}, number)
+            if completion.error is None:
+                done[index] = buffers.content(index)
+                check(index, done[index])
+            else:
+                errors[index] = completion.error
+    except BackendError as exc:
+        errors = {**dict.fromkeys(set(range(number)) - done.keys(), exc), **errors}
+    missing = set(range(number)) - done.keys() - errors.keys()
+    if missing:
+        violated(f"read_batch ended without a completion of {len(missing)} of {number} requests: {sorted(missing)[:9]}")
+    buffers.check_margins()
+    for index, content in done.items():
+        if buffers.content(index) != content:
+            violated(f"read_batch wrote to the buffer of request {index} after it had yielded it")
+    return errors
+
+
+def _checked_index(completion: object, ended: Container[int], number: int) -> int:
+    """Return the index of a completion; fail unless it is that of a request that has not ended."""
+    if not isinstance(completion, Completion):
+        violated(f"read_batch yielded {type(completion).__name__}, not Completion")
+    if completion.index in ended:
+        violated(f"read_batch yielded request {completion.index} twice")
+    if not 0 <= completion.index < number:
+        violated(f"read_batch yielded request {completion.index}, and has the requests 0 to {number - 1}")
+    return completion.index
+
+
 def _filled(call: str, length: int, read: Callable[[memoryview], object], *, broken: bool) -> bytes:
     """Return the bytes that ``read`` wrote into a buffer; if ``broken``, it may have written more than it counted."""
     memory = bytearray([_FILL]) * (length + 2 * _MARGIN_BYTES)
@@ -204,6 +301,13 @@ def check_digest(content: bytes, algorithm: str, digest: str) -> None:
     elif digest == bytes.fromhex(expected)[::-1].hex():
         hint = " (its bytes are in the wrong order)"
     same(expected, digest, f"the published {algorithm} of the content{hint} is")
+
+
+def with_batches(storage: Storage) -> BatchStorage:
+    """Return ``storage`` if it reads batches; otherwise skip the test."""
+    if not hasattr(storage, "read_batch"):
+        pytest.skip("the storage has no read_batch (see BatchStorage)")
+    return cast("BatchStorage", storage)
 
 
 def with_runs(storage: Storage) -> RunStorage:

@@ -22,6 +22,8 @@ from modelexpress_core import hookspecs
 from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.hooks import PROJECT_NAME
 from modelexpress_core.plugins import ENTRY_POINT_GROUP, KINDS, STORAGE, TRANSPORT, PluginManager
+from modelexpress_core.providers import StorageProvider
+from modelexpress_core.registry import Registered
 from modelexpress_core.settings import describe
 from modelexpress_core.testing.contract import Contract, violated
 from modelexpress_core.uri import ModelURI
@@ -222,7 +224,7 @@ class PluginContract(Contract, contract=True):
         """The factory returns a Storage for ``example_uri``, and the storage closes."""
         if not self.example_uri:
             pytest.skip("example_uri is not set")
-        _, storage = manager.open(STORAGE, ModelURI.parse(self.example_uri), self.example_settings)
+        _, storage = self._open_example(manager)
         try:
             if not isinstance(storage, Storage):
                 violated(f"the factory returned {type(storage).__name__}, which has not all methods of Storage")
@@ -233,7 +235,7 @@ class PluginContract(Contract, contract=True):
         """A storage has exactly the capabilities that its record declares: core uses only declared ones."""
         if not self.example_uri:
             pytest.skip("example_uri is not set")
-        registered, storage = manager.open(STORAGE, ModelURI.parse(self.example_uri), self.example_settings)
+        registered, storage = self._open_example(manager)
         try:
             for capability, names in _CAPABILITY_ATTRIBUTES.items():
                 declared = getattr(registered.provider.capabilities, capability)
@@ -268,6 +270,17 @@ class PluginContract(Contract, contract=True):
         if not self.distribution:
             violated(f'{type(self).__name__} does not name the plugin to test: set distribution = "mx-..."')
         return self.distribution
+
+    def _open_example(self, manager: PluginManager) -> tuple[Registered[StorageProvider], Storage]:
+        """Open ``example_uri``; an alternative as a user does, who names it in ``MX_PREFER``."""
+        uri = ModelURI.parse(self.example_uri)
+        records = [
+            record.provider for record in manager.table(STORAGE).records if uri.scheme in record.provider.schemes
+        ]
+        if records and all(record.alternative for record in records):
+            prefer = {"MX_PREFER": f"{uri.scheme}={records[0].name}", "MX_STRICT_PLUGINS": "1"}
+            manager = PluginManager.discover(prefer)
+        return manager.open(STORAGE, uri, self.example_settings)
 
     def _probed(self, entry_point: importlib.metadata.EntryPoint) -> Mapping[str, Sequence[str]]:
         """Import and register the plugin in a new process; return the imported modules and the I/O."""

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from modelexpress_core.contracts.storage import ObjectInfo, RunStorage, Storage
+from modelexpress_core.contracts.storage import BatchStorage, ObjectInfo, RunStorage, Storage
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -31,6 +31,7 @@ from modelexpress_core.errors import (
     UnavailableError,
 )
 from modelexpress_core.testing.checks import (
+    BatchBuffers,
     Runs,
     calls_of,
     check_bytes,
@@ -43,12 +44,14 @@ from modelexpress_core.testing.checks import (
     check_patience,
     check_runs,
     check_waiting,
+    checked_batch,
     checked_read,
     checked_runs,
     listed_paths,
     random_content,
     same,
     watched_sockets,
+    with_batches,
     with_diagnosis,
     with_patience,
     with_runs,
@@ -506,7 +509,15 @@ class StorageContract(Contract, contract=True):
         def read_whole(version: str | None) -> bytes:
             return checked_read(storage, path, 0, 50_000, version)
 
-        methods = (read_whole, read_runs) if hasattr(storage, "read_runs") else (read_whole,)
+        def read_batch(version: str | None) -> bytes:
+            buffers = BatchBuffers([(path, offset, 25_000, version) for offset in (0, 25_000)])
+            for error in checked_batch(cast("BatchStorage", storage), buffers).values():
+                raise error
+            return buffers.content(0) + buffers.content(1)
+
+        methods = [read_whole]
+        methods += [read_runs] if hasattr(storage, "read_runs") else []
+        methods += [read_batch] if hasattr(storage, "read_batch") else []
         byte_of: dict[str | None, int] = {}
 
         def replace() -> None:
@@ -622,6 +633,131 @@ class StorageContract(Contract, contract=True):
         def read(number: int) -> None:
             runs = Runs(number, 100, 200, 5000)
             check_runs(content, runs, checked_runs(running, path, runs), f"{path} (during close)")
+
+        self._ends_at_close(storage, read)
+
+    # -- batches, if the storage has read_batch -----------------------------------------------------------------------
+
+    def test_batches_read_every_request(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """``read_batch`` fills the buffer of each request, nothing else, and yields each request once, when it is full.
+
+        The ranges touch, repeat, and lie in several objects.
+        """
+        batching = with_batches(storage)
+        contents = {f"{directory}/{name}": random_content(_OBJECT_BYTES, seed) for seed, name in enumerate("ab")}
+        for path, content in contents.items():
+            put(path, content)
+        versions = {path: storage.stat(path).version for path in contents}
+        chance = random.Random(1)  # noqa: S311 - no secret
+        whole = [(path, 0, _OBJECT_BYTES, versions[path]) for path in contents]
+        ends = [(path, at, 1, versions[path]) for path in contents for at in (0, 1, _OBJECT_BYTES - 1)]
+        neighbours = [(path, at, 1000, None) for path in contents for at in range(0, 10_000, 1000)]
+        ranges: list[tuple[str, int, int, str | None]] = [*whole, *ends, *neighbours]
+        for _ in range(100):
+            path, offset = chance.choice(list(contents)), chance.randrange(_OBJECT_BYTES)
+            ranges.append((path, offset, chance.randint(1, _OBJECT_BYTES - offset), versions[path]))
+
+        for batch in (ranges, ranges[:1], list(reversed(ranges)), []):
+
+            def check(index: int, got: bytes, batch: Sequence[tuple[str, int, int, str | None]] = batch) -> None:
+                path, offset, length, _ = batch[index]
+                check_bytes(contents[path], offset, got, path, length)
+
+            errors = checked_batch(batching, BatchBuffers(batch), check)
+            same({}, errors, "reading objects that exist, read_batch yielded the errors")
+
+    def test_batches_fail_by_request(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str, secrets: Sequence[str]
+    ) -> None:
+        """A missing object, or an end before the end of the range, fails its own request alone."""
+        batching = with_batches(storage)
+        path, content = f"{directory}/object", random_content(1000)
+        put(path, content)
+        version = storage.stat(path).version
+        ranges = [
+            (path, 0, 500, version),
+            (f"{directory}/none", 0, 10, None),
+            (path, 900, 101, version),
+            (path, 2000, 10, version),
+            (path, 500, 500, version),
+        ]
+
+        errors = checked_batch(
+            batching,
+            BatchBuffers(ranges),
+            lambda index, got: check_bytes(content, ranges[index][1], got, path, ranges[index][2]),
+        )
+
+        same([1, 2, 3], sorted(errors), "the requests that cannot be read in full are 1, 2 and 3; read_batch failed")
+        check_class(errors[1], (NotFoundError,), "a request for an object that does not exist")
+        for index in (2, 3):
+            check_class(errors[index], (SourceChangedError,), "a request over the end of an object")
+        for error in errors.values():
+            check_error(error, secrets)
+
+    def test_batches_read_no_other_version(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """A request under the version of a replaced object fails with SourceChangedError, or gets the old bytes."""
+        batching = with_batches(storage)
+        self._needs_versions()
+        path, old = f"{directory}/object", random_content(1000)
+        put(path, old)
+        put(f"{directory}/other", old)
+        version, other = storage.stat(path).version, storage.stat(f"{directory}/other").version
+        put(path, random_content(1000, seed=1))
+        ranges = [(path, 5, 100, version), (f"{directory}/other", 5, 100, other), (path, 900, 100, version)]
+
+        errors = checked_batch(
+            batching,
+            BatchBuffers(ranges),
+            lambda index, got: check_bytes(old, ranges[index][1], got, f"{path} in its old version {version!r}", 100),
+        )
+
+        for index, error in errors.items():
+            check_class(error, (SourceChangedError,), "a request for a version that was replaced")
+            if index == 1:
+                violated(f"the request for an object that was not replaced failed: {error}")
+
+    def test_a_batch_that_is_closed_writes_nothing_more(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """Once the generator of ``read_batch`` is closed, nothing writes to any of its buffers."""
+        batching = with_batches(storage)
+        path, content = f"{directory}/object", random_content(4 << 20)
+        put(path, content)
+        buffers = BatchBuffers([(path, offset, 1 << 16, None) for offset in range(0, 4 << 20, 1 << 16)])
+
+        batch = batching.read_batch(buffers.requests)
+        next(batch)
+        self._soon("close of a batch", batch.close)
+        blank = bytes(1 << 16)
+        for request in buffers.requests:
+            request.buffer[:] = blank
+        time.sleep(_MEANWHILE_SECONDS)
+
+        written = [index for index in range(len(buffers.requests)) if buffers.content(index) != blank]
+        same([], written, "after its generator was closed, read_batch wrote to the buffers of the requests")
+
+    def test_close_ends_batches_in_other_threads(
+        self, storage: Storage, put: Callable[[str, bytes], object], directory: str
+    ) -> None:
+        """After ``close``, running and later batches end soon, with bytes or an error that is not retryable."""
+        batching = with_batches(storage)
+        path, content = f"{directory}/object", random_content(1 << 20)
+        put(path, content)
+
+        def read(number: int) -> None:
+            ranges = [(path, number + at, 1 << 16, None) for at in range(0, 1 << 19, 1 << 16)]
+            errors = checked_batch(
+                batching,
+                BatchBuffers(ranges),
+                lambda index, got: check_bytes(content, ranges[index][1], got, f"{path} (read during close)"),
+            )
+            for error in errors.values():
+                raise error
 
         self._ends_at_close(storage, read)
 

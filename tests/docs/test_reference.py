@@ -437,7 +437,10 @@ def test_every_member_of_every_contract_is_explained(cls: type) -> None:
     assert set(inspect.get_annotations(cls)) == set(explained(cls))
 
 
-@pytest.mark.parametrize("name", ["Storage", "RunStorage", "RecheckingStorage", "PatientStorage", "DiagnosableStorage"])
+STORAGES = ["Storage", "BatchStorage", "RunStorage", "RecheckingStorage", "PatientStorage", "DiagnosableStorage"]
+
+
+@pytest.mark.parametrize("name", STORAGES)
 def test_every_optional_storage_contract_names_its_capability(name: str) -> None:
     """The capability exists, and explains that it stands for this contract."""
     cls = getattr(CONTRACTS["storage"], name)
@@ -454,7 +457,7 @@ def test_every_optional_storage_contract_is_checked() -> None:
     """The list above has all of them."""
     storages = {cls.__name__ for cls in classes(is_protocol) if CONTRACTS["storage"].Storage in cls.__mro__}
 
-    assert {"Storage", "RunStorage", "RecheckingStorage", "PatientStorage", "DiagnosableStorage"} == storages
+    assert set(STORAGES) == storages
 
 
 # -- design and tuning -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
@@ -13,14 +14,14 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import attrs
 import pytest
 
-from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
+from modelexpress_core.contracts.storage import Completion, Endpoint, ObjectInfo, ReadRequest
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -77,6 +78,19 @@ class Right(MemoryStorage):
             if self.read_into(path, offset + done // run_bytes * stride_bytes, part, version=version) < run_bytes:
                 return done
         return len(buffer)
+
+    def read_batch(self, requests: Sequence[ReadRequest]) -> Generator[Completion, None, None]:
+        for index, request in reversed(list(enumerate(requests))):
+            yield self.read_request(index, request)
+
+    def read_request(self, index: int, request: ReadRequest) -> Completion:
+        try:
+            count = self.read_into(request.path, request.offset, request.buffer, version=request.version)
+        except BackendError as exc:
+            return Completion(index, exc)
+        if count < len(request.buffer):
+            return Completion(index, self.failure(SourceChangedError, "it ends early", request.path))
+        return Completion(index)
 
     def digests(self, path: str) -> dict[str, str]:
         content = bytes(self._get(path, "read")[1])
@@ -644,6 +658,123 @@ class FailsForPythonReasonsInRunsAfterClose(Closing):
         if self.closed:
             raise ValueError("I/O operation on closed file")
         return super().read_runs(path, offset, run_bytes, stride_bytes, buffer, version=version)
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@fails("batches_read_every_request")
+class CompletesRequestsTwice(Right):
+    def read_batch(self, requests: Sequence[ReadRequest]) -> Generator[Completion, None, None]:
+        for completion in super().read_batch(requests):
+            yield completion
+            yield completion
+
+
+@fails("batches_read_every_request")
+class ForgetsTheLastRequest(Right):
+    def read_batch(self, requests: Sequence[ReadRequest]) -> Generator[Completion, None, None]:
+        yield from super().read_batch(requests[:100])
+
+
+@fails("batches_read_every_request", "batches_fail_by_request")
+class CountsRequestsFromOne(Right):
+    def read_request(self, index: int, request: ReadRequest) -> Completion:
+        return attrs.evolve(super().read_request(index, request), index=index + 1)
+
+
+@fails("batches_read_every_request", "batches_read_no_other_version")
+class CompletesRequestsBeforeTheirBytesAreThere(Right):
+    def read_batch(self, requests: Sequence[ReadRequest]) -> Generator[Completion, None, None]:
+        yield from map(Completion, range(len(requests)))
+        for _ in super().read_batch(requests):
+            pass
+
+
+@fails("batches_read_every_request")
+class MixesUpBuffers(Right):
+    def read_batch(self, requests: Sequence[ReadRequest]) -> Generator[Completion, None, None]:
+        buffers = sorted((request.buffer for request in requests), key=len)
+        swapped = {id(buffers[0]): buffers[1], id(buffers[1]): buffers[0]} if len(buffers) > 100 else {}
+        yield from super().read_batch(
+            [attrs.evolve(each, buffer=swapped.get(id(each.buffer), each.buffer)) for each in requests]
+        )
+
+
+@fails("batches_read_every_request")
+class WritesBehindTheBuffersOfABatch(Right):
+    def read_request(self, index: int, request: ReadRequest) -> Completion:
+        completion = super().read_request(index, request)
+        whole = memoryview(request.buffer.obj)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(request.buffer))
+        start = address - ctypes.addressof(ctypes.c_char.from_buffer(whole))
+        whole[start + len(request.buffer)] = 0
+        return completion
+
+
+@fails("batches_read_every_request")
+class ReturnsAList(Right):
+    def read_batch(self, requests: Sequence[ReadRequest]) -> Any:
+        return iter(list(super().read_batch(requests)))
+
+
+@fails("batches_fail_by_request")
+class FailsBatchesAsAWhole(Right):
+    def read_request(self, index: int, request: ReadRequest) -> Completion:
+        completion = super().read_request(index, request)
+        if completion.error is not None:
+            raise completion.error
+        return completion
+
+
+@fails("batches_fail_by_request")
+class CompletesRequestsOverTheEnd(Right):
+    def read_request(self, index: int, request: ReadRequest) -> Completion:
+        completion = super().read_request(index, request)
+        return Completion(index) if isinstance(completion.error, SourceChangedError) else completion
+
+
+@fails("batches_read_no_other_version")
+class IgnoresTheVersionInBatches(Right):
+    def read_request(self, index: int, request: ReadRequest) -> Completion:
+        return super().read_request(index, attrs.evolve(request, version=None))
+
+
+@fails("versions_are_never_mixed")
+class LooksAtTheVersionBeforeABatchOnly(Right):
+    def read_batch(self, requests: Sequence[ReadRequest]) -> Generator[Completion, None, None]:
+        current = {request.path: self.stat(request.path).version for request in requests}
+        for index, request in enumerate(requests):
+            time.sleep(0.002)
+            if request.version not in (None, current[request.path]):
+                yield Completion(index, self.failure(SourceChangedError, "it was replaced", request.path))
+            else:
+                yield self.read_request(index, attrs.evolve(request, version=None))
+
+
+@fails("a_batch_that_is_closed_writes_nothing_more")
+class ReadsOnBehindTheBack(Right):
+    def read_batch(self, requests: Sequence[ReadRequest]) -> Generator[Completion, None, None]:
+        def read_later() -> None:
+            time.sleep(0.1)
+            for index, request in enumerate(requests):
+                self.read_request(index, request)
+
+        thread = threading.Thread(target=read_later)
+        thread.start()
+        try:
+            yield from super().read_batch(requests)
+        except GeneratorExit:
+            return
+        thread.join()
+
+
+@fails("close_ends_batches_in_other_threads")
+class FailsForPythonReasonsInBatchesAfterClose(Closing):
+    def read_request(self, index: int, request: ReadRequest) -> Completion:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+        return super().read_request(index, request)
 
 
 # -- patience ----------------------------------------------------------------------------------------------------------

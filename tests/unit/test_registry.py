@@ -22,6 +22,7 @@ from modelexpress_core.plugins import METADATA_STORE, STORAGE, TRANSPORT, Plugin
 from modelexpress_core.providers import MetadataStoreProvider, StorageProvider, TransportProvider
 from modelexpress_core.registry import PluginInfo, Registered, SchemeTable
 from modelexpress_core.settings import PluginSettings
+from modelexpress_core.uri import ModelURI
 
 
 class Plugin:
@@ -356,6 +357,97 @@ def test_a_table_is_looked_up_in_and_no_plugin_is_asked_again() -> None:
         made.table(STORAGE).lookup("aa")
 
     assert [1] == calls
+
+
+# -- alternatives that need the regular plugin -------------------------------------------------------------------------
+
+
+class Opened:
+    """What a factory opened, with the regular storage that it was given."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.closed = False
+
+    def list(self) -> None: ...
+
+    def stat(self) -> None: ...
+
+    def read_into(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def needing(name: str, factory: Any = Opened) -> StorageProvider:
+    return StorageProvider(name, ("s3",), factory, alternative=True, needs_regular=True)
+
+
+def regular(name: str, factory: Any = Opened) -> StorageProvider:
+    return StorageProvider(name, ("s3",), factory)
+
+
+URI = ModelURI.parse("s3://bucket/model")
+
+
+def test_an_alternative_gets_the_regular_storage() -> None:
+    """Both are opened for the same URI and settings, and the alternative has the other one to close."""
+    plugins = {"mx-a": Plugin([regular("mx-a")]), "mx-b": Plugin([needing("mx-b")])}
+    environ = {"AWS_REGION": "eu-central-1"}
+
+    found, opened = manager(plugins, s3="mx-b").open(STORAGE, URI, environ)
+
+    assert isinstance(opened, Opened)
+    *own, inner = opened.arguments
+    assert ("mx-b", [URI, environ], (URI, environ)) == (found.plugin.name, own, inner.arguments)
+    assert not inner.closed
+
+
+def test_an_alternative_that_fails_to_open_leaves_nothing_open() -> None:
+    """The regular storage is closed, and the error is that of the alternative."""
+    opened: list[Opened] = []
+
+    def open_regular(*arguments: Any) -> Opened:
+        opened.append(Opened(*arguments))
+        return opened[-1]
+
+    def fail(*_arguments: object) -> Opened:
+        raise SettingsError("no")
+
+    made = manager(
+        {"mx-a": Plugin([regular("mx-a", open_regular)]), "mx-b": Plugin([needing("mx-b", fail)])}, s3="mx-b"
+    )
+
+    with pytest.raises(SettingsError, match="no"):
+        made.open(STORAGE, URI, {})
+
+    assert [True] == [each.closed for each in opened]
+
+
+def test_an_alternative_without_the_regular_plugin_says_how_to_install_it() -> None:
+    """It is named, as is the plugin that it needs."""
+    made = manager({"mx-b": Plugin([needing("mx-b")])}, s3="mx-b")
+
+    with pytest.raises(UnknownSchemeError, match="only alternatives are usable: mx-b") as caught:
+        made.open(STORAGE, URI, {})
+
+    assert install_command("modelexpress-core[s3]") in str(caught.value)
+
+
+def test_an_alternative_with_two_regular_plugins_names_both() -> None:
+    """``MX_PREFER`` names the alternative, so that one of the others must go."""
+    plugins = {"mx-a": Plugin([regular("a")]), "mx-b": Plugin([needing("mx-b")]), "mx-c": Plugin([regular("c")])}
+
+    with pytest.raises(PluginConflictError, match="2 are installed: mx-a") as caught:
+        manager(plugins, s3="mx-b").open(STORAGE, URI, {})
+
+    assert "MX_DISABLED_PLUGINS=mx-c" in str(caught.value)
+
+
+def test_only_alternatives_may_need_the_regular_plugin() -> None:
+    """A regular record would need itself."""
+    with pytest.raises(ValueError, match="must be alternative=True"):
+        StorageProvider("a", ("s3",), Opened, needs_regular=True)
 
 
 def test_unregistering_takes_the_records_out() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import pytest
 
 from modelexpress_core.checkpoint import CheckpointFile
-from modelexpress_core.contracts.storage import ObjectInfo
+from modelexpress_core.contracts.storage import Completion, ObjectInfo, ReadRequest
 from modelexpress_core.errors import BackendError, DeadlineError
 from modelexpress_core.fetch import FetchEngine, Range, Segment, Ticket
 from modelexpress_core.fetch.concurrency import FixedConcurrency
@@ -129,14 +129,20 @@ class Hung(Silent):
         self.closed.wait()
         raise BackendError("closed")
 
+    def read_batch(self, requests: Sequence[ReadRequest]) -> Generator[Completion, None, None]:
+        self.closed.wait()
+        raise BackendError("closed")
+        yield
+
 
 @pytest.mark.slow
-def test_a_read_that_never_ends_ends_the_load() -> None:
+@pytest.mark.parametrize("batch", [False, True])
+def test_a_read_that_never_ends_ends_the_load(batch: bool) -> None:
     """With an error that names it; no thread waits for ever."""
     engine = FetchEngine(
         Hung(),
         LoadSettings(stall_seconds=0.1),
-        StorageCapabilities(),
+        StorageCapabilities(read_batch=batch),
         limit=FixedConcurrency(2),
         uri_of=lambda path: f"hung://host/{path}",
     )

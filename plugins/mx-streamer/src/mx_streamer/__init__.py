@@ -1,0 +1,5 @@
+"""ModelExpress storage plugin: reads with the engine of runai-model-streamer."""
+
+from __future__ import annotations
+
+__all__: list[str] = []
