@@ -112,9 +112,9 @@ def test_the_state_dict_is_that_of_the_regular_plugin(
 ) -> None:
     """Byte by byte, with the same names, shapes and dtypes."""
     use_s3()
-    streamed = mx.load_state_dict(uploaded)
+    streamed = mx.load_state_dict(uploaded, environ={**os.environ})
     monkeypatch.delenv("MX_PREFER")
-    regular = mx.load_state_dict(uploaded)
+    regular = mx.load_state_dict(uploaded, environ={**os.environ})
 
     assert list(regular) == list(streamed)
     for name, tensor in regular.items():
@@ -138,7 +138,7 @@ def test_copies_of_files_are_complete(uploaded: str, files: Path, use_s3: Callab
     """``pull`` reads through the engine, too, and compares the digests."""
     use_s3()
 
-    mx.pull(uploaded, tmp_path / "copy")
+    mx.pull(uploaded, tmp_path / "copy", environ={**os.environ})
 
     names = sorted(path.name for path in files.iterdir())
     assert names == sorted(path.name for path in (tmp_path / "copy").iterdir() if not path.name.startswith("."))
@@ -322,12 +322,12 @@ def test_the_place_of_the_bucket_must_be_the_same(
     use_s3()
     monkeypatch.delenv("RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING")
     with pytest.raises(SettingsError, match="RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING=0"):
-        mx.load_state_dict(uploaded)
+        mx.load_state_dict(uploaded, environ={**os.environ})
 
     use_s3(RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING="0", MX_S3_ADDRESSING_STYLE="virtual")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage.example")
     with pytest.raises(SettingsError, match="RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING=1"):
-        mx.load_state_dict(uploaded)
+        mx.load_state_dict(uploaded, environ={**os.environ})
 
 
 @pytest.mark.parametrize(
@@ -406,4 +406,4 @@ def test_parameters_of_uris_are_refused(uploaded: str, use_s3: Callable[..., Non
     use_s3()
 
     with pytest.raises(InvalidURIError, match="AWS_REGION"):
-        mx.load_state_dict(f"{uploaded}?region=eu-central-1")
+        mx.load_state_dict(f"{uploaded}?region=eu-central-1", environ={**os.environ})
