@@ -160,13 +160,21 @@ class MemoryStore:
         """Mark silent sources as stale, and remove stale sources that have been silent for longer."""
         now = self._now_ms()
         stale = removed = 0
+        pacer = Pacer()
         for key in [*self._by_status.get(SourceStatus.STALE, ())]:
-            if now - self._sources[key].spoke_at_ms >= removed_after_seconds * 1000:
+            await pacer.pause()
+            kept = self._sources.get(key)  # None: removed meanwhile
+            if kept is None or kept.status != SourceStatus.STALE:
+                continue
+            if now - kept.spoke_at_ms >= removed_after_seconds * 1000:
                 self._remove(key)
                 removed += 1
         for status in [status for status in self._by_status if status != SourceStatus.STALE]:
             for key in [*self._by_status[status]]:
-                kept = self._sources[key]
+                await pacer.pause()
+                kept = self._sources.get(key)
+                if kept is None or kept.status != status:
+                    continue
                 if now - kept.spoke_at_ms >= stale_after_seconds * 1000:
                     self._set_status(key, kept, SourceStatus.STALE)
                     stale += 1
