@@ -38,7 +38,11 @@ _READ_AT_START = re.compile(r"PYTHON|LD_|LC_|LANG|TZ$|GRPC_|OMP_|MKL_|TORCH|TERM
 _MODULES = (
     "google.protobuf.message",
     "prometheus_client",
+    "mx_azure.plugin",
+    "mx_gcs.plugin",
     "mx_s3._storage",
+    "mx_s3.plugin",
+    "mx_streamer.plugin",
     "modelexpress_core.cli.app",
     "modelexpress_core.cli.doctor",
     "modelexpress_core.cli.inspect",

@@ -18,7 +18,8 @@ __all__ = ["Location", "locate"]
 
 _CONNECTION_STRING = "AZURE_STORAGE_CONNECTION_STRING"
 _ENDPOINT = "AZURE_STORAGE_ENDPOINT"
-_WRITE = "write az://container/path, or az://container@account.blob.core.windows.net/path"
+_QUALIFIED = "https://account.blob.core.windows.net/container/path"
+_WRITE = f"write az://container/path, or {_QUALIFIED}"
 _NAME_HINT = f"the account goes into AZURE_STORAGE_ACCOUNT_NAME, a SAS token into AZURE_STORAGE_SAS_TOKEN; {_WRITE}"
 _CREDENTIALS_HINT = (
     "remove them, and set AZURE_STORAGE_ACCOUNT_KEY, AZURE_STORAGE_SAS_TOKEN or AZURE_STORAGE_CONNECTION_STRING"
@@ -100,7 +101,7 @@ def locate(uri: ModelURI, settings: AzureSettings) -> Location:
     if not url:
         if not account:
             message = f"nothing names the storage account of {uri}"
-            hint = f"set AZURE_STORAGE_ACCOUNT_NAME, or {_WRITE}"
+            hint = f"set AZURE_STORAGE_ACCOUNT_NAME, or write {_QUALIFIED}"
             raise SettingsError(message, hint=hint)
         url = f"https://{account}.blob.core.windows.net"
     parts = urlsplit(url)

@@ -71,7 +71,7 @@ _NO_ETAG = Meaning(
     "the server, or a proxy before it, leaves it out; bytes of two versions could be mixed",
     "check AZURE_STORAGE_ENDPOINT and what is in front of it",
 )
-_NO_CONTAINER = Meaning(NotFoundError, hint="write az://container@account.blob.core.windows.net/path")
+_NO_CONTAINER = Meaning(NotFoundError, hint="write https://account.blob.core.windows.net/container/path")
 _A_CONTAINER = Meaning(NotFoundError, hint="name a blob in it")
 _A_DIRECTORY = Meaning(NotFoundError, "it stands for a directory of a hierarchical account", "name a blob in it")
 
