@@ -64,4 +64,4 @@ def test_a_slow_message_makes_way_at_once() -> None:
         await asyncio.gather(*calls, return_exceptions=True)
         return seconds
 
-    assert asyncio.run(attacked()) < 0.2
+    assert asyncio.run(attacked()) < 0.6  # with the timer alone, four times a quarter of a second
