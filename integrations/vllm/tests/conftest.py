@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 _MODELS = Path(__file__).with_name("models.py")
-_SECONDS = 900
+_SECONDS = 1700
 
 #: `make test-vllm` runs these, in an environment that has vLLM.
 _WITH_VLLM = ["test_failures.py", "test_register.py", "test_reload.py", "test_serve.py", "test_tokens.py"]

@@ -30,7 +30,7 @@ def _with_unknown_field(file: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[end:]
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_failures_say_why_or_fall_back(
     checkpoint: Callable[[str], Path],
     s3_server: SeaweedFS,
@@ -88,7 +88,7 @@ def test_failures_say_why_or_fall_back(
     assert len(failures) == printed.count("so vLLM's own loader loads them into")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_wrong_settings_fail_before_the_engine_starts(
     checkpoint: Callable[[str], Path], generated: Callable[..., tuple[list[dict[str, Any]], str]]
 ) -> None:
@@ -109,7 +109,7 @@ def test_wrong_settings_fail_before_the_engine_starts(
     assert "EngineCore" not in printed
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_if_the_files_of_vllms_model_fail_its_own_loader_reads_them(
     checkpoint: Callable[[str], Path], generated: Callable[..., tuple[list[dict[str, Any]], str]], tmp_path: Path
 ) -> None:
@@ -134,7 +134,7 @@ def test_if_the_files_of_vllms_model_fail_its_own_loader_reads_them(
     assert 1 == printed.count("so vLLM's own loader loads them into")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_if_both_loaders_fail_both_reasons_are_given(
     checkpoint: Callable[[str], Path],
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
@@ -150,7 +150,7 @@ def test_if_both_loaders_fail_both_reasons_are_given(
     assert "Cannot find any model weights" in results[0]["error"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_shard_that_is_replaced_during_the_load(
     checkpoint: Callable[[str], Path],
     s3_server: SeaweedFS,
@@ -184,7 +184,7 @@ def test_a_shard_that_is_replaced_during_the_load(
         assert shard.name in failed["error"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_all_ranks_use_the_same_source(
     checkpoint: Callable[[str], Path],
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
@@ -215,7 +215,7 @@ def test_all_ranks_use_the_same_source(
     assert 2 == printed.count("into the model, which is still unchanged")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_without_fallback_a_failing_rank_ends_the_start(
     checkpoint: Callable[[str], Path],
     generated: Callable[..., tuple[list[dict[str, Any]], str]],

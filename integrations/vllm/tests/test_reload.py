@@ -49,7 +49,7 @@ _TOKENS = ["tokens"]
 _FORWARD = ["forward"]
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_a_reload_restores_every_parameter(
     checkpoint: Callable[[str], Path], s3_server: SeaweedFS, reloaded: Reloaded
 ) -> None:
@@ -77,7 +77,7 @@ def test_a_reload_restores_every_parameter(
     assert "buffers to load" not in printed
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_layers_that_vllm_cannot_reload_are_refused(checkpoint: Callable[[str], Path], reloaded: Reloaded) -> None:
     """vLLM's kernels for CPUs keep packed copies of experts and of 8-bit weights: its own reload gives wrong tokens."""
     results, _ = reloaded([_engine(checkpoint(name), _RELOADED, _TOKENS) for name in ("qwen3-moe", "llama-int8")])
@@ -87,7 +87,7 @@ def test_layers_that_vllm_cannot_reload_are_refused(checkpoint: Callable[[str], 
         assert "the model does not run" in refused["error"]
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_a_reload_gets_the_weights_that_are_there_now(
     checkpoint: Callable[[str], Path], reloaded: Reloaded, tmp_path: Path
 ) -> None:
@@ -124,7 +124,7 @@ def test_a_reload_gets_the_weights_that_are_there_now(
     assert [first, None, [None], second, [None], first, [None], first, [None], second] == third
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_a_model_whose_reload_failed_does_not_run(
     checkpoint: Callable[[str], Path], reloaded: Reloaded, faulty_plugin: str, tmp_path: Path
 ) -> None:
@@ -181,7 +181,7 @@ def test_a_model_whose_reload_failed_does_not_run(
     assert "the model does not run" in no_tokens["error"]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_parameters_that_share_memory_need_equal_values(
     checkpoint: Callable[[str], Path], reloaded: Reloaded, tmp_path: Path
 ) -> None:
@@ -213,7 +213,7 @@ def test_parameters_that_share_memory_need_equal_values(
     assert ([None], tokens) == (second, after_second)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_two_ranks_reload_together(
     checkpoint: Callable[[str], Path], reloaded: Reloaded, faulty_plugin: str, tmp_path: Path
 ) -> None:

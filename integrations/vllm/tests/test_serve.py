@@ -130,7 +130,7 @@ def expected(
     return [token for token, _ in results[0]["tokens"][1]]
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_serving_by_environment_variables_alone(
     checkpoint: Callable[[str], Path], s3_server: SeaweedFS, expected: list[int], tmp_path: Path
 ) -> None:
@@ -166,7 +166,7 @@ def test_serving_by_environment_variables_alone(
         assert re.search(rf'mx_load_bytes_total{{engine="vllm",kind="{kind}",.*scheme="s3"}} \d', measured)
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_serving_with_only_a_bucket(
     checkpoint: Callable[[str], Path], s3_server: SeaweedFS, expected: list[int], tmp_path: Path
 ) -> None:

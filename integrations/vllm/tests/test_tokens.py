@@ -18,7 +18,7 @@ from devtools.seaweedfs import SeaweedFS
 NAMES = ("llama", "qwen3", "qwen3-moe", "mixtral", "phi3", "gemma2", "gpt2", "opt", "llama-int8", "llama-gptq")
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_tokens_are_those_of_vllms_own_loader(
     checkpoint: Callable[[str], Path],
     s3_server: SeaweedFS,
@@ -49,7 +49,7 @@ def test_tokens_are_those_of_vllms_own_loader(
     assert 3 * len(NAMES) == printed.count("ModelExpress loaded ")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_weights_that_vllm_quantises_while_loading(
     checkpoint: Callable[[str], Path], generated: Callable[..., tuple[list[dict[str, Any]], str]]
 ) -> None:
@@ -62,7 +62,7 @@ def test_weights_that_vllm_quantises_while_loading(
     assert results[0] == results[1]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_files_are_those_that_vllm_would_read(
     checkpoint: Callable[[str], Path],
     generated: Callable[..., tuple[list[dict[str, Any]], str]],
@@ -82,7 +82,7 @@ def test_the_files_are_those_that_vllm_would_read(
     assert f"in 1 file) from {(directory / 'consolidated.safetensors').as_uri()}" in printed
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_real_embedding_model_gives_the_same_vectors(
     s3_server: SeaweedFS, generated: Callable[..., tuple[list[dict[str, Any]], str]]
 ) -> None:
@@ -106,7 +106,7 @@ def test_a_real_embedding_model_gives_the_same_vectors(
     assert [own] * 2 == ours
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_two_ranks_read_their_own_bytes(
     name: str,
