@@ -23,7 +23,7 @@ from modelexpress_core.storage.http.failures import (
     meaning_of_answer,
     retry_after_seconds,
 )
-from modelexpress_core.storage.http.opening import check_uri
+from modelexpress_core.storage.http.opening import check_uri, endpoint_of
 from modelexpress_core.storage.http.proxies import Proxies, Proxy
 from modelexpress_core.storage.http.ranges import RangeReader, VersionHeaders, check_encoding
 from modelexpress_core.storage.http.requests import Origin, Refusal, Request, Signer
@@ -46,6 +46,7 @@ __all__ = [
     "VersionHeaders",
     "check_encoding",
     "check_uri",
+    "endpoint_of",
     "hex_of_base64",
     "http_error",
     "md5_of_etag",

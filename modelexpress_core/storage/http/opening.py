@@ -1,14 +1,18 @@
-"""What a storage over HTTP checks of its URI when it is opened."""
+"""What a storage over HTTP checks of its URI when it is opened, and where its requests go."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
 
-from modelexpress_core.errors import InvalidURIError
+from modelexpress_core.endpoint import Endpoint
+from modelexpress_core.errors import BackendError, InvalidURIError
+from modelexpress_core.storage.http.connections import ConnectionPool
+from modelexpress_core.storage.http.failures import Failures, Meaning
+from modelexpress_core.storage.http.requests import Origin
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["check_uri"]
+__all__ = ["check_uri", "endpoint_of"]
 
 
 def check_uri(
@@ -52,3 +56,28 @@ def check_uri(
             cause=f"the query of such a URI may hold {known}; everything else is set by variables",
             hint=f"remove them; {name_hint}; write a ? in a name as %3F",
         )
+
+
+def endpoint_of(origin: Origin, pool: ConnectionPool, failures: Failures, ca_bundle: str | None) -> Endpoint:
+    """Where requests to ``origin`` go, as ``DiagnosableStorage.endpoint`` returns it.
+
+    Args:
+        origin: The server.
+        pool: Knows the proxies.
+        failures: Explains what goes wrong.
+        ca_bundle: File with the authorities that the user named; None for the usual ones.
+
+    Raises:
+        BackendError: The variables that name the proxy cannot be used.
+    """
+    try:
+        proxy = pool.proxies.for_origin(origin)
+    except ValueError as exc:
+        raise failures.described(Meaning(BackendError), str(exc), "", "find the proxy") from None
+    return Endpoint(
+        host=origin.host,
+        port=origin.port,
+        tls=origin.tls,
+        ca_bundle=ca_bundle if origin.tls else None,
+        proxy=None if proxy is None else str(proxy),
+    )

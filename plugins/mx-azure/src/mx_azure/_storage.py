@@ -27,6 +27,7 @@ from modelexpress_core.storage.http import (
     RangeReader,
     Refusal,
     check_encoding,
+    endpoint_of,
     hex_of_base64,
 )
 from modelexpress_core.uri import ModelURI
@@ -133,19 +134,7 @@ class AzureStorage:
 
     def endpoint(self) -> Endpoint:
         """Where requests go."""
-        origin = self._location.origin
-        operation = "find the proxy"
-        try:
-            proxy = self._pool.proxies.for_origin(origin)
-        except ValueError as exc:
-            raise self._failures.described(Meaning(BackendError), str(exc), "", operation) from None
-        return Endpoint(
-            host=origin.host,
-            port=origin.port,
-            tls=origin.tls,
-            ca_bundle=self._ca_bundle if origin.tls else None,
-            proxy=None if proxy is None else str(proxy),
-        )
+        return endpoint_of(self._location.origin, self._pool, self._failures, self._ca_bundle)
 
     def credentials(self) -> str:
         """What requests carry, and where it was found."""

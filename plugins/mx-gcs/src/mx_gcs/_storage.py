@@ -18,6 +18,7 @@ from modelexpress_core.storage.http import (
     Proxies,
     RangeReader,
     check_uri,
+    endpoint_of,
     hex_of_base64,
 )
 from modelexpress_core.uri import ModelURI
@@ -120,18 +121,7 @@ class GcsStorage:
 
     def endpoint(self) -> Endpoint:
         """Where requests go."""
-        origin = Origin.of_url(self._settings.base_url)
-        try:
-            proxy = self._pool.proxies.for_origin(origin)
-        except ValueError as exc:
-            raise self._failures.described(Meaning(BackendError), str(exc), "", "find the proxy") from None
-        return Endpoint(
-            host=origin.host,
-            port=origin.port,
-            tls=origin.tls,
-            ca_bundle=self._settings.ca_bundle if origin.tls else None,
-            proxy=None if proxy is None else str(proxy),
-        )
+        return endpoint_of(Origin.of_url(self._settings.base_url), self._pool, self._failures, self._settings.ca_bundle)
 
     def credentials(self) -> str:
         """Whose credentials are used, and where they were found; fetches a token."""

@@ -32,6 +32,7 @@ from modelexpress_core.storage.http import (
     Proxies,
     RangeReader,
     check_uri,
+    endpoint_of,
     hex_of_base64,
     md5_of_etag,
 )
@@ -134,19 +135,7 @@ class S3Storage:
 
     def endpoint(self) -> Endpoint:
         """Where requests for objects of the bucket go, as botocore works it out."""
-        origin = Origin.of_url(self._url())
-        operation = "find the proxy"
-        try:
-            proxy = self._pool.proxies.for_origin(origin)
-        except ValueError as exc:
-            raise self._failures.described(Meaning(BackendError), str(exc), "", operation) from None
-        return Endpoint(
-            host=origin.host,
-            port=origin.port,
-            tls=origin.tls,
-            ca_bundle=self._ca_bundle if origin.tls else None,
-            proxy=None if proxy is None else str(proxy),
-        )
+        return endpoint_of(Origin.of_url(self._url()), self._pool, self._failures, self._ca_bundle)
 
     def _url(self) -> str:
         """The URL of a request, which is prepared and not sent."""

@@ -122,7 +122,7 @@ class StreamedStorage:
         engine.end()
 
     def _engine_path(self, path: str) -> str:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: the storages below name their objects
 
     def _unreadable(self, path: str) -> str:
         """Why the engine cannot read ``path``, or could read another object; empty if it can."""
