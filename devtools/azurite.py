@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from devtools.missing import ToolMissingError
 from devtools.packages import ROOT
-from devtools.processes import end_with_parent
+from devtools.processes import end_with_parent, start_patiently
 
 if TYPE_CHECKING:
     from azure.storage.blob import BlobServiceClient
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Azurite", "AzuriteError", "binary"]
 
 _READY_SECONDS = 60.0
-_STARTS = 3
 
 
 class AzuriteError(RuntimeError):
@@ -83,24 +82,16 @@ class Azurite:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Azurite:
-        for attempt in range(1, _STARTS + 1):
-            try:
-                self._start()
-                self._wait_till_ready()
-                self._create_containers()
-            except AzuriteError:
-                self.stop()
-                if attempt == _STARTS:
-                    raise
-            except BaseException:
-                self.stop()
-                raise
-            else:
-                break
+        start_patiently(self._start_and_wait, self.stop, AzuriteError)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _start_and_wait(self) -> None:
+        self._start()
+        self._wait_till_ready()
+        self._create_containers()
 
     def _start(self) -> None:
         program = binary()

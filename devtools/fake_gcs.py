@@ -27,11 +27,10 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from devtools.missing import ToolMissingError
-from devtools.processes import end_with_parent
+from devtools.processes import end_with_parent, start_patiently
 
 __all__ = ["FakeGcs", "FakeGcsError", "binary"]
 
-_STARTS = 3
 _READY_SECONDS = 60.0
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 
@@ -76,20 +75,7 @@ class FakeGcs:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> FakeGcs:
-        for attempt in range(1, _STARTS + 1):
-            try:
-                self._start()
-                self._wait_till_ready()
-                self.create_bucket(self.bucket)
-            except FakeGcsError:
-                self.stop()
-                if attempt == _STARTS:
-                    raise
-            except BaseException:
-                self.stop()
-                raise
-            else:
-                break
+        start_patiently(self._start_and_wait, self.stop, FakeGcsError)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -109,6 +95,11 @@ class FakeGcs:
         self._end()
         self._start_process()
         self._wait_till_ready()
+
+    def _start_and_wait(self) -> None:
+        self._start()
+        self._wait_till_ready()
+        self.create_bucket(self.bucket)
 
     def _start(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="fake-gcs-"))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from devtools.missing import ToolMissingError
-from devtools.processes import end_with_parent
+from devtools.processes import end_with_parent, start_patiently
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -39,7 +39,6 @@ _PORTS = (
     "s3.port",
     "s3.port.grpc",
 )
-_STARTS = 3
 _READY_SECONDS = 60.0
 
 
@@ -103,23 +102,15 @@ class SeaweedFS:
         }
 
     def __enter__(self) -> SeaweedFS:
-        for attempt in range(1, _STARTS + 1):
-            try:
-                self._start()
-                self._wait_till_ready()
-            except SeaweedFSError:
-                self.stop()
-                if attempt == _STARTS:
-                    raise
-            except BaseException:
-                self.stop()
-                raise
-            else:
-                break
+        start_patiently(self._start_and_wait, self.stop, SeaweedFSError)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _start_and_wait(self) -> None:
+        self._start()
+        self._wait_till_ready()
 
     def _start(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="seaweedfs-"))
