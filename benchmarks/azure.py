@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.checkpoints import digest_of_directory, generated, sections
 from benchmarks.measuring import Plan, Report, Target
+from benchmarks.stores import fastest
 from benchmarks.workers import Entry, measure, started
 from devtools.azurite import Azurite
 
@@ -42,8 +43,7 @@ def run(plan: Plan) -> Report:
         plan.say(f"{total / 1e9:.2f} GB from {uri}")
         with started(specifications) as (workers, not_started):
             measured, failed = measure(plan, workers, entries, digest_of_directory(directory))
-    raw = [entry.seconds for entry in measured if entry.worker in _RAW]
-    limit = min(raw) if raw else None
+    limit = fastest(measured, _RAW)
     return Report(
         "azure",
         f"{total / 1e9:.2f} GB in 4 blobs without digests, in Azurite over loopback, where server and client share the "

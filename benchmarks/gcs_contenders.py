@@ -32,7 +32,7 @@ class _Bucket(IntoPlace):
 
     def work(self, take: Callable[[], tuple[Any, ...] | None]) -> None:
         """Read pieces until there are none."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each client sends its requests in its own way
 
 
 class RawSockets(_Bucket):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from benchmarks.checkpoints import digest_of_directory, generated, sections
-from benchmarks.measuring import Plan, Report, Target
+from benchmarks.measuring import Plan, Report
+from benchmarks.stores import RUNAI, fastest, load_targets
 from benchmarks.workers import Entry, measure, started
 from devtools.seaweedfs import SeaweedFS
 
 __all__ = ["run"]
 
 _RAW = ("raw sockets", "boto3", "obstore")
-_RUNAI = "runai-model-streamer"
 _BUCKET, _PREFIX = "models", "large"
 
 
@@ -44,7 +42,7 @@ def run(plan: Plan) -> Report:
             "obstore": (f"{here}:Obstore", bucket, environ),
             "s3torchconnector": (f"{here}:S3TorchConnector", bucket, environ),
             **{
-                f"{_RUNAI} {count}": (
+                f"{RUNAI} {count}": (
                     f"{here}:RunaiStreamer",
                     {"directory": str(directory), "paths": paths},
                     {
@@ -63,39 +61,19 @@ def run(plan: Plan) -> Report:
             Entry("modelexpress with mx-streamer, verified", "streamed", {}, "touched"),
             *(Entry(name, name, {"connections": count}, "touched") for name in _RAW for count in connections),
             Entry("s3torchconnector", "s3torchconnector", {"connections": 4}, "touched"),
-            *(Entry(name, name, {}, "fresh") for name in specifications if name.startswith(_RUNAI)),
+            *(Entry(name, name, {}, "fresh") for name in specifications if name.startswith(RUNAI)),
         ]
         plan.say(f"{total / 1e9:.2f} GB from {uri}")
         with started(specifications) as (workers, not_started):
             measured, failed = measure(plan, workers, entries, digest_of_directory(directory))
-    raw = [entry.seconds for entry in measured if entry.worker in _RAW]
-    limit = min(raw) if raw else None
+    limit = fastest(measured, _RAW)
     return Report(
         "s3",
         f"{total / 1e9:.2f} GB in 4 objects with CRC64NVME digests, on SeaweedFS over loopback, where server and "
         "client share the CPUs; limit: the fastest of raw sockets, boto3 and obstore",
         [entry.row(total, limit) for entry in measured],
-        _targets(limit, measured),
+        load_targets(limit, measured, times_runai=1.0),
         [*not_started, *failed],
         plan.rounds,
         plan.quick,
     )
-
-
-def _targets(limit: float | None, measured: Sequence[Entry]) -> list[Target]:
-    seconds = {entry.worker: entry.seconds for entry in measured if not entry.setting}
-    runai = min((value for name, value in seconds.items() if name.startswith(_RUNAI)), default=None)
-
-    def ratio(above: float | None, name: str) -> float | None:
-        return above / seconds[name] if above is not None and name in seconds else None
-
-    return [
-        Target("load_into touched memory, verified: goodput over the best raw client's", ratio(limit, "into"), 0.9),
-        Target("load_into touched memory, not verified: the same", ratio(limit, "into unverified"), 0.9),
-        Target(
-            "load_into touched memory, verified: times as fast as the best runai-model-streamer",
-            ratio(runai, "into"),
-            1.0,
-        ),
-        Target("load_state_dict into fresh memory, verified: the same", ratio(runai, "state"), 1.0),
-    ]

@@ -1,18 +1,23 @@
-"""The stores behind which benchmarks put faults: a server each, and how loads reach it through a proxy."""
+"""What benchmarks of stores share: a server each, behind which they put faults, and what loads are to reach."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from attrs import frozen
 
+from benchmarks.measuring import Target
+from benchmarks.workers import Entry
 from devtools.fake_gcs import FakeGcs
 from devtools.seaweedfs import SeaweedFS
 
-__all__ = ["STORES", "Store"]
+__all__ = ["RUNAI", "STORES", "Store", "fastest", "load_targets"]
+
+#: The workers of runai-model-streamer begin with this.
+RUNAI = "runai-model-streamer"
 
 _BUCKET = "models"
 
@@ -78,3 +83,34 @@ def _gcs() -> Iterator[Store]:
 
 #: Each starts the server of one store for a ``with`` block.
 STORES: Mapping[str, Callable[[], contextlib.AbstractContextManager[Store]]] = {"S3": _s3, "GCS": _gcs}
+
+
+def fastest(measured: Sequence[Entry], workers: Collection[str]) -> float | None:
+    """Seconds of the fastest of ``workers``; None if none was measured."""
+    return min((entry.seconds for entry in measured if entry.worker in workers), default=None)
+
+
+def load_targets(limit: float | None, measured: Sequence[Entry], *, times_runai: float) -> list[Target]:
+    """What loads of a store are to reach.
+
+    Args:
+        limit: Seconds of the fastest raw client; None if none was measured.
+        measured: Has the workers ``into``, ``into unverified`` and ``state``, and those of runai-model-streamer.
+        times_runai: How many times as fast as runai-model-streamer they are to be.
+    """
+    seconds = {entry.worker: entry.seconds for entry in measured if not entry.setting}
+    runai = min((value for name, value in seconds.items() if name.startswith(RUNAI)), default=None)
+
+    def ratio(above: float | None, name: str) -> float | None:
+        return above / seconds[name] if above is not None and name in seconds else None
+
+    return [
+        Target("load_into touched memory, verified: goodput over the best raw client's", ratio(limit, "into"), 0.9),
+        Target("load_into touched memory, not verified: the same", ratio(limit, "into unverified"), 0.9),
+        Target(
+            "load_into touched memory, verified: times as fast as the best runai-model-streamer",
+            ratio(runai, "into"),
+            times_runai,
+        ),
+        Target("load_state_dict into fresh memory, verified: the same", ratio(runai, "state"), times_runai),
+    ]
