@@ -107,8 +107,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _log_levels() -> Iterator[None]:
-    """Put back the levels of our loggers: commands that a test runs in this process set them."""
+def _logging_as_before() -> Iterator[None]:
+    """Put back what a command that a test runs in this process changes: levels of our loggers, and where logs go."""
     loggers = [
         logging.getLogger(name)
         for name in ("modelexpress_core", "mx_azure", "mx_gcs", "mx_s3", "mx_streamer", "mx_vllm")
@@ -117,6 +117,9 @@ def _log_levels() -> Iterator[None]:
     yield
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+    for handler in logging.root.handlers[:]:
+        if type(handler) is logging.StreamHandler:  # pytest's own handlers are subclasses
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
