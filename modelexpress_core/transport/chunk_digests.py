@@ -16,6 +16,8 @@ from functools import cache
 
 import torch
 
+from modelexpress_core.transport.tensor_bytes import host_memory
+
 __all__ = ["CHUNK_BYTES", "chunk_count", "chunk_digests"]
 
 #: Bytes that one digest covers; the last chunk of a tensor may be shorter.
@@ -51,7 +53,7 @@ def chunk_digests(content: torch.Tensor) -> list[int]:
 def _by_library(content: torch.Tensor) -> int:
     from awscrt import checksums
 
-    digest: int = checksums.crc64nvme(memoryview(content.numpy()), 0)
+    digest: int = checksums.crc64nvme(host_memory(content), 0)
     return digest
 
 

@@ -6,12 +6,14 @@ repeats (a stride of 0) count once, and gaps between its elements do not count: 
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from attrs import frozen
 
 from modelexpress_core.errors import PlacementError
 
-__all__ = ["TensorBytes", "bytes_of"]
+__all__ = ["TensorBytes", "bytes_of", "host_memory"]
 
 
 @frozen
@@ -66,12 +68,20 @@ def bytes_of(name: str, tensor: torch.Tensor) -> TensorBytes:
     return TensorBytes(ordered, ordered.numel() * ordered.element_size(), _flat(ordered) if dense else None)
 
 
+def host_memory(content: torch.Tensor) -> memoryview:
+    """The memory of one dimension of uint8 on the CPU, writable; it keeps the tensor alive."""
+    held = (ctypes.c_ubyte * len(content)).from_address(content.data_ptr())
+    held.owner = content  # type: ignore[attr-defined]  # views of the array keep the memory alive
+    return memoryview(held).cast("B")
+
+
 def _in_order_of_memory(tensor: torch.Tensor) -> torch.Tensor:
     """A view with the largest stride first, in which each element that is repeated stands once."""
     for dimension in reversed(range(tensor.dim())):
         if tensor.stride(dimension) == 0 and tensor.shape[dimension] > 1 and tensor.numel():
             tensor = tensor.narrow(dimension, 0, 1)
-    order = sorted(range(tensor.dim()), key=lambda each: (tensor.shape[each] > 1, -tensor.stride(each)))
+    strides, shape = tensor.stride(), tensor.shape
+    order = sorted(range(tensor.dim()), key=lambda each: (shape[each] > 1, -strides[each]))
     return tensor.permute(order)
 
 
