@@ -21,8 +21,9 @@ from modelexpress_core.storage.http import (
     endpoint_of,
     hex_of_base64,
 )
+from modelexpress_core.storage.http.service_errors import shown_origin
 from modelexpress_core.uri import ModelURI
-from mx_gcs._errors import NAMES, PROVIDER, GcsFailures, shown
+from mx_gcs._errors import NAMES, PROVIDER, GcsFailures
 from mx_gcs._requests import ENCODING_HEADERS, VERSIONS, GcsRequests
 from mx_gcs.settings import GcsSettings
 
@@ -88,7 +89,7 @@ class GcsStorage:
         self._failures = GcsFailures(
             PROVIDER,
             uri,
-            endpoint=lambda: shown(settings.base_url),
+            endpoint=lambda: shown_origin(settings.base_url),
             names=NAMES,
             closed=lambda: pool.closed,
         )
