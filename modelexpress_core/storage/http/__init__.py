@@ -5,7 +5,8 @@
 - ``connections``: opening, keeping and ending connections; ``nested_tls`` for those through a TLS proxy.
 - ``answers``: reading an answer, within bounds.
 - ``ranges``: byte ranges into memory, each answer checked.
-- ``failures``: what goes wrong, and what it means for a load.
+- ``exchanges``: small requests whose answers are read whole: metadata, listings, tokens.
+- ``failures``: what goes wrong, and what it means for a load; ``service_errors``: what the tables of services share.
 - ``digests``, ``opening``: published digests, and URIs.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 from modelexpress_core.storage.http.answers import Answer
 from modelexpress_core.storage.http.connections import ConnectionPool, OpenSockets
 from modelexpress_core.storage.http.digests import hex_of_base64, md5_of_etag
+from modelexpress_core.storage.http.exchanges import BoundedSession, WholeAnswer, exchange, request_of_sdk
 from modelexpress_core.storage.http.failures import (
     BadAnswerError,
     Failures,
@@ -31,6 +33,7 @@ from modelexpress_core.storage.http.requests import Origin, Refusal, Request, Si
 __all__ = [
     "Answer",
     "BadAnswerError",
+    "BoundedSession",
     "ConnectionPool",
     "Failures",
     "Meaning",
@@ -44,12 +47,15 @@ __all__ = [
     "SettingNames",
     "Signer",
     "VersionHeaders",
+    "WholeAnswer",
     "check_encoding",
     "check_uri",
     "endpoint_of",
+    "exchange",
     "hex_of_base64",
     "http_error",
     "md5_of_etag",
     "meaning_of_answer",
+    "request_of_sdk",
     "retry_after_seconds",
 ]

@@ -26,8 +26,8 @@ from modelexpress_core.storage.http import (
     Proxies,
     RangeReader,
     Refusal,
-    check_encoding,
     endpoint_of,
+    exchange,
     hex_of_base64,
 )
 from modelexpress_core.uri import ModelURI
@@ -43,9 +43,6 @@ __all__ = ["AzureStorage", "open_azure"]
 #: Blobs in a page; with their metadata, of at most 8 KiB each, they fit into the bound below.
 _PAGE_BLOBS = 1000
 _MAX_PAGE_BYTES = 16 << 20
-
-#: What is read of an answer that refuses; its status and its code say enough.
-_MAX_ERROR_BYTES = 64 << 10
 
 #: A listing may take this many times the read timeout, and the time of its blobs at this rate.
 _LISTING_TIMEOUTS = 10
@@ -251,15 +248,16 @@ class AzureStorage:
         try:
             while True:
                 request = self._requests.prepared(method, target, {})
-                with self._pool.send(request, lambda: self._read_timeout_seconds) as answer:
-                    if answer.status == 200:
-                        check_encoding({} if method == "HEAD" else answer.headers)
-                        content = answer.read(_MAX_PAGE_BYTES)
-                        if not answer.ended:
-                            raise BadAnswerError("the answer is longer than any page of a listing")
-                        return answer.headers, content
-                    content = answer.read(_MAX_ERROR_BYTES)
-                refusals.append(Refusal(request, answer.status, answer.reason, answer.headers, content))
+                answer = exchange(
+                    self._pool,
+                    request,
+                    read_timeout_seconds=self._read_timeout_seconds,
+                    max_bytes=_MAX_PAGE_BYTES,
+                    ignored_encodings=None if method == "HEAD" else (),
+                )
+                if answer.status == 200:
+                    return answer.headers, answer.content
+                refusals.append(answer.as_refusal(request))
                 if not self._requests.renews(refusals):
                     raise self._failures.of_answer(refusals[-1], path, operation)
         except self._failures.caught as exc:

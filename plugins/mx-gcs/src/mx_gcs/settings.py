@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from urllib.parse import urlsplit
 
 from attrs import frozen
 
+from modelexpress_core.contracts.storage import Endpoint
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.settings import boolean, env, seconds
 
-__all__ = ["GcsSettings", "is_loopback"]
+__all__ = ["GcsSettings"]
 
 _HOST_AND_PORT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
@@ -67,16 +67,6 @@ def _service_accounts(text: str) -> tuple[str, ...]:
     emails = tuple(part.strip() for part in text.split(","))
     reason = "expected the email address of a service account, after those of delegates: delegate@..., target@..."
     return tuple(_matching(_SERVICE_ACCOUNT, reason, email) for email in emails)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host``, a name or an address without brackets, is this machine."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @frozen
@@ -175,7 +165,11 @@ class GcsSettings:
             message = f"{' and '.join(names)} must not contain a user name or a password, which would not be used"
             raise SettingsError(message, hint="remove it; GOOGLE_APPLICATION_CREDENTIALS names the credentials")
         parts = urlsplit(self.base_url)
-        if parts.scheme == "http" and not self.without_credentials and not is_loopback(parts.hostname or ""):
+        if (
+            parts.scheme == "http"
+            and not self.without_credentials
+            and not Endpoint(parts.hostname or "", 0).is_loopback
+        ):
             message = "MX_GCS_ENDPOINT is an http:// URL of another machine: access tokens would be sent unencrypted"
             raise SettingsError(
                 message, hint="use https://, or MX_GCS_ANONYMOUS=1, or STORAGE_EMULATOR_HOST for an emulator"

@@ -25,7 +25,7 @@ from botocore.utils import ContainerMetadataFetcher, InstanceMetadataFetcher, re
 
 from modelexpress_core.storage.http import Proxies
 from mx_s3._errors import RENEWED, CredentialsError, wants_other_credentials
-from mx_s3._sending import BoundedSession
+from mx_s3._sending import CredentialSession
 from mx_s3.settings import S3Settings
 
 __all__ = ["RENEWAL_TRIED", "Identity", "new_session"]
@@ -73,7 +73,7 @@ class _Session(botocore.session.Session):
             options["endpoint_url"] = options.get("endpoint_url") or self.settings.sts_endpoint or general
         client = super().create_client(service_name, *args, **options)
         if service_name != "s3":
-            sending = BoundedSession(
+            sending = CredentialSession(
                 connect_timeout_seconds=self.settings.connect_timeout_seconds,
                 read_timeout_seconds=self.settings.read_timeout_seconds,
                 proxies=Proxies.from_environ({}, os.environ),
@@ -254,7 +254,7 @@ class _BoundedMetadataFetcher(InstanceMetadataFetcher):
 
     def __init__(self, *, timeout: int, **options: Any) -> None:  # noqa: ANN401 - as botocore's
         super().__init__(timeout=timeout, **options)
-        self._session = BoundedSession(
+        self._session = CredentialSession(
             connect_timeout_seconds=timeout, read_timeout_seconds=timeout, proxies=Proxies.from_environ({}, os.environ)
         )
 
@@ -280,7 +280,7 @@ class _Chain:
         #: URL of the instance metadata service; None if it is disabled.
         self.metadata_url = None if disabled else metadata.get_base_url()
         agent: Any = ContainerMetadataFetcher(
-            session=BoundedSession(
+            session=CredentialSession(
                 connect_timeout_seconds=ContainerMetadataFetcher.TIMEOUT_SECONDS,
                 read_timeout_seconds=ContainerMetadataFetcher.TIMEOUT_SECONDS,
             ),
