@@ -6,6 +6,7 @@
 - ``answers``: reading an answer, within bounds.
 - ``ranges``: byte ranges into memory, each answer checked.
 - ``exchanges``: small requests whose answers are read whole: metadata, listings, tokens.
+- ``tokens``: access tokens, fetched once for all threads and renewed.
 - ``failures``: what goes wrong, and what it means for a load; ``service_errors``: what the tables of services share.
 - ``digests``, ``opening``: published digests, and URIs.
 """
@@ -29,6 +30,7 @@ from modelexpress_core.storage.http.opening import check_uri, endpoint_of
 from modelexpress_core.storage.http.proxies import Proxies, Proxy
 from modelexpress_core.storage.http.ranges import RangeReader, VersionHeaders, check_encoding
 from modelexpress_core.storage.http.requests import Origin, Refusal, Request, Signer
+from modelexpress_core.storage.http.tokens import Token, TokenCache
 
 __all__ = [
     "Answer",
@@ -46,6 +48,8 @@ __all__ = [
     "Request",
     "SettingNames",
     "Signer",
+    "Token",
+    "TokenCache",
     "VersionHeaders",
     "WholeAnswer",
     "check_encoding",
