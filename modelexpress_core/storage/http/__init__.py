@@ -6,6 +6,7 @@
 - ``answers``: reading an answer, within bounds.
 - ``ranges``: byte ranges into memory, each answer checked.
 - ``exchanges``: small requests whose answers are read whole: metadata, listings, tokens.
+- ``listings``: listings in pages, within bounds.
 - ``tokens``: access tokens, fetched once for all threads and renewed.
 - ``failures``: what goes wrong, and what it means for a load; ``service_errors``: what the tables of services share.
 - ``digests``, ``opening``: published digests, and URIs.
@@ -26,6 +27,7 @@ from modelexpress_core.storage.http.failures import (
     meaning_of_answer,
     retry_after_seconds,
 )
+from modelexpress_core.storage.http.listings import ListingPage, entries_of_pages
 from modelexpress_core.storage.http.opening import check_uri, endpoint_of
 from modelexpress_core.storage.http.proxies import Proxies, Proxy
 from modelexpress_core.storage.http.ranges import RangeReader, VersionHeaders, check_encoding
@@ -38,6 +40,7 @@ __all__ = [
     "BoundedSession",
     "ConnectionPool",
     "Failures",
+    "ListingPage",
     "Meaning",
     "OpenSockets",
     "Origin",
@@ -55,6 +58,7 @@ __all__ = [
     "check_encoding",
     "check_uri",
     "endpoint_of",
+    "entries_of_pages",
     "exchange",
     "hex_of_base64",
     "http_error",

@@ -250,6 +250,20 @@ class SettingNames:
     ca_bundle: str = "SSL_CERT_FILE"
     read_timeout: str = "MX_STALL_SECONDS"
 
+    @property
+    def wait(self) -> str:
+        """What limits the wait of a read, which core may shorten."""
+        return (
+            self.read_timeout
+            if self.read_timeout == "MX_STALL_SECONDS"
+            else f"{self.read_timeout} (or MX_STALL_SECONDS)"
+        )
+
+    @property
+    def check_server(self) -> str:
+        """The next step where a server, or what is in front of it, does not do what it should."""
+        return f"check {self.endpoint} and what is in front of it"
+
 
 _CHECK_NETWORK = "check {names.endpoint}, firewalls, and HTTPS_PROXY and NO_PROXY"
 _BROKE = Meaning(
@@ -274,7 +288,7 @@ _PROXY_REFUSES = Meaning(
 _ENCODED = Meaning(
     UnsupportedError,
     "the server, or a proxy before it, encodes by itself, or the object was stored with a Content-Encoding",
-    "check {names.endpoint} and what is in front of it, or upload the object again without Content-Encoding",
+    "{names.check_server}, or upload the object again without Content-Encoding",
 )
 
 #: Exceptions before the answer -> what was seen, and what it means. The first line counts that fits the exception or
@@ -327,7 +341,7 @@ _EXCEPTIONS: tuple[ExceptionRow, ...] = (
         Meaning(
             DeadlineError,
             "the server or the network is overloaded, or the connection is dead",
-            "try again later, or lower MX_CONCURRENCY; {names.read_timeout} limits the wait",
+            "try again later, or lower MX_CONCURRENCY; {names.wait} limits the wait",
         ),
     ),
     (

@@ -8,8 +8,14 @@ from urllib.parse import urlsplit
 
 from attrs import frozen
 
-from modelexpress_core.errors import AccessDeniedError, SourceChangedError, ThrottledError, UnavailableError
-from modelexpress_core.storage.http.failures import ExceptionRow, Meaning
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    SourceChangedError,
+    ThrottledError,
+    UnavailableError,
+    UnsupportedError,
+)
+from modelexpress_core.storage.http.failures import ExceptionRow, Meaning, SettingNames
 
 __all__ = [
     "CREDENTIAL_SERVICE_BUSY",
@@ -17,6 +23,7 @@ __all__ = [
     "TRY_LATER",
     "ServiceMeanings",
     "no_credential_service",
+    "no_version",
     "quoted",
     "shown_origin",
     "status_line",
@@ -80,6 +87,15 @@ class ServiceMeanings:
     def by_status(self) -> Mapping[str | int, Meaning]:
         """The statuses with which services say it."""
         return {412: self.changed, 416: self.truncated, 429: self.throttled, 500: self.busy}
+
+
+def no_version(names: SettingNames) -> Meaning:
+    """The meaning of metadata or a listing without the version of an object."""
+    return Meaning(
+        UnsupportedError,
+        "the server, or a proxy before it, leaves it out; bytes of two versions could be mixed",
+        f"{names.check_server}, or use another server",
+    )
 
 
 def no_credential_service(

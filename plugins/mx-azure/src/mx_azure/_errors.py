@@ -37,7 +37,7 @@ PROVIDER = "mx-azure"
 NAMES = SettingNames(
     endpoint="AZURE_STORAGE_ENDPOINT",
     ca_bundle="MX_AZURE_CA_BUNDLE",
-    read_timeout="MX_AZURE_READ_TIMEOUT_SECONDS (or MX_STALL_SECONDS)",
+    read_timeout="MX_AZURE_READ_TIMEOUT_SECONDS",
 )
 
 _ROLE = (

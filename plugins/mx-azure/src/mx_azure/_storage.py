@@ -11,30 +11,31 @@ from urllib.parse import unquote
 from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
 from modelexpress_core.errors import (
     BackendError,
-    DeadlineError,
     NotFoundError,
     SettingsError,
     SourceChangedError,
     UnavailableError,
-    UnsupportedError,
 )
 from modelexpress_core.settings import from_env
 from modelexpress_core.storage.http import (
     BadAnswerError,
     ConnectionPool,
+    ListingPage,
     Meaning,
     Proxies,
     RangeReader,
     Refusal,
     endpoint_of,
+    entries_of_pages,
     exchange,
     hex_of_base64,
 )
+from modelexpress_core.storage.http.service_errors import no_version
 from modelexpress_core.uri import ModelURI
 from mx_azure._accounts import Location, locate
 from mx_azure._credentials import Identity, authorities, identity_for
-from mx_azure._errors import AzureFailures, TokenError
-from mx_azure._listing import Entry, Page, parsed_page
+from mx_azure._errors import NAMES, AzureFailures, TokenError
+from mx_azure._listing import Entry, parsed_page
 from mx_azure._signing import AzureRequests, Target
 from mx_azure.settings import AzureSettings
 
@@ -44,31 +45,12 @@ __all__ = ["AzureStorage", "open_azure"]
 _PAGE_BLOBS = 1000
 _MAX_PAGE_BYTES = 16 << 20
 
-#: A listing may take this many times the read timeout, and the time of its blobs at this rate.
-_LISTING_TIMEOUTS = 10
-_MIN_OBJECTS_PER_SECOND = 100
-
-_SLOW_LISTING = Meaning(
-    DeadlineError,
-    "the server sends pages without end, or very slowly",
-    "check AZURE_STORAGE_ENDPOINT and what is in front of it; MX_AZURE_READ_TIMEOUT_SECONDS raises the limit",
-    retryable=False,
-)
-_SAME_PAGE = Meaning(
-    UnsupportedError,
-    "the server, or a proxy before it, ignores where the next page begins",
-    "check AZURE_STORAGE_ENDPOINT and what is in front of it",
-)
 _NO_LISTING = Meaning(
     UnavailableError,
     "something in front of the server answers, or the answer was cut",
-    "check AZURE_STORAGE_ENDPOINT and what is in front of it",
+    NAMES.check_server,
 )
-_NO_ETAG = Meaning(
-    UnsupportedError,
-    "the server, or a proxy before it, leaves it out; bytes of two versions could be mixed",
-    "check AZURE_STORAGE_ENDPOINT and what is in front of it",
-)
+_NO_ETAG = no_version(NAMES)
 _NO_CONTAINER = Meaning(NotFoundError, hint="write https://account.blob.core.windows.net/container/path")
 _A_CONTAINER = Meaning(NotFoundError, hint="name a blob in it")
 _A_DIRECTORY = Meaning(NotFoundError, "it stands for a directory of a hierarchical account", "name a blob in it")
@@ -165,25 +147,20 @@ class AzureStorage:
             "prefix": f"{directory}/" if directory else "",
         }
         start = "" if self._location.container is not None else f"{container}/"
-        blobs, seconds, marker = 0, 0.0, ""  # seconds of waiting for pages, not of what the caller does with them
-        while True:
-            begun = self._clock()
-            page = self._page(container, {**parameters, "marker": marker}, prefix, operation)
-            seconds += self._clock() - begun
-            if seconds > _LISTING_TIMEOUTS * self._read_timeout_seconds + blobs / _MIN_OBJECTS_PER_SECOND:
-                reason = f"the listing has not ended after {seconds:.0f} s and {blobs} blobs"
-                raise self._failures.described(_SLOW_LISTING, reason, prefix, operation)
-            for entry in page.entries:
-                blobs += 1
-                if not (entry.directory or entry.name.endswith("/")):
-                    yield self._listed(entry, f"{start}{entry.name}", operation)
-            if not page.marker:
-                return
-            if page.marker == marker:
-                raise self._failures.described(_SAME_PAGE, "the same page of the listing came again", prefix, operation)
-            marker = page.marker
+        entries = entries_of_pages(
+            lambda mark: self._page(container, {**parameters, "marker": mark or ""}, prefix, operation),
+            self._failures,
+            prefix,
+            operation,
+            read_timeout_seconds=self._read_timeout_seconds,
+            clock=self._clock,
+            things="blobs",
+        )
+        for entry in entries:
+            if not (entry.directory or entry.name.endswith("/")):
+                yield self._listed(entry, f"{start}{entry.name}", operation)
 
-    def _page(self, container: str, parameters: Mapping[str, str], path: str, operation: str) -> Page:
+    def _page(self, container: str, parameters: Mapping[str, str], path: str, operation: str) -> ListingPage[Entry]:
         sent = {name: value for name, value in parameters.items() if value}
         _, content = self._ask("GET", Target.of(self._location, container, sent), path, operation)
         try:

@@ -45,7 +45,7 @@ PROVIDER = "mx-gcs"
 NAMES = SettingNames(
     endpoint="MX_GCS_ENDPOINT",
     ca_bundle="MX_GCS_CA_BUNDLE",
-    read_timeout="MX_GCS_READ_TIMEOUT_SECONDS (or MX_STALL_SECONDS)",
+    read_timeout="MX_GCS_READ_TIMEOUT_SECONDS",
 )
 
 

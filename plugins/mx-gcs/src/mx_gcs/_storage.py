@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
-from modelexpress_core.errors import BackendError, DeadlineError, NotFoundError, UnsupportedError
+from modelexpress_core.errors import BackendError, NotFoundError, UnsupportedError
 from modelexpress_core.settings import from_env, variables
 from modelexpress_core.storage.http import (
     ConnectionPool,
+    ListingPage,
     Meaning,
     Origin,
     Proxies,
     RangeReader,
     check_uri,
     endpoint_of,
+    entries_of_pages,
     hex_of_base64,
 )
 from modelexpress_core.storage.http.service_errors import shown_origin
@@ -38,27 +40,11 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 #: Generations and sizes are 64-bit numbers, which the API writes as text.
 _NUMBER = re.compile(r"[0-9]{1,19}")
 
-#: A listing may take this many times the read timeout, and the time of its objects at this rate. GCS gives a thousand
-#: in half a second.
-_LISTING_TIMEOUTS = 10
-_MIN_OBJECTS_PER_SECOND = 100
-
-_SLOW_LISTING = Meaning(
-    DeadlineError,
-    "the server sends pages without end, or very slowly",
-    "check MX_GCS_ENDPOINT and what is in front of it; MX_GCS_READ_TIMEOUT_SECONDS raises the limit",
-    retryable=False,
-)
-_SAME_PAGE = Meaning(
-    UnsupportedError,
-    "the server, or a proxy before it, ignores where the next page begins",
-    "check MX_GCS_ENDPOINT and what is in front of it, or use another server",
-)
 _A_BUCKET = Meaning(NotFoundError, hint="name an object in it")
 _NO_METADATA = Meaning(
     UnsupportedError,
     "the server, or a proxy before it, does not speak the API of GCS; bytes of two versions could be mixed",
-    "check MX_GCS_ENDPOINT and what is in front of it, or use another server",
+    f"{NAMES.check_server}, or use another server",
 )
 
 
@@ -138,40 +124,28 @@ class GcsStorage:
         """The objects below ``prefix``, a page of a thousand at a time; names that end in a slash are directories."""
         operation = "list the objects"
         folder = f"{prefix}/" if prefix else ""
-        token: str | None = None
-        objects, seconds = 0, 0.0  # of waiting for pages, not of what the caller does with them
-        while True:
-            self._failures.check_open(prefix, operation)
-            begun = self._clock()
-            try:
-                page = self._requests.page(folder, token, operation)
-            except self._failures.caught as exc:
-                raise self._failure(exc, prefix, operation) from exc
-            seconds += self._clock() - begun
-            if seconds > self._seconds_for(objects):
-                reason = f"the listing has not ended after {seconds:.0f} s and {objects} objects"
-                raise self._failures.described(_SLOW_LISTING, reason, prefix, operation)
-            items = page.get("items", [])
-            if not isinstance(items, list):
-                raise self._failures.described(_NO_METADATA, "the listing has no items", prefix, operation)
-            for item in items:
-                objects += 1
-                info = self._info(item, prefix, operation)
-                if not info.path.startswith(folder):
-                    reason = "the listing has objects of another directory"
-                    raise self._failures.described(_NO_METADATA, reason, prefix, operation)
-                if not info.path.endswith("/"):
-                    yield info
-            previous, token = token, page.get("nextPageToken")
-            if not token:
-                return
-            if token == previous or not isinstance(token, str):
-                reason = "the server sends the same page of the listing again"
-                raise self._failures.described(_SAME_PAGE, reason, prefix, operation)
+        items = entries_of_pages(
+            lambda mark: self._page(folder, mark, prefix, operation),
+            self._failures,
+            prefix,
+            operation,
+            read_timeout_seconds=self._settings.read_timeout_seconds,
+            clock=self._clock,
+        )
+        for item in items:
+            info = self._info(item, prefix, operation)
+            if not info.path.startswith(folder):
+                reason = "the listing has objects of another directory"
+                raise self._failures.described(_NO_METADATA, reason, prefix, operation)
+            if not info.path.endswith("/"):
+                yield info
 
-    def _seconds_for(self, objects: int) -> float:
-        """How long the pages before the one that is expected may have taken."""
-        return _LISTING_TIMEOUTS * self._settings.read_timeout_seconds + objects / _MIN_OBJECTS_PER_SECOND
+    def _page(self, folder: str, mark: str | None, prefix: str, operation: str) -> ListingPage[Any]:
+        page = self._requests.page(folder, mark, operation)
+        items, following = page.get("items", []), page.get("nextPageToken")
+        if not isinstance(items, list) or not isinstance(following, (str, type(None))):
+            raise self._failures.described(_NO_METADATA, "the listing has no items", prefix, operation)
+        return ListingPage(items, following)
 
     def stat(self, path: str) -> ObjectInfo:
         """The object at ``path``, with the digests that GCS keeps of it."""

@@ -56,7 +56,7 @@ FAILURES = (boto.BotoCoreError, boto.ClientError, ResponseParserError, OSError)
 NAMES = SettingNames(
     endpoint="AWS_ENDPOINT_URL",
     ca_bundle="AWS_CA_BUNDLE",
-    read_timeout="MX_S3_READ_TIMEOUT_SECONDS (or MX_STALL_SECONDS)",
+    read_timeout="MX_S3_READ_TIMEOUT_SECONDS",
 )
 
 
@@ -288,15 +288,6 @@ _EXCEPTIONS: tuple[ExceptionRow, ...] = (
             UnavailableError,
             "something in front of the server answers, or the answer was cut",
             "check AWS_ENDPOINT_URL",
-        ),
-    ),
-    (
-        (boto.PaginationError,),
-        "the endpoint {endpoint} sends the same page of the listing again",
-        Meaning(
-            UnsupportedError,
-            "the server, or a proxy before it, ignores where the next page begins",
-            "check AWS_ENDPOINT_URL and what is in front of it, or use another server",
         ),
     ),
     (

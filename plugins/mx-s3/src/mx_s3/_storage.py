@@ -18,24 +18,25 @@ from botocore.httpsession import get_cert_path
 from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
 from modelexpress_core.errors import (
     BackendError,
-    DeadlineError,
     InvalidURIError,
     NotFoundError,
     SettingsError,
-    UnsupportedError,
 )
 from modelexpress_core.settings import from_env
 from modelexpress_core.storage.http import (
     ConnectionPool,
+    ListingPage,
     Meaning,
     Origin,
     Proxies,
     RangeReader,
     check_uri,
     endpoint_of,
+    entries_of_pages,
     hex_of_base64,
     md5_of_etag,
 )
+from modelexpress_core.storage.http.service_errors import no_version
 from modelexpress_core.uri import ModelURI
 from mx_s3._credentials import Identity, new_session
 from mx_s3._errors import FAILURES, NAMES, PROVIDER, S3Failures, translated
@@ -44,7 +45,7 @@ from mx_s3.settings import REGION_PATTERN, S3Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef, ObjectTypeDef
 
 __all__ = ["S3Storage", "open_s3"]
 
@@ -56,23 +57,7 @@ _DIRECTORY_BUCKET = re.compile(r"--(?:xa-s3|x-s3)$")
 
 _A_BUCKET = Meaning(NotFoundError, hint="name a key in it")
 
-#: A listing may take this many times the read timeout, and the time of its objects at this rate. S3 gives a thousand in
-#: half a second.
-_LISTING_TIMEOUTS = 10
-_MIN_OBJECTS_PER_SECOND = 100
-
-_SLOW_LISTING = Meaning(
-    DeadlineError,
-    "the server sends pages without end, or very slowly",
-    "check AWS_ENDPOINT_URL and what is in front of it; MX_S3_READ_TIMEOUT_SECONDS raises the limit",
-    retryable=False,
-)
-
-_NO_ETAG = Meaning(
-    UnsupportedError,
-    "the server, or a proxy before it, leaves it out; bytes of two versions could be mixed",
-    "check AWS_ENDPOINT_URL and what is in front of it, or use another server",
-)
+_NO_ETAG = no_version(NAMES)
 
 
 class S3Storage:
@@ -170,30 +155,24 @@ class S3Storage:
         prefix = prefix.strip("/")
         operation = "list the objects"
         self._failures.check_open(prefix, operation)
-        pages = iter(
-            self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket,
-                Prefix=f"{prefix}/" if prefix else "",
-            )
+        entries = entries_of_pages(
+            lambda mark: self._page(f"{prefix}/" if prefix else "", mark),
+            self._failures,
+            prefix,
+            operation,
+            read_timeout_seconds=self._read_timeout_seconds,
+            clock=self._clock,
         )
-        objects, seconds = 0, 0.0  # of waiting for pages, not of what the caller does with them
-        while True:
-            begun = self._clock()
-            try:
-                page = next(pages, None)
-            except FAILURES as exc:
-                raise self._failure(exc, prefix, operation) from exc
-            seconds += self._clock() - begun
-            if page is None:
-                return
-            if seconds > _LISTING_TIMEOUTS * self._read_timeout_seconds + objects / _MIN_OBJECTS_PER_SECOND:
-                reason = f"the listing has not ended after {seconds:.0f} s and {objects} objects"
-                raise self._failures.described(_SLOW_LISTING, reason, prefix, operation)
-            for entry in page.get("Contents", ()):
-                objects += 1
-                if not entry["Key"].endswith("/"):
-                    etag = self._etag(entry, entry["Key"], operation)
-                    yield ObjectInfo(entry["Key"], entry["Size"], etag)
+        for entry in entries:
+            if not entry["Key"].endswith("/"):
+                yield ObjectInfo(entry["Key"], entry["Size"], self._etag(entry, entry["Key"], operation))
+
+    def _page(self, prefix: str, mark: str | None) -> ListingPage[ObjectTypeDef]:
+        following: dict[str, Any] = {} if mark is None else {"ContinuationToken": mark}
+        page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, **following)
+        return ListingPage(
+            page.get("Contents", ()), page.get("NextContinuationToken") if page.get("IsTruncated") else None
+        )
 
     def stat(self, path: str) -> ObjectInfo:
         """The object at ``path``, with the digests that S3 keeps of the whole of it."""
