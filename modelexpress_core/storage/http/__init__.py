@@ -9,6 +9,7 @@
 - ``listings``: listings in pages, within bounds.
 - ``tokens``: access tokens, fetched once for all threads and renewed.
 - ``failures``: what goes wrong, and what it means for a load; ``service_errors``: what the tables of services share.
+- ``storage``: what the storages of all services do in the same way.
 - ``digests``, ``opening``: published digests, and URIs.
 """
 
@@ -32,6 +33,7 @@ from modelexpress_core.storage.http.opening import check_uri, endpoint_of
 from modelexpress_core.storage.http.proxies import Proxies, Proxy
 from modelexpress_core.storage.http.ranges import RangeReader, VersionHeaders, check_encoding
 from modelexpress_core.storage.http.requests import Origin, Refusal, Request, Signer
+from modelexpress_core.storage.http.storage import HttpStorage
 from modelexpress_core.storage.http.tokens import Token, TokenCache
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "BoundedSession",
     "ConnectionPool",
     "Failures",
+    "HttpStorage",
     "ListingPage",
     "Meaning",
     "OpenSockets",

@@ -20,6 +20,7 @@ from modelexpress_core.settings import from_env
 from modelexpress_core.storage.http import (
     BadAnswerError,
     ConnectionPool,
+    HttpStorage,
     ListingPage,
     Meaning,
     Proxies,
@@ -34,7 +35,7 @@ from modelexpress_core.storage.http.service_errors import no_version
 from modelexpress_core.uri import ModelURI
 from mx_azure._accounts import Location, locate
 from mx_azure._credentials import Identity, authorities, identity_for
-from mx_azure._errors import NAMES, AzureFailures, TokenError
+from mx_azure._errors import NAMES, AzureFailures
 from mx_azure._listing import Entry, parsed_page
 from mx_azure._signing import AzureRequests, Target
 from mx_azure.settings import AzureSettings
@@ -56,7 +57,7 @@ _A_CONTAINER = Meaning(NotFoundError, hint="name a blob in it")
 _A_DIRECTORY = Meaning(NotFoundError, "it stands for a directory of a hierarchical account", "name a blob in it")
 
 
-class AzureStorage:
+class AzureStorage(HttpStorage):
     """Reads ranges of the blobs of one container, or of one account. A blob's version is its ETag.
 
     Args:
@@ -83,14 +84,12 @@ class AzureStorage:
         now: Callable[[], float] = time.time,
     ) -> None:
         self._location = location
-        self._pool = pool
         self._identity = identity
         self._ca_bundle = ca_bundle
-        self._read_timeout_seconds = read_timeout_seconds
         self._clock = clock
         kind = "key" if location.key is not None else "sas" if location.sas is not None else "token"
         self._kind = "anonymous" if kind == "token" and identity is None else kind
-        self._failures = AzureFailures(
+        failures = AzureFailures(
             uri,
             endpoint=lambda: str(location.origin),
             closed=lambda: pool.closed,
@@ -100,16 +99,8 @@ class AzureStorage:
             now=now,
         )
         self._requests = AzureRequests(location, identity, now)
-        self._reader = RangeReader(pool, self._requests, self._failures, read_timeout_seconds=read_timeout_seconds)
-
-    @property
-    def patience_seconds(self) -> float:
-        """How long a read waits for its next bytes; at most, and to begin with, MX_AZURE_READ_TIMEOUT_SECONDS."""
-        return self._reader.patience_seconds
-
-    @patience_seconds.setter
-    def patience_seconds(self, seconds: float) -> None:
-        self._reader.patience_seconds = seconds
+        reader = RangeReader(pool, self._requests, failures, read_timeout_seconds=read_timeout_seconds)
+        super().__init__(reader, pool, failures, read_timeout_seconds=read_timeout_seconds)
 
     def endpoint(self) -> Endpoint:
         """Where requests go."""
@@ -126,10 +117,8 @@ class AzureStorage:
             return f"SAS token from {self._location.variable}{', '.join(['', *shown])}"
         if self._identity is None:
             return "none: requests are anonymous (MX_AZURE_ANONYMOUS)"
-        try:
+        with self._explained("", "find the credentials"):
             return self._identity.describe()
-        except TokenError as exc:
-            raise self._failure(exc, "", "find the credentials") from exc
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The blobs below ``prefix``, a page of a thousand at a time, without entries that stand for directories."""
@@ -200,7 +189,7 @@ class AzureStorage:
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read into ``buffer`` with one GET of the range, which is refused if the ETag is no longer ``version``."""
         try:
-            return self._reader.read_into(path, offset, buffer, version=version)
+            return super().read_into(path, offset, buffer, version=version)
         except SourceChangedError as exc:
             self._check_exists(path, exc)
             raise
@@ -215,14 +204,10 @@ class AzureStorage:
         except BackendError:
             return  # it is not known, and what changed is
 
-    def close(self) -> None:
-        """Shut the connections down; reads that are under way in other threads fail at once."""
-        self._pool.close()
-
     def _ask(self, method: str, target: Target, path: str, operation: str) -> tuple[Mapping[str, str], bytes]:
         """Headers and content of the answer to a request, which is sent again once if its token was refused."""
         refusals: list[Refusal] = []
-        try:
+        with self._explained(path, operation):
             while True:
                 request = self._requests.prepared(method, target, {})
                 answer = exchange(
@@ -237,11 +222,6 @@ class AzureStorage:
                 refusals.append(answer.as_refusal(request))
                 if not self._requests.renews(refusals):
                     raise self._failures.of_answer(refusals[-1], path, operation)
-        except self._failures.caught as exc:
-            raise self._failure(exc, path, operation) from exc
-
-    def _failure(self, exc: Exception, path: str, operation: str) -> BackendError:
-        return self._failures.of_exception(exc, path, operation, self._read_timeout_seconds)
 
 
 #: Fields of a SAS token that are no secret.

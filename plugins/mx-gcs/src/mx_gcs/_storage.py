@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
-from modelexpress_core.errors import BackendError, NotFoundError, UnsupportedError
+from modelexpress_core.errors import NotFoundError, UnsupportedError
 from modelexpress_core.settings import from_env, variables
 from modelexpress_core.storage.http import (
     ConnectionPool,
+    HttpStorage,
     ListingPage,
     Meaning,
     Origin,
@@ -48,7 +49,7 @@ _NO_METADATA = Meaning(
 )
 
 
-class GcsStorage:
+class GcsStorage(HttpStorage):
     """Reads ranges of the objects of one bucket. An object's version is its generation, a number.
 
     Args:
@@ -69,10 +70,9 @@ class GcsStorage:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
-        self._pool = pool
         self._identity = identity
         self._clock = clock
-        self._failures = GcsFailures(
+        failures = GcsFailures(
             PROVIDER,
             uri,
             endpoint=lambda: shown_origin(settings.base_url),
@@ -85,26 +85,18 @@ class GcsStorage:
             identity=identity,
             user_project=settings.user_project,
             pool=pool,
-            failures=self._failures,
+            failures=failures,
             read_timeout_seconds=settings.read_timeout_seconds,
         )
-        self._reader = RangeReader(
+        reader = RangeReader(
             pool,
             self._requests,
-            self._failures,
+            failures,
             read_timeout_seconds=settings.read_timeout_seconds,
             versions=VERSIONS,
             encoding_headers=ENCODING_HEADERS,
         )
-
-    @property
-    def patience_seconds(self) -> float:
-        """How long a read waits for its next bytes; at most, and to begin with, MX_GCS_READ_TIMEOUT_SECONDS."""
-        return self._reader.patience_seconds
-
-    @patience_seconds.setter
-    def patience_seconds(self, seconds: float) -> None:
-        self._reader.patience_seconds = seconds
+        super().__init__(reader, pool, failures, read_timeout_seconds=settings.read_timeout_seconds)
 
     def endpoint(self) -> Endpoint:
         """Where requests go."""
@@ -115,10 +107,8 @@ class GcsStorage:
         if self._identity is None:
             reason = "MX_GCS_ANONYMOUS" if self._settings.anonymous else "STORAGE_EMULATOR_HOST"
             return f"none: requests carry no credentials ({reason})"
-        try:
+        with self._explained("", "find the credentials"):
             return self._identity.describe()
-        except self._failures.caught as exc:
-            raise self._failure(exc, "", "find the credentials") from exc
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The objects below ``prefix``, a page of a thousand at a time; names that end in a slash are directories."""
@@ -153,22 +143,16 @@ class GcsStorage:
         self._failures.check_open(path, operation)
         if not path:
             raise self._failures.described(_A_BUCKET, "a bucket is no object", path, operation)
-        try:
+        with self._explained(path, operation):
             metadata = self._requests.metadata(path, operation)
-        except self._failures.caught as exc:
-            raise self._failure(exc, path, operation) from exc
         info = self._info(metadata, path, operation)
         if info.path != path:
             raise self._failures.described(_NO_METADATA, "the answer is of another object", path, operation)
         return info
 
-    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
-        """Read into ``buffer`` with one GET of the range, which GCS refuses if the generation is not ``version``."""
-        return self._reader.read_into(path, offset, buffer, version=version)
-
     def close(self) -> None:
         """Shut the connections down; reads that are under way in other threads fail at once."""
-        self._pool.close()
+        super().close()
         if self._identity is not None:
             self._identity.close()
 
@@ -189,9 +173,6 @@ class GcsStorage:
         }
         digests = {algorithm: digest for algorithm, digest in published.items() if digest is not None}
         return ObjectInfo(name, int(size), generation, digests)
-
-    def _failure(self, exc: Exception, path: str, operation: str) -> BackendError:
-        return self._failures.of_exception(exc, path, operation, self._settings.read_timeout_seconds)
 
 
 def _number(value: object) -> str | None:

@@ -17,7 +17,6 @@ from botocore.httpsession import get_cert_path
 
 from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
 from modelexpress_core.errors import (
-    BackendError,
     InvalidURIError,
     NotFoundError,
     SettingsError,
@@ -25,6 +24,7 @@ from modelexpress_core.errors import (
 from modelexpress_core.settings import from_env
 from modelexpress_core.storage.http import (
     ConnectionPool,
+    HttpStorage,
     ListingPage,
     Meaning,
     Origin,
@@ -60,7 +60,7 @@ _A_BUCKET = Meaning(NotFoundError, hint="name a key in it")
 _NO_ETAG = no_version(NAMES)
 
 
-class S3Storage:
+class S3Storage(HttpStorage):
     """Reads ranges of the objects of one bucket. An object's version is its ETag, as S3 writes it.
 
     Args:
@@ -86,37 +86,27 @@ class S3Storage:
     ) -> None:
         self._client = client
         self._bucket = uri.authority
-        self._pool = pool
         self._identity = identity
         self._ca_bundle = ca_bundle
-        self._read_timeout_seconds = read_timeout_seconds
         self._clock = clock
-        self._failures = S3Failures(
+        failures = S3Failures(
             PROVIDER,
             uri,
             endpoint=lambda: client.meta.endpoint_url,
             names=NAMES,
             closed=lambda: pool.closed,
         )
-        self._reader = RangeReader(
+        reader = RangeReader(
             pool,
             S3Requests(client, uri.authority, pool, read_timeout_seconds, clock),
-            self._failures,
+            failures,
             read_timeout_seconds=read_timeout_seconds,
             ignored_encodings=IGNORED_ENCODINGS,
         )
+        super().__init__(reader, pool, failures, read_timeout_seconds=read_timeout_seconds)
         client.meta.events.register("before-call.s3.HeadBucket", _stay)
         if identity is not None:
             identity.watch(client)
-
-    @property
-    def patience_seconds(self) -> float:
-        """How long a read waits for its next bytes; at most, and to begin with, MX_S3_READ_TIMEOUT_SECONDS."""
-        return self._reader.patience_seconds
-
-    @patience_seconds.setter
-    def patience_seconds(self, seconds: float) -> None:
-        self._reader.patience_seconds = seconds
 
     def endpoint(self) -> Endpoint:
         """Where requests for objects of the bucket go, as botocore works it out."""
@@ -145,10 +135,8 @@ class S3Storage:
         """Whose key requests are signed with, and where it was found."""
         if self._identity is None:
             return "none: requests are not signed (MX_S3_ANONYMOUS)"
-        try:
+        with self._explained("", "find the credentials"):
             return self._identity.describe()
-        except FAILURES as exc:
-            raise self._failure(exc, "", "find the credentials") from exc
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The objects below ``prefix``, a page of a thousand at a time; keys that end in a slash are directories."""
@@ -180,20 +168,14 @@ class S3Storage:
         self._failures.check_open(path, operation)
         if not path:
             raise self._failures.described(_A_BUCKET, "a bucket is no object", path, operation)
-        try:
+        with self._explained(path, operation):
             head = self._client.head_object(Bucket=self._bucket, Key=path, ChecksumMode="ENABLED")
-        except FAILURES as exc:
-            raise self._failure(exc, path, operation) from exc
         etag = self._etag(head, path, operation)
         return ObjectInfo(path, head["ContentLength"], etag, _digests(head, self._bucket))
 
-    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
-        """Read into ``buffer`` with one GET of the range, which S3 refuses if the ETag is no longer ``version``."""
-        return self._reader.read_into(path, offset, buffer, version=version)
-
     def close(self) -> None:
         """Shut the connections down; reads that are under way in other threads fail at once."""
-        self._pool.close()
+        super().close()
         self._client.close()
 
     def _etag(self, answer: Mapping[str, Any], path: str, operation: str) -> str:
@@ -202,9 +184,6 @@ class S3Storage:
         if not etag:
             raise self._failures.described(_NO_ETAG, "S3 gave no ETag for it", path, operation)
         return str(etag)
-
-    def _failure(self, exc: Exception, path: str, operation: str) -> BackendError:
-        return self._failures.of_exception(exc, path, operation, self._read_timeout_seconds)
 
 
 def _digests(head: HeadObjectOutputTypeDef, bucket: str) -> dict[str, str]:
