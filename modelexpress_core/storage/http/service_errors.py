@@ -70,7 +70,7 @@ class ServiceMeanings:
         """
         return cls(
             busy=Meaning(UnavailableError, f"{service} has a passing fault", TRY_LATER),
-            throttled=Meaning(ThrottledError, f"{service} gets more requests than it serves at a time", TRY_LATER),
+            throttled=Meaning(ThrottledError, f"{service} is asked more than it serves at a time", TRY_LATER),
             changed=Meaning(
                 SourceChangedError,
                 f"something replaced the {thing} since the load began",
