@@ -7,7 +7,7 @@ from typing import Literal
 
 from attrs import field, frozen
 
-__all__ = ["S3", "STORES", "CheckedBy", "Kind", "Outcome", "Store"]
+__all__ = ["AZURE", "GCS", "S3", "STORES", "CheckedBy", "Kind", "Outcome", "Store"]
 
 #: What answered in the test: an emulator of the store alone; a stand-in, before an emulator or in its place; no server.
 CheckedBy = Literal["emulator", "stand-in", "no server"]
@@ -270,4 +270,275 @@ S3 = Store(
     ),
 )
 
-STORES = (S3,)
+# -- GCS ---------------------------------------------------------------------------------------------------------------
+
+_GCS_NO_FILE = "GOOGLE_APPLICATION_CREDENTIALS, or the credential_source in its file, is misspelt or not mounted here"
+_GCS_LOGIN_ENDED = "the login of the user ran out or was revoked"
+_GCS_POOL = (
+    "the workload identity pool does not accept the token of this workload: it ran out, or has another issuer or "
+    "audience than the provider expects"
+)
+_GCS_MAY_NOT_ACT = "these credentials may not act as that service account"
+_GCS_NOT_PUBLIC = "requests carry no credentials (MX_GCS_ANONYMOUS, or an emulator), and the bucket is not public"
+_GCS_MAY_NOT_LIST = "these credentials may not list the bucket"
+_GCS_MAY_NOT_READ = "these credentials may not read it, or it does not exist and they may not list the bucket"
+
+
+def _gcs(missing: Outcome, wrong: str) -> Mapping[str, Outcome]:
+    """The outcomes of a kind that fetches tokens."""
+    return {
+        "valid": _loads("stand-in"),
+        "missing": missing,
+        "wrong": _fails(wrong),
+        "expired, and renewed": _loads("stand-in"),
+        "expired, and refused again": _fails(
+            "the access token ran out or was revoked, and a newly fetched one is refused too, or is the same"
+        ),
+        "may not list": _fails(_GCS_MAY_NOT_LIST),
+        "may not read": _fails(_GCS_MAY_NOT_READ),
+    }
+
+
+GCS = Store(
+    name="Google Cloud Storage",
+    package="mx-gcs",
+    order=(
+        "`MX_GCS_ANONYMOUS=1`, or an emulator in `STORAGE_EMULATOR_HOST`: requests carry no credentials",
+        "the file in `GOOGLE_APPLICATION_CREDENTIALS`",
+        "the login of `gcloud auth application-default login`",
+        "the metadata server, unless `NO_GCE_CHECK=true`",
+    ),
+    emulator="fake-gcs-server",
+    stand_ins=(
+        "the check of tokens, which the emulator lacks; OAuth, STS, IAM Credentials and the metadata server, which "
+        "give tokens"
+    ),
+    kinds=(
+        Kind(
+            "anonymous",
+            "`MX_GCS_ANONYMOUS=1`, for public buckets",
+            {
+                "valid": _loads("stand-in"),
+                "may not list": _fails(_GCS_NOT_PUBLIC),
+                "may not read": _fails(_GCS_NOT_PUBLIC),
+            },
+            doctor=True,
+        ),
+        Kind(
+            "key of a service account",
+            "`GOOGLE_APPLICATION_CREDENTIALS=/etc/keys/loader.json`",
+            _gcs(
+                _fails(_GCS_NO_FILE, "no server"),
+                "the key of the service account was deleted or disabled, or the file was altered",
+            ),
+            doctor=True,
+        ),
+        Kind(
+            "login of a user in a file",
+            "`GOOGLE_APPLICATION_CREDENTIALS=/path/login.json`",
+            _gcs(_fails(_GCS_NO_FILE, "no server"), _GCS_LOGIN_ENDED),
+        ),
+        Kind(
+            "workload identity federation",
+            "`GOOGLE_APPLICATION_CREDENTIALS=/etc/federation.json`, which "
+            "`gcloud iam workload-identity-pools create-cred-config` writes",
+            _gcs(_fails(_GCS_NO_FILE, "no server"), _GCS_POOL),
+        ),
+        Kind(
+            "workload identity federation with impersonation",
+            "the same, with `--service-account=reader@project.iam.gserviceaccount.com`",
+            _gcs(_fails(_GCS_NO_FILE, "no server"), _GCS_POOL),
+        ),
+        Kind(
+            "impersonated service account in a file",
+            "`GOOGLE_APPLICATION_CREDENTIALS=/path/impersonated.json`, which `gcloud auth application-default login` "
+            "writes with `--impersonate-service-account`",
+            _gcs(_fails(_GCS_NO_FILE, "no server"), _GCS_LOGIN_ENDED),
+        ),
+        Kind(
+            "login of gcloud",
+            "`gcloud auth application-default login`, once",
+            _gcs(
+                _fails(
+                    "neither GOOGLE_APPLICATION_CREDENTIALS nor a login of gcloud gives any, and NO_GCE_CHECK keeps "
+                    "from asking the metadata server",
+                    "no server",
+                ),
+                _GCS_LOGIN_ENDED,
+            ),
+            doctor=True,
+        ),
+        Kind(
+            "metadata server (Compute Engine, GKE, Cloud Run)",
+            "nothing: the service account of the machine or pod",
+            _gcs(
+                _fails("the metadata server of this machine or pod does not answer, or not yet", "no server"),
+                "this machine has no service account",
+            ),
+            doctor=True,
+        ),
+        Kind(
+            "impersonation with any of these",
+            "`MX_GCS_IMPERSONATE_SERVICE_ACCOUNT=reader@project.iam.gserviceaccount.com`",
+            _gcs(_fails(_GCS_NO_FILE, "no server"), _GCS_MAY_NOT_ACT),
+        ),
+        Kind(
+            "project that pays (Requester Pays)",
+            "`MX_GCS_USER_PROJECT=my-project`, with any of these",
+            {
+                "valid": _loads("stand-in"),
+                "missing": _fails("the bucket has Requester Pays: the project of the reader pays"),
+                "wrong": _fails(
+                    "these credentials may not bill the project in MX_GCS_USER_PROJECT, or it does not exist"
+                ),
+            },
+            doctor=True,
+        ),
+    ),
+    notes=(
+        "`MX_GCS_IMPERSONATE_SERVICE_ACCOUNT` acts as another service account with the credentials that are found.",
+    ),
+)
+
+# -- Azure -------------------------------------------------------------------------------------------------------------
+
+_AZURE_NONE = "no variable holds a credential, this machine has no managed identity, and no developer tool is logged in"
+_AZURE_NO_FILE = "the file is not mounted here, or is readable for another user only"
+_AZURE_WRONG_KEY = "the key is not one of this account, was rotated, or a proxy changes the requests"
+_AZURE_NOT_PUBLIC = "the container is not public, or the firewall of the account does not allow this network"
+_AZURE_NO_IDENTITY = "this machine has no managed identity, or not the one that AZURE_CLIENT_ID names"
+_AZURE_PERMISSION = "the SAS token lacks a permission: reading needs r, listing needs l"
+_AZURE_ROLE = "the identity has no role that lets it read data: Storage Blob Data Reader is missing"
+
+
+def _azure_identity(missing: Outcome, wrong: Outcome) -> Mapping[str, Outcome]:
+    """The outcomes of an identity of Entra ID."""
+    return {
+        "valid": _loads("stand-in"),
+        "missing": missing,
+        "wrong": wrong,
+        "expired, and renewed": _loads("stand-in"),
+        "expired, and refused again": _fails(
+            "a new token was fetched in the middle of the load, and the service refuses that too"
+        ),
+        "may not list": _fails(_AZURE_ROLE),
+        "may not read": _fails(_AZURE_ROLE),
+    }
+
+
+AZURE = Store(
+    name="Azure Blob Storage",
+    package="mx-azure",
+    order=(
+        "`MX_AZURE_ANONYMOUS=1`: requests carry no credentials",
+        "`AZURE_STORAGE_CONNECTION_STRING`",
+        "`AZURE_STORAGE_ACCOUNT_KEY` or `AZURE_ACCOUNT_KEY`",
+        "`AZURE_STORAGE_SAS_TOKEN`",
+        "`AZURE_CLIENT_SECRET`, with `AZURE_TENANT_ID` and `AZURE_CLIENT_ID`",
+        "`AZURE_CLIENT_CERTIFICATE_PATH`, with the same two",
+        "`AZURE_FEDERATED_TOKEN_FILE`, with the same two",
+        "DefaultAzureCredential: a managed identity, then developer tools such as `az login`",
+    ),
+    emulator="Azurite",
+    stand_ins=(
+        "Entra ID, the metadata service of machines and the program `az`, which give tokens; the Blob service where an "
+        "identity lacks a role, since Azurite knows no roles"
+    ),
+    kinds=(
+        Kind(
+            "anonymous",
+            "`MX_AZURE_ANONYMOUS=1`, for public containers",
+            {
+                "valid": _loads("emulator"),
+                "may not list": _fails(_AZURE_NOT_PUBLIC, "emulator"),
+                "may not read": _fails(_AZURE_NOT_PUBLIC, "emulator"),
+            },
+            doctor=True,
+        ),
+        Kind(
+            "connection string",
+            '`AZURE_STORAGE_CONNECTION_STRING="AccountName=...;AccountKey=..."`',
+            {
+                "valid": _loads("emulator"),
+                "missing": _fails(_AZURE_NONE, "no server"),
+                "wrong": _fails(_AZURE_WRONG_KEY, "emulator"),
+            },
+        ),
+        Kind(
+            "account key",
+            "`AZURE_STORAGE_ACCOUNT_NAME=my-account AZURE_STORAGE_ACCOUNT_KEY=...`",
+            {
+                "valid": _loads("emulator"),
+                "missing": _fails(_AZURE_NONE, "no server"),
+                "wrong": _fails(_AZURE_WRONG_KEY, "emulator"),
+            },
+            doctor=True,
+        ),
+        Kind(
+            "SAS token",
+            '`AZURE_STORAGE_ACCOUNT_NAME=my-account AZURE_STORAGE_SAS_TOKEN="sp=rl&..."`',
+            {
+                "valid": _loads("emulator"),
+                "missing": _fails(_AZURE_NONE, "no server"),
+                "wrong": _fails(
+                    "the SAS token is for another container or operation, or the firewall of the account does not "
+                    "allow this network",
+                    "emulator",
+                ),
+                "expired": _fails("the SAS token ran out, or is not valid yet", "emulator"),
+                "may not list": _fails(_AZURE_PERMISSION, "emulator"),
+                "may not read": _fails(_AZURE_PERMISSION, "emulator"),
+            },
+            doctor=True,
+        ),
+        Kind(
+            "service principal with a secret",
+            "`AZURE_TENANT_ID=... AZURE_CLIENT_ID=... AZURE_CLIENT_SECRET=...`",
+            _azure_identity(_fails(_AZURE_NONE, "no server"), _fails("the secret is not one of the application")),
+            doctor=True,
+        ),
+        Kind(
+            "service principal with a certificate",
+            "`AZURE_TENANT_ID=... AZURE_CLIENT_ID=... AZURE_CLIENT_CERTIFICATE_PATH=/etc/keys/loader.pem`",
+            _azure_identity(
+                _fails(_AZURE_NO_FILE, "no server"), _fails("the certificate is not one of the application")
+            ),
+        ),
+        Kind(
+            "workload identity (AKS)",
+            "`AZURE_TENANT_ID=... AZURE_CLIENT_ID=... AZURE_FEDERATED_TOKEN_FILE=...`; AKS sets them",
+            _azure_identity(
+                _fails(_AZURE_NO_FILE, "no server"),
+                _fails(
+                    "the application has no federated credential for the issuer, subject or audience of the token in "
+                    "AZURE_FEDERATED_TOKEN_FILE"
+                ),
+            ),
+        ),
+        Kind(
+            "managed identity of the machine",
+            "nothing, if the machine has one identity",
+            _azure_identity(_fails(_AZURE_NONE, "no server"), _fails(_AZURE_NO_IDENTITY)),
+        ),
+        Kind(
+            "user-assigned managed identity",
+            "`AZURE_CLIENT_ID=...` of the identity",
+            _azure_identity(_fails(_AZURE_NONE, "no server"), _fails(_AZURE_NO_IDENTITY)),
+            doctor=True,
+        ),
+        Kind(
+            "login of the Azure CLI",
+            "`az login`, once",
+            {
+                **_azure_identity(_fails(_AZURE_NONE, "no server"), _fails(_AZURE_NONE)),
+                "expired, and refused again": _fails("the token ran out, and no newer one could be had"),
+            },
+        ),
+    ),
+    notes=(
+        "An account key allows everything in its account, and does not run out.",
+        "`AZURE_TOKEN_CREDENTIALS` selects what DefaultAzureCredential tries: `prod`, `dev`, or the name of one class.",
+    ),
+)
+
+STORES = (S3, GCS, AZURE)
