@@ -265,7 +265,7 @@ S3 = Store(
         ),
     ),
     notes=(
-        "A profile goes after keys in `environ` of a load, and before keys of the process's environment.",
+        "`aws login` works too, with a version of botocore that knows it; no test covers it.",
         "Keys in variables cannot change while a process runs, so they are never looked for again.",
     ),
 )

@@ -295,6 +295,41 @@ def test_the_doctor_says_the_same(
     assert failed.hint
 
 
+def test_the_order_of_the_lookup(
+    secure: Azurite, services: TokenServices, identities: Callable[[str], dict[str, str]]
+) -> None:
+    """Each place in the list of docs/credentials.md counts if those before it have nothing."""
+    where = {name: value for name, value in secure.environ().items() if name != "AZURE_STORAGE_ACCOUNT_KEY"}
+    string = f"AccountName={secure.account};AccountKey={secure.key};BlobEndpoint={secure.endpoint}"
+    kinds = (
+        "service principal with a secret",
+        "service principal with a certificate",
+        "workload identity (AKS)",
+        "user-assigned managed identity",
+    )
+    places = {
+        "MX_AZURE_ANONYMOUS": {"MX_AZURE_ANONYMOUS": "1"},
+        "AZURE_STORAGE_CONNECTION_STRING": {"AZURE_STORAGE_CONNECTION_STRING": string},
+        "AZURE_STORAGE_ACCOUNT_KEY": {"AZURE_STORAGE_ACCOUNT_KEY": secure.key},
+        "AZURE_STORAGE_SAS_TOKEN": {"AZURE_STORAGE_SAS_TOKEN": secure.sas()},
+        "AZURE_CLIENT_SECRET": identities(kinds[0]),
+        "AZURE_CLIENT_CERTIFICATE_PATH": identities(kinds[1]),
+        "AZURE_FEDERATED_TOKEN_FILE": identities(kinds[2]),
+        "a managed identity or a developer tool": identities(kinds[3]),
+    }
+    order = list(places)
+
+    def first_of(names: list[str]) -> str:
+        environ = {**where, **{name: value for place in names for name, value in places[place].items()}}
+        with contextlib.closing(open_azure(ModelURI.parse("az://models"), environ)) as storage:
+            said = storage.credentials()
+        return next((name for name in order if name in said), said)
+
+    assert order == [first_of(order[number:]) for number in range(len(order))]
+    assert 4 == len(services.tokens)
+    assert len(AZURE.order) == len(order)
+
+
 def _secrets(environ: Mapping[str, str], services: TokenServices) -> list[str]:
     signature = dict(parse_qsl(environ.get("AZURE_STORAGE_SAS_TOKEN", ""))).get("sig")
     key = environ.get("AZURE_STORAGE_ACCOUNT_KEY")

@@ -24,7 +24,7 @@ from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.doctor import diagnose
 from modelexpress_core.errors import AccessDeniedError
 from modelexpress_core.uri import ModelURI
-from mx_s3._storage import open_s3
+from mx_s3._storage import S3Storage, open_s3
 from tests.support.network import CLOSED_PORT
 from tests.support.scripted_http import Answer
 
@@ -225,22 +225,30 @@ class _Places:
 
 
 @pytest.fixture
-def prepared(
+def places(
     server: SeaweedFS,
     services: Any,
     of_role: Callable[[str], dict[str, str | None]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> _Places:
+    places = _Places(server, services, of_role, tmp_path)
+    for provider in (SSOProvider, SSOTokenProvider):  # botocore reads HOME once, at import
+        monkeypatch.setattr(provider, "_SSO_TOKEN_CACHE_DIR", str(places.login))
+    return places
+
+
+@pytest.fixture
+def prepared(
+    server: SeaweedFS,
+    places: _Places,
     fronted: Callable[..., str],
     serving: Any,
     put: Callable[..., str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[[str, str], Case]]:
     """Gives the case of a kind in a condition."""
     for bucket in ("models", "public"):
         put("matrix/object", _CONTENT, bucket=bucket)
-    places = _Places(server, services, of_role, tmp_path)
-    for provider in (SSOProvider, SSOTokenProvider):  # botocore reads HOME once, at import
-        monkeypatch.setattr(provider, "_SSO_TOKEN_CACHE_DIR", str(places.login))
     stack = contextlib.ExitStack()
 
     def prepared(kind: str, condition: str) -> Case:
@@ -331,6 +339,63 @@ def test_the_doctor_says_the_same(
     assert failed.name in {"plugin", "credentials", "listing", "read"}
     assert cause == failed.cause, failed
     assert failed.hint
+
+
+def test_the_order_of_the_lookup(places: _Places, opened: Callable[..., S3Storage]) -> None:
+    """Each place in the list of docs/credentials.md counts if those before it have nothing."""
+    places.supply("reader")
+    by_variables: dict[str, dict[str, str | None]] = {
+        "MX_S3_ANONYMOUS": {"MX_S3_ANONYMOUS": "1"},
+        "explicit": {"AWS_ACCESS_KEY_ID": "AKIDEXAMPLE", "AWS_SECRET_ACCESS_KEY": "a-secret"},
+        "assume-role-with-web-identity": places.of_role("web identity"),
+        "shared-credentials-file": {"AWS_SHARED_CREDENTIALS_FILE": str(places.credentials)},
+        "container-role": {
+            **places.of_role("container"),
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": None,
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN": places.services.container_token,
+        },
+        "iam-role": places.of_role("metadata"),
+    }
+    places.token.write_text(places.services.web_identity_token)
+    sso = {"start_url": _START_URL, "region": "us-east-1", "account_id": "123456789012", "role_name": "serving"}
+    by_profile = {
+        "assume-role": [f"role_arn = {places.services.role_arn}", "source_profile = source"],
+        "sso": ["services = here", *(f"sso_{name} = {value}" for name, value in sso.items())],
+        "custom-process": [f"credential_process = cat {places.output}"],
+        "config-file": ["aws_access_key_id = AKIDCONFIG", "aws_secret_access_key = a-secret"],
+    }
+    others = f"""
+[profile source]
+aws_access_key_id = AKIDSOURCE
+aws_secret_access_key = a-secret
+[services here]
+sso =
+  endpoint_url = {places.services.url}
+"""
+    order = [
+        "MX_S3_ANONYMOUS",
+        "explicit",
+        "assume-role",
+        "assume-role-with-web-identity",
+        "sso",
+        "shared-credentials-file",
+        "custom-process",
+        "config-file",
+        "container-role",
+        "iam-role",
+    ]
+
+    def first_of(methods: list[str]) -> str:
+        lines = [line for method in methods for line in by_profile.get(method, ())]
+        places.config.write_text("\n".join(["[profile serving]", *lines, others]))
+        variables: dict[str, str | None] = {"AWS_PROFILE": "serving", "AWS_CONFIG_FILE": str(places.config)}
+        variables["AWS_ENDPOINT_URL_STS"] = places.services.url
+        for method in ("iam-role", *reversed(methods)):
+            variables.update(by_variables.get(method, {}))
+        return opened(**variables).credentials().rpartition("(")[2].rstrip(")")
+
+    assert order == [first_of(order[number:]) for number in range(len(order))]
+    assert len(S3.order) == len(order)
 
 
 def _secrets(case: Case, services: Any) -> list[str]:
