@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,9 +17,12 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import pytest
+import torch
 import trustme
 from attrs import define
+from safetensors.torch import save
 
+import modelexpress_core as mx
 from devtools.azurite import Azurite
 from devtools.credential_matrices import AZURE
 from modelexpress_core.doctor import diagnose
@@ -37,10 +41,8 @@ _ENTRA_CODES = {
     "workload identity (AKS)": (700213,),
 }
 
-_LISTING = (
-    b"<EnumerationResults><Blobs><Blob><Name>matrix/object</Name><Properties><Etag>0x1</Etag>"
-    b"<Content-Length>9</Content-Length><BlobType>BlockBlob</BlobType></Properties></Blob></Blobs></EnumerationResults>"
-)
+_WEIGHTS = {"weight": torch.arange(4.0)}
+_BLOBS = {"matrix/object": CONTENT, "checkpoint/model.safetensors": save(_WEIGHTS)}
 
 
 def _without_role(condition: str) -> Callable[[Request], Answer]:
@@ -49,12 +51,34 @@ def _without_role(condition: str) -> Callable[[Request], Answer]:
 
     def answer(request: Request) -> Answer:
         if "comp=list" in request.path:
-            return denied if condition == "may not list" else (200, {}, _LISTING)
-        if "/matrix/object" not in request.path:
-            return 404, {"x-ms-error-code": "BlobNotFound"}, b""
-        return denied if condition == "may not read" else (206, {"Content-Range": "bytes 0-8/9"}, CONTENT[:9])
+            return denied if condition == "may not list" else (200, {}, _listing(request))
+        return denied if condition == "may not read" else _blob(request)
 
     return answer
+
+
+def _listing(request: Request) -> bytes:
+    directory = re.findall(r"prefix=(\w+)", request.path)[0]
+    blobs = "".join(
+        f"<Blob><Name>{name}</Name><Properties><Etag>0x1</Etag><Content-Length>{len(content)}</Content-Length>"
+        "<BlobType>BlockBlob</BlobType></Properties></Blob>"
+        for name, content in _BLOBS.items()
+        if name.startswith(directory)
+    )
+    return f"<EnumerationResults><Blobs>{blobs}</Blobs></EnumerationResults>".encode()
+
+
+def _blob(request: Request) -> Answer:
+    path = request.path.partition("?")[0]
+    content = next((content for name, content in _BLOBS.items() if path.endswith(name)), None)
+    if content is None:
+        return 404, {"x-ms-error-code": "BlobNotFound"}, b""
+    if request.method == "HEAD":
+        return 200, {"ETag": '"0x1"', "Content-Length": str(len(content)), "x-ms-blob-type": "BlockBlob"}, b""
+    asked = request.headers.get("x-ms-range") or request.headers["Range"]
+    begin, end = map(int, re.findall(r"\d+", asked))
+    end = min(end, len(content) - 1)
+    return 206, {"ETag": '"0x1"', "Content-Range": f"bytes {begin}-{end}/{len(content)}"}, content[begin : end + 1]
 
 
 def _with_account(server: Azurite, where: dict[str, str], kind: str, condition: str) -> dict[str, str]:
@@ -199,7 +223,8 @@ def prepared(
     """Gives the case of a kind in a condition."""
     with contextlib.closing(secure.client()) as client:
         for container in ("models", "public"):
-            client.get_blob_client(container, "matrix/object").upload_blob(CONTENT, overwrite=True)
+            for name, content in _BLOBS.items():
+                client.get_blob_client(container, name).upload_blob(content, overwrite=True)
     where = {name: value for name, value in secure.environ().items() if name != "AZURE_STORAGE_ACCOUNT_KEY"}
 
     def prepared(kind: str, condition: str) -> Case:
@@ -293,6 +318,21 @@ def test_the_doctor_says_the_same(
     assert failed.name in {"credentials", "listing", "read"}
     assert cause == failed.cause, failed
     assert failed.hint
+
+
+@pytest.mark.parametrize(("kind", "condition"), [case for case in AZURE.cases(doctor=True) if ", and" not in case[1]])
+def test_a_checkpoint_ends_alike(kind: str, condition: str, prepared: Callable[[str, str], Case]) -> None:
+    """The error of a whole load has the same cause; a checkpoint of the usual names loads without the right to list."""
+    case = prepared(kind, condition)
+    cause = AZURE.kind(kind).outcomes[condition].cause
+
+    if not cause or (condition == "may not list" and kind != "anonymous"):
+        state = mx.load_state_dict(f"{case.uri}/checkpoint", environ=case.environ)
+        assert torch.equal(_WEIGHTS["weight"], state["weight"])
+        return
+    with pytest.raises((AccessDeniedError, NotFoundError)) as caught:
+        mx.load_state_dict(f"{case.uri}/checkpoint", environ=case.environ)
+    assert cause == caught.value.cause, caught.value
 
 
 def test_the_order_of_the_lookup(

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric import rsa
+from safetensors.torch import save
 
+import modelexpress_core as mx
 from devtools.credential_matrices import GCS
 from modelexpress_core.doctor import diagnose
 from modelexpress_core.errors import AccessDeniedError
@@ -159,6 +162,25 @@ def test_the_doctor_says_the_same(
     assert failed.name in {"credentials", "listing", "read"}
     assert cause == failed.cause, failed
     assert failed.hint
+
+
+@pytest.mark.parametrize(("kind", "condition"), [case for case in GCS.cases(doctor=True) if ", and" not in case[1]])
+def test_a_checkpoint_ends_alike(
+    kind: str, condition: str, prepared: Callable[[str, str], dict[str, str]], put: Callable[..., str]
+) -> None:
+    """The error of a whole load has the same cause; a checkpoint of the usual names loads without the right to list."""
+    weights = {"weight": torch.arange(4.0)}
+    put("checkpoint/model.safetensors", save(weights))
+    environ = {**prepared(kind, condition), "MX_RETRY_BUDGET_SECONDS": "0.1"}
+    cause = GCS.kind(kind).outcomes[condition].cause
+
+    if not cause or (condition == "may not list" and kind != "anonymous"):
+        state = mx.load_state_dict("gs://models/checkpoint", environ=environ)
+        assert torch.equal(weights["weight"], state["weight"])
+        return
+    with pytest.raises(AccessDeniedError) as caught:
+        mx.load_state_dict("gs://models/checkpoint", environ=environ)
+    assert cause == caught.value.cause, caught.value
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from attrs import define, field
 from botocore.credentials import SSOProvider, SSOTokenProvider
+from safetensors.torch import save
 
+import modelexpress_core as mx
 from devtools.credential_matrices import S3
 from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.doctor import diagnose
@@ -31,10 +34,8 @@ from tests.support.scripted_http import Answer
 _CONTENT = b"content"
 _SESSION_TOKEN = "the-session-token"
 _START_URL = "https://example.awsapps.com/start"
-_LISTING = (
-    b'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>false</IsTruncated><Contents>'
-    b"<Key>matrix/object</Key><Size>7</Size><ETag>&quot;1&quot;</ETag></Contents></ListBucketResult>"
-)
+_WEIGHTS = {"weight": torch.arange(4.0)}
+_OBJECTS = {"matrix/object": _CONTENT, "checkpoint/model.safetensors": save(_WEIGHTS)}
 
 #: What refuses a kind that is wrong, in place of what gives credentials.
 _WRONG: Mapping[str, Answer] = {
@@ -102,6 +103,16 @@ def _error(status: int, code: str) -> Answer:
     return status, {}, f"<Error><Code>{code}</Code><Message>words of the server</Message></Error>".encode()
 
 
+def _listing(directory: str) -> bytes:
+    contents = "".join(
+        f"<Contents><Key>{key}</Key><Size>{len(content)}</Size><ETag>&quot;1&quot;</ETag></Contents>"
+        for key, content in _OBJECTS.items()
+        if key.startswith(directory)
+    )
+    start = '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>false</IsTruncated>'
+    return f"{start}{contents}</ListBucketResult>".encode()
+
+
 def _with_sessions(condition: str, made_up: list[Any]) -> Callable[[Any], Answer]:
     """S3 that checks session tokens."""
 
@@ -115,16 +126,34 @@ def _with_sessions(condition: str, made_up: list[Any]) -> Callable[[Any], Answer
             return _error(400, "InvalidToken")
         if condition == "expired":
             return _error(400, "ExpiredToken")
-        if condition == ("may not list" if listing else "may not read") or not (listing or "/object" in request.path):
+        if condition == ("may not list" if listing else "may not read"):
             return _error(403, "AccessDenied")
-        if listing:
-            return 200, {}, _LISTING
-        begin, end = map(int, re.findall(r"\d+", request.headers.get("Range", "bytes=0-6")))
-        end = min(end, len(_CONTENT) - 1)
-        headers = {"ETag": '"1"', "Content-Range": f"bytes {begin}-{end}/{len(_CONTENT)}"}
-        return 206, headers, _CONTENT[begin : end + 1]
+        return (200, {}, _listing(request)) if listing else _object(request)
 
     return answer
+
+
+def _listing(request: Any) -> bytes:
+    directory = re.findall(r"prefix=(\w+)", request.path)[0]
+    contents = "".join(
+        f"<Contents><Key>{key}</Key><Size>{len(content)}</Size><ETag>&quot;1&quot;</ETag></Contents>"
+        for key, content in _OBJECTS.items()
+        if key.startswith(directory)
+    )
+    start = '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>false</IsTruncated>'
+    return f"{start}{contents}</ListBucketResult>".encode()
+
+
+def _object(request: Any) -> Answer:
+    path = request.path.partition("?")[0]
+    content = next((content for key, content in _OBJECTS.items() if path.endswith(key)), None)
+    if content is None:
+        return _error(403, "AccessDenied")  # as S3 says of what does not exist, without the right to list
+    if request.method == "HEAD":
+        return 200, {"ETag": '"1"', "Content-Length": str(len(content))}, b""
+    begin, end = map(int, re.findall(r"\d+", request.headers["Range"]))
+    end = min(end, len(content) - 1)
+    return 206, {"ETag": '"1"', "Content-Range": f"bytes {begin}-{end}/{len(content)}"}, content[begin : end + 1]
 
 
 class _Places:
@@ -247,8 +276,9 @@ def prepared(
     put: Callable[..., str],
 ) -> Iterator[Callable[[str, str], Case]]:
     """Gives the case of a kind in a condition."""
-    for bucket in ("models", "public"):
-        put("matrix/object", _CONTENT, bucket=bucket)
+    for key, content in _OBJECTS.items():
+        for bucket in ("models", "public"):
+            put(key, content, bucket=bucket)
     stack = contextlib.ExitStack()
 
     def prepared(kind: str, condition: str) -> Case:
@@ -339,6 +369,21 @@ def test_the_doctor_says_the_same(
     assert failed.name in {"plugin", "credentials", "listing", "read"}
     assert cause == failed.cause, failed
     assert failed.hint
+
+
+@pytest.mark.parametrize(("kind", "condition"), [case for case in S3.cases(doctor=True) if ", and" not in case[1]])
+def test_a_checkpoint_ends_alike(kind: str, condition: str, prepared: Callable[[str, str], Case]) -> None:
+    """The error of a whole load has the same cause; a checkpoint of the usual names loads without the right to list."""
+    case = prepared(kind, condition)
+    cause = S3.kind(kind).outcomes[condition].cause
+
+    if not cause or (condition == "may not list" and kind != "anonymous"):
+        state = mx.load_state_dict(f"{case.uri}/checkpoint", environ=case.environ)
+        assert torch.equal(_WEIGHTS["weight"], state["weight"])
+        return
+    with pytest.raises(AccessDeniedError) as caught:
+        mx.load_state_dict(f"{case.uri}/checkpoint", environ=case.environ)
+    assert cause == caught.value.cause, caught.value
 
 
 def test_the_order_of_the_lookup(places: _Places, opened: Callable[..., S3Storage]) -> None:
