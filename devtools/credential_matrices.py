@@ -107,6 +107,7 @@ _S3_MAY_NOT_READ = "these credentials may not read it, or it does not exist and 
 def _s3_renewable(
     missing: Outcome,
     wrong: Outcome,
+    expired: Outcome | None = None,
     *,
     rights_checked_by: CheckedBy = "stand-in",
     again: str = _S3_AGAIN,
@@ -116,6 +117,7 @@ def _s3_renewable(
         "valid": _loads(rights_checked_by),
         "missing": missing,
         "wrong": wrong,
+        **({"expired": expired} if expired is not None else {}),
         "expired, and renewed": _loads("stand-in"),
         "expired, and refused again": _fails(again),
         "may not list": _fails(_S3_MAY_NOT_LIST, rights_checked_by),
@@ -201,6 +203,7 @@ S3 = Store(
                     "the account has no OIDC provider for the issuer of the token, or the token is meant for another "
                     "audience"
                 ),
+                _fails("the token in AWS_WEB_IDENTITY_TOKEN_FILE, or what else the role is assumed with, ran out"),
             ),
             doctor=True,
         ),
@@ -210,6 +213,7 @@ S3 = Store(
             _s3_renewable(
                 _fails(_S3_LOGIN, "no server"),
                 _fails("the single sign-on does not give this user the role of the profile"),
+                _fails(_S3_LOGIN, "no server"),
             ),
         ),
         Kind(
@@ -411,12 +415,13 @@ _AZURE_PERMISSION = "the SAS token lacks a permission: reading needs r, listing 
 _AZURE_ROLE = "the identity has no role that lets it read data: Storage Blob Data Reader is missing"
 
 
-def _azure_identity(missing: Outcome, wrong: Outcome) -> Mapping[str, Outcome]:
+def _azure_identity(missing: Outcome, wrong: Outcome, expired: Outcome | None = None) -> Mapping[str, Outcome]:
     """The outcomes of an identity of Entra ID."""
     return {
         "valid": _loads("stand-in"),
         "missing": missing,
         "wrong": wrong,
+        **({"expired": expired} if expired is not None else {}),
         "expired, and renewed": _loads("stand-in"),
         "expired, and refused again": _fails(
             "a new token was fetched in the middle of the load, and the service refuses that too"
@@ -494,7 +499,11 @@ AZURE = Store(
         Kind(
             "service principal with a secret",
             "`AZURE_TENANT_ID=... AZURE_CLIENT_ID=... AZURE_CLIENT_SECRET=...`",
-            _azure_identity(_fails(_AZURE_NONE, "no server"), _fails("the secret is not one of the application")),
+            _azure_identity(
+                _fails(_AZURE_NONE, "no server"),
+                _fails("the secret is not one of the application"),
+                _fails("the secret ran out"),
+            ),
             doctor=True,
         ),
         Kind(
@@ -513,6 +522,7 @@ AZURE = Store(
                     "the application has no federated credential for the issuer, subject or audience of the token in "
                     "AZURE_FEDERATED_TOKEN_FILE"
                 ),
+                _fails("the token in AZURE_FEDERATED_TOKEN_FILE ran out"),
             ),
         ),
         Kind(

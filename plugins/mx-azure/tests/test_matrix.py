@@ -34,11 +34,14 @@ from tests.support.scripted_http import Answer, Request, serving
 
 pytestmark = [pytest.mark.server, pytest.mark.xdist_group("azure tokens")]
 
-#: What Entra ID says of a wrong secret or certificate, and of a token that no federated credential is for.
+#: What Entra ID says of a wrong secret or certificate, of a token that no federated credential is for, and of what ran
+#: out.
 _ENTRA_CODES = {
-    "service principal with a secret": (7000215,),
-    "service principal with a certificate": (700027,),
-    "workload identity (AKS)": (700213,),
+    ("service principal with a secret", "wrong"): (7000215,),
+    ("service principal with a secret", "expired"): (7000222,),
+    ("service principal with a certificate", "wrong"): (700027,),
+    ("workload identity (AKS)", "wrong"): (700213,),
+    ("workload identity (AKS)", "expired"): (700024,),
 }
 
 _WEIGHTS = {"weight": torch.arange(4.0)}
@@ -204,7 +207,8 @@ def _give_tokens(case: Case, kind: str, condition: str, services: TokenServices)
     if program is None:
         services.claims = claims
         case.renew = claims.clear
-        services.refusal = refusal(400, *_ENTRA_CODES.get(kind, ())) if condition == "wrong" else None
+        refused = condition in {"wrong", "expired"}
+        services.refusal = refusal(400, *_ENTRA_CODES.get((kind, condition), ())) if refused else None
     elif condition == "wrong":
         program.log_out()
     else:

@@ -234,6 +234,14 @@ class _Places:
         self.output.write_text("s3cret words")
         self.token.write_text("another-token")
 
+    def end(self, kind: str) -> None:
+        """Let what credentials are fetched with run out."""
+        if kind == "web identity (EKS: IRSA)":
+            body = b"<ErrorResponse><Error><Code>ExpiredTokenException</Code></Error></ErrorResponse>"
+            self.services.refusal = (400, {}, body)
+        elif kind == "single sign-on":
+            self._login_file.write_text(self._login_file.read_text().replace("2099", "2001"))
+
     def expiring(self, case: Case, kind: str, *, again: bool) -> Callable[[Any], Answer | None]:
         """Answers of S3 that refuse keys once they ran out."""
         expired: set[str] = set()
@@ -290,10 +298,12 @@ def prepared(
             places.take_away(kind, variables)
         elif condition == "wrong":
             places.spoil(kind, variables)
+        elif condition == "expired":
+            places.end(kind)
         if kind == "session token":
             port = stack.enter_context(serving(_with_sessions(condition, case.made_up)))
             variables["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
-        elif condition.startswith("expired"):
+        elif condition.startswith("expired, "):
             refuse = places.expiring(case, kind, again=condition == "expired, and refused again")
             variables["AWS_ENDPOINT_URL"] = fronted(refuse)
         environ = {**server.environ(), **variables}
