@@ -471,7 +471,7 @@ AZURE = Store(
         ),
         Kind(
             "account key",
-            "`AZURE_STORAGE_ACCOUNT_NAME=my-account AZURE_STORAGE_ACCOUNT_KEY=...`",
+            "`AZURE_STORAGE_ACCOUNT_NAME=myaccount AZURE_STORAGE_ACCOUNT_KEY=...`",
             {
                 "valid": _loads("emulator"),
                 "missing": _fails(_AZURE_NONE, "no server"),
@@ -481,7 +481,7 @@ AZURE = Store(
         ),
         Kind(
             "SAS token",
-            '`AZURE_STORAGE_ACCOUNT_NAME=my-account AZURE_STORAGE_SAS_TOKEN="sp=rl&..."`',
+            '`AZURE_STORAGE_ACCOUNT_NAME=myaccount AZURE_STORAGE_SAS_TOKEN="sp=rl&..."`',
             {
                 "valid": _loads("emulator"),
                 "missing": _fails(_AZURE_NONE, "no server"),
