@@ -96,6 +96,7 @@ class S3Storage(HttpStorage):
             names=NAMES,
             closed=lambda: pool.closed,
         )
+        failures.anonymous = identity is None
         reader = RangeReader(
             pool,
             S3Requests(client, uri.authority, pool, read_timeout_seconds, clock),
