@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from modelexpress_core.errors import BackendError
 from modelexpress_core.storage.http.connections import ConnectionPool
 from modelexpress_core.storage.http.failures import Failures
+from modelexpress_core.storage.http.listings import ListingPage, entries_of_pages
 from modelexpress_core.storage.http.ranges import RangeReader
 
 __all__ = ["HttpStorage"]
 
+E = TypeVar("E")
+
 
 class HttpStorage:
     """A storage without ``list`` and ``stat``, which a plugin adds: its class inherits this one.
+
+    What begins with an underscore is for such classes: ``_pool``, ``_failures``, ``_read_timeout_seconds``,
+    ``_entries`` and ``_explained``.
 
     Args:
         reader: Reads ranges.
         pool: Its connections, which are closed with the storage.
         failures: Explains what goes wrong.
         read_timeout_seconds: How long requests other than reads wait for the next bytes.
+        clock: Seconds; says how long a listing takes.
     """
 
     def __init__(
-        self, reader: RangeReader, pool: ConnectionPool, failures: Failures, *, read_timeout_seconds: float
+        self,
+        reader: RangeReader,
+        pool: ConnectionPool,
+        failures: Failures,
+        *,
+        read_timeout_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._reader = reader
         self._pool = pool
         self._failures = failures
         self._read_timeout_seconds = read_timeout_seconds
+        self._clock = clock
 
     @property
     def patience_seconds(self) -> float:
@@ -47,6 +63,20 @@ class HttpStorage:
     def close(self) -> None:
         """Shut the connections down; reads that are under way in other threads fail at once."""
         self._pool.close()
+
+    def _entries(
+        self, page: Callable[[str | None], ListingPage[E]], path: str, operation: str, *, things: str = "objects"
+    ) -> Iterator[E]:
+        """The entries of all pages of a listing, as ``entries_of_pages`` yields them."""
+        return entries_of_pages(
+            page,
+            self._failures,
+            path,
+            operation,
+            read_timeout_seconds=self._read_timeout_seconds,
+            clock=self._clock,
+            things=things,
+        )
 
     @contextlib.contextmanager
     def _explained(self, path: str, operation: str) -> Iterator[None]:

@@ -27,7 +27,6 @@ from modelexpress_core.storage.http import (
     RangeReader,
     Refusal,
     endpoint_of,
-    entries_of_pages,
     exchange,
     hex_of_base64,
 )
@@ -86,7 +85,6 @@ class AzureStorage(HttpStorage):
         self._location = location
         self._identity = identity
         self._ca_bundle = ca_bundle
-        self._clock = clock
         kind = "key" if location.key is not None else "sas" if location.sas is not None else "token"
         self._kind = "anonymous" if kind == "token" and identity is None else kind
         failures = AzureFailures(
@@ -100,7 +98,7 @@ class AzureStorage(HttpStorage):
         )
         self._requests = AzureRequests(location, identity, now)
         reader = RangeReader(pool, self._requests, failures, read_timeout_seconds=read_timeout_seconds)
-        super().__init__(reader, pool, failures, read_timeout_seconds=read_timeout_seconds)
+        super().__init__(reader, pool, failures, read_timeout_seconds=read_timeout_seconds, clock=clock)
 
     def endpoint(self) -> Endpoint:
         """Where requests go."""
@@ -136,16 +134,11 @@ class AzureStorage(HttpStorage):
             "prefix": f"{directory}/" if directory else "",
         }
         start = "" if self._location.container is not None else f"{container}/"
-        entries = entries_of_pages(
-            lambda mark: self._page(container, {**parameters, "marker": mark or ""}, prefix, operation),
-            self._failures,
-            prefix,
-            operation,
-            read_timeout_seconds=self._read_timeout_seconds,
-            clock=self._clock,
-            things="blobs",
-        )
-        for entry in entries:
+
+        def page(mark: str | None) -> ListingPage[Entry]:
+            return self._page(container, {**parameters, "marker": mark or ""}, prefix, operation)
+
+        for entry in self._entries(page, prefix, operation, things="blobs"):
             if not (entry.directory or entry.name.endswith("/")):
                 yield self._listed(entry, f"{start}{entry.name}", operation)
 

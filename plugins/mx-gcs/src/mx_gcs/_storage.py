@@ -21,7 +21,6 @@ from modelexpress_core.storage.http import (
     RangeReader,
     check_uri,
     endpoint_of,
-    entries_of_pages,
     hex_of_base64,
 )
 from modelexpress_core.storage.http.service_errors import shown_origin
@@ -71,7 +70,6 @@ class GcsStorage(HttpStorage):
     ) -> None:
         self._settings = settings
         self._identity = identity
-        self._clock = clock
         failures = GcsFailures(
             PROVIDER,
             uri,
@@ -96,7 +94,7 @@ class GcsStorage(HttpStorage):
             versions=VERSIONS,
             encoding_headers=ENCODING_HEADERS,
         )
-        super().__init__(reader, pool, failures, read_timeout_seconds=settings.read_timeout_seconds)
+        super().__init__(reader, pool, failures, read_timeout_seconds=settings.read_timeout_seconds, clock=clock)
 
     def endpoint(self) -> Endpoint:
         """Where requests go."""
@@ -114,15 +112,7 @@ class GcsStorage(HttpStorage):
         """The objects below ``prefix``, a page of a thousand at a time; names that end in a slash are directories."""
         operation = "list the objects"
         folder = f"{prefix}/" if prefix else ""
-        items = entries_of_pages(
-            lambda mark: self._page(folder, mark, prefix, operation),
-            self._failures,
-            prefix,
-            operation,
-            read_timeout_seconds=self._settings.read_timeout_seconds,
-            clock=self._clock,
-        )
-        for item in items:
+        for item in self._entries(lambda mark: self._page(folder, mark, prefix, operation), prefix, operation):
             info = self._info(item, prefix, operation)
             if not info.path.startswith(folder):
                 reason = "the listing has objects of another directory"

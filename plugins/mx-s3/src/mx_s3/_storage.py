@@ -32,7 +32,6 @@ from modelexpress_core.storage.http import (
     RangeReader,
     check_uri,
     endpoint_of,
-    entries_of_pages,
     hex_of_base64,
     md5_of_etag,
 )
@@ -88,7 +87,6 @@ class S3Storage(HttpStorage):
         self._bucket = uri.authority
         self._identity = identity
         self._ca_bundle = ca_bundle
-        self._clock = clock
         failures = S3Failures(
             PROVIDER,
             uri,
@@ -104,7 +102,7 @@ class S3Storage(HttpStorage):
             read_timeout_seconds=read_timeout_seconds,
             ignored_encodings=IGNORED_ENCODINGS,
         )
-        super().__init__(reader, pool, failures, read_timeout_seconds=read_timeout_seconds)
+        super().__init__(reader, pool, failures, read_timeout_seconds=read_timeout_seconds, clock=clock)
         client.meta.events.register("before-call.s3.HeadBucket", _stay)
         if identity is not None:
             identity.watch(client)
@@ -143,16 +141,8 @@ class S3Storage(HttpStorage):
         """The objects below ``prefix``, a page of a thousand at a time; keys that end in a slash are directories."""
         prefix = prefix.strip("/")
         operation = "list the objects"
-        self._failures.check_open(prefix, operation)
-        entries = entries_of_pages(
-            lambda mark: self._page(f"{prefix}/" if prefix else "", mark),
-            self._failures,
-            prefix,
-            operation,
-            read_timeout_seconds=self._read_timeout_seconds,
-            clock=self._clock,
-        )
-        for entry in entries:
+        folder = f"{prefix}/" if prefix else ""
+        for entry in self._entries(lambda mark: self._page(folder, mark), prefix, operation):
             if not entry["Key"].endswith("/"):
                 yield ObjectInfo(entry["Key"], entry["Size"], self._etag(entry, entry["Key"], operation))
 
