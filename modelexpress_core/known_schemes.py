@@ -38,7 +38,7 @@ KNOWN_SCHEMES: Mapping[str, KnownScheme] = {
     "hf": KnownScheme("mx-hf"),
     "mx": KnownScheme("mx-grpc-stream"),
     "mxs": KnownScheme("mx-grpc-stream"),
-    "grpc": KnownScheme("mx-grpc-stream"),
+    "grpc": KnownScheme("mx-grpc-stream", "grpc"),
     "nixl": KnownScheme("mx-nixl"),
 }
 
