@@ -11,8 +11,16 @@ __all__ = ["EXPLAINED_CODES", "explain_verification_error"]
 _EXPLANATIONS: Mapping[int, tuple[str, str, str]] = {
     9: ("is not valid yet", "the clock of this machine is slow", "set the clock (chronyc tracking, timedatectl)"),
     10: ("has expired", "it was not renewed, or the clock of this machine is fast", "renew it, and check the clock"),
-    62: ("is for another host", "the name in the endpoint is not one that the certificate has", "use one that it has"),
-    64: ("is for another host", "the address in the endpoint is none that the certificate has", "use a name it has"),
+    62: (
+        "is for another host",
+        "the name in the endpoint is not one that the certificate has",
+        "use a host name that the certificate has",
+    ),
+    64: (
+        "is for another host",
+        "the address in the endpoint is none that the certificate has",
+        "use a host name that the certificate has",
+    ),
 }
 
 #: OpenSSL's verification errors that do not mean an unknown authority.

@@ -110,7 +110,9 @@ class _Opening:
         )
 
     def _fault(self, message: str, *, file: str = "", cause: str | None = None, hint: str) -> CheckpointError:
-        return CheckpointError(f"{self._uri}: {message}", uri=str(self._uri), file=file, cause=cause, hint=hint)
+        return CheckpointError(
+            f"could not open {self._uri}: {message}", uri=str(self._uri), file=file, cause=cause, hint=hint
+        )
 
     def _twice(self, info: TensorInfo, other: TensorInfo) -> CheckpointError:
         files = f"{printable(other.file.name)} and {printable(info.file.name)}"
@@ -150,10 +152,17 @@ class _Opening:
         start = f"{prefix.rstrip('/')}/" if prefix else ""
         try:
             found = list(islice(self._storage.list(prefix), _MAX_OBJECTS + 1))
-        except (AccessDeniedError, UnsupportedError):
+        except (AccessDeniedError, UnsupportedError) as refused:
             # Without the right to list, stores answer "denied" for objects that do not exist.
             absent = (NotFoundError, AccessDeniedError)
-            probed = {name: self._probe(name, absent) for name in likely}
+            try:
+                probed = {name: self._probe(name, absent) for name in likely}
+            except BackendError as exc:
+                if type(exc) is not BackendError:
+                    raise
+                # A status that no table knows says less than the refusal of the listing: an expired token of S3 gets
+                # a bare 400 for the size of an object.
+                raise refused from exc
             present = {name: info for name, info in probed.items() if info is not None}
             if not present:
                 raise

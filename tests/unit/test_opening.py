@@ -180,7 +180,7 @@ def opened(files: Mapping[str, bytes], name: str = "") -> Checkpoint:
 def refused(files: Mapping[str, bytes], name: str = "") -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
         opened(files, name)
-    assert str(caught.value).startswith(f"{caught.value.uri}: ")
+    assert str(caught.value).startswith(f"could not open {caught.value.uri}: ")
     assert "memory://tests/model" in caught.value.uri
     assert caught.value.file in str(caught.value)
     assert caught.value.hint
@@ -768,6 +768,24 @@ def test_listing_denied_and_nothing_usual_there(hides: bool) -> None:
     """Where none of the usual names is there, the refusal to list is what is reported."""
     with pytest.raises(AccessDeniedError, match="list the files of memory://tests/model"):
         open_files(ListingDenied(memory_storage(NO_INDEX), hides=hides), DIRECTORY)
+
+
+def test_listing_denied_and_a_status_that_says_less() -> None:
+    """A failure that no table knows does not hide why the listing was refused; any other failure is reported."""
+
+    class Vague(ListingDenied):
+        failure: type[BackendError] = BackendError
+
+        def stat(self, path: str) -> ObjectInfo:
+            raise self.failure("HTTP 400", uri=f"memory://tests/{path}", operation="read the size")
+
+    class Busy(Vague):
+        failure = UnavailableError
+
+    with pytest.raises(AccessDeniedError, match="list the files of memory://tests/model"):
+        open_files(Vague(memory_storage(NO_INDEX)), DIRECTORY)
+    with pytest.raises(UnavailableError, match="read the size"):
+        open_files(Busy(memory_storage(NO_INDEX)), DIRECTORY)
 
 
 def test_listing_denied_but_stat_allowed_and_a_shard_is_missing() -> None:
