@@ -1,0 +1,70 @@
+"""Scripted failures over all stores: class, object, operation, cause, next step, time, and what ``mx doctor`` finds.
+
+The failures, and the words that are expected of each message, are those of the benchmark ``errors``.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.errors import BOUND_SECONDS, ENVIRON, PARTS, found_by_doctor, load, points, same_cause
+from benchmarks.failures import FAILURES, SERVERS, Failure, Site
+
+pytestmark = pytest.mark.slow
+
+_FIXTURES = {"S3": "s3_server", "GCS": "gcs_server", "Azure": "azurite"}
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Site]:
+    """The sites that were used already, by store, and whether the server runs."""
+    return {}
+
+
+@pytest.fixture
+def site(
+    failure: Failure,
+    sites: dict[tuple[str, bool], Site],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Site:
+    for name, value in ENVIRON.items():
+        monkeypatch.setenv(name, value)
+    key = failure.store, failure.needs_server and failure.store in _FIXTURES
+    if key not in sites:
+        server = request.getfixturevalue(_FIXTURES[failure.store]) if key[1] else None
+        sites[key] = SERVERS[failure.store][0](tmp_path_factory.mktemp("errors"), server)
+    return sites[key]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.slug)
+def test_a_failure_is_explained(failure: Failure, site: Site) -> None:
+    """The final error has the right class and all parts of a message, and comes in time."""
+    with failure.scene(site, failure.slug) as scene:
+        outcome = load(scene)
+
+    assert failure.error == outcome.error, outcome.message
+    found = points(failure, scene, outcome.message, outcome.seconds)
+    assert dict.fromkeys(PARTS, True) == found, f"{outcome.message}\nafter {outcome.seconds:.1f} s"
+
+
+@pytest.mark.parametrize(
+    "failure", [failure for failure in FAILURES if failure.doctor], ids=lambda failure: failure.slug
+)
+def test_the_doctor_finds_the_cause(failure: Failure, site: Site) -> None:
+    """The first step that fails names the cause that a load names, and a model that cannot be loaded is called that."""
+    with failure.scene(site, failure.slug) as scene:
+        step = found_by_doctor(scene)
+
+    assert step is not None, "mx doctor says that the model can be loaded"
+    assert same_cause(failure, scene, step), f"{step.name}: {step.seen}\n{step.cause}"
+    assert step.hint
+
+
+def test_the_failures_cover_all_stores() -> None:
+    """At least 25 failures, some on each store, each with a name of its own."""
+    assert len(FAILURES) >= 25
+    assert {"S3", "GCS", "Azure", "file"} == {failure.store for failure in FAILURES}
+    assert len(FAILURES) == len({failure.slug for failure in FAILURES})
+    assert BOUND_SECONDS <= 10
