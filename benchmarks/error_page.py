@@ -52,15 +52,16 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
     late = sum(row["runai seconds"] > BOUND_SECONDS for row in both)
     visible = [row for row in rows if row["details"]["doctor visible"]]
     settings = ", ".join(f"`{name}={value}`" for name, value in SETTINGS.items())
+    score, alone, ours = (_mean(both, key) for key in ("runai score", "runai without its log", "score"))
     full = sum(row["score"] == most for row in rows)
     found = sum(bool(row["doctor"]) for row in visible)
     return f"""\
 - {len(rows)} failures. ModelExpress has all {most} points in {full} of them; the longest time to a final error was
   {max(row["seconds"] for row in rows):.1f} s.
 - `mx doctor` was asked about {len(visible)} of them, and finds the same cause in {found}.
-- runai-model-streamer met {len(both)} of them. With its log, it has {_mean(both, "runai score")} points on average, and
-  {_mean(both, "runai without its log")} without (ModelExpress: {_mean(both, "score")}). In {wrong} it returned wrong bytes
-  without an error, in {late} there was no error within {BOUND_SECONDS:.0f} s.
+- runai-model-streamer met {len(both)} of them. With its log, it has {score} points on average, and {alone} without;
+  ModelExpress has {ours}. In {wrong} it returned wrong bytes without an error, in {late} there was no error within
+  {BOUND_SECONDS:.0f} s.
 - `s` was measured with {settings};
   `by default` with the default settings. runai-model-streamer ran with its default settings, and was ended after 60 s.
 """
