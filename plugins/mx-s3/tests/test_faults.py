@@ -87,6 +87,7 @@ def test_silence_is_a_deadline(proxied: Callable[..., tuple[S3Storage, TcpProxy]
         storage.read_into("faults/object", 0, memoryview(bytearray(9)), version=etag)
 
     assert caught.value.retryable
+    assert "sent nothing for 0.3 s [TimeoutError]" in str(caught.value)
     assert 0.25 < time.monotonic() - started < 5
 
 

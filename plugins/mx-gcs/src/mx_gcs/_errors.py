@@ -40,7 +40,7 @@ __all__ = [
 PROVIDER = "mx-gcs"
 
 NAMES = SettingNames(
-    endpoint="MX_GCS_ENDPOINT",
+    endpoint="MX_GCS_ENDPOINT (or STORAGE_EMULATOR_HOST)",
     ca_bundle="MX_GCS_CA_BUNDLE",
     read_timeout="MX_GCS_READ_TIMEOUT_SECONDS (or MX_STALL_SECONDS)",
 )
