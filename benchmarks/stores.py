@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from attrs import frozen
@@ -88,8 +87,8 @@ def _gcs() -> Iterator[Store]:
 def _azure() -> Iterator[Store]:
     with Azurite(_BUCKET) as server, contextlib.closing(server.client()) as client:
 
-        def put(name: str, content: bytes, **options: Any) -> object:
-            return client.get_blob_client(_BUCKET, name).upload_blob(content, overwrite=True, **options)
+        def put(name: str, content: bytes) -> object:
+            return client.get_blob_client(_BUCKET, name).upload_blob(content, overwrite=True)
 
         yield Store(
             name="Azure",
