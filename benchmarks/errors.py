@@ -89,11 +89,11 @@ class Outcome:
     log: str = ""
 
 
-def load(scene: Scene, settings: Mapping[str, str] = SETTINGS) -> Outcome:
-    """Load with ModelExpress in this process."""
+def load(scene: Scene, settings: Mapping[str, str] = SETTINGS, plugins: mx.PluginManager | None = None) -> Outcome:
+    """Load with ModelExpress in this process; with plugins that were found before, if there are any."""
     begun = time.monotonic()
     try:
-        mx.load_state_dict(scene.uri, environ={**scene.environ, **settings})
+        mx.load_state_dict(scene.uri, environ={**scene.environ, **settings}, plugins=plugins)
     except mx.ModelExpressError as exc:
         return Outcome(type(exc).__name__, str(exc), time.monotonic() - begun)
     return Outcome("", "it loaded", time.monotonic() - begun)
@@ -149,9 +149,10 @@ def points(failure: Failure, scene: Scene, text: str, seconds: float) -> dict[st
     }
 
 
-def found_by_doctor(scene: Scene) -> Step | None:
+def found_by_doctor(scene: Scene, plugins: mx.PluginManager | None = None) -> Step | None:
     """The first step that fails when ``mx doctor`` examines it; None if it finds that the model can be loaded."""
-    steps = list(diagnose(scene.uri, environ={**scene.environ, **SETTINGS}, timeout_seconds=1.0))
+    environ = {**scene.environ, **SETTINGS}
+    steps = list(diagnose(scene.uri, environ=environ, plugins=plugins, timeout_seconds=1.0))
     return None if can_load(steps) else next(step for step in steps if step.status == "failed")
 
 
@@ -221,6 +222,7 @@ def _sites(stack: contextlib.ExitStack, scratch: Path, stores: set[str], absent:
             continue
         try:
             sites[store] = site(scratch, None if server is None else stack.enter_context(server()))
+            stack.callback(sites[store].close)
         except ToolMissingError as exc:
             absent.append(Absent(store, str(exc)))
     return sites

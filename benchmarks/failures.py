@@ -80,6 +80,7 @@ class Site:
         runai_credentials: The same for runai-model-streamer.
         put: Stores an object below the bucket, with options of the store's own.
         server: The server; None where none runs.
+        close: Closes the client that stores objects.
     """
 
     store: str
@@ -89,6 +90,7 @@ class Site:
     runai_credentials: Mapping[str, str]
     put: Callable[..., object]
     server: Any = field(default=None, repr=False)
+    close: Callable[[], object] = field(default=lambda: None, repr=False)
 
     def uri(self, slug: str) -> str:
         """Of the model of a failure."""
@@ -139,8 +141,8 @@ class Scene:
 class Failure:
     """One failure, and what a message about it should say.
 
-    The patterns ignore case, and are the same for all who are scored. They were written down before any message was
-    read.
+    The patterns ignore case, and are the same for all who are scored. They say what the failure is and what mends it,
+    in the words of the field and of the store.
 
     Attributes:
         slug: Its name in files and tests.
@@ -208,7 +210,16 @@ def s3_site(scratch: Path, server: SeaweedFS | None) -> Site:
         return client.put_object(Bucket=_BUCKET, Key=key, Body=content, **options)
 
     environ = server.environ()
-    return Site("S3", scratch, int(urlsplit(server.endpoint).port or 0), environ, _of_runai_s3(environ), put, server)
+    return Site(
+        "S3",
+        scratch,
+        int(urlsplit(server.endpoint).port or 0),
+        environ,
+        _of_runai_s3(environ),
+        put,
+        server,
+        client.close,
+    )
 
 
 def _of_runai_s3(environ: Mapping[str, str]) -> dict[str, str]:
@@ -236,7 +247,7 @@ def azure_site(scratch: Path, server: Azurite | None) -> Site:
         return blob
 
     theirs = {"AZURE_STORAGE_ACCOUNT_NAME": server.account, "AZURE_STORAGE_ACCOUNT_KEY": server.key}
-    return Site("Azure", scratch, server.port, server.environ(), theirs, put, server)
+    return Site("Azure", scratch, server.port, server.environ(), theirs, put, server, client.close)
 
 
 def file_site(scratch: Path, _server: object = None) -> Site:

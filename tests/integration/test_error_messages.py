@@ -5,8 +5,11 @@ The failures, and the words that are expected of each message, are those of the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+import modelexpress_core as mx
 from benchmarks.errors import BOUND_SECONDS, ENVIRON, PARTS, found_by_doctor, load, points, same_cause
 from benchmarks.failures import FAILURES, SERVERS, Failure, Site
 
@@ -16,9 +19,18 @@ _FIXTURES = {"S3": "s3_server", "GCS": "gcs_server", "Azure": "azurite"}
 
 
 @pytest.fixture(scope="module")
-def sites(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Site]:
+def sites() -> Iterator[dict[tuple[str, bool], Site]]:
     """The sites that were used already, by store, and whether the server runs."""
-    return {}
+    found: dict[tuple[str, bool], Site] = {}
+    yield found
+    for site in found.values():
+        site.close()
+
+
+@pytest.fixture(scope="module")
+def plugins() -> mx.PluginManager:
+    """Looking for plugins takes longer than most failures."""
+    return mx.PluginManager.discover({})
 
 
 @pytest.fixture
@@ -39,10 +51,10 @@ def site(
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.slug)
-def test_a_failure_is_explained(failure: Failure, site: Site) -> None:
+def test_a_failure_is_explained(failure: Failure, site: Site, plugins: mx.PluginManager) -> None:
     """The final error has the right class and all parts of a message, and comes in time."""
     with failure.scene(site, failure.slug) as scene:
-        outcome = load(scene)
+        outcome = load(scene, plugins=plugins)
 
     assert failure.error == outcome.error, outcome.message
     found = points(failure, scene, outcome.message, outcome.seconds)
@@ -52,10 +64,10 @@ def test_a_failure_is_explained(failure: Failure, site: Site) -> None:
 @pytest.mark.parametrize(
     "failure", [failure for failure in FAILURES if failure.doctor], ids=lambda failure: failure.slug
 )
-def test_the_doctor_finds_the_cause(failure: Failure, site: Site) -> None:
+def test_the_doctor_finds_the_cause(failure: Failure, site: Site, plugins: mx.PluginManager) -> None:
     """The first step that fails names the cause that a load names, and a model that cannot be loaded is called that."""
     with failure.scene(site, failure.slug) as scene:
-        step = found_by_doctor(scene)
+        step = found_by_doctor(scene, plugins)
 
     assert step is not None, "mx doctor says that the model can be loaded"
     assert same_cause(failure, scene, step), f"{step.name}: {step.seen}\n{step.cause}"
