@@ -63,7 +63,8 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
   ModelExpress has {ours}. In {wrong} it returned wrong bytes without an error, in {late} there was no error within
   {BOUND_SECONDS:.0f} s.
 - `s` was measured with {settings};
-  `by default` with the default settings. runai-model-streamer ran with its default settings, and was ended after 60 s.
+  `by default` with the default settings, many loads at a time. runai-model-streamer ran with its default settings, and
+  was ended after 60 s.
 """
 
 

@@ -176,6 +176,8 @@ def run(plan: Plan) -> Report:
         sites = _sites(stack, scratch, {failure.store for failure in chosen}, absent)
         present = [failure for failure in chosen if failure.store in sites]
         plan.say(f"{len(present)} failures: our message, and what mx doctor finds")
+        for failure in {failure.store: failure for failure in present}.values():
+            _by_default(failure, sites[failure.store])  # imports what loads from the store need
         rows = [_ours(failure, sites[failure.store]) for failure in present]
         if not plan.quick:
             plan.say("with default settings")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 
@@ -22,7 +23,9 @@ def _main(path: str) -> None:
         digest = hashlib.sha256(b"".join(found[name].numpy().tobytes() for name in sorted(found))).hexdigest()
     except BaseException as exc:  # noqa: BLE001 - whatever a user would see
         error, message = type(exc).__name__, str(exc)
-    print(json.dumps({"error": error, "message": message, "seconds": time.monotonic() - begun, "digest": digest}))
+    answer = {"error": error, "message": message, "seconds": time.monotonic() - begun, "digest": digest}
+    print(json.dumps(answer), flush=True)
+    os._exit(0)  # threads of its library can keep the process from ending
 
 
 if __name__ == "__main__":
