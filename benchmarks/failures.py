@@ -734,7 +734,7 @@ FAILURES: tuple[Failure, ...] = (
             "certificate of an unknown authority",
             "UnavailableError",
             _UNTRUSTED,
-            _step(f"{variable}|authority|CA bundle"),
+            _step(variable),
             _with_certificate("127.0.0.1", trusted=False),
             needs_server=False,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Mapping
 
-__all__ = ["EXPLAINED_CODES", "explain_verification_error"]
+__all__ = ["EXPLAINED_CODES", "UNTRUSTED_HINT", "explain_verification_error"]
 
 #: OpenSSL's verification error -> (what is wrong, likely cause, next step).
 _EXPLANATIONS: Mapping[int, tuple[str, str, str]] = {
@@ -26,10 +26,13 @@ _EXPLANATIONS: Mapping[int, tuple[str, str, str]] = {
 #: OpenSSL's verification errors that do not mean an unknown authority.
 EXPLAINED_CODES = frozenset(_EXPLANATIONS)
 
+#: The next step where the authority is unknown; who knows the name of the setting says more.
+UNTRUSTED_HINT = "name the file with that authority's certificate"
+
 _UNTRUSTED = (
     "is not trusted",
     "it was signed by an authority of your own, or by a proxy that looks into connections",
-    "name the file with that authority's certificate",
+    UNTRUSTED_HINT,
 )
 
 

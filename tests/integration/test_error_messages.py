@@ -5,6 +5,7 @@ The failures, and the words that are expected of each message, are those of the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -65,13 +66,13 @@ def test_a_failure_is_explained(failure: Failure, site: Site, plugins: mx.Plugin
     "failure", [failure for failure in FAILURES if failure.doctor], ids=lambda failure: failure.slug
 )
 def test_the_doctor_finds_the_cause(failure: Failure, site: Site, plugins: mx.PluginManager) -> None:
-    """The first step that fails names the cause that a load names, and a model that cannot be loaded is called that."""
+    """The first step that fails names cause and next step as a load does; the model is not called loadable."""
     with failure.scene(site, failure.slug) as scene:
         step = found_by_doctor(scene, plugins)
 
     assert step is not None, "mx doctor says that the model can be loaded"
     assert same_cause(failure, scene, step), f"{step.name}: {step.seen}\n{step.cause}"
-    assert step.hint
+    assert re.search(failure.next_step, step.hint or "", re.IGNORECASE), step.hint
 
 
 def test_the_failures_cover_all_stores() -> None:
