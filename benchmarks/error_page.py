@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def _messages(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _without_object(headline: str) -> str:
     """What came back; what was tried on which object comes before it in each message."""
-    tried, _, seen = headline.partition(": ")
+    tried, _, seen = re.sub(r" \[\w+\]", "", headline).partition(": ")  # without names of exceptions
     return seen if tried.startswith("could not ") else headline
 
 

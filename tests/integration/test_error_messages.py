@@ -12,7 +12,7 @@ import pytest
 
 import modelexpress_core as mx
 from benchmarks.errors import BOUND_SECONDS, ENVIRON, PARTS, found_by_doctor, load, points, same_cause
-from benchmarks.failures import FAILURES, SERVERS, Failure, Site
+from benchmarks.failures import FAILURES, SERVERS, Failure, Scene, Site
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +73,23 @@ def test_the_doctor_finds_the_cause(failure: Failure, site: Site, plugins: mx.Pl
     assert step is not None, "mx doctor says that the model can be loaded"
     assert same_cause(failure, scene, step), f"{step.name}: {step.seen}\n{step.cause}"
     assert re.search(failure.next_step, step.hint or "", re.IGNORECASE), step.hint
+
+
+@pytest.mark.parametrize(
+    ("message", "seconds", "expected"),
+    [
+        ("", 1.0, set()),
+        ("File access error", 1.0, {"in time"}),
+        ("could not read gs://models/errors/missing-shard-file: HTTP 403", 11.0, {"object", "operation"}),
+        ("model-00002-of-00002.safetensors is missing. Copy it again", 1.0, {"cause", "next step", "in time"}),
+    ],
+)
+def test_points_are_given_by_rules(message: str, seconds: float, expected: set[str]) -> None:
+    """Each part counts alone, and the name of a failure in the path of its model counts for nothing."""
+    failure = next(failure for failure in FAILURES if failure.slug == "missing-shard-file")
+    scene = Scene("gs://models/errors/missing-shard-file", {})
+
+    assert expected == {part for part, found in points(failure, scene, message, seconds).items() if found}
 
 
 def test_the_failures_cover_all_stores() -> None:
