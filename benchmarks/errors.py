@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ __all__ = [
     "found_by_doctor",
     "load",
     "points",
+    "refreshed",
     "run",
     "same_cause",
+    "steady",
 ]
 
 #: The final error comes within this time.
@@ -213,6 +215,31 @@ def run(plan: Plan) -> Report:
     )
 
 
+def refreshed(rows: Sequence[Mapping[str, Any]], scratch: Path) -> list[dict[str, Any]]:
+    """The rows with our messages of today; what takes minutes stays: default settings, and runai-model-streamer.
+
+    Raises:
+        ToolMissingError: A server is missing.
+    """
+    os.environ.update(ENVIRON)
+    failures = {failure.slug: failure for failure in FAILURES}
+    found = []
+    with contextlib.ExitStack() as stack:
+        absent: list[Absent] = []
+        sites = _sites(stack, scratch, set(SERVERS), absent)
+        if absent:
+            raise ToolMissingError(absent[0].reason)
+        for failure in {failure.store: failure for failure in FAILURES}.values():
+            with failure.scene(sites[failure.store], failure.slug) as scene:
+                load(scene)  # imports what loads from the store need
+        for row in rows:
+            failure = failures[row["details"]["slug"]]
+            ours = {**_ours(failure, sites[failure.store]), "by default": row["by default"]}
+            details = steady(ours["details"], scratch)
+            found.append({**row, **ours, "details": {**details, "runai": row["details"]["runai"]}})
+    return found
+
+
 def _listed(settings: Mapping[str, str]) -> str:
     return " ".join(f"{name}={value}" for name, value in settings.items())
 
@@ -297,13 +324,14 @@ def _joined(row: dict[str, Any], theirs: dict[str, Any], scratch: Path) -> dict[
         "runai score": theirs["score"],
         "runai without its log": theirs.get("alone"),
         "runai seconds": theirs["seconds"],
-        "details": _steady(details, scratch),
+        "details": steady(details, scratch),
     }
 
 
-def _steady(value: Any, scratch: Path) -> Any:  # noqa: ANN401 - JSON
+def steady(value: Any, scratch: Path) -> Any:  # noqa: ANN401 - JSON
+    """The texts in ``value`` without what differs from run to run: directories, ports, ids of requests."""
     if isinstance(value, dict):
-        return {key: _steady(item, scratch) for key, item in value.items()}
+        return {key: steady(item, scratch) for key, item in value.items()}
     if not isinstance(value, str):
         return value
     value = value.replace(str(scratch), "/models")

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 import modelexpress_core as mx
-from benchmarks.errors import BOUND_SECONDS, ENVIRON, PARTS, found_by_doctor, load, points, same_cause
+from benchmarks.error_page import report
+from benchmarks.errors import BOUND_SECONDS, ENVIRON, PARTS, found_by_doctor, load, points, same_cause, steady
 from benchmarks.failures import FAILURES, SERVERS, Failure, Scene, Site
 
 pytestmark = pytest.mark.slow
@@ -53,13 +54,16 @@ def site(
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.slug)
 def test_a_failure_is_explained(failure: Failure, site: Site, plugins: mx.PluginManager) -> None:
-    """The final error has the right class and all parts of a message, and comes in time."""
+    """The final error has the right class and all parts of a message, comes in time, and is the one in the docs."""
     with failure.scene(site, failure.slug) as scene:
         outcome = load(scene, plugins=plugins)
 
     assert failure.error == outcome.error, outcome.message
     found = points(failure, scene, outcome.message, outcome.seconds)
     assert dict.fromkeys(PARTS, True) == found, f"{outcome.message}\nafter {outcome.seconds:.1f} s"
+    shown = next(row["details"]["message"] for row in report()["rows"] if row["details"]["slug"] == failure.slug)
+    advice = steady(outcome.message, site.scratch).splitlines()[1:]
+    assert shown.splitlines()[1:] == advice, "run python -m benchmarks.error_page --update"
 
 
 @pytest.mark.parametrize(
