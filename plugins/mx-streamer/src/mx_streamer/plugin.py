@@ -52,6 +52,7 @@ def mx_register_storages() -> list[StorageProvider]:
                 read_batch=True,
                 diagnosis=True,
                 stat_digests=True,
+                global_versions=True,
                 concurrency=2,
                 most_concurrency=4,
                 request_cost_bytes=512 << 10,
