@@ -68,9 +68,7 @@ def test_tokens_are_the_same_from_every_store(
         azurite.upload(directory, "models", "vllm/every-store"): azurite.environ(),
     }
     run = {"model": str(directory), "tensor_parallel": 1}
-    ours = [
-        {**run, "load_format": "mx", "environ": {"MX_MODEL_URI": uri, **environ}} for uri, environ in uris.items()
-    ]
+    ours = [{**run, "load_format": "mx", "environ": {"MX_MODEL_URI": uri, **environ}} for uri, environ in uris.items()]
 
     (own, *results), printed = generated([{**run, "load_format": "auto"}, *ours], MX_FALLBACK="0")
 

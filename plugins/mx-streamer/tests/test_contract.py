@@ -15,7 +15,7 @@ from tests.support.network import CLOSED_PORT
 
 
 class TestStreamedFiles(StorageContract):
-    root_is_listable = False
+    root_is_listable = False  # it is the root directory of this machine
 
     @pytest.fixture
     def storage(self, opened: Callable[..., Any]) -> Any:
@@ -37,7 +37,7 @@ class TestStreamedFiles(StorageContract):
 
 
 class TestStreamedS3(StorageContract):
-    """Listings, and reads that stall, are those of the regular plugin, which has its own tests of them."""
+    """Pages of listings, and reads that stall, are those of the regular plugin, which has its own tests of them."""
 
     @pytest.fixture
     def storage(self, on_s3: Callable[..., Any]) -> Any:
@@ -71,7 +71,7 @@ class TestStreamedS3(StorageContract):
 
 class TestStreamerPlugin(PluginContract):
     distribution = "mx-streamer"
-    sdks = ("runai_model_streamer", "boto3", "numpy")
+    sdks = ("runai_model_streamer", "boto3", "google.auth", "azure.core", "numpy")
     example_uri = "file:///models/llama"
     first_party = True
 
