@@ -28,6 +28,7 @@ _UPLOADS: dict[str, dict[str, dict[str, str]]] = {
         "MD5 (ETag)": {},
     },
     "GCS": {"CRC32C and MD5": {}},
+    "Azure": {"MD5": {}},
 }
 
 
@@ -103,9 +104,9 @@ def run(plan: Plan) -> Report:
     corruptions = sum(row["corruptions"] for row in rows)
     return Report(
         "corruption",
-        f"an object of {len(content) / 1e3:.0f} kB on SeaweedFS (S3) and fake-gcs-server (GCS), read in ranges of "
-        f"{_CHUNK_BYTES >> 10} KiB through a proxy that flips one bit of one answer of each load; every tensor is "
-        "compared; fresh memory",
+        f"an object of {len(content) / 1e3:.0f} kB on SeaweedFS (S3), fake-gcs-server (GCS) and Azurite (Azure), read "
+        f"in ranges of {_CHUNK_BYTES >> 10} KiB through a proxy that flips one bit of one answer of each load; every "
+        "tensor is compared; fresh memory",
         rows,
         [
             Target("corruptions", corruptions, 1000.0 if not plan.quick else 1.0),

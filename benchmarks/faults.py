@@ -65,9 +65,9 @@ def run(plan: Plan) -> Report:
         rows += [{**row, "fetched twice": row["wire bytes / needed"] - clean} for row in of_store]
     return Report(
         "faults",
-        f"{total / 1e6:.0f} MB in 4 objects on SeaweedFS (S3) and fake-gcs-server (GCS), in reads of 64 KiB, through a "
-        f"proxy that fails a share of all requests: {', '.join(_KINDS)}, a quarter each, at any byte; every tensor is "
-        "compared; bytes are counted by the proxy; fresh memory",
+        f"{total / 1e6:.0f} MB in 4 objects on SeaweedFS (S3), fake-gcs-server (GCS) and Azurite (Azure), in reads of "
+        f"64 KiB, through a proxy that fails a share of all requests: {', '.join(_KINDS)}, a quarter each, at any "
+        "byte; every tensor is compared; bytes are counted by the proxy; fresh memory",
         rows,
         [
             *(

@@ -11,6 +11,7 @@ from attrs import frozen
 
 from benchmarks.measuring import Target
 from benchmarks.workers import Entry
+from devtools.azurite import Azurite
 from devtools.fake_gcs import FakeGcs
 from devtools.seaweedfs import SeaweedFS
 
@@ -31,7 +32,7 @@ class Store:
         uri: Of its bucket.
         port: Of its server, on 127.0.0.1.
         environ: Variables for access to it.
-        endpoint_variable: The variable with its URL.
+        endpoint_variable: The variable with its URL, which is in ``environ``.
         upload: Stores the files of a directory below a prefix, with digests; returns the URI.
         put: Stores an object, with options of the store's own.
     """
@@ -46,7 +47,8 @@ class Store:
 
     def environ_at(self, port: int) -> dict[str, str]:
         """Variables for access to it through a proxy."""
-        return {**self.environ, self.endpoint_variable: f"http://127.0.0.1:{port}"}
+        there = urlsplit(self.environ[self.endpoint_variable])._replace(netloc=f"127.0.0.1:{port}")
+        return {**self.environ, self.endpoint_variable: there.geturl()}
 
 
 @contextlib.contextmanager
@@ -81,8 +83,30 @@ def _gcs() -> Iterator[Store]:
         )
 
 
+@contextlib.contextmanager
+def _azure() -> Iterator[Store]:
+    with Azurite(_BUCKET) as server, contextlib.closing(server.client()) as client:
+
+        def put(name: str, content: bytes) -> object:
+            return client.get_blob_client(_BUCKET, name).upload_blob(content, overwrite=True)
+
+        yield Store(
+            name="Azure",
+            uri=f"az://{_BUCKET}",
+            port=server.port,
+            environ=server.environ(),
+            endpoint_variable="AZURE_STORAGE_ENDPOINT",
+            upload=lambda directory, prefix: server.upload(directory, _BUCKET, prefix),
+            put=put,
+        )
+
+
 #: Each starts the server of one store for a ``with`` block.
-STORES: Mapping[str, Callable[[], contextlib.AbstractContextManager[Store]]] = {"S3": _s3, "GCS": _gcs}
+STORES: Mapping[str, Callable[[], contextlib.AbstractContextManager[Store]]] = {
+    "S3": _s3,
+    "GCS": _gcs,
+    "Azure": _azure,
+}
 
 
 def fastest(measured: Sequence[Entry], workers: Collection[str]) -> float | None:

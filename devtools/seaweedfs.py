@@ -71,10 +71,11 @@ def _free_ports(count: int) -> list[int]:
 
 
 class SeaweedFS:
-    """A server with four users, which runs during the ``with`` block.
+    """A server with five users, which runs during the ``with`` block.
 
-    ``admin`` may do everything, ``reader`` may read and list one bucket, ``fetcher`` may read but not list it, and
-    ``stranger`` has valid credentials but no rights on it. Unsigned requests may read and list the bucket ``public``.
+    ``admin`` may do everything, ``reader`` may read and list one bucket, ``fetcher`` may read but not list it,
+    ``lister`` may list but not read it, and ``stranger`` has valid credentials but no rights on it. Unsigned requests
+    may read and list the bucket ``public``.
 
     Args:
         bucket: The bucket that ``reader`` may read. It is created at the start, as is ``public``.
@@ -98,7 +99,7 @@ class SeaweedFS:
         self._process: subprocess.Popen[bytes] | None = None
         self._keys = {
             name: (f"{name.upper():X<20}", f"{name}-secret-{os.urandom(8).hex()}")
-            for name in ("admin", "reader", "fetcher", "stranger")
+            for name in ("admin", "reader", "fetcher", "lister", "stranger")
         }
 
     def __enter__(self) -> SeaweedFS:
@@ -118,6 +119,7 @@ class SeaweedFS:
             "admin": ["Admin", "Read", "Write", "List", "Tagging"],
             "reader": [f"Read:{self.bucket}", f"List:{self.bucket}"],
             "fetcher": [f"Read:{self.bucket}"],
+            "lister": [f"List:{self.bucket}"],
             "stranger": ["Read:elsewhere"],
         }
         identities: list[dict[str, Any]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from modelexpress_core.fetch.concurrency import concurrency_for
 from modelexpress_core.fetch.engine import FetchEngine
 from modelexpress_core.fetch.ledger import Ledger
 from modelexpress_core.fetch.progress import ProgressReporter
@@ -18,4 +19,5 @@ __all__ = [
     "RetryingStorage",
     "Segment",
     "Ticket",
+    "concurrency_for",
 ]

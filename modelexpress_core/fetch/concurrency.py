@@ -5,10 +5,15 @@ and processor time, because threads wait for each other. The number is doubled f
 first doubling does not raise goodput, it is halved for as long as goodput holds. Later it is raised a little now and
 then, because networks change. If the storage throttles, it is lowered at once (additive increase, multiplicative
 decrease).
+
+A storage suggests the number to begin with, for the latency that its service usually has. If it answered faster while
+the checkpoint was opened, there is little latency to hide, and the CPUs of this machine are the limit: fewer reads are
+started then.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +42,10 @@ _STEP_INTERVAL = 12
 #: Throttling multiplies the limit by this, once in so many seconds.
 _THROTTLED_RATIO = 0.7
 _THROTTLED_SECONDS = 1.0
+#: If a read was answered within this time, a load begins with at most so many reads per CPU, and no fewer than so many.
+_NEAR_SECONDS = 0.01
+_NEAR_READS_PER_CPU = 2
+_LEAST_NEAR_READS = 4
 
 
 class ConcurrencyLimit(Protocol):
@@ -201,10 +210,26 @@ class SelfTunedConcurrency:
 
 
 def concurrency_for(
-    capabilities: StorageCapabilities, settings: LoadSettings, *, clock: Callable[[], float] = time.monotonic
+    capabilities: StorageCapabilities,
+    settings: LoadSettings,
+    *,
+    answer_seconds: float | None = None,
+    cpus: int | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> ConcurrencyLimit:
-    """The limit for one load: tuned from the storage's suggestion up to the lower of its bound and the user's."""
-    most = capabilities.most_concurrency
+    """The limit for one load: tuned from the storage's suggestion up to the lower of its bound and the user's.
+
+    Args:
+        capabilities: What the storage declares.
+        settings: The user's bound.
+        answer_seconds: How long the fastest read took so far; None if there was none.
+        cpus: Number of CPUs that this process may use; by default asked for.
+        clock: Returns the time in seconds.
+    """
+    start, most = capabilities.concurrency, capabilities.most_concurrency
+    if answer_seconds is not None and answer_seconds < _NEAR_SECONDS:
+        cpus = len(os.sched_getaffinity(0)) if cpus is None else cpus
+        start = min(start, max(_LEAST_NEAR_READS, _NEAR_READS_PER_CPU * cpus))
     if settings.concurrency is not None:
         most = min(most, settings.concurrency)
-    return SelfTunedConcurrency(capabilities.concurrency, most, clock)
+    return SelfTunedConcurrency(start, most, clock)

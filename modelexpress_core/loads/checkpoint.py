@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.contracts.candidates import Candidate
 from modelexpress_core.events import LoadProgress
-from modelexpress_core.fetch import FetchEngine
+from modelexpress_core.fetch import FetchEngine, concurrency_for
 from modelexpress_core.loads.context import LoadContext, redacted_uris
 from modelexpress_core.loads.destination import Destination
 from modelexpress_core.loads.load import Load, peak_rss_bytes
@@ -42,14 +42,23 @@ class CheckpointLoad(Load):
         self._registered, storage = self._plugins.open(STORAGE, self._uri, self._context.environ)
         self._closing.callback(storage.close)
         budget = self._context.new_budget()
-        self.checkpoint = self._context.read_headers(self._uri, self._registered, storage, budget, to_load=True)
-        provider = self._registered.provider
+        seconds: list[float] = []
+        self.checkpoint = self._context.read_headers(
+            self._uri,
+            self._registered,
+            storage,
+            budget,
+            to_load=True,
+            on_read=lambda taken, _whole: seconds.append(taken),
+        )
+        provider, settings = self._registered.provider, self._context.settings
         self.engine = self._engine = FetchEngine(
             storage,
-            self._context.settings,
+            settings,
             provider.capabilities,
             on_arrival=self._progress.arrived,
             budget=budget,
+            limit=concurrency_for(provider.capabilities, settings, answer_seconds=min(seconds, default=None)),
             uri_of=redacted_uris(self._uri),
         )
         self._announce(

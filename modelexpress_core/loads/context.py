@@ -63,6 +63,7 @@ class LoadContext:
         budget: RetryBudget,
         *,
         to_load: bool = False,
+        on_read: Callable[[float, bool], None] | None = None,
     ) -> Checkpoint:
         """Return the checkpoint at ``uri`` in an open storage, with retries as the settings say.
 
@@ -72,9 +73,10 @@ class LoadContext:
             storage: The storage.
             budget: Waiting time for retries.
             to_load: Whether a load follows, which needs the digests of the files.
+            on_read: As in ``RetryingStorage``.
         """
         policy = RetryPolicy.from_settings(self.settings)
-        retrying = RetryingStorage(storage, policy, budget, uri_of=redacted_uris(uri))
+        retrying = RetryingStorage(storage, policy, budget, on_read=on_read, uri_of=redacted_uris(uri))
         provider = registered.provider
         _log.debug("reading the headers below %s with %s", uri, registered.label)
         ask_digests = to_load and self.settings.verify_digests and provider.capabilities.stat_digests

@@ -128,6 +128,38 @@ def test_the_limit_never_falls_below_one() -> None:
     assert limit.reads == 1
 
 
+@pytest.mark.parametrize(
+    ("answer_seconds", "cpus", "start"),
+    [
+        (None, 2, 32),
+        (0.02, 2, 32),
+        (0.002, 1, 4),
+        (0.002, 2, 4),
+        (0.002, 8, 16),
+        (0.002, 100, 32),
+    ],
+)
+def test_a_load_from_near_by_begins_with_fewer_reads(answer_seconds: float | None, cpus: int, start: int) -> None:
+    """Where answers come at once, the CPUs are the limit, but never above the storage's suggestion."""
+    capabilities = StorageCapabilities(concurrency=32, most_concurrency=128)
+
+    limit = concurrency_for(capabilities, LoadSettings(), answer_seconds=answer_seconds, cpus=cpus)
+
+    assert start == limit.reads
+
+
+def test_a_wrong_guess_that_a_storage_is_near_costs_little() -> None:
+    """Fewer reads at the start are doubled for as long as goodput rises."""
+    capabilities = StorageCapabilities(concurrency=32, most_concurrency=128)
+    seconds = {}
+    for answer_seconds in (0.002, 0.02):
+        clock = Clock()
+        limit = concurrency_for(capabilities, LoadSettings(), answer_seconds=answer_seconds, cpus=2, clock=clock)
+        seconds[answer_seconds] = simulate(limit, clock, latency=0.02, cap=10e9, reads=5000)
+
+    assert seconds[0.002] < 1.1 * seconds[0.02]
+
+
 @pytest.mark.parametrize(("bound", "start", "most"), [(None, 8, 32), (3, 3, 3), (20, 8, 20), (1000, 8, 32)])
 def test_the_users_concurrency_is_an_upper_bound(bound: int | None, start: int, most: int) -> None:
     """The user's figure lowers the storage's bounds, and raises neither."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 import modelexpress_core as mx
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadStarted
-from modelexpress_core.providers import StorageProvider
+from modelexpress_core.providers import StorageCapabilities, StorageProvider
 from modelexpress_core.storage.memory import MemoryStorage, store
 
 STATE = {
@@ -367,3 +368,51 @@ def test_a_storage_that_lets_its_sdks_errors_through_is_named() -> None:
         mx.load_state_dict("careless://x/y", environ={}, plugins=manager(Plugin()))
 
     assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+
+
+class Far(MemoryStorage):
+    """A storage whose answers to the first read, that of the header, take ``latency_seconds``."""
+
+    def __init__(self, authority: str, latency_seconds: float) -> None:
+        super().__init__(authority)
+        self._latency_seconds = latency_seconds
+        self._lock = threading.Lock()
+        self._reading = 0
+        self.most_reading = 0
+        self.crowded = threading.Event()
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        if offset == 0:
+            time.sleep(self._latency_seconds)
+            return super().read_into(path, offset, buffer, version=version)
+        with self._lock:
+            self._reading += 1
+            self.most_reading = max(self.most_reading, self._reading)
+            if self._reading == 8:
+                self.crowded.set()
+        self.crowded.wait(0.3)
+        with self._lock:
+            self._reading -= 1
+        return super().read_into(path, offset, buffer, version=version)
+
+
+@pytest.mark.parametrize(("latency_seconds", "most_reading"), [(0.0, 4), (0.03, 8)])
+def test_a_load_begins_with_as_many_reads_as_the_latency_asks_for(
+    latency_seconds: float, most_reading: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long the headers took decides; on one CPU, four reads are enough for a storage that is near."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    state = {f"{number:02}": torch.full((1 << 18,), number, dtype=torch.uint8) for number in range(8)}
+    storage = Far(f"far-{most_reading}", latency_seconds)
+    storage.put("model.safetensors", save(state))
+    capabilities = StorageCapabilities(concurrency=8, most_concurrency=8, request_cost_bytes=0)
+
+    class Plugin:
+        @mx.hookimpl
+        def mx_register_storages(self) -> list[StorageProvider]:
+            return [StorageProvider("far", ("far",), lambda *_: storage, capabilities=capabilities)]
+
+    loaded = mx.load_state_dict("far://anywhere", environ={"MX_CHUNK_BYTES": str(1 << 18)}, plugins=manager(Plugin()))
+
+    assert most_reading == storage.most_reading
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())

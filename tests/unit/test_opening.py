@@ -770,6 +770,20 @@ def test_listing_denied_and_nothing_usual_there(hides: bool) -> None:
         open_files(ListingDenied(memory_storage(NO_INDEX), hides=hides), DIRECTORY)
 
 
+@pytest.mark.parametrize(("failure", "retryable"), [(BackendError, False), (UnavailableError, True)])
+def test_listing_denied_and_stat_fails_otherwise(failure: type[BackendError], retryable: bool) -> None:
+    """The refusal to list says more than what an answer without a body lets guess; a passing fault is tried again."""
+
+    class Failing(ListingDenied):
+        def stat(self, path: str) -> ObjectInfo:
+            raise failure("HTTP 400", uri=f"memory://tests/{path}", operation="read the size")
+
+    with pytest.raises(failure if retryable else AccessDeniedError) as caught:
+        open_files(Failing(memory_storage(WHOLE)), DIRECTORY)
+
+    assert retryable is caught.value.retryable
+
+
 def test_listing_denied_but_stat_allowed_and_a_shard_is_missing() -> None:
     """A missing shard is named without a listing too."""
     files = {name: data for name, data in WHOLE.items() if name != SECOND}

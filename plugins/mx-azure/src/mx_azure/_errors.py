@@ -208,7 +208,11 @@ _SAS_EXPIRED = Meaning(
     "get a new token into {variable}, and check the clock of this machine",
 )
 _SKEWED = Meaning(AccessDeniedError, "the clock of this machine is wrong by more than 15 minutes", _CLOCK)
-_TOKEN_EXPIRED = Meaning(AccessDeniedError, "the token ran out, and no newer one could be had", _CLOCK)
+_TOKEN_EXPIRED = Meaning(
+    AccessDeniedError,
+    "the token ran out, and no newer one could be had",
+    "check the clock of this machine, and log in again if a developer tool gives the token",
+)
 _AUDIENCE = Meaning(
     AccessDeniedError,
     "the token is for another service or cloud",

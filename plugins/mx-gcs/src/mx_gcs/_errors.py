@@ -141,6 +141,7 @@ _DENIED = Meaning(
     "these credentials may not read it, or it does not exist and they may not list the bucket",
     _CHECK_ROLE,
 )
+_MAY_NOT_LIST = Meaning(AccessDeniedError, "these credentials may not list the bucket", _CHECK_ROLE)
 _ANONYMOUS = Meaning(
     AccessDeniedError,
     "requests carry no credentials (MX_GCS_ANONYMOUS, or an emulator), and the bucket is not public",
@@ -497,6 +498,8 @@ class GcsFailures(Failures):
             meaning = found or meaning
         if refusal.status == 404 and not path:
             meaning = _NO_BUCKET
+        if meaning is _DENIED and operation.startswith("list"):
+            meaning = _MAY_NOT_LIST
         if refusal.status == 401 and not _has_token(refusal):
             meaning = _ANONYMOUS
         parts = [f"HTTP {refusal.status}", reason]

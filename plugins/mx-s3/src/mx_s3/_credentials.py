@@ -11,11 +11,16 @@ from typing import Any
 import botocore.session
 from botocore.config import Config
 from botocore.credentials import (
+    AssumeRoleProvider,
     AssumeRoleWithWebIdentityProvider,
+    CanonicalNameCredentialSourcer,
     ContainerProvider,
     CredentialProvider,
     Credentials,
+    EnvProvider,
     InstanceMetadataProvider,
+    ProcessProvider,
+    ProfileProviderBuilder,
     ReadOnlyCredentials,
     create_credential_resolver,
 )
@@ -25,6 +30,7 @@ from botocore.utils import ContainerMetadataFetcher, InstanceMetadataFetcher, re
 
 from modelexpress_core.storage.http import Proxies
 from mx_s3._errors import RENEWED, CredentialsError, wants_other_credentials
+from mx_s3._programs import program_starter
 from mx_s3._sending import BoundedSession
 from mx_s3.settings import S3Settings
 
@@ -50,6 +56,9 @@ _SOURCE_DESCRIPTIONS: Mapping[str, str] = {
 
 #: Sources that are files: reading them again costs no request.
 _FILES = frozenset({"shared-credentials-file", "config-file"})
+
+#: How long the program of a profile may run, in read timeouts.
+_PROGRAM_TIMEOUTS = 2
 
 #: Sources that cannot change while the process runs.
 _FIXED = frozenset({"explicit", "env"})
@@ -96,7 +105,7 @@ def _descriptions() -> Any:  # noqa: ANN401 - botocore has no annotations
     return botocore.session.Session().get_component("data_loader")
 
 
-def new_session(settings: S3Settings) -> botocore.session.Session:
+def new_session(settings: S3Settings) -> _Session:
     """Return a new session, for which ``settings`` override the process's environment."""
     session = _Session(profile=settings.profile)
     session.settings = settings
@@ -259,8 +268,26 @@ class _BoundedMetadataFetcher(InstanceMetadataFetcher):
         )
 
 
+class _ProfileProviders(ProfileProviderBuilder):
+    """Builds botocore's providers of one profile, whose program runs for a bounded time."""
+
+    def __init__(self, session: _Session, region: str) -> None:
+        super().__init__(session, cache={}, region_name=region)
+        self._load_config = lambda: session.full_config
+        self._start = program_starter(_PROGRAM_TIMEOUTS * session.settings.read_timeout_seconds)
+
+    def program(self, profile_name: str) -> ProcessProvider:
+        """Return the provider that runs the program of the profile."""
+        return ProcessProvider(profile_name, self._load_config, self._start)
+
+    def providers(self, profile_name: str, disable_env_vars: bool = False) -> list[Any]:
+        """Return the providers of a profile that a role is assumed from."""
+        found: list[Any] = super().providers(profile_name, disable_env_vars)
+        return [self.program(profile_name) if provider.METHOD == "custom-process" else provider for provider in found]
+
+
 class _Chain:
-    """botocore's chain of credential providers, with settings that override the environment."""
+    """botocore's chain of credential providers, with settings that override the environment, and bounded answers."""
 
     def __init__(self, settings: S3Settings, region: str) -> None:
         session = new_session(settings)
@@ -286,9 +313,21 @@ class _Chain:
             ),
             sleep=lambda _seconds: None,  # core waits between attempts
         )
+        container, machine = ContainerProvider(environ, agent), InstanceMetadataProvider(metadata)
+        profile = session.get_config_variable("profile") or "default"
+        profiles = _ProfileProviders(session, region)
         replaced: dict[str | None, CredentialProvider] = {
-            "container-role": ContainerProvider(environ, agent),
-            "iam-role": InstanceMetadataProvider(metadata),
+            "assume-role": AssumeRoleProvider(
+                load_config=lambda: session.full_config,
+                client_creator=_client_creator(session, region),
+                cache={},
+                profile_name=profile,
+                credential_sourcer=CanonicalNameCredentialSourcer([EnvProvider(), container, machine]),
+                profile_provider_builder=profiles,
+            ),
+            "custom-process": profiles.program(profile),
+            "container-role": container,
+            "iam-role": machine,
         }
         self.resolver = create_credential_resolver(session, region_name=region)
         providers: list[Any] = []
@@ -297,6 +336,11 @@ class _Chain:
                 providers.append(_web_identity(session, environ, region))
             providers.append(replaced.get(provider.METHOD, provider))
         self.resolver.providers = providers
+
+
+def _client_creator(session: _Session, region: str) -> Callable[..., Any]:
+    """Return a function that makes a client of a service, in the region if the caller names no other."""
+    return lambda service, **options: session.create_client(service, **{"region_name": region, **options})
 
 
 def _environ(settings: S3Settings) -> dict[str, str]:
@@ -320,7 +364,7 @@ def _environ(settings: S3Settings) -> dict[str, str]:
     return process | {name: value for name, value in {**container, **others}.items() if value is not None}
 
 
-def _web_identity(session: botocore.session.Session, environ: Mapping[str, str], region: str) -> Any:  # noqa: ANN401
+def _web_identity(session: _Session, environ: Mapping[str, str], region: str) -> Any:  # noqa: ANN401
     """Return the provider that takes the token file and the role from ``environ``, passed to it as a profile."""
     names = {
         "web_identity_token_file": "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -330,7 +374,7 @@ def _web_identity(session: botocore.session.Session, environ: Mapping[str, str],
     profile = {key: environ[name] for key, name in names.items() if environ.get(name)}
     return AssumeRoleWithWebIdentityProvider(
         load_config=lambda: {"profiles": {"variables": profile}},
-        client_creator=lambda service, **options: session.create_client(service, region_name=region, **options),
+        client_creator=_client_creator(session, region),
         profile_name="variables",
         cache={},
         disable_env_vars=True,

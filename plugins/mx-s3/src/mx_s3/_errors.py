@@ -26,6 +26,7 @@ from modelexpress_core.errors import (
 )
 from modelexpress_core.storage.http import Failures, Meaning, Refusal, SettingNames, meaning_of_answer
 from modelexpress_core.storage.http.failures import connection_error
+from mx_s3._programs import CredentialProgramError
 
 __all__ = [
     "FAILURES",
@@ -77,6 +78,16 @@ _DENIED = Meaning(
     "these credentials may not read it, or it does not exist and they may not list the bucket",
     _CHECK_POLICY,
 )
+_MAY_NOT_LIST = Meaning(
+    AccessDeniedError,
+    "these credentials may not list the bucket",
+    "allow them s3:ListBucket on the bucket itself (not on bucket/*); a URI of one file needs s3:GetObject only",
+)
+_NOT_PUBLIC = Meaning(
+    AccessDeniedError,
+    "requests are not signed (MX_S3_ANONYMOUS), and the bucket is not public",
+    "unset MX_S3_ANONYMOUS, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+)
 _EXPIRED = Meaning(AccessDeniedError, "the temporary credentials ran out", "get new ones and start the load again")
 _BAD_TOKEN = Meaning(
     AccessDeniedError,
@@ -124,7 +135,8 @@ _ANSWERS: Mapping[str | int, Meaning] = {
     "AccountProblem": _DENIED,
     "InvalidAccessKeyId": Meaning(
         AccessDeniedError,
-        "the access key was deleted, or it belongs to another endpoint",
+        "the access key was deleted, belongs to another endpoint, or is a temporary one (ASIA...) whose "
+        "AWS_SESSION_TOKEN is missing",
         _CHECK_KEYS,
     ),
     "SignatureDoesNotMatch": Meaning(
@@ -224,7 +236,11 @@ _NO_MACHINE_CREDENTIALS = Meaning(
     "(from a container that takes a hop limit of 2)",
     _NO_CREDENTIALS.hint,
 )
-_LOGIN = Meaning(AccessDeniedError, "the login of the profile ran out", "run aws sso login, and start the load again")
+_LOGIN = Meaning(
+    AccessDeniedError,
+    "the login of the profile ran out, or this machine has none",
+    "run aws sso login, and start the load again",
+)
 #: Exceptions of places where credentials are looked for -> what was seen, and what it means.
 _NO_USE: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
     ((boto.NoCredentialsError,), "no credentials were found", _NO_CREDENTIALS),
@@ -385,6 +401,15 @@ _CHECK_STS = "check AWS_ENDPOINT_URL_STS, AWS_REGION, firewalls, and HTTPS_PROXY
 #: connections to agents of containers and machines never come here, because botocore keeps them to itself.
 _NO_ANSWER: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
     (
+        (CredentialProgramError,),
+        "the program of the profile gave no credentials: {error}",
+        Meaning(
+            AccessDeniedError,
+            "credential_process in the profile is misspelt, or its program fails here",
+            "run the program as the user of the load: it must print JSON with Version, AccessKeyId and SecretAccessKey",
+        ),
+    ),
+    (
         (FileNotFoundError, PermissionError, IsADirectoryError),
         "a file that the credentials need cannot be read: {file}",
         Meaning(
@@ -435,25 +460,38 @@ _NO_SHAPE: Any = None
 
 
 class S3Failures(Failures):
-    """Explains what goes wrong with one bucket."""
+    """Explains what goes wrong with one bucket.
+
+    Attributes:
+        anonymous: Requests are not signed.
+    """
 
     caught = FAILURES
+    anonymous = False
 
     def of_answer(self, refusal: Refusal, path: str, operation: str) -> BackendError:
         """The error for an answer, whose body has S3's own code and words."""
         answer = {"status_code": refusal.status, "headers": refusal.headers, "body": refusal.content}
         parsed = create_parser("rest-xml").parse(answer, _NO_SHAPE)
-        return _answered(boto.ClientError(parsed, "GetObject"), str(self._uri.with_path(path)), operation)
+        error = _answered(boto.ClientError(parsed, "GetObject"), str(self._uri.with_path(path)), operation)
+        return self._of_requester(error)
 
     def unanswered(self, exc: Exception, path: str, operation: str, silence_seconds: float | None) -> BackendError:
         """The error for an exception of botocore's or of a connection."""
-        return translated(
+        error = translated(
             exc,
             uri=str(self._uri.with_path(path)),
             operation=operation,
             endpoint=self._endpoint(),
             silence_seconds=silence_seconds,
         )
+        return self._of_requester(error)
+
+    def _of_requester(self, error: BackendError) -> BackendError:
+        """Replace the cause of a denial where the request had no credentials that could be denied anything."""
+        if self.anonymous and error.cause in {_DENIED.cause, _MAY_NOT_LIST.cause}:
+            error.cause, error.hint = _NOT_PUBLIC.cause, _NOT_PUBLIC.hint
+        return error
 
 
 def translated(
@@ -500,7 +538,8 @@ def _without_credentials(exc: CredentialsError, uri: str, operation: str) -> Bac
     for types, seen, meaning in (*_NO_USE, *_NO_ANSWER):
         found = next((link for link in chain if isinstance(link, types)), None)
         if found is not None:
-            reason = f"{seen.format(file=getattr(found, 'filename', None) or 'unknown')} [{_name(chain)}]"
+            shown = found if isinstance(found, CredentialProgramError) else ""  # the text of others may hold secrets
+            reason = f"{seen.format(file=getattr(found, 'filename', None) or 'unknown', error=shown)} [{_name(chain)}]"
             details = getattr(found, "kwargs", {})
             if isinstance(found, boto.NoCredentialsError) and exc.kwargs.get("metadata"):
                 reason += f"; the instance metadata service was asked at {_shown(exc.kwargs['metadata'])}"
@@ -535,6 +574,8 @@ def _answered(exc: boto.ClientError, uri: str, operation: str) -> BackendError:
     headers: Mapping[str, str] = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     code, status, parts = _said(exc)
     meaning = meaning_of_answer(status, code, _ANSWERS)
+    if meaning is _DENIED and exc.operation_name.startswith("List"):
+        meaning = _MAY_NOT_LIST
     if RENEWED in error:
         meaning = _RENEWED if error[RENEWED] else attrs.evolve(meaning, hint=_SAME)
     reason = f"S3 answered {', '.join(parts)}"

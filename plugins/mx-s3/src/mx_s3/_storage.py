@@ -113,6 +113,7 @@ class S3Storage:
             names=NAMES,
             closed=lambda: pool.closed,
         )
+        self._failures.anonymous = identity is None
         self._reader = RangeReader(
             pool,
             S3Requests(client, uri.authority, pool, read_timeout_seconds, clock),
