@@ -496,6 +496,43 @@ def test_the_engine_verifies_certificates(tmp_path: Path, trusted: bool) -> None
     assert trusted == bool(server.requests)
 
 
+#: Reads from GCS as code does that uses the native library without this plugin, and then starts the engine for S3.
+_BESIDE = """
+import os, threading
+from pathlib import Path
+from modelexpress_core.errors import BackendError
+from mx_streamer._engine import Engine, Extent
+
+engine, closing = Engine(), threading.Event()
+threading.Timer(60, closing.set).start()  # it is to find the first part long before
+while "libstreamergcs.so" not in Path("/proc/self/maps").read_text() and not closing.is_set():
+    again = threading.Event()
+    threading.Timer(0.05, again.set).start()
+    try:
+        engine.read([Extent("gs://models/object", 0, memoryview(bytearray(10)))], again)
+    except BackendError:
+        pass
+try:
+    Engine("runai_model_streamer_s3")
+except BackendError as exc:
+    print(f"{type(exc).__name__}: {exc}", flush=True)
+os._exit(0)  # the read goes on
+"""
+
+
+@pytest.mark.slow
+def test_another_kind_of_store_that_other_code_has_read_is_found() -> None:
+    """The library would look in GCS for the objects of S3."""
+    environ = {**os.environ, _SERVER: f"http://127.0.0.1:{CLOSED_PORT}"}
+
+    done = subprocess.run(
+        [sys.executable, "-c", _BESIDE], env=environ, capture_output=True, text=True, check=False, timeout=120
+    )
+
+    assert done.stdout.startswith("UnsupportedError"), done.stdout + done.stderr
+    assert "has used runai_model_streamer_gcs" in done.stdout
+
+
 def test_parameters_of_uris_are_refused(uploaded: str, use_s3: Callable[..., None]) -> None:
     """The engine would not see them."""
     use_s3()
