@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +19,7 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from mx_s3._storage import S3Storage
-from tests.support.network import CLOSED_PORT
+from tests.support.network import CLOSED_PORT, full_port
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 
@@ -238,14 +236,8 @@ def test_a_host_that_does_not_exist(opened: Callable[..., S3Storage]) -> None:
 
 @pytest.fixture
 def deaf_port() -> Iterator[int]:
-    """A port whose queue of connections is full, so that further ones wait."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(2):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
+    with full_port() as port:
+        yield port
 
 
 def test_a_host_that_does_not_accept_in_time(opened: Callable[..., S3Storage], deaf_port: int) -> None:

@@ -28,10 +28,10 @@ from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 from botocore.httpsession import get_cert_path
 from botocore.utils import ContainerMetadataFetcher, InstanceMetadataFetcher, resolve_imds_endpoint_mode
 
-from modelexpress_core.storage.http import Proxies
+from modelexpress_core.storage.http import Proxies, Token, TokenCache
 from mx_s3._errors import RENEWED, CredentialsError, wants_other_credentials
 from mx_s3._programs import program_starter
-from mx_s3._sending import BoundedSession
+from mx_s3._sending import CredentialSession
 from mx_s3.settings import S3Settings
 
 __all__ = ["RENEWAL_TRIED", "Identity", "new_session"]
@@ -82,7 +82,7 @@ class _Session(botocore.session.Session):
             options["endpoint_url"] = options.get("endpoint_url") or self.settings.sts_endpoint or general
         client = super().create_client(service_name, *args, **options)
         if service_name != "s3":
-            sending = BoundedSession(
+            sending = CredentialSession(
                 connect_timeout_seconds=self.settings.connect_timeout_seconds,
                 read_timeout_seconds=self.settings.read_timeout_seconds,
                 proxies=Proxies.from_environ({}, os.environ),
@@ -139,12 +139,8 @@ class Identity:
             raise PartialCredentialsError(provider="explicit", cred_var=missing)
         self._settings = settings
         self._region = region
-        self._lock = threading.Lock()
-        self._found: Credentials | None = None
+        self._credentials = TokenCache(self._fetch, failures=CredentialsError)
         self._last = threading.local()
-        self._renewals = 0
-        self._failure: CredentialsError | None = None
-        self._final: ReadOnlyCredentials | None = None
 
     # -- botocore's interface of credentials --------------------------------------------------------------------------
 
@@ -156,11 +152,7 @@ class Identity:
 
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
         """Return the current credentials; botocore refreshes credentials that are about to expire."""
-        found = self._found
-        if found is None:  # checked without the lock, which a renewal holds during its requests
-            with self._lock:
-                found = self._found = self._found or self._find()
-        frozen = self._last.signed_with = _frozen(found)
+        frozen = self._last.signed_with = _frozen(self._credentials.get())
         return frozen
 
     def get_deferred_property(self, property_name: str) -> Callable[[], Any]:
@@ -183,7 +175,8 @@ class Identity:
 
     def _repeat(self, response: Any, request_dict: Any, **_: object) -> int | None:  # noqa: ANN401 - as botocore's
         """Return 0, the seconds to wait, if the request must be signed and sent again; None otherwise."""
-        if response is None or self._found is None:
+        found = self._credentials.held
+        if response is None or found is None:
             return None
         http, parsed = response
         context = request_dict["context"]
@@ -192,49 +185,38 @@ class Identity:
             context["mx_redirected"] = True  # botocore sends it again, to another region
             return None
         code = str(parsed.get("Error", {}).get("Code", ""))
-        if not wants_other_credentials(code, http.status_code, free=self._found.method in _FILES):
+        if not wants_other_credentials(code, http.status_code, free=found.method in _FILES):
             return None
         if RENEWAL_TRIED not in context and self._renew(context.get("mx_signed_with")):
             context[RENEWAL_TRIED] = True
             return 0
-        if self._found.method not in _FIXED:
+        if found.method not in _FIXED:
             parsed["Error"][RENEWED] = RENEWAL_TRIED in context
         return None
 
     def _renew(self, refused: int | None) -> bool:
         """Search for credentials, once for all threads; return whether they differ from the ``refused`` ones."""
-        renewals = self._renewals
-        with self._lock:
-            if self._found is None or hash(_frozen(self._found)) != refused:
-                return True
-            if self._final is not None and hash(self._final) == refused:
-                return False
-            if self._renewals != renewals and self._failure is not None:  # another thread has just tried
-                raise CredentialsError(**self._failure.kwargs) from self._failure
-            self._failure = None
-            try:
-                found = self._find()
-                frozen = _frozen(found)
-            except CredentialsError as exc:
-                self._failure = exc
-                raise
-            finally:
-                self._renewals += 1  # at the end, so that waiting threads see that another thread has tried
-            if hash(frozen) == refused:
-                self._final = frozen if found.method not in _FILES else None  # a file may change at any time
-                return False
-            self._found = found
-            return True
+        return self._credentials.renew(
+            lambda found: hash(_frozen(found)) == refused,
+            is_final=lambda found: found.method not in _FILES,  # a file may change at any time
+        )
 
     # -- search -------------------------------------------------------------------------------------------------------
 
     def describe(self) -> str:
         """Return the end of the access key, and where it was found."""
         key = self.get_frozen_credentials().access_key or ""
-        method = self._found.method if self._found is not None else ""
+        found = self._credentials.held
+        method = found.method if found is not None else ""
         profile = f"the profile {self._settings.profile or 'default'}"
         source = _SOURCE_DESCRIPTIONS.get(method, f"by {method}").format(profile=profile)
         return f"access key ...{key[-4:]}, {source} ({method})"
+
+    def _fetch(self) -> Token[Credentials]:
+        """Search for credentials, and fetch what they need; botocore renews them before they end."""
+        found = self._find()
+        _frozen(found)
+        return Token(found)
 
     def _find(self) -> Credentials:
         """Return credentials of the first source that has any, without using cached ones."""
@@ -263,7 +245,7 @@ class _BoundedMetadataFetcher(InstanceMetadataFetcher):
 
     def __init__(self, *, timeout: int, **options: Any) -> None:  # noqa: ANN401 - as botocore's
         super().__init__(timeout=timeout, **options)
-        self._session = BoundedSession(
+        self._session = CredentialSession(
             connect_timeout_seconds=timeout, read_timeout_seconds=timeout, proxies=Proxies.from_environ({}, os.environ)
         )
 
@@ -307,7 +289,7 @@ class _Chain:
         #: URL of the instance metadata service; None if it is disabled.
         self.metadata_url = None if disabled else metadata.get_base_url()
         agent: Any = ContainerMetadataFetcher(
-            session=BoundedSession(
+            session=CredentialSession(
                 connect_timeout_seconds=ContainerMetadataFetcher.TIMEOUT_SECONDS,
                 read_timeout_seconds=ContainerMetadataFetcher.TIMEOUT_SECONDS,
             ),

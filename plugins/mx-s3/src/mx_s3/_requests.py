@@ -20,7 +20,7 @@ from attrs import frozen
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.exceptions import HTTPClientError
 
-from modelexpress_core.storage.http import BadAnswerError, ConnectionPool, Origin, Refusal, Request, check_encoding
+from modelexpress_core.storage.http import ConnectionPool, Origin, Refusal, Request, exchange
 from mx_s3._credentials import RENEWAL_TRIED
 from mx_s3._sending import answer_of, prepared_request
 
@@ -36,9 +36,6 @@ _RENEWABLE = frozenset({301, 302, 307, 308, 400, 401, 403})
 
 #: A page of a listing has at most 1000 keys of 1024 bytes, percent-encoded.
 _MAX_CONTENT_BYTES = 8 << 20
-
-#: What is read of an answer that refuses; its status says enough.
-_MAX_ERROR_BYTES = 1 << 20
 
 #: How an object was uploaded, which some servers store and show.
 IGNORED_ENCODINGS = ("aws-chunked",)
@@ -135,13 +132,14 @@ class S3Requests:
         conversation: _Conversation | None = getattr(self._thread, "conversation", None)
         if conversation is not None and event_name.endswith(".GetObject"):
             return conversation.answer(prepared)
-        with self._pool.send(prepared, lambda: self._read_timeout_seconds) as answer:
-            check_encoding(answer.headers, IGNORED_ENCODINGS)
-            refused = answer.status >= 300
-            content = answer.read(_MAX_ERROR_BYTES if refused else _MAX_CONTENT_BYTES)
-            if not answer.ended and not refused:
-                raise BadAnswerError("the answer is longer than any of S3")
-        return answer_of(request.url, answer.status, answer.headers, content)
+        answer = exchange(
+            self._pool,
+            prepared,
+            read_timeout_seconds=self._read_timeout_seconds,
+            max_bytes=_MAX_CONTENT_BYTES,
+            ignored_encodings=IGNORED_ENCODINGS,
+        )
+        return answer_of(request.url, answer.status, answer.headers, answer.content)
 
 
 class _Conversation:
