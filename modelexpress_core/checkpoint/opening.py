@@ -110,7 +110,9 @@ class _Opening:
         )
 
     def _fault(self, message: str, *, file: str = "", cause: str | None = None, hint: str) -> CheckpointError:
-        return CheckpointError(f"{self._uri}: {message}", uri=str(self._uri), file=file, cause=cause, hint=hint)
+        return CheckpointError(
+            f"could not open {self._uri}: {message}", uri=str(self._uri), file=file, cause=cause, hint=hint
+        )
 
     def _twice(self, info: TensorInfo, other: TensorInfo) -> CheckpointError:
         files = f"{printable(other.file.name)} and {printable(info.file.name)}"

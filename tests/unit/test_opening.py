@@ -180,7 +180,7 @@ def opened(files: Mapping[str, bytes], name: str = "") -> Checkpoint:
 def refused(files: Mapping[str, bytes], name: str = "") -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
         opened(files, name)
-    assert str(caught.value).startswith(f"{caught.value.uri}: ")
+    assert str(caught.value).startswith(f"could not open {caught.value.uri}: ")
     assert "memory://tests/model" in caught.value.uri
     assert caught.value.file in str(caught.value)
     assert caught.value.hint

@@ -404,8 +404,9 @@ def _of_proxy(exc: ProxyError) -> Meaning:
 
 
 def _name(chain: Iterable[BaseException]) -> str:
-    """The innermost name of a failure, which says most."""
-    return [type(link).__name__ for link in chain if isinstance(link, OSError)][-1]
+    """The innermost name of a failure, which says most; what a socket with a time-out raises inside says less."""
+    names = [type(link).__name__ for link in chain if isinstance(link, OSError)]
+    return next((name for name in reversed(names) if name != BlockingIOError.__name__), names[-1])
 
 
 # -- one storage -------------------------------------------------------------------------------------------------------

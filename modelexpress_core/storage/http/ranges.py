@@ -45,7 +45,11 @@ _CHANGED = Meaning(
     "start the load again when nothing writes to the model",
 )
 
-_CLOSED = Meaning(UnavailableError, "the server, a proxy or the network dropped the connection", "try again")
+_CLOSED = Meaning(
+    UnavailableError,
+    "the server, a proxy or the network dropped the connection",
+    "try again; if it stays, check the server, the proxy and the network",
+)
 
 
 @frozen

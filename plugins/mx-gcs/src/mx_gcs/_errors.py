@@ -43,7 +43,7 @@ __all__ = [
 PROVIDER = "mx-gcs"
 
 NAMES = SettingNames(
-    endpoint="MX_GCS_ENDPOINT",
+    endpoint="MX_GCS_ENDPOINT (or STORAGE_EMULATOR_HOST)",
     ca_bundle="MX_GCS_CA_BUNDLE",
     read_timeout="MX_GCS_READ_TIMEOUT_SECONDS",
 )
@@ -468,14 +468,21 @@ class GcsFailures(Failures):
 
     caught = (OSError, CredentialsError)
 
-    def of_answer(self, refusal: Refusal, path: str, operation: str) -> BackendError:
-        """The error for an answer, whose body has GCS's own reason and words."""
+    def of_answer(self, refusal: Refusal, path: str, operation: str, *, listing: bool = False) -> BackendError:
+        """The error for an answer, whose body has GCS's own reason and words.
+
+        Args:
+            refusal: The answer.
+            path: What it is about.
+            operation: What was tried, as a verb phrase.
+            listing: Whether it answers a listing, whose 404 is about the bucket.
+        """
         reason, words = _said(refusal.content)
         meaning = meaning_of_answer(refusal.status, reason, _ANSWERS)
         if refusal.status in {400, 403, 404, 412}:
             found = next((meaning for pattern, meaning in _WORDS if pattern.search(words)), None)
             meaning = found or meaning
-        if refusal.status == 404 and not path:
+        if refusal.status == 404 and listing:
             meaning = _NO_BUCKET
         if meaning is _DENIED and operation.startswith("list"):
             meaning = _MAY_NOT_LIST

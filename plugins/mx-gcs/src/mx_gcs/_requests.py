@@ -140,7 +140,7 @@ class GcsRequests:
                 return self._object_of(answer.content, path, operation)
             refusals.append(answer.as_refusal(request))
             if not self._renew(refusals):
-                raise self._failures.of_answer(refusals[-1], "" if listing else path, operation)
+                raise self._failures.of_answer(refusals[-1], path, operation, listing=listing)
 
     def _object_of(self, content: bytes, path: str, operation: str) -> Mapping[str, Any]:
         try:

@@ -40,6 +40,7 @@ __all__ = [
     "NAMES",
     "PROVIDER",
     "RENEWED",
+    "BucketListError",
     "CredentialsError",
     "S3Failures",
     "translated",
@@ -59,6 +60,12 @@ NAMES = SettingNames(
     ca_bundle="AWS_CA_BUNDLE",
     read_timeout="MX_S3_READ_TIMEOUT_SECONDS",
 )
+
+
+class BucketListError(boto.BotoCoreError):
+    """Asked for the objects of a bucket, the server listed its buckets: it takes the bucket's host name for its own."""
+
+    fmt = "the answer lists buckets"
 
 
 class CredentialsError(boto.BotoCoreError):
@@ -298,12 +305,21 @@ _EXCEPTIONS: tuple[ExceptionRow, ...] = (
         Meaning(NotFoundError, "the bucket or the key in the URI is misspelt", "correct the URI"),
     ),
     (
+        (BucketListError,),
+        "the endpoint {endpoint} listed all buckets in place of the objects of this one",
+        Meaning(
+            NotFoundError,
+            "requests have the bucket in the host's name, and the server expects it in the path",
+            "set MX_S3_ADDRESSING_STYLE=path, or check AWS_ENDPOINT_URL",
+        ),
+    ),
+    (
         (ResponseParserError,),
         "what the endpoint {endpoint} answered is not of the S3 protocol",
         Meaning(
             UnavailableError,
             "something in front of the server answers, or the answer was cut",
-            "check AWS_ENDPOINT_URL",
+            "check AWS_ENDPOINT_URL, and HTTPS_PROXY and NO_PROXY",
         ),
     ),
     (

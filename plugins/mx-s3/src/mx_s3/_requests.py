@@ -11,6 +11,7 @@ sent the request itself. It then prepares another one, or raises its error for t
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.exceptions import HTTPClientError
+from botocore.parsers import ResponseParserError
 
 from modelexpress_core.storage.http import ConnectionPool, Origin, Refusal, Request, exchange
 from mx_s3._credentials import RENEWAL_TRIED
+from mx_s3._errors import BucketListError
 from mx_s3._sending import answer_of, prepared_request
 
 if TYPE_CHECKING:
@@ -36,6 +39,10 @@ _RENEWABLE = frozenset({301, 302, 307, 308, 400, 401, 403})
 
 #: A page of a listing has at most 1000 keys of 1024 bytes, percent-encoded.
 _MAX_CONTENT_BYTES = 8 << 20
+
+#: The element that a listing of objects consists of, and how many bytes may come before it.
+_LISTING = re.compile(rb"<(?:[A-Za-z0-9]+:)?ListBucketResult\b")
+_MAX_PROLOG_BYTES = 4096
 
 #: How an object was uploaded, which some servers store and show.
 IGNORED_ENCODINGS = ("aws-chunked",)
@@ -139,7 +146,18 @@ class S3Requests:
             max_bytes=_MAX_CONTENT_BYTES,
             ignored_encodings=IGNORED_ENCODINGS,
         )
+        if event_name.endswith(".ListObjectsV2") and answer.status < 300:
+            _check_listing(answer.content)
         return answer_of(request.url, answer.status, answer.headers, answer.content)
+
+
+def _check_listing(content: bytes) -> None:
+    """Refuse what botocore would read as a listing without objects: it passes over elements that it does not expect."""
+    if _LISTING.search(content, 0, _MAX_PROLOG_BYTES):
+        return
+    if b"<ListAllMyBucketsResult" in content[:_MAX_PROLOG_BYTES]:
+        raise BucketListError
+    raise ResponseParserError("the answer is no listing")
 
 
 class _Conversation:
