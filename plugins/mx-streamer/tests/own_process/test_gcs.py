@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from devtools.fake_gcs import FakeGcs
+from devtools.tcp_proxy import Fault, TcpProxy
 from modelexpress_core.contracts.storage import ReadRequest
 from modelexpress_core.errors import (
     NotFoundError,
@@ -21,7 +22,7 @@ from tests.support.network import CLOSED_PORT
 
 
 class TestStreamedGcs(StorageContract):
-    """Pages of listings, and reads that stall, are those of the regular plugin, which has its own tests of them.
+    """Pages of listings are those of the regular plugin, which has its own tests of them.
 
     The engine sends no credentials to an emulator, so that none can be refused.
     """
@@ -42,6 +43,13 @@ class TestStreamedGcs(StorageContract):
     def unreachable(self, on_gcs: Callable[..., Any]) -> Any:
         url = f"http://127.0.0.1:{CLOSED_PORT}"
         return on_gcs(STORAGE_EMULATOR_HOST=url, CLOUD_STORAGE_EMULATOR_ENDPOINT=url)
+
+    @pytest.fixture
+    def stalled(self, on_gcs: Callable[..., Any], gcs_server: FakeGcs) -> Iterator[tuple[Any, str]]:
+        gcs_server.put("contract/silent", bytes(1000))
+        with TcpProxy("127.0.0.1", gcs_server.port, lambda _number, _head: Fault("stall")) as proxy:
+            url = f"http://127.0.0.1:{proxy.port}"
+            yield on_gcs(STORAGE_EMULATOR_HOST=url, CLOUD_STORAGE_EMULATOR_ENDPOINT=url), "contract/silent"
 
 
 @pytest.mark.parametrize("staging", ["0", "1"])
