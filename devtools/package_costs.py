@@ -25,16 +25,17 @@ __all__ = ["ROWS", "Cost", "cost_of", "import_ms", "main", "needs", "table"]
 
 _CORE = "modelexpress-core"
 
+#: Extras of packages that have a row of their own.
+_EXTRAS = {"mx-streamer": ("s3", "gcs", "azure")}
+
 #: What can be installed besides core: packages, with an extra if there is one.
-ROWS = (
-    "mx-s3",
-    "mx-gcs",
-    "mx-azure",
-    "mx-streamer",
-    "mx-streamer[s3]",
-    "mx-streamer[gcs]",
-    "mx-streamer[azure]",
-    "mx-vllm",
+ROWS = tuple(
+    row
+    for package in discover()
+    for row in (
+        package.distribution,
+        *(f"{package.distribution}[{extra}]" for extra in _EXTRAS.get(package.distribution, ())),
+    )
 )
 
 _IMPORT = """

@@ -10,8 +10,16 @@ import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from modelexpress_core.api import DeferredWeights, deferred_weights, load_into, load_state_dict, open_checkpoint
+    from modelexpress_core.api import (
+        DeferredWeights,
+        deferred_weights,
+        load_into,
+        load_state_dict,
+        open_checkpoint,
+        publish,
+    )
     from modelexpress_core.checkpoint import Checkpoint, CheckpointFile, TensorInfo
+    from modelexpress_core.contracts.identity import SourceIdentity
     from modelexpress_core.copying import pull
     from modelexpress_core.errors import (
         AccessDeniedError,
@@ -40,6 +48,7 @@ if TYPE_CHECKING:
     from modelexpress_core.hooks import hookimpl
     from modelexpress_core.plugins import PluginManager
     from modelexpress_core.report import LoadReport, PullReport
+    from modelexpress_core.sources.identity import own_identity
     from modelexpress_core.uri import ModelURI
 
 _MODULES = {
@@ -50,12 +59,15 @@ _MODULES = {
     "ModelURI": "uri",
     "PluginManager": "plugins",
     "PullReport": "report",
+    "SourceIdentity": "contracts.identity",
     "TensorInfo": "checkpoint",
     "deferred_weights": "api",
     "hookimpl": "hooks",
     "load_into": "api",
     "load_state_dict": "api",
     "open_checkpoint": "api",
+    "own_identity": "sources.identity",
+    "publish": "api",
     "pull": "copying",
 }
 
@@ -85,6 +97,7 @@ __all__ = [
     "ResourceError",
     "SettingsError",
     "SourceChangedError",
+    "SourceIdentity",
     "TensorInfo",
     "ThrottledError",
     "UnavailableError",
@@ -95,6 +108,8 @@ __all__ = [
     "load_into",
     "load_state_dict",
     "open_checkpoint",
+    "own_identity",
+    "publish",
     "pull",
 ]
 

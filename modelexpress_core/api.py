@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from modelexpress_core.checkpoint import Checkpoint
+from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import PlacementError
 from modelexpress_core.loader import Loader
 from modelexpress_core.loads.checkpoint import CheckpointLoad
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["DeferredWeights", "deferred_weights", "load_into", "load_state_dict", "open_checkpoint"]
+    from modelexpress_core.sources.offering import Offer
+
+__all__ = ["DeferredWeights", "deferred_weights", "load_into", "load_state_dict", "open_checkpoint", "publish"]
 
 
 def open_checkpoint(
@@ -86,6 +89,8 @@ def load_into(
     target: nn.Module | Mapping[str, torch.Tensor],
     uri: str | os.PathLike[str] | ModelURI,
     *,
+    identity: SourceIdentity | None = None,
+    worker_rank: int = 0,
     strict: bool = True,
     cast: bool = False,
     device: str | torch.device = "cpu",
@@ -97,9 +102,15 @@ def load_into(
     Every parameter and persistent buffer is written, or this raises. Names, shapes and dtypes are compared before a
     byte moves. Parameters on the meta device get memory, and replace those of the module at the end.
 
+    With an ``identity``, workers that hold the model in memory are tried first (see ``publish``); then the checkpoint.
+
     Args:
         target: A module, or tensors by name. They may be strided, tied, or on any device.
-        uri: A directory, an index, or one safetensors file, as a URI or a path.
+        uri: A directory, an index, or one safetensors file, as a URI or a path; or a worker:
+            ``grpc://host:6555/<source id>/<worker id>``.
+        identity: The model as it will be in the memory of ``target``; see ``own_identity``. Workers that published an
+            equal one hold the same bytes. None reads from no worker but one that ``uri`` names.
+        worker_rank: Rank of the part of the model that ``target`` is.
         strict: Refuse a checkpoint with tensors that ``target`` does not have.
         cast: Convert to the destination's dtype if it differs.
         device: Device on which tensors on the meta device get memory.
@@ -120,7 +131,65 @@ def load_into(
 
     loader = Loader(environ, plugins)
     tensors = Destinations(target, device_with_memory(device))
-    return loader.load(loader.request(uri), Target(tensors, strict=strict, cast=cast))
+    request = loader.request(uri, identity=identity, worker_rank=worker_rank)
+    return loader.load(request, Target(tensors, strict=strict, cast=cast))
+
+
+@contextlib.contextmanager
+def publish(
+    target: nn.Module | Mapping[str, torch.Tensor],
+    *,
+    identity: SourceIdentity,
+    worker_rank: int = 0,
+    device: int = 0,
+    transports: Sequence[str] | None = None,
+    load: Callable[[], float | None] | None = None,
+    environ: Mapping[str, str] | None = None,
+    plugins: PluginManager | None = None,
+) -> Iterator[Offer]:
+    """Offer the tensors of ``target`` to other workers during the ``with`` block; they must not change in it.
+
+    The worker publishes itself to the server that MODEL_EXPRESS_URL names. At the end of the block it withdraws, and
+    waits for its readers for up to MX_WORKER_DRAIN_SECONDS.
+
+    Args:
+        target: A module (its parameters and persistent buffers), or tensors by name, on their final device.
+        identity: The model as it is in memory; see ``own_identity``.
+        worker_rank: Rank of the part of the model that ``target`` is.
+        device: Number of the device, added to MX_WORKER_GRPC_PORT.
+        transports: Schemes of the transports over which the tensors can be read; by default those of all installed
+            plugins.
+        load: Called for each heartbeat; returns how busy the worker is, from 0 to 1, or None if unknown.
+        environ: Variables to read settings from; by default the process's.
+        plugins: Plugins to use; by default all that are installed and allowed.
+
+    Raises:
+        SettingsError: Variables, or files that they name, cannot be used.
+        PlacementError: A tensor has no memory.
+        ResolveError: No plugin handles one of ``transports``.
+        ModelExpressError: The port is in use.
+    """
+    from modelexpress_core.sources.offering import Offer
+
+    with Offer(
+        identity,
+        _named_tensors(target),
+        worker_rank=worker_rank,
+        device=device,
+        transports=transports,
+        load=load,
+        environ=environ,
+        plugins=plugins,
+    ) as offer:
+        offer.ready()
+        yield offer
+
+
+def _named_tensors(target: nn.Module | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    import torch
+
+    state = target if isinstance(target, Mapping) else target.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
 
 
 def deferred_weights(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -95,15 +96,19 @@ class Loader(LoadContext):
             destination: Destination of the attempt, prepared for the next candidate after a failure; None if the
                 attempt only reads.
         """
-        *others, last = self.candidates(request)
-        for candidate in others:
+        left = deque(self.candidates(request))
+        while True:
+            candidate = left.popleft()
             try:
                 return attempt(candidate)
             except _TRY_NEXT as exc:
+                if isinstance(exc, BackendError) and exc.peer_at_fault:  # over another transport it is the same worker
+                    left = deque(each for each in left if not _is_same_worker(candidate, each))
+                if not left:
+                    raise
                 if destination is not None:
                     _prepare_for_next(destination, exc)
                 _log.warning("trying the next candidate, because loading from %s failed: %s", candidate.uri, exc)
-        return attempt(last)
 
     def load(self, request: LoadRequest, destination: Destination) -> LoadReport:
         """Load into ``destination`` from the first candidate that succeeds."""
@@ -138,6 +143,10 @@ class Loader(LoadContext):
         if candidate.is_peer:
             return PeerLoad(candidate, self, destination, request)
         return CheckpointLoad(candidate, self, destination)
+
+
+def _is_same_worker(one: Candidate, other: Candidate) -> bool:
+    return one.peer is not None and other.peer is not None and one.peer.worker_id == other.peer.worker_id != ""
 
 
 def _prepare_for_next(destination: Destination, exc: Exception) -> None:

@@ -155,7 +155,7 @@ def _open_inproc(uri: ModelURI, settings: Mapping[str, str]) -> Transport:
 @hookimpl
 def mx_register_transports() -> list[TransportProvider]:
     """``inproc``."""
-    return [TransportProvider("inproc", ("inproc",), _open_inproc)]
+    return [TransportProvider("inproc", ("inproc",), _open_inproc, offered=False)]
 
 
 def _open_redis_store(uri: ModelURI, settings: Mapping[str, str]) -> MetadataStore:

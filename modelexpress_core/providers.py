@@ -166,11 +166,13 @@ class TransportProvider(SchemeProvider):
     Attributes:
         tier: Position of its peers in the order of attempts: ``FABRIC_PEER``, ``PEER`` or ``OTHER_PEER``.
         assumed: Whether it reads workers that do not publish which transports they support.
+        offered: Whether workers offer their tensors over it unless their program names the transports.
     """
 
     factory: Callable[[ModelURI, Mapping[str, str]], Transport] = field(validator=_check_factory)
     tier: Tier = field(default=Tier.OTHER_PEER, converter=Tier, validator=_check_peer_tier, kw_only=True)
     assumed: bool = field(default=False, kw_only=True)
+    offered: bool = field(default=True, kw_only=True)
 
 
 @frozen

@@ -1,13 +1,14 @@
-"""What every transport does: it makes the tensors of a worker readable, and reads those of another worker.
+"""What every transport does: it makes the tensors of a worker readable, and moves their bytes to another worker.
 
-A reader compares, leases, reads and releases, in this order. This contract is a draft: it may change with the first
-transport between processes.
+Core does everything else, over the gRPC service of each worker: it compares the layouts of both sides, takes and renews
+the lease that keeps the memory unchanged, proves that the worker is alive, splits tensors into chunks, verifies the
+digest of each chunk at its destination, and turns to the next place if one fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from attrs import field, frozen
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["Completion", "PeerSession", "ServedTensors", "TensorLayout", "TensorRead", "TensorTable", "Transport"]
+__all__ = ["PeerAccess", "PeerSession", "ServedTensors", "TensorLayout", "TensorRead", "TensorTable", "Transport"]
 
 
 def _integers(values: Iterable[int]) -> tuple[int, ...]:
@@ -57,59 +58,66 @@ class TensorLayout:
 
 @frozen
 class TensorTable:
-    """The tensors that a worker makes readable.
+    """The tensors that a worker makes readable, as bytes.
 
     Attributes:
         source_id: The ``mx_source_id`` of the tensors' identity.
         worker_id: The worker that holds them.
-        tensors: Parameters and buffers by name, on their device.
+        tensors: The memory of each tensor by name: one dimension of uint8, on its device. Tensors that share memory
+            with another one, and those without elements, are left out.
+        holds_lease: Whether a reader holds the lease with this id, so that the memory is unchanged.
     """
 
     source_id: str
     worker_id: str
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
+    holds_lease: Callable[[str], bool] = field(repr=False)
+
+
+@frozen
+class PeerAccess:
+    """What core learned of a worker before it connects to it.
+
+    Attributes:
+        peer: The worker.
+        lease_id: The lease that keeps its memory unchanged; a secret of this reader.
+        description: ``ServedTensors.description`` of the worker's side.
+    """
+
+    peer: Peer
+    lease_id: str = field(repr=False)
+    description: bytes = field(default=b"", repr=False)
 
 
 @frozen
 class TensorRead:
-    """One tensor to read.
+    """A range of the bytes of one tensor.
 
     Attributes:
-        name: Name of the tensor at the peer.
-        destination: Tensor of the same layout; the read writes to its memory.
+        name: Name of the tensor.
+        offset: First byte.
+        destination: Where its bytes go: one dimension of uint8, of the length of the range, on the reader's device.
     """
 
     name: str
+    offset: int
     destination: torch.Tensor = field(repr=False)
-
-
-@frozen
-class Completion:
-    """One successful read.
-
-    Attributes:
-        name: Name of the tensor. Every byte of it is in place.
-        bytes: Number of bytes that were moved.
-    """
-
-    name: str
-    bytes: int
 
 
 class ServedTensors(Protocol):
     """Tensors that peers may read, until ``close``.
 
     Attributes:
-        endpoint: Address that peers connect to: the authority of the worker's URI.
+        description: What ``connect`` of the other side needs; at most 1 MiB. It is shown to readers with a lease alone.
         topology: Entries that the worker publishes about this transport.
+        services: gRPC services that the worker's server offers for this transport, and what implements them, as
+            ``wire.rpc.handler`` takes both; mostly empty. Their methods are open to callers without a token or grant:
+            each must ask ``TensorTable.holds_lease``.
     """
 
-    endpoint: str
+    description: bytes
     topology: Mapping[str, str]
-
-    def drain(self, timeout_seconds: float) -> bool:
-        """Grant no more leases, wait for those that are held, and return whether all were released in time."""
-        ...
+    services: Mapping[Any, object]
 
     def close(self) -> None:
         """Stop serving. Afterwards no peer reads this memory."""
@@ -117,42 +125,26 @@ class ServedTensors(Protocol):
 
 
 class PeerSession(Protocol):
-    """The connection of one reader to one worker.
+    """The connection of one reader to one worker. ``read`` may be called by several threads at once."""
 
-    Attributes:
-        layouts: Layouts of the worker's tensors. The reader compares them with its own.
-    """
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+        """Read ranges straight into their destinations.
 
-    layouts: Sequence[TensorLayout]
-
-    def lease(self) -> None:
-        """Take a lease: until ``release`` or ``close``, the worker does not change its memory.
+        Yields:
+            The position of each range in ``reads``, once, in any order, when all its bytes are in place.
 
         Raises:
-            UnavailableError: The worker is about to change its memory.
-            BackendError: Any other failure.
-        """
-        ...
-
-    def read(self, reads: Sequence[TensorRead]) -> Iterator[Completion]:
-        """Read tensors straight into their destinations. Yields each once, in any order, when it is in place.
-
-        Raises:
-            BackendError: During iteration. The content of destinations that were not yielded is undefined then. The
-                error has ``peer_at_fault`` if the worker caused it.
-        """
-        ...
-
-    def release(self) -> None:
-        """Release the lease.
-
-        Raises:
-            BackendError: The lease had ended before, so the bytes that were read under it cannot be trusted.
+            BackendError: During iteration. What the destinations of the ranges that were not yielded hold is undefined
+                then. The error has ``peer_at_fault`` if the worker caused it.
         """
         ...
 
     def close(self) -> None:
-        """Close the connection and end the lease. May be called more than once. Afterwards no read writes to memory."""
+        """Close the connection, which ends reads in other threads. May be called more than once.
+
+        Afterwards nothing writes to a destination. A transport that cannot promise that for a read that has begun
+        raises ``BackendError``: the memory is then not used again.
+        """
         ...
 
 
@@ -168,15 +160,11 @@ class Transport(Protocol):
         """
         ...
 
-    def connect(self, peer: Peer) -> PeerSession:
+    def connect(self, access: PeerAccess) -> PeerSession:
         """Connect to the worker that the URI of the transport names.
 
-        Args:
-            peer: The worker, and the weights that it should hold. An empty ``worker_id`` accepts any worker.
-
         Raises:
-            NotFoundError: The worker holds another source, or is another worker.
-            BackendError: The worker cannot be reached.
+            BackendError: The worker cannot be reached in this way.
         """
         ...
 

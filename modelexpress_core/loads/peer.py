@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import attrs
 
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer
-from modelexpress_core.contracts.transport import PeerSession, TensorLayout, TensorRead
-from modelexpress_core.errors import IntegrityError, NotFoundError, UnsupportedError
+from modelexpress_core.contracts.transport import PeerAccess, TensorLayout
+from modelexpress_core.errors import BackendError, InvalidURIError, NotFoundError, UnsupportedError
 from modelexpress_core.events import LoadProgress
 from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.loads.destination import Destination
 from modelexpress_core.loads.load import Load, peak_rss_bytes
+from modelexpress_core.loads.peer_reading import ChunkRead, PeerReader
 from modelexpress_core.messages import listed
 from modelexpress_core.plugins import TRANSPORT
 from modelexpress_core.report import LoadReport
+from modelexpress_core.sources.worker_client import Description, WorkerClient
 from modelexpress_core.transport.layouts import tensor_layouts
+from modelexpress_core.uri import ModelURI
+
+if TYPE_CHECKING:
+    import torch
+
+    from modelexpress_core.transport.tensor_bytes import TensorBytes
 
 __all__ = ["PeerLoad"]
 
 _COMPARE = "compare the tensors"
 
+#: What a description of a tensor may have beyond the texts and numbers in it.
+_DESCRIPTION_BYTES = 256
+
 
 class PeerLoad(Load):
-    """Tensors are compared, leased, read into place, and trusted once the worker confirms the lease.
+    """Tensors are compared, leased and read into place, their digests verified, and the lease confirmed by the worker.
 
     Args:
         candidate: The worker.
@@ -36,40 +51,68 @@ class PeerLoad(Load):
         self, candidate: Candidate, context: LoadContext, destination: Destination, request: LoadRequest
     ) -> None:
         super().__init__(candidate, context, destination)
-        self._peer = candidate.peer or _expected_peer(request)
-        self._session: PeerSession | None = None
+        self._peer = candidate.peer or _peer_named_by(candidate.uri, request)
+        self._leasing = contextlib.ExitStack()
+        self._worker: WorkerClient
+        self._lease_id = ""
+        self._reader: PeerReader | None = None
+        self._with_gaps: list[tuple[TensorBytes, torch.Tensor]] = []
+        self._chunks: list[ChunkRead] = []
+        self._tensors = 0
         self._planned_bytes = 0
-        self._arrived_bytes = 0
-        self._reads: tuple[TensorRead, ...] = ()
 
     def open(self) -> None:
-        """Connect, compare the layouts of both sides, and lease the memory of the worker."""
-        self._registered, transport = self._plugins.open(TRANSPORT, self._uri, self._context.environ)
-        self._closing.callback(transport.close)
-        self._session = transport.connect(self._peer)
-        self._closing.callback(self._session.close)
+        """Compare the layouts of both sides, lease the memory of the worker, and connect."""
         tensors = self.destination.run_time_tensors()
         if tensors is None:
             reason = "the destination takes tensors of a checkpoint, but a worker holds those of an engine"
             raise UnsupportedError(reason, uri=str(self._uri), operation=_COMPARE)
-        own = tensor_layouts(tensors)
-        self._compare(own, self._session.layouts)
-        # Tied tensors share memory, and are read once.
-        self._reads = tuple(TensorRead(each.name, tensors[each.name]) for each in own if not each.same_memory_as)
-        self._planned_bytes = sum(read.destination.nbytes for read in self._reads)
+        self._registered, transport = self._plugins.open(TRANSPORT, self._uri, self._context.environ)
+        self._closing.callback(transport.close)
+        self._worker = self._closing.enter_context(
+            WorkerClient.from_env(self._context.environ, url=_endpoint(self._uri), server=self._peer.server)
+        )
+        own = sorted(tensor_layouts(tensors))
+        try:
+            described = self._worker.describe(
+                self._peer.source_id,
+                self._peer.worker_id,
+                most_tensors=len(own),
+                most_bytes=_most_bytes(own, tensors),
+            )
+        except BackendError as exc:
+            exc.uri = str(self._uri)
+            raise
+        self._compare(own, described)
+        self._plan(own, tensors, described)
+        self._closing.push(self._leasing)
+        lease = self._leasing.enter_context(self._worker.lease(self._peer.source_id, self._peer.worker_id or None))
+        self._lease_id = lease.lease_id
+        access = PeerAccess(
+            attrs.evolve(self._peer, worker_id=lease.manifest.worker_id),
+            lease.lease_id,
+            self._worker.access(lease.lease_id, self._uri.scheme),
+        )
+        session = transport.connect(access)
+        self._reader = PeerReader(
+            session,
+            uri=str(self._uri),
+            provider=self._registered.provider.name,
+            stall_seconds=self._context.settings.stall_seconds,
+            on_arrival=self._progress.arrived,
+        )
+        self._closing.callback(self._reader.close)
         self._planning_done = True
-        self._session.lease()
         self._announce(
             provider=self._registered.provider.name, files=0, tensors=len(own), size_bytes=self._planned_bytes
         )
 
-    def _compare(self, own: Sequence[TensorLayout], theirs: Sequence[TensorLayout]) -> None:
-        ours_by_name = {layout.name: layout.canonical for layout in own}
-        theirs_by_name = {layout.name: layout.canonical for layout in theirs}
-        if ours_by_name == theirs_by_name and len(theirs) == len(theirs_by_name):
+    def _compare(self, own: Sequence[TensorLayout], described: Sequence[Description]) -> None:
+        theirs = {each.layout.name: each.layout.canonical for each in described}
+        ours = {layout.name: layout.canonical for layout in own}
+        if ours == theirs and len(described) == len(own):
             return
-        names = {*ours_by_name, *theirs_by_name}
-        differing = sorted(name for name in names if ours_by_name.get(name) != theirs_by_name.get(name))
+        differing = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
         raise NotFoundError(
             f"the worker holds {len(differing)} tensors in another layout, or not at all: {listed(differing)}",
             uri=str(self._uri),
@@ -79,78 +122,118 @@ class PeerLoad(Load):
             hint="compare the identities of both workers",
         )
 
+    def _plan(
+        self, own: Sequence[TensorLayout], tensors: Mapping[str, torch.Tensor], described: Sequence[Description]
+    ) -> None:
+        """Cut each tensor into chunks. Tied tensors share memory, and are read once."""
+        import torch
+
+        from modelexpress_core.transport.chunk_digests import CHUNK_BYTES, chunk_count
+        from modelexpress_core.transport.tensor_bytes import bytes_of
+
+        digests = {each.layout.name: each.digests for each in described}
+        for layout in own:
+            place = bytes_of(layout.name, tensors[layout.name])
+            expected = 0 if layout.same_memory_as else chunk_count(place.nbytes)
+            if len(digests[layout.name]) != expected:
+                reason = f"the worker gives {len(digests[layout.name])} digests of {layout.name}, not {expected}"
+                raise NotFoundError(reason, uri=str(self._uri), operation=_COMPARE, peer_at_fault=True)
+            if not expected:
+                continue
+            self._tensors += 1
+            self._planned_bytes += place.nbytes
+            memory = place.memory
+            if memory is None:
+                memory = torch.empty(place.nbytes, dtype=torch.uint8, device=tensors[layout.name].device)
+                self._with_gaps.append((place, memory))
+            for number, digest in enumerate(digests[layout.name]):
+                start = number * CHUNK_BYTES
+                self._chunks.append(ChunkRead(layout.name, start, memory[start : start + CHUNK_BYTES], digest))
+
     def fetch(self) -> None:
         """Read every tensor into place; afterwards the worker confirms that its memory did not change."""
-        assert self._session is not None  # noqa: S101 - for the type checker: the load is open
+        assert self._reader is not None  # noqa: S101 - for the type checker: the load is open
         self.destination.touch()
-        left = {read.name: read.destination.nbytes for read in self._reads}
-        for completion in self._session.read(self._reads):
-            expected = left.pop(completion.name, None)
-            if expected != completion.bytes:
-                reason = f"the transport delivered {completion.bytes} bytes of {completion.name}, not {expected or 0}"
-                raise self._transport_error(reason)
-            self._arrived_bytes += completion.bytes
-            self._progress.arrived()
-        if left:
-            raise self._transport_error(f"the transport did not deliver {len(left)} tensors: {listed(sorted(left))}")
-        self._session.release()
+        self._worker.renew(self._lease_id)  # it is alive, right before the first read
+        self._reader.read(self._chunks)
+        for place, staged in self._with_gaps:
+            place.scatter(staged)
+        self._leasing.close()  # raises unless the lease lasted until now
 
-    def _transport_error(self, reason: str) -> IntegrityError:
-        return IntegrityError(
-            reason,
-            uri=str(self._uri),
-            operation="read the tensors",
-            provider=self._registered.provider.name,
-            hint=f"report it to the authors of {self._registered.label}",
-        )
-
-    def _stop(self, exc: BaseException) -> bool:  # noqa: ARG002 - a session needs no reason
-        self._closing.close()  # a closed session writes to no memory
+    def _stop(self, exc: BaseException) -> bool:
+        if self._reader is not None and not self._reader.close():
+            return False
+        with contextlib.suppress(BackendError):
+            self._leasing.__exit__(type(exc), exc, exc.__traceback__)
         return True
 
     def _progress_event(self) -> LoadProgress:
         seconds = time.monotonic() - self._begun
-        rate = self._arrived_bytes / seconds if seconds else 0.0
-        left = self._planned_bytes - self._arrived_bytes
+        arrived = 0 if self._reader is None else self._reader.arrived_bytes
+        rate = arrived / seconds if seconds else 0.0
         return LoadProgress(
             load_id=self._id,
             uri=str(self._uri),
-            bytes_done=self._arrived_bytes,
+            bytes_done=arrived,
             bytes_planned=self._planned_bytes,
             planning_done=self._planning_done,
             seconds=seconds,
             bytes_per_second=rate,
-            eta_seconds=left / rate if rate else None,
-            retries=0,
+            eta_seconds=(self._planned_bytes - arrived) / rate if rate else None,
+            retries=0 if self._reader is None else self._reader.read_again,
         )
 
     def _account(self) -> LoadReport:
+        assert self._reader is not None  # noqa: S101 - as above
         ended = time.monotonic()
+        reader = self._reader
         return LoadReport(
             uri=str(self._uri),
             storage={"plugin": self._registered.plugin.name, "version": self._registered.plugin.version},
-            tensors=len(self._reads),
+            tensors=self._tensors,
             tensors_in_checkpoint=0,
             files=0,
             bytes_needed=self._planned_bytes,
-            bytes_fetched=self._arrived_bytes,
-            bytes_reread=0,
+            bytes_fetched=reader.arrived_bytes,
+            bytes_reread=reader.reread_bytes,
             bytes_materialised=0,
             header_bytes=0,
             seconds=ended - self._begun,
             phase_seconds={"open": self._opened - self._begun, "load": ended - self._opened},
             goodput_bytes_per_second=self._planned_bytes / (ended - self._begun),
-            requests=len(self._reads),
-            retries=0,
-            concurrency=1,
-            verified={"versions": 0, "sizes": 0, "digests": 0},
+            requests=len(self._chunks) + reader.read_again,
+            retries=reader.read_again,
+            concurrency=reader.threads,
+            verified={"versions": 0, "sizes": 0, "digests": len(self._chunks)},
             materialised_operations={},
             meta_destinations=0,
             peak_rss_bytes=peak_rss_bytes(),
         )
 
 
-def _expected_peer(request: LoadRequest) -> Peer:
-    """Return the peer that is expected at a worker of which only the address is known."""
-    source_id = request.identity.source_id if request.identity is not None else ""
-    return Peer(source_id=source_id, worker_id="", worker_rank=request.worker_rank)
+def _peer_named_by(uri: ModelURI, request: LoadRequest) -> Peer:
+    """Return the peer that a URI names: ``<transport>://<endpoint>/<source id>/<worker id>``."""
+    source_id, _, worker_id = uri.path.partition("/")
+    if not source_id:
+        if request.identity is None:
+            message = f"{uri} does not name the source and the worker to read"
+            raise InvalidURIError(
+                message, hint="write <transport>://<host>:<port>/<source id>/<worker id>; `mx sources` shows both"
+            )
+        source_id = request.identity.source_id
+    return Peer(source_id=source_id, worker_id=worker_id, worker_rank=request.worker_rank)
+
+
+def _endpoint(uri: ModelURI) -> str:
+    scheme = "https" if uri.query.get("tls") == "1" else "http"
+    return f"{scheme}://{uri.authority}"
+
+
+def _most_bytes(own: Sequence[TensorLayout], tensors: Mapping[str, torch.Tensor]) -> int:
+    """Return how many bytes the descriptions of a worker with the same layout can have."""
+    from modelexpress_core.transport.chunk_digests import chunk_count
+
+    def texts(layout: TensorLayout) -> int:
+        return 4 * (len(layout.name) + len(layout.same_memory_as)) + 20 * len(layout.shape)
+
+    return sum(_DESCRIPTION_BYTES + texts(layout) + 8 * chunk_count(tensors[layout.name].nbytes) for layout in own)

@@ -17,16 +17,18 @@ import attrs
 import grpc
 from attrs import frozen
 
+from modelexpress_core.contracts.transport import TensorLayout
 from modelexpress_core.errors import AccessDeniedError, BackendError, NotFoundError
+from modelexpress_core.messages import printable
 from modelexpress_core.resources import start_thread
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.settings import ServerAddress
 from modelexpress_core.wire.client import Client, Security
-from modelexpress_core.wire.proto.modelexpress import access_pb2, p2p_pb2
-from modelexpress_core.wire.rpc import LEASE, WORKER
+from modelexpress_core.wire.proto.modelexpress import access_pb2, p2p_pb2, peer_pb2
+from modelexpress_core.wire.rpc import LEASE, PEER, WORKER, Service
 
-__all__ = ["Lease", "WorkerClient"]
+__all__ = ["Description", "Lease", "WorkerClient"]
 
 
 _log = logging.getLogger(__name__)
@@ -59,6 +61,33 @@ class Lease:
     manifest: p2p_pb2.GetTensorManifestResponse
 
 
+@frozen
+class Description:
+    """A tensor of a worker.
+
+    Attributes:
+        layout: Its layout.
+        digests: The digest of each of its chunks; empty for a tensor that shares memory with another one.
+    """
+
+    layout: TensorLayout
+    digests: tuple[int, ...]
+
+    @classmethod
+    def of_message(cls, message: peer_pb2.TensorDescription) -> Description:
+        """From what the worker sent.
+
+        Raises:
+            BackendError: It makes no sense.
+        """
+        try:
+            layout = TensorLayout(message.name, message.shape, message.stride, message.dtype, message.same_memory_as)
+        except ValueError as exc:
+            reason = f"the worker described a tensor that cannot exist: {printable(str(exc))[:200]}"
+            raise BackendError(reason, operation="compare the tensors") from exc
+        return cls(layout, tuple(message.digests))
+
+
 class WorkerClient(Client):
     """A connection to one worker. Thread-safe. The constructor sends nothing.
 
@@ -85,7 +114,9 @@ class WorkerClient(Client):
     ) -> None:
         without_token = attrs.evolve(security or Security(), token=None)
         # No retries: if a worker does not answer, or drains, the next peer is the better choice.
-        super().__init__(url, (WORKER, LEASE), deadline_seconds=deadline_seconds, security=without_token, retries=False)
+        super().__init__(
+            url, (WORKER, LEASE, PEER), deadline_seconds=deadline_seconds, security=without_token, retries=False
+        )
         self._server = server
         self._grants: dict[tuple[str, str], _Grant] = {}
 
@@ -118,8 +149,54 @@ class WorkerClient(Client):
     def manifest(self, source_id: str, worker_id: str | None = None) -> p2p_pb2.GetTensorManifestResponse:
         """Return the manifest of the worker's tensors."""
         request = p2p_pb2.GetTensorManifestRequest(mx_source_id=source_id, worker_id=worker_id)
-        response: p2p_pb2.GetTensorManifestResponse = self._call_granted("GetTensorManifest", request)
+        response: p2p_pb2.GetTensorManifestResponse = self._call_granted(WORKER, "GetTensorManifest", request)
         return response
+
+    def describe(self, source_id: str, worker_id: str, *, most_tensors: int, most_bytes: int) -> list[Description]:
+        """Return layouts and digests of the worker's tensors, in the order of their names.
+
+        Args:
+            source_id: The source that it holds.
+            worker_id: The worker; empty for any.
+            most_tensors: How many tensors a worker with the same layout has: one with more is not read further.
+            most_bytes: How many bytes their descriptions may have.
+
+        Raises:
+            NotFoundError: The worker holds other tensors than the reader needs: more, or such with longer descriptions.
+            BackendError: A call failed.
+        """
+        found: list[Description] = []
+        nbytes = 0
+        while True:
+            request = peer_pb2.DescribeTensorsRequest(mx_source_id=source_id, worker_id=worker_id, first=len(found))
+            page: peer_pb2.DescribeTensorsResponse = self._call_granted(PEER, "DescribeTensors", request)
+            nbytes += page.ByteSize()
+            if page.total > most_tensors or len(found) + len(page.tensors) > page.total or nbytes > most_bytes:
+                reason = f"the worker describes {page.total} tensors, in {nbytes} bytes or more, not {most_tensors}"
+                raise NotFoundError(
+                    reason,
+                    uri=self.url,
+                    operation="compare the tensors",
+                    cause="it runs another model, or another version of the engine",
+                    hint="compare the identities of both workers",
+                )
+            found += map(Description.of_message, page.tensors)
+            if len(found) == page.total:
+                return found
+            if not page.tensors:
+                reason = f"the worker described {len(found)} of {page.total} tensors"
+                raise BackendError(reason, uri=self.url, operation="compare the tensors")
+
+    def access(self, lease_id: str, transport: str) -> bytes:
+        """Return what a transport of the worker tells readers, and prove that the worker is alive.
+
+        Raises:
+            NotFoundError: The lease has ended, or the worker does not offer its tensors over this transport.
+            BackendError: The call failed.
+        """
+        request = peer_pb2.GetAccessRequest(lease_id=lease_id, transport=transport)
+        response: peer_pb2.GetAccessResponse = self._call(PEER, "GetAccess", request)
+        return response.description
 
     @contextlib.contextmanager
     def lease(self, source_id: str, worker_id: str | None = None) -> Iterator[Lease]:
@@ -130,7 +207,7 @@ class WorkerClient(Client):
                 lasted until then, so that data read in the block cannot be trusted.
         """
         request = p2p_pb2.PrepareTensorReadRequest(mx_source_id=source_id, worker_id=worker_id, renews=True)
-        response: p2p_pb2.PrepareTensorReadResponse = self._call_granted("PrepareTensorRead", request)
+        response: p2p_pb2.PrepareTensorReadResponse = self._call_granted(WORKER, "PrepareTensorRead", request)
         release = p2p_pb2.ReleaseTensorReadRequest(
             mx_source_id=source_id, worker_id=worker_id, lease_id=response.lease_id
         )
@@ -142,6 +219,15 @@ class WorkerClient(Client):
                 self._call(WORKER, "ReleaseTensorRead", release)
             raise
         self._call(WORKER, "ReleaseTensorRead", release)
+
+    def renew(self, lease_id: str) -> None:
+        """Renew a lease, which proves that the worker is alive and that its memory is unchanged.
+
+        Raises:
+            NotFoundError: The lease has ended.
+            BackendError: The call failed.
+        """
+        self._call(LEASE, "RenewLease", access_pb2.RenewLeaseRequest(lease_id=lease_id))
 
     @contextlib.contextmanager
     def _renewing(self, lease_id: str, within_seconds: float) -> Iterator[None]:
@@ -170,13 +256,13 @@ class WorkerClient(Client):
             ended.set()
             thread.join()
 
-    def _call_granted(self, method: str, request: Any) -> Any:  # noqa: ANN401 - two messages and their responses
+    def _call_granted(self, service: Service, method: str, request: Any) -> Any:  # noqa: ANN401 - three messages
         """The response of ``method``; the worker gets a read grant if it wants one."""
         key = (request.mx_source_id, request.worker_id)
         grant = self._grants.get(key)
         credential = grant.text if grant is not None and time.monotonic() < grant.until else None
         try:
-            return self._call(WORKER, method, request, credential=credential)
+            return self._call(service, method, request, credential=credential)
         except AccessDeniedError as exc:
             if not _wants_grant(exc):
                 raise
@@ -187,7 +273,7 @@ class WorkerClient(Client):
         asked = time.monotonic()
         answer = self._server.read_grant(*key)
         self._grants[key] = _Grant(answer.grant, asked + answer.valid_for_seconds - _GRANT_MARGIN_SECONDS)
-        return self._call(WORKER, method, request, credential=answer.grant)
+        return self._call(service, method, request, credential=answer.grant)
 
 
 #: Likely cause and next step where a worker wants a grant, and no server can be asked for one.

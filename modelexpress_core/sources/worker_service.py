@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -23,11 +23,12 @@ from attrs import frozen
 from modelexpress_core.contracts.authenticator import Authenticator
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.resources import start_thread
+from modelexpress_core.sources.offered_tensors import OfferedTensors
 from modelexpress_core.wire.admission import MessageLimits
 from modelexpress_core.wire.authentication import caller
 from modelexpress_core.wire.peers import peer_host
-from modelexpress_core.wire.proto.modelexpress import access_pb2, health_pb2, p2p_pb2
-from modelexpress_core.wire.rpc import LEASE, STANDARD_HEALTH, WORKER, handler
+from modelexpress_core.wire.proto.modelexpress import access_pb2, health_pb2, p2p_pb2, peer_pb2
+from modelexpress_core.wire.rpc import LEASE, PEER, STANDARD_HEALTH, WORKER, Service, handler
 from modelexpress_core.wire.serving import listen, new_server
 from modelexpress_core.wire.settings import TlsSettings
 
@@ -148,6 +149,12 @@ class Leases:
                 self._active[lease] = attrs.evolve(active, until=until)
             return active is not None
 
+    def holds(self, lease: str) -> bool:
+        """Whether a lease is active."""
+        with self._changed:
+            active = self._active.get(lease)
+            return active is not None and active.until > self._clock()
+
     def out(self) -> int:
         """Return the number of active leases."""
         with self._changed:
@@ -247,15 +254,8 @@ class _WorkerService:
             await context.abort(_Code.UNAVAILABLE, _DRAINING)
 
     async def _check_ids(self, request: Any, context: _Context) -> None:  # noqa: ANN401 - one of three messages
-        ours = self._manifest
-        if not request.mx_source_id:
-            await context.abort(_Code.INVALID_ARGUMENT, "mx_source_id is required")
-        if request.mx_source_id != ours.mx_source_id:
-            reason = f"this worker holds source {ours.mx_source_id!r}, not {request.mx_source_id!r}"
-            await context.abort(_Code.FAILED_PRECONDITION, reason)
-        if request.HasField("worker_id") and request.worker_id != ours.worker_id:
-            reason = f"this is worker {ours.worker_id!r}, not {request.worker_id!r}"
-            await context.abort(_Code.FAILED_PRECONDITION, reason)
+        worker_id = request.worker_id if request.HasField("worker_id") else None
+        await _check_ids(self._manifest, request.mx_source_id, worker_id, context)
 
 
 class _LeaseService:
@@ -273,13 +273,75 @@ class _LeaseService:
         return access_pb2.RenewLeaseResponse()
 
 
+class _PeerService:
+    """The handlers of ``PeerService``.
+
+    Args:
+        manifest: Has the ids of source and worker.
+        leases: The leases of the readers.
+        offered: The tensors.
+        descriptions: What each transport tells readers, by scheme.
+    """
+
+    def __init__(
+        self,
+        manifest: p2p_pb2.GetTensorManifestResponse,
+        leases: Leases,
+        offered: OfferedTensors,
+        descriptions: Mapping[str, bytes],
+    ) -> None:
+        self._manifest = manifest
+        self._leases = leases
+        self._offered = offered
+        self._descriptions = descriptions
+
+    async def describe_tensors(
+        self, request: peer_pb2.DescribeTensorsRequest, context: _Context
+    ) -> peer_pb2.DescribeTensorsResponse:
+        """Return a page of layouts and digests."""
+        await _check_ids(self._manifest, request.mx_source_id, request.worker_id or None, context)
+        if self._leases.draining:
+            await context.abort(_Code.UNAVAILABLE, _DRAINING)
+        if not self._offered.digested:
+            await context.abort(_Code.UNAVAILABLE, "the worker has not yet taken the digests of its tensors")
+        return self._offered.page(request.first)
+
+    async def get_access(self, request: peer_pb2.GetAccessRequest, context: _Context) -> peer_pb2.GetAccessResponse:
+        """Return what a transport tells readers, to one that holds a lease."""
+        if not self._leases.holds(request.lease_id):
+            await context.abort(_Code.NOT_FOUND, _NO_LEASE)
+        description = self._descriptions.get(request.transport)
+        if description is None:
+            offered = ", ".join(self._descriptions) or "none"
+            reason = f"this worker does not offer its tensors over {request.transport!r}, but over {offered}"
+            await context.abort(_Code.FAILED_PRECONDITION, reason)
+        return peer_pb2.GetAccessResponse(description=description)
+
+
+async def _check_ids(
+    ours: p2p_pb2.GetTensorManifestResponse, source_id: str, worker_id: str | None, context: _Context
+) -> None:
+    """Abort unless a request is for this source and, if it names one, for this worker."""
+    if not source_id:
+        await context.abort(_Code.INVALID_ARGUMENT, "mx_source_id is required")
+    if source_id != ours.mx_source_id:
+        reason = f"this worker holds source {ours.mx_source_id!r}, not {source_id!r}"
+        await context.abort(_Code.FAILED_PRECONDITION, reason)
+    if worker_id is not None and worker_id != ours.worker_id:
+        reason = f"this is worker {ours.worker_id!r}, not {worker_id!r}"
+        await context.abort(_Code.FAILED_PRECONDITION, reason)
+
+
 #: Requests have ids and no more. Many readers may read the manifest at the same time.
 _MAX_REQUEST_BYTES = 64 << 10
 _RECEIVING_BYTES = 8 << 20
 _ANSWER_BYTES = 256 << 20
 
+#: How long a reader may keep a lease.
+_LEASE_SECONDS = 600.0
+
 #: Methods for which the id of the lease suffices: it is a secret of its reader, whose grant may have expired.
-_BY_LEASE = (WORKER.path("ReleaseTensorRead"), LEASE.path("RenewLease"))
+_BY_LEASE = (WORKER.path("ReleaseTensorRead"), LEASE.path("RenewLease"), PEER.path("GetAccess"))
 
 _NO_LEASE = "no such lease: it has ended, and the memory may have changed since then"
 
@@ -312,7 +374,10 @@ class WorkerServer:
         address: Address to listen on: ``host:port``; port 0 is any free port.
         tls: Files of TLS; TLS is on if there is a certificate.
         authenticator: Authenticates readers; None to accept every reader. To renew or release a lease its id suffices.
-        lease_seconds: How long a reader may keep a lease.
+        leases: The leases of readers; by default none, each of which may be kept for ten minutes.
+        offered: The tensors, for readers of our own; None offers the manifest alone.
+        descriptions: What each transport tells readers, by scheme.
+        services: gRPC services of transports, and what implements them.
 
     Attributes:
         port: The port it listens on.
@@ -331,9 +396,16 @@ class WorkerServer:
         *,
         tls: TlsSettings | None = None,
         authenticator: Authenticator | None = None,
-        lease_seconds: float = 600.0,
+        leases: Leases | None = None,
+        offered: OfferedTensors | None = None,
+        descriptions: Mapping[str, bytes] | None = None,
+        services: Mapping[Service, object] | None = None,
     ) -> None:
-        self.leases = Leases(lease_seconds)
+        self.leases = leases or Leases(_LEASE_SECONDS)
+        self._services: dict[Service, object] = dict(services or {})
+        self._by_lease = [*_BY_LEASE, *(service.path(each) for service in self._services for each in service.methods)]
+        if offered is not None:
+            self._services[PEER] = _PeerService(manifest, self.leases, offered, descriptions or {})
         self._manifest = manifest
         self._address = address
         self._tls = tls or TlsSettings()
@@ -368,7 +440,8 @@ class WorkerServer:
             self._end_loop()
 
     async def _begin(self) -> tuple[int, grpc.aio.Server]:
-        services = {
+        services: dict[Service, object] = {
+            **self._services,
             WORKER: _WorkerService(self._manifest, self.leases),
             LEASE: _LeaseService(self.leases),
             STANDARD_HEALTH: _WorkerHealth(self.leases),
@@ -376,7 +449,7 @@ class WorkerServer:
         handlers = {service.name: handler(service, implementation) for service, implementation in services.items()}
         manifest_bytes = self._manifest.ByteSize()
         limits = MessageLimits(_MAX_REQUEST_BYTES, _RECEIVING_BYTES, max(_ANSWER_BYTES, 16 * manifest_bytes))
-        server = new_server(handlers, authenticator=self._authenticator, open_methods=_BY_LEASE, limits=limits)
+        server = new_server(handlers, authenticator=self._authenticator, open_methods=self._by_lease, limits=limits)
         try:
             port = listen(server, self._address, tls=self._tls, authenticator=self._authenticator)
         except RuntimeError as exc:

@@ -1,24 +1,22 @@
-"""``inproc://``: reads tensors of another model in this process; for tests and notebooks, and a simple example."""
+"""``inproc://``: copies tensors within this process; for tests and notebooks, and a simple example."""
 
 from __future__ import annotations
 
-import itertools
+import secrets
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from modelexpress_core.contracts.candidates import Peer
-from modelexpress_core.contracts.transport import Completion, TensorLayout, TensorRead, TensorTable
+from modelexpress_core.contracts.transport import PeerAccess, TensorRead, TensorTable
 from modelexpress_core.errors import NotFoundError, UnavailableError
-from modelexpress_core.transport.layouts import tensor_layouts
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["InprocServed", "InprocSession", "InprocTransport", "open_inproc"]
 
 _PROVIDER = "modelexpress-core"
 
-_numbers = itertools.count(1)
-_served: dict[str, InprocServed] = {}
+#: Served tensors by their description, which nobody guesses.
+_served: dict[bytes, InprocServed] = {}
 _lock = threading.Lock()
 
 
@@ -29,56 +27,44 @@ class InprocServed:
         table: The tensors.
 
     Attributes:
-        endpoint: The authority of the worker's URIs.
+        table: The tensors.
+        description: The name under which sessions find them.
         topology: Empty.
+        services: Empty.
     """
 
     topology: Mapping[str, str] = {}
+    services: Mapping[Any, object] = {}
 
     def __init__(self, table: TensorTable) -> None:
         self.table = table
-        self.layouts: Sequence[TensorLayout] = tensor_layouts(table.tensors)
-        self.endpoint = f"worker-{next(_numbers)}"
-        self._changed = threading.Condition()
-        self._leases: set[int] = set()
-        self._draining = False
+        self.description = secrets.token_bytes(16)
+        self._copying = threading.Condition()
+        self._copies = 0
+        self._closed = False
 
-    def grant(self, lease: int) -> bool:
-        """Keep the memory unchanged for ``lease``; return False while draining."""
-        with self._changed:
-            if not self._draining:
-                self._leases.add(lease)
-            return not self._draining
-
-    def release(self, lease: int) -> bool:
-        """End ``lease``; return False if it had ended before."""
-        with self._changed:
-            held = lease in self._leases
-            self._leases.discard(lease)
-            self._changed.notify_all()
-            return held
-
-    def drain(self, timeout_seconds: float) -> bool:
-        """Grant no more leases and wait for the active ones; return whether all were released in time.
-
-        The others end.
-        """
-        deadline = time.monotonic() + timeout_seconds
-        with self._changed:
-            self._draining = True
-            while self._leases:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    self._leases.clear()
-                    return False
-                self._changed.wait(left)
-            return True
+    def copy(self, read: TensorRead, lease_id: str) -> bool:
+        """Copy one range; return False if the lease has ended."""
+        with self._copying:
+            if self._closed or not self.table.holds_lease(lease_id):
+                return False
+            self._copies += 1
+        try:
+            length = len(read.destination)
+            read.destination.copy_(self.table.tensors[read.name][read.offset : read.offset + length])
+        finally:
+            with self._copying:
+                self._copies -= 1
+                self._copying.notify_all()
+        return True
 
     def close(self) -> None:
-        """Stop serving, and end every lease."""
+        """Stop serving, when the copies under way have ended."""
         with _lock:
-            _served.pop(self.endpoint, None)
-        self.drain(0)
+            _served.pop(self.description, None)
+        with self._copying:
+            self._closed = True
+            self._copying.wait_for(lambda: not self._copies)
 
 
 class InprocSession:
@@ -86,54 +72,38 @@ class InprocSession:
 
     Args:
         served: The worker's tensors.
+        lease_id: The lease of this reader.
         uri: Redacted URI of the worker, for messages.
-
-    Attributes:
-        layouts: Layouts of the worker's tensors.
     """
 
-    def __init__(self, served: InprocServed, uri: str) -> None:
-        self.layouts = served.layouts
+    def __init__(self, served: InprocServed, lease_id: str, uri: str) -> None:
         self._served = served
+        self._lease_id = lease_id
         self._uri = uri
-        self._lease = next(_numbers)
+        self._lock = threading.Lock()
+        self._closed = False
 
-    def lease(self) -> None:
-        """Ask the worker to keep its memory unchanged."""
-        if not self._served.grant(self._lease):
-            reason = "the worker is about to change its memory"
-            raise UnavailableError(
-                reason, uri=self._uri, operation="lease the tensors", provider=_PROVIDER, retryable=False
-            )
-
-    def read(self, reads: Sequence[TensorRead]) -> Iterator[Completion]:
-        """Copy one tensor after the other."""
-        import torch
-
-        tensors = self._served.table.tensors
-        for read in reads:
-            source = tensors[read.name]
-            with torch.no_grad():
-                read.destination.copy_(source)
-            yield Completion(read.name, source.nbytes)
-
-    def release(self) -> None:
-        """Release the lease; raise if it had ended before."""
-        if not self._served.release(self._lease):
-            reason = "the lease ended before the reads did, so the data cannot be trusted"
-            raise UnavailableError(
-                reason,
-                uri=self._uri,
-                operation="release the tensors",
-                provider=_PROVIDER,
-                retryable=False,
-                peer_at_fault=True,
-                cause="the worker changed or freed its memory during the reads",
-            )
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+        """Copy one range after the other."""
+        for position, read in enumerate(reads):
+            with self._lock:
+                copied = not self._closed and self._served.copy(read, self._lease_id)
+            if not copied:
+                reason = "the session was closed" if self._closed else "the lease has ended"
+                raise UnavailableError(
+                    reason,
+                    uri=self._uri,
+                    operation=f"read {read.name}",
+                    provider=_PROVIDER,
+                    retryable=False,
+                    peer_at_fault=not self._closed,
+                )
+            yield position
 
     def close(self) -> None:
-        """End the lease, if it is still held."""
-        self._served.release(self._lease)
+        """End reads, when the copies under way have ended."""
+        with self._lock:
+            self._closed = True
 
 
 class InprocTransport:
@@ -150,20 +120,17 @@ class InprocTransport:
         """Make ``table`` readable in this process."""
         served = InprocServed(table)
         with _lock:
-            _served[served.endpoint] = served
+            _served[served.description] = served
         return served
 
-    def connect(self, peer: Peer) -> InprocSession:
-        """Find the worker that the URI names."""
+    def connect(self, access: PeerAccess) -> InprocSession:
+        """Find the tensors of the worker."""
         with _lock:
-            served = _served.get(self._uri.authority)
+            served = _served.get(access.description)
         if served is None:
-            reason = "no worker in this process has that name"
-        elif peer.source_id != served.table.source_id or peer.worker_id not in {"", served.table.worker_id}:
-            reason = f"the worker is {served.table.worker_id!r} and holds source {served.table.source_id!r}"
-        else:
-            return InprocSession(served, str(self._uri))
-        raise NotFoundError(reason, uri=str(self._uri), operation="connect", provider=_PROVIDER)
+            reason = "the worker is not in this process"
+            raise NotFoundError(reason, uri=str(self._uri), operation="connect", provider=_PROVIDER)
+        return InprocSession(served, access.lease_id, str(self._uri))
 
     def close(self) -> None:
         """Do nothing: nothing is open."""

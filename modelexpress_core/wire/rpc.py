@@ -16,7 +16,7 @@ import grpc.aio
 from attrs import frozen
 from google.protobuf.message import DecodeError, Message
 
-from modelexpress_core.wire.proto.modelexpress import access_pb2, api_pb2, health_pb2, p2p_pb2
+from modelexpress_core.wire.proto.modelexpress import access_pb2, api_pb2, health_pb2, p2p_pb2, peer_pb2
 
 __all__ = [
     "ACCESS",
@@ -25,6 +25,7 @@ __all__ = [
     "LEASE",
     "MESSAGE_OPTIONS",
     "P2P",
+    "PEER",
     "STANDARD_HEALTH",
     "WORKER",
     "Method",
@@ -127,6 +128,14 @@ WORKER = Service(
         "GetTensorManifest": Method(p2p_pb2.GetTensorManifestRequest, p2p_pb2.GetTensorManifestResponse),
         "PrepareTensorRead": Method(p2p_pb2.PrepareTensorReadRequest, p2p_pb2.PrepareTensorReadResponse),
         "ReleaseTensorRead": Method(p2p_pb2.ReleaseTensorReadRequest, p2p_pb2.ReleaseTensorReadResponse),
+    },
+)
+
+PEER = Service(
+    "modelexpress.peer.PeerService",
+    {
+        "DescribeTensors": Method(peer_pb2.DescribeTensorsRequest, peer_pb2.DescribeTensorsResponse),
+        "GetAccess": Method(peer_pb2.GetAccessRequest, peer_pb2.GetAccessResponse),
     },
 )
 

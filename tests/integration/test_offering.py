@@ -139,7 +139,7 @@ def test_what_is_published_is_what_was_said(start: Start) -> None:
         Offer(
             _IDENTITY,
             _WEIGHTS,
-            transports=["nixl", "grpc"],
+            transports=["inproc", "grpc"],
             device=3,
             worker_rank=5,
             record=p2p_pb2.WorkerMetadata(nixl_metadata=b"agent"),
@@ -156,7 +156,7 @@ def test_what_is_published_is_what_was_said(start: Start) -> None:
             time.sleep(0.1)
 
     assert f"[::1]:{port}" == said.worker_grpc_endpoint
-    assert (5, "nixl,grpc", b"agent") == (said.worker_rank, said.topology["mx_transports"], said.nixl_metadata)
+    assert (5, "inproc,grpc", b"agent") == (said.worker_rank, said.topology["mx_transports"], said.nixl_metadata)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_draining_waits_for_readers_and_takes_no_more() -> None:
 def test_a_reader_whose_lease_ended_is_told_so() -> None:
     """What it read may have changed under it; one whose own work failed hears of that instead."""
     with (
-        WorkerServer(manifest(), "127.0.0.1:0", lease_seconds=0.001) as server,
+        WorkerServer(manifest(), "127.0.0.1:0", leases=Leases(0.001)) as server,
         client(server) as reader,
         pytest.raises(NotFoundError, match="may have changed"),
         reader.lease("5a5f555570065064"),
@@ -282,7 +282,7 @@ def test_random_bytes_do_no_harm() -> None:
     message = p2p_pb2.ReleaseTensorReadRequest(mx_source_id="5a5f555570065064", worker_id="w-1", lease_id="0" * 32)
     good = message.SerializeToString()
     allowed = {"INVALID_ARGUMENT", "FAILED_PRECONDITION", "NOT_FOUND"}
-    with WorkerServer(manifest(), "127.0.0.1:0", lease_seconds=0.01) as server:
+    with WorkerServer(manifest(), "127.0.0.1:0", leases=Leases(0.01)) as server:
         with open_channel(Endpoint.parse(f"127.0.0.1:{server.port}")) as channel:
             for name in WORKER.methods:
                 call = channel.unary_unary(WORKER.path(name))

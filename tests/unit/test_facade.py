@@ -35,6 +35,7 @@ PUBLIC = [
     "ResourceError",
     "SettingsError",
     "SourceChangedError",
+    "SourceIdentity",
     "TensorInfo",
     "ThrottledError",
     "UnavailableError",
@@ -45,6 +46,8 @@ PUBLIC = [
     "load_into",
     "load_state_dict",
     "open_checkpoint",
+    "own_identity",
+    "publish",
     "pull",
 ]
 

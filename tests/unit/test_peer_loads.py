@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import attrs
 import pytest
 import torch
 from safetensors.torch import save
@@ -15,8 +15,15 @@ import modelexpress_core as mx
 from modelexpress_core import loader as loader_module
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer, Tier
 from modelexpress_core.contracts.identity import SourceIdentity
-from modelexpress_core.contracts.transport import Completion, TensorRead, TensorTable
-from modelexpress_core.errors import BackendError, IntegrityError, NotFoundError, UnavailableError
+from modelexpress_core.contracts.transport import PeerAccess, TensorRead
+from modelexpress_core.errors import (
+    BackendError,
+    DeadlineError,
+    IntegrityError,
+    InvalidURIError,
+    NotFoundError,
+    UnavailableError,
+)
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadStarted
 from modelexpress_core.loads.destination import Destination
 from modelexpress_core.loads.targets import DeferredTarget, Target
@@ -24,6 +31,7 @@ from modelexpress_core.placement.destinations import Destinations
 from modelexpress_core.providers import DiscoveryProvider, TransportProvider
 from modelexpress_core.storage.memory import store
 from modelexpress_core.transport import inproc
+from tests.support.peers import ServingWorker, serving_worker
 
 _IDENTITY = SourceIdentity("acme/model")
 
@@ -54,9 +62,9 @@ class Discovery:
 
 
 class Plugin:
-    """A discovery that names ``uris``, a transport ``broken`` made of ``sessions``, and an observer of loads."""
+    """A discovery that names ``uris``, a transport ``odd`` made of ``session``, and an observer of loads."""
 
-    def __init__(self, *uris: str, session: Callable[[inproc.InprocServed, str], Any] = inproc.InprocSession) -> None:
+    def __init__(self, *uris: str, session: type[inproc.InprocSession] = inproc.InprocSession) -> None:
         self.uris = uris
         self.session = session
         self.events: list[object] = []
@@ -70,9 +78,9 @@ class Plugin:
         plugin = self
 
         class Transport(inproc.InprocTransport):
-            def connect(self, peer: Peer) -> Any:
-                session = super().connect(peer)
-                return plugin.session(session._served, str(self._uri))
+            def connect(self, access: PeerAccess) -> inproc.InprocSession:
+                session = super().connect(access)
+                return plugin.session(session._served, access.lease_id, str(self._uri))
 
         return [TransportProvider("odd", ("odd",), lambda uri, settings: Transport(uri), tier=Tier.PEER)]
 
@@ -96,18 +104,20 @@ def source() -> nn.Module:
 
 
 @pytest.fixture
-def served(source: nn.Module) -> Iterator[inproc.InprocServed]:
-    transport = inproc.InprocTransport(mx.ModelURI.parse("inproc://"))
-    served = transport.serve(TensorTable(_IDENTITY.source_id, "w", source.state_dict()))
-    yield served
-    served.close()
+def served(source: nn.Module) -> Iterator[ServingWorker]:
+    """A worker that offers it over ``inproc``, and over the transport of ``Plugin``."""
+    plugins = mx.PluginManager.discover({})
+    plugins.register(Plugin(), name="mx-test")
+    state = source.state_dict()
+    with serving_worker(state, ["inproc", "odd"], source_id=_IDENTITY.source_id, plugins=plugins) as worker:
+        yield worker
 
 
 @pytest.fixture
 def checkpoint(request: pytest.FixtureRequest) -> tuple[str, Mapping[str, torch.Tensor]]:
     """A checkpoint with other values than the peer's, so that it shows which of them was loaded."""
     state = {name: tensor.clone() for name, tensor in new_model().state_dict().items()}
-    name = request.node.name.replace("[", "-").replace("]", "")
+    name = request.node.name.replace("[", "-").replace("]", "").replace(" ", "-")
     state["tied"] = state["0.weight"]
     stored = {key: value.clone() for key, value in state.items()}
     store(name).put("model/model.safetensors", save(stored))
@@ -131,10 +141,10 @@ def assert_equal(expected: Mapping[str, torch.Tensor], model: nn.Module) -> None
 
 
 def test_a_model_is_loaded_from_a_peer(
-    source: nn.Module, served: inproc.InprocServed, checkpoint: tuple[str, Mapping[str, torch.Tensor]]
+    source: nn.Module, served: ServingWorker, checkpoint: tuple[str, Mapping[str, torch.Tensor]]
 ) -> None:
     """Its tensors, read once each, straight into place; the checkpoint is not opened."""
-    plugin = Plugin(f"inproc://{served.endpoint}/{_IDENTITY.source_id}/w")
+    plugin = Plugin(served.uri("inproc"))
     target = new_model(fill=7)
     addresses = [tensor.data_ptr() for tensor in target.state_dict().values()]
 
@@ -145,66 +155,85 @@ def test_a_model_is_loaded_from_a_peer(
     assert [LoadStarted, LoadFinished] == [type(event) for event in plugin.events]
     needed = sum(tensor.nbytes for name, tensor in source.state_dict().items() if name != "tied")
     assert (needed, needed, 5) == (report.bytes_needed, report.bytes_fetched, report.tensors)
-    assert report.uri == f"inproc://{served.endpoint}/{_IDENTITY.source_id}/w"
-    assert served.drain(0)  # the lease was given back
+    assert 5 == report.verified["digests"]
+    assert report.uri == served.uri("inproc")
+    assert 0 == served.leases.out()
 
 
 class Lost(inproc.InprocSession):
     """The worker is gone after the first tensor."""
 
-    def read(self, reads: Sequence[TensorRead]) -> Iterator[Completion]:
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
         yield next(super().read(reads))
         reason = "the connection broke"
         raise UnavailableError(reason, uri=self._uri, peer_at_fault=True)
 
 
-class Changed(inproc.InprocSession):
-    """The worker takes its memory back while it is read."""
-
-    def read(self, reads: Sequence[TensorRead]) -> Iterator[Completion]:
-        yield from super().read(reads)
-        self._served.drain(0)
-
-
 class Short(inproc.InprocSession):
-    """The transport ends without the last tensor."""
+    """The transport ends without the last range."""
 
-    def read(self, reads: Sequence[TensorRead]) -> Iterator[Completion]:
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
         yield from super().read(reads[:-1])
 
 
-class Half(inproc.InprocSession):
-    """The transport says that it moved half of each tensor."""
+class Twice(inproc.InprocSession):
+    """The transport says twice that it read the first range."""
 
-    def read(self, reads: Sequence[TensorRead]) -> Iterator[Completion]:
-        for completion in super().read(reads):
-            yield attrs.evolve(completion, bytes=completion.bytes // 2)
-
-
-class Draining(inproc.InprocSession):
-    """The worker grants no lease."""
-
-    def lease(self) -> None:
-        self._served.drain(0)
-        super().lease()
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+        yield from (0 for _ in super().read(reads))
 
 
-_BROKEN = {Lost: UnavailableError, Changed: UnavailableError, Short: IntegrityError, Half: IntegrityError}
+class Raises(inproc.InprocSession):
+    """The transport does not translate its errors."""
+
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+        reason = "no such thing"
+        raise KeyError(reason)
 
 
-@pytest.mark.parametrize("session", [*_BROKEN, Draining], ids=lambda cls: cls.__name__)
+class Flips(inproc.InprocSession):
+    """Each first byte arrives with a flipped bit."""
+
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+        for position in super().read(reads):
+            reads[position].destination[0] ^= 4
+            yield position
+
+
+class Silent(inproc.InprocSession):
+    """Nothing arrives until the session is closed."""
+
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+        while not self._closed:
+            time.sleep(0.01)
+        reason = "the session was closed"
+        raise UnavailableError(reason)
+        yield from super().read(reads)
+
+
+_BROKEN = {
+    Lost: UnavailableError,
+    Short: BackendError,
+    Twice: BackendError,
+    Raises: BackendError,
+    Flips: IntegrityError,
+    Silent: DeadlineError,
+}
+
+
+@pytest.mark.parametrize("session", _BROKEN, ids=lambda cls: cls.__name__)
 def test_after_a_failing_peer_the_checkpoint_is_loaded(
-    served: inproc.InprocServed,
+    served: ServingWorker,
     checkpoint: tuple[str, Mapping[str, torch.Tensor]],
     session: type[inproc.InprocSession],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The model then holds the checkpoint's values, and none of the peer's."""
     uri, state = checkpoint
-    plugin = Plugin(f"odd://{served.endpoint}/{_IDENTITY.source_id}/w", session=session)
+    plugin = Plugin(served.uri("odd"), session=session)
     target = new_model(fill=7)
 
-    report = load(uri, plugin, target)
+    report = load(uri, plugin, target, MX_STALL_SECONDS="0.3")
 
     assert_equal(state, target)
     assert (uri, 1) == (report.uri, report.files)
@@ -213,9 +242,9 @@ def test_after_a_failing_peer_the_checkpoint_is_loaded(
     assert "odd://" in caplog.text
 
 
-@pytest.mark.parametrize("session", [*_BROKEN, Draining], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("session", _BROKEN, ids=lambda cls: cls.__name__)
 def test_a_touched_destination_is_initialized_again_before_the_next_candidate(
-    served: inproc.InprocServed,
+    served: ServingWorker,
     checkpoint: tuple[str, Mapping[str, torch.Tensor]],
     session: type[inproc.InprocSession],
 ) -> None:
@@ -232,32 +261,31 @@ def test_a_touched_destination_is_initialized_again_before_the_next_candidate(
 
     class Watched(Target):
         def check_checkpoint(self, checkpoint: mx.Checkpoint) -> None:
-            wanted = 7 if session is Draining else 9
-            assert all((tensor == wanted).all() for tensor in target.state_dict().values())
+            assert all((tensor == 9).all() for tensor in target.state_dict().values())
             assert not self.touched
             super().check_checkpoint(checkpoint)
 
     tensors = Destinations(target, torch.device("cpu"))
     destination = Watched(tensors, strict=True, cast=False, renew=make_anew)
-    load(uri, Plugin(f"odd://{served.endpoint}/{_IDENTITY.source_id}/w", session=session), target, destination)
+    load(uri, Plugin(served.uri("odd"), session=session), target, destination, MX_STALL_SECONDS="0.3")
 
-    assert ([] if session is Draining else [True]) == renewed
+    assert [True] == renewed
     assert_equal(state, target)
 
 
 @pytest.mark.parametrize("session", _BROKEN, ids=lambda cls: cls.__name__)
 def test_a_touched_destination_that_cannot_be_initialized_again_ends_the_load(
-    served: inproc.InprocServed,
+    served: ServingWorker,
     checkpoint: tuple[str, Mapping[str, torch.Tensor]],
     session: type[inproc.InprocSession],
 ) -> None:
     """The peer's error is raised; the checkpoint is not opened."""
     target = new_model(fill=7)
-    plugin = Plugin(f"odd://{served.endpoint}/{_IDENTITY.source_id}/w", session=session)
+    plugin = Plugin(served.uri("odd"), session=session)
     destination = Target(Destinations(target, torch.device("cpu")), strict=True, cast=False, renew=None)
 
     with pytest.raises(_BROKEN[session]):
-        load(checkpoint[0], plugin, target, destination)
+        load(checkpoint[0], plugin, target, destination, MX_STALL_SECONDS="0.3")
 
     assert destination.touched
     assert [LoadStarted, LoadFailed] == [type(event) for event in plugin.events]
@@ -275,7 +303,7 @@ def test_a_touched_destination_that_cannot_be_initialized_again_ends_the_load(
     ids=["another source", "another worker", "one more tensor", "another dtype", "not tied"],
 )
 def test_a_peer_that_holds_something_else_is_not_read(
-    served: inproc.InprocServed, path: str, change: Callable[[nn.Module], object] | None
+    served: ServingWorker, path: str, change: Callable[[nn.Module], object] | None
 ) -> None:
     """Names, shapes, strides, dtypes and ties are compared before the lease; nothing is written."""
     target = new_model(fill=7)
@@ -288,7 +316,7 @@ def test_a_peer_that_holds_something_else_is_not_read(
     class Naming(Plugin):
         @mx.hookimpl
         def mx_rank_candidates(self, request: LoadRequest, candidates: Sequence[Candidate]) -> list[Candidate]:
-            return [Candidate(mx.ModelURI.parse(f"inproc://{served.endpoint}/{path}"), "test", peer)]
+            return [Candidate(mx.ModelURI.parse(f"inproc://127.0.0.1:{served.port}/{path}"), "test", peer)]
 
     destination = Target(Destinations(target, torch.device("cpu")), strict=True, cast=False)
     with pytest.raises(NotFoundError):
@@ -298,7 +326,7 @@ def test_a_peer_that_holds_something_else_is_not_read(
     assert_equal(before, target)
 
 
-def test_code_that_copies_deferred_tensors_cannot_read_from_a_peer(served: inproc.InprocServed) -> None:
+def test_code_that_copies_deferred_tensors_cannot_read_from_a_peer(served: ServingWorker) -> None:
     """It needs the tensors of a checkpoint; the peer is skipped before a byte moves."""
     plugin = Plugin()
     peer = Peer(_IDENTITY.source_id, "w")
@@ -306,7 +334,7 @@ def test_code_that_copies_deferred_tensors_cannot_read_from_a_peer(served: inpro
     class Naming(Plugin):
         @mx.hookimpl
         def mx_rank_candidates(self, request: LoadRequest, candidates: Sequence[Candidate]) -> list[Candidate]:
-            return [Candidate(mx.ModelURI.parse(f"inproc://{served.endpoint}/x/w"), "test", peer)]
+            return [Candidate(mx.ModelURI.parse(f"inproc://127.0.0.1:{served.port}/x/w"), "test", peer)]
 
     destination = DeferredTarget(None)
     with pytest.raises(BackendError, match="takes tensors of a checkpoint"):
@@ -316,10 +344,130 @@ def test_code_that_copies_deferred_tensors_cannot_read_from_a_peer(served: inpro
     assert [] == plugin.events
 
 
-def test_a_worker_that_ends_its_offer_is_not_found(served: inproc.InprocServed, source: nn.Module) -> None:
-    """Its URI is not found from then on."""
-    uri = mx.ModelURI.parse(f"inproc://{served.endpoint}/{_IDENTITY.source_id}/w")
-    served.close()
+@pytest.mark.parametrize("when", ["no lease", "no read", "no end"])
+def test_a_worker_that_takes_its_memory_back_is_not_believed(
+    served: ServingWorker, checkpoint: tuple[str, Mapping[str, torch.Tensor]], when: str
+) -> None:
+    """Whenever it does; the checkpoint is loaded instead."""
+    uri, state = checkpoint
+    served_leases = served.leases
 
-    with pytest.raises(NotFoundError, match="no worker in this process has that name"):
-        inproc.InprocTransport(uri).connect(Peer(_IDENTITY.source_id, "w"))
+    class Drains(inproc.InprocSession):
+        def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+            yield from super().read(reads)
+            if when == "no end":
+                served_leases.drain(0)
+
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            if when == "no read":
+                served_leases.drain(0)
+
+    if when == "no lease":
+        served_leases.drain(0)
+    target = new_model(fill=7)
+
+    report = load(uri, Plugin(served.uri("odd"), session=Drains), target)
+
+    assert_equal(state, target)
+    assert uri == report.uri
+
+
+def test_a_bit_that_changes_once_is_read_again(
+    source: nn.Module, served: ServingWorker, checkpoint: tuple[str, Mapping[str, torch.Tensor]]
+) -> None:
+    """The chunk arrives with its digest then, and the report counts it."""
+
+    class FlipsOnce(inproc.InprocSession):
+        def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+            for position in super().read(reads):
+                if not flipped:
+                    flipped.append(reads[position].name)
+                    reads[position].destination[-1] ^= 128
+                yield position
+
+    flipped: list[str] = []
+    target = new_model(fill=7)
+
+    report = load(checkpoint[0], Plugin(served.uri("odd"), session=FlipsOnce), target)
+
+    assert_equal(source.state_dict(), target)
+    assert 1 == report.retries == len(flipped)
+    assert report.bytes_reread == source.state_dict()[flipped[0]].nbytes
+
+
+def test_memory_that_changed_since_the_offer_is_noticed(
+    source: nn.Module, served: ServingWorker, checkpoint: tuple[str, Mapping[str, torch.Tensor]]
+) -> None:
+    """One bit of one tensor, without the offer being withdrawn: the error names tensor and worker."""
+    source[1].bias.data.view(torch.uint8)[5] ^= 1
+    plugin = Plugin(served.uri("inproc"))
+    destination = Target(Destinations(new_model(), torch.device("cpu")), strict=True, cast=False, renew=None)
+
+    with pytest.raises(IntegrityError, match=r"1\.bias") as caught:
+        load(checkpoint[0], plugin, new_model(), destination)
+
+    assert served.uri("inproc") in str(caught.value)
+    assert caught.value.peer_at_fault
+
+
+def test_a_worker_at_fault_is_not_tried_over_another_transport(
+    source: nn.Module, served: ServingWorker, checkpoint: tuple[str, Mapping[str, torch.Tensor]]
+) -> None:
+    """It is the same memory."""
+    source[1].bias.data.view(torch.uint8)[5] ^= 1
+    uri, state = checkpoint
+    peer = Peer(_IDENTITY.source_id, "w")
+
+    class Both(Plugin):
+        @mx.hookimpl
+        def mx_rank_candidates(self, request: LoadRequest, candidates: Sequence[Candidate]) -> list[Candidate]:
+            peers = [Candidate(mx.ModelURI.parse(served.uri(scheme)), "test", peer) for scheme in ("odd", "inproc")]
+            return [*peers, *candidates]
+
+    plugin, target = Both(), new_model(fill=7)
+
+    load(uri, plugin, target)
+
+    assert_equal(state, target)
+    assert [served.uri("odd")] == [event.uri for event in plugin.events if isinstance(event, LoadFailed)]
+
+
+def test_a_worker_that_has_not_digested_its_tensors_is_not_read(source: nn.Module) -> None:
+    """It says so."""
+    state = source.state_dict()
+    with (
+        serving_worker(state, ["inproc"], prepare=lambda _: None) as worker,
+        pytest.raises(UnavailableError, match="not yet taken the digests"),
+    ):
+        mx.load_into(new_model(), worker.uri("inproc"))
+
+
+def test_a_worker_over_a_transport_that_it_does_not_offer(source: nn.Module) -> None:
+    """The message names those that it offers."""
+    with (
+        serving_worker(source.state_dict(), []) as worker,
+        pytest.raises(NotFoundError, match="'inproc', but over none"),
+    ):
+        mx.load_into(new_model(), worker.uri("inproc"))
+
+
+@pytest.mark.parametrize("path", ["", "/"])
+def test_a_uri_that_names_no_source(path: str) -> None:
+    """The message shows the form."""
+    with pytest.raises(InvalidURIError, match="source id"):
+        mx.load_into(new_model(), f"inproc://127.0.0.1:1{path}")
+
+
+def test_tensors_with_gaps_and_without_elements() -> None:
+    """Gaps keep what is in them; there is nothing to read of a tensor without elements."""
+    there = {"wide": torch.arange(48.0).reshape(6, 8)[:, 2:5], "none": torch.empty(0, 3), "one": torch.tensor(3)}
+    base = torch.full((6, 8), 7.0)
+    here = {"wide": base[:, 2:5], "none": torch.empty(0, 3), "one": torch.tensor(0)}
+    with serving_worker(there, ["inproc"]) as worker:
+        report = mx.load_into(here, worker.uri("inproc"))
+
+    assert all(torch.equal(there[name], here[name]) for name in there)
+    assert (base[:, :2] == 7).all()
+    assert (base[:, 5:] == 7).all()
+    assert 6 * 3 * 4 + 8 == report.bytes_needed

@@ -1,0 +1,42 @@
+"""The frames of a stream: a header of 12 bytes, and up to a mebibyte of a tensor.
+
+The header has the position of the range in the request (32 bits) and the CRC-64/NVME of the bytes that follow it (64
+bits), both little-endian. The frames of one range follow one another, in the order of its bytes. A range is complete
+with its last byte, and the stream with the last range.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from awscrt import checksums
+
+__all__ = ["FRAME_BYTES", "HEADER_BYTES", "frame_of", "opened"]
+
+#: Bytes of a tensor in one frame: gRPC is fastest with messages of one to four mebibytes.
+FRAME_BYTES = 1 << 20
+
+_HEADER = struct.Struct("<IQ")
+HEADER_BYTES = _HEADER.size
+
+
+def frame_of(position: int, content: memoryview) -> bytes:
+    """A frame with ``content``."""
+    return b"".join((_HEADER.pack(position, checksums.crc64nvme(content, 0)), content))
+
+
+def opened(frame: bytes) -> tuple[int, memoryview]:
+    """The position and the content of a frame.
+
+    Raises:
+        ValueError: It is too short or too long, or its content does not have its checksum.
+    """
+    if not HEADER_BYTES < len(frame) <= HEADER_BYTES + FRAME_BYTES:
+        reason = f"a frame of {len(frame)} bytes"
+        raise ValueError(reason)
+    position, checksum = _HEADER.unpack_from(frame)
+    content = memoryview(frame)[HEADER_BYTES:]
+    if checksums.crc64nvme(content, 0) != checksum:
+        reason = "the content of a frame does not have its checksum: bits changed on the way"
+        raise ValueError(reason)
+    return position, content

@@ -1,0 +1,97 @@
+"""The worker's side: a gRPC service that streams ranges of tensors to readers that hold a lease."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import torch
+
+from modelexpress_core.contracts.transport import TensorTable
+from modelexpress_core.transport.tensor_bytes import host_memory
+from modelexpress_core.wire.proto.modelexpress import peer_pb2
+from modelexpress_core.wire.rpc import Method, RpcContext, Service
+from mx_grpc_stream._frames import FRAME_BYTES, frame_of
+
+__all__ = ["TENSORS", "StreamedTensors"]
+
+TENSORS = Service(
+    "modelexpress.peer.TensorService",
+    {"ReadTensors": Method(peer_pb2.ReadTensorsRequest, bytes, response_streaming=True)},
+)
+
+#: Ranges that one call may ask for.
+_MAX_RANGES = 1024
+
+#: Threads that copy tensors into frames, of all readers together.
+_THREADS = 4
+
+
+class StreamedTensors:
+    """Tensors of one worker, streamed until ``close``.
+
+    Args:
+        table: The tensors.
+
+    Attributes:
+        description: Empty: readers need nothing but the worker's address.
+        topology: Empty.
+        services: The service.
+    """
+
+    description = b""
+    topology: Mapping[str, str] = {}
+
+    def __init__(self, table: TensorTable) -> None:
+        self._table = table
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mx-frames")
+        self._copying = threading.Condition()
+        self._copies = 0
+        self._closed = False
+        self.services: Mapping[Any, object] = {TENSORS: self}
+
+    async def read_tensors(self, request: peer_pb2.ReadTensorsRequest, context: RpcContext) -> AsyncIterator[bytes]:
+        """Stream the ranges in the order of the request."""
+        if len(request.ranges) > _MAX_RANGES:
+            reason = f"{len(request.ranges)} ranges in one call, and {_MAX_RANGES} are allowed"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
+        for each in request.ranges:
+            memory = self._table.tensors.get(each.name)
+            if memory is None or not each.length or each.offset + each.length > len(memory):
+                end = each.offset + each.length
+                reason = f"there is no tensor {each.name[:200]!r} with bytes {each.offset} to {end - 1}"
+                await context.abort(grpc.StatusCode.OUT_OF_RANGE, reason)
+        loop = asyncio.get_running_loop()
+        for position, each in enumerate(request.ranges):
+            end = each.offset + each.length
+            for offset in range(each.offset, end, FRAME_BYTES):
+                part = self._table.tensors[each.name][offset : min(offset + FRAME_BYTES, end)]
+                frame = await loop.run_in_executor(self._threads, self._frame, request.lease_id, position, part)
+                if frame is None:
+                    reason = "no such lease: it has ended, and the memory may have changed since then"
+                    await context.abort(grpc.StatusCode.NOT_FOUND, reason)
+                yield frame
+
+    def _frame(self, lease_id: str, position: int, part: torch.Tensor) -> bytes | None:
+        """A frame with the bytes of ``part``; None unless the lease keeps them as they are."""
+        with self._copying:
+            if self._closed or not self._table.holds_lease(lease_id):
+                return None
+            self._copies += 1
+        try:
+            return frame_of(position, host_memory(part.cpu()))
+        finally:
+            with self._copying:
+                self._copies -= 1
+                self._copying.notify_all()
+
+    def close(self) -> None:
+        """Stop serving, when the copies under way have ended."""
+        with self._copying:
+            self._closed = True
+            self._copying.wait_for(lambda: not self._copies)
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,217 @@
+"""Loads over gRPC: bytes in place, and what is noticed when something on the way is not right."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import trustme
+
+import modelexpress_core as mx
+from devtools.tcp_proxy import Fault, TcpProxy
+from modelexpress_core.contracts.candidates import Peer
+from modelexpress_core.contracts.transport import PeerAccess, TensorRead
+from modelexpress_core.errors import AccessDeniedError, BackendError, DeadlineError, NotFoundError, UnavailableError
+from modelexpress_core.sources.worker_client import WorkerClient
+from modelexpress_core.uri import ModelURI
+from modelexpress_core.wire.settings import TlsSettings
+from mx_grpc_stream._transport import GrpcSession, open_grpc
+from tests.support.peers import ServingWorker, serving_worker
+
+
+def empty_like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Destinations of the same layout, filled with other bytes; tied tensors share their memory."""
+    made: dict[int, torch.Tensor] = {}
+    for tensor in tensors.values():
+        if id(tensor) not in made:
+            span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            memory = torch.full(((max(span, 0) + 1) * tensor.element_size(),), 0x5A, dtype=torch.uint8)
+            if tensor.dtype is torch.bool:
+                memory.zero_()
+            made[id(tensor)] = memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+
+
+def assert_equal(expected: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> None:
+    assert [name for name in expected if not torch.equal(expected[name], loaded[name])] == []
+
+
+@contextlib.contextmanager
+def leased(worker: ServingWorker) -> Iterator[GrpcSession]:
+    """A session under a lease."""
+    with contextlib.ExitStack() as opened:
+        client = opened.enter_context(WorkerClient(f"127.0.0.1:{worker.port}"))
+        opened.enter_context(contextlib.suppress(NotFoundError))  # of leases that the test ends
+        lease = opened.enter_context(client.lease(worker.source_id))
+        transport = open_grpc(ModelURI.parse(worker.uri("grpc")), {})
+        session = transport.connect(PeerAccess(Peer(worker.source_id, worker.worker_id), lease.lease_id))
+        try:
+            yield session
+        finally:
+            session.close()
+
+
+def test_every_tensor_is_in_place(worker: ServingWorker, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Whatever its size, dtype, strides and ties; each byte once."""
+    here = empty_like(tensors)
+
+    report = mx.load_into(here, worker.uri("grpc"))
+
+    assert_equal(tensors, here)
+    needed = sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name != "tied")
+    assert needed == report.bytes_needed == report.bytes_fetched
+    assert {"plugin": "mx-grpc-stream", "version": "0.1.0"} == report.storage
+    assert 3 + 6 == report.verified["digests"]
+    assert 0 == worker.leases.out()
+
+
+def test_ranges_come_in_frames(worker: ServingWorker, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Of any offset and length, in one call."""
+    reads = [
+        TensorRead("large", offset, torch.zeros(length, dtype=torch.uint8))
+        for offset, length in ((0, 1), ((1 << 20) - 1, 2), (5, 3 << 20), ((9 << 20) + 12, 1))
+    ]
+    with leased(worker) as session:
+        assert [0, 1, 2, 3] == list(session.read(reads))
+
+    for read in reads:
+        assert torch.equal(tensors["large"][read.offset : read.offset + len(read.destination)], read.destination)
+
+
+def test_without_a_lease_there_is_nothing(worker: ServingWorker) -> None:
+    """Nor with one that has ended."""
+    transport = open_grpc(ModelURI.parse(worker.uri("grpc")), {})
+    read = [TensorRead("large", 0, torch.zeros(4, dtype=torch.uint8))]
+    for lease_id in ("", "0" * 32):
+        session = transport.connect(PeerAccess(Peer(worker.source_id, worker.worker_id), lease_id))
+        with contextlib.closing(session), pytest.raises(NotFoundError, match="no such lease"):
+            list(session.read(read))
+    with leased(worker) as session:
+        worker.leases.drain(0)
+        with pytest.raises(NotFoundError, match="no such lease"):
+            list(session.read(read))
+        assert not read[0].destination.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "offset", "length"), [("large", 9 << 20, 14), ("large", 1 << 63, 4), ("other", 0, 1), ("empty", 0, 1)]
+)
+def test_only_bytes_of_its_tensors_are_sent(worker: ServingWorker, name: str, offset: int, length: int) -> None:
+    """Nothing beyond a tensor's end, and of no other memory."""
+    with leased(worker) as session, pytest.raises(BackendError, match="there is no tensor"):
+        list(session.read([TensorRead(name, offset, torch.zeros(length, dtype=torch.uint8))]))
+
+
+def test_a_lease_that_ends_amid_a_stream_ends_it(worker: ServingWorker) -> None:
+    """The frames after it are not sent."""
+    reads = [TensorRead("large", 0, torch.zeros(1 << 20, dtype=torch.uint8)) for _ in range(200)]
+    with leased(worker) as session:
+        stream = session.read(reads)
+        next(stream)
+        worker.leases.drain(0)
+        with pytest.raises(NotFoundError, match="no such lease") as caught:
+            list(stream)
+    assert caught.value.peer_at_fault
+    assert not caught.value.retryable
+
+
+def test_a_session_that_is_closed_ends_its_reads(worker: ServingWorker) -> None:
+    """In other threads too; nothing is written afterwards."""
+    reads = [TensorRead("large", 0, torch.zeros(1 << 20, dtype=torch.uint8)) for _ in range(200)]
+    errors: list[BackendError] = []
+    first = threading.Event()
+
+    def read(session: GrpcSession) -> None:
+        try:
+            for _ in session.read(reads):
+                first.set()
+        except BackendError as exc:
+            errors.append(exc)
+
+    with leased(worker) as session:
+        thread = threading.Thread(target=read, args=(session,))
+        thread.start()
+        assert first.wait(30)
+        session.close()
+        for each in reads:
+            each.destination.fill_(9)
+        thread.join(30)
+
+    assert not thread.is_alive()
+    assert [False] == [error.peer_at_fault for error in errors]
+    assert all(bool((each.destination == 9).all()) for each in reads)
+
+
+@pytest.mark.parametrize("position", [20_000, 400_000, 3_000_000])
+def test_flipped_bits_never_pass(worker: ServingWorker, tensors: Mapping[str, torch.Tensor], position: int) -> None:
+    """The frame, the chunk or the protocol notices it; the load fails, or reads once more."""
+
+    def faults(_number: int, _request: bytes) -> Fault | None:
+        return Fault("flip", after_bytes=position, bits=16)
+
+    here = empty_like(tensors)
+    with TcpProxy("127.0.0.1", worker.port, faults) as proxy:
+        uri = worker.uri("grpc").replace(f":{worker.port}/", f":{proxy.port}/")
+        with contextlib.suppress(BackendError):
+            mx.load_into(here, uri, environ={"MX_STALL_SECONDS": "5"})
+            assert_equal(tensors, here)
+
+
+def test_a_worker_that_is_gone_is_reported(tensors: Mapping[str, torch.Tensor]) -> None:
+    """At once, with its address."""
+    with serving_worker(tensors, ["grpc"]) as worker:
+        uri = worker.uri("grpc")
+    with pytest.raises(UnavailableError) as caught:
+        mx.load_into(empty_like(tensors), uri)
+    assert uri in str(caught.value)
+
+
+def test_a_worker_that_falls_silent_ends_the_load(worker: ServingWorker, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Within the time that is set, wherever its connection stalls."""
+
+    def faults(_number: int, _request: bytes) -> Fault | None:
+        return Fault("stall", after_bytes=500_000)
+
+    with TcpProxy("127.0.0.1", worker.port, faults) as proxy:
+        uri = worker.uri("grpc").replace(f":{worker.port}/", f":{proxy.port}/")
+        with pytest.raises(DeadlineError, match="no chunk arrived") as caught:
+            mx.load_into(empty_like(tensors), uri, environ={"MX_STALL_SECONDS": "0.5"})
+    assert caught.value.peer_at_fault
+
+
+def test_tls(tensors: Mapping[str, torch.Tensor], tmp_path: Path) -> None:
+    """The certificate is the worker's; readers that trust another authority are told so."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    pair = tmp_path / "pair.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pair))
+    here = empty_like(tensors)
+    with serving_worker(tensors, ["grpc"], tls=TlsSettings(certificate=str(pair), key=str(pair))) as worker:
+        uri = worker.uri("grpc", tls="1")
+        mx.load_into(here, uri, environ={"MX_TLS_CA_PATH": str(tmp_path / "ca.pem")})
+        assert_equal(tensors, here)
+        with pytest.raises(AccessDeniedError, match="certificate is not trusted"):
+            mx.load_into(here, uri, environ={})
+
+
+def test_no_token_goes_to_a_worker(tensors: Mapping[str, torch.Tensor], tmp_path: Path) -> None:
+    """Only the server gets it."""
+    seen: list[bytes] = []
+
+    def look(_number: int, request: bytes) -> None:
+        seen.append(request)
+
+    (tmp_path / "token").write_text("swordfish-5ecret")
+    (tmp_path / "token").chmod(0o600)
+    environ = {"MX_AUTH_TOKEN_PATH": str(tmp_path / "token"), "MX_AUTH_TOKEN_PLAINTEXT": "1"}
+    with serving_worker(tensors, ["grpc"]) as worker, TcpProxy("127.0.0.1", worker.port, look) as proxy:
+        mx.load_into(
+            empty_like(tensors), worker.uri("grpc").replace(f":{worker.port}/", f":{proxy.port}/"), environ=environ
+        )
+
+    assert seen
+    assert b"swordfish" not in b"".join(seen)

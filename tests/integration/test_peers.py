@@ -1,0 +1,187 @@
+"""Workers that read from each other, as users run them: a server, published models, loads with an identity."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import modelexpress_core as mx
+from modelexpress_core.errors import BackendError, IntegrityError
+from modelexpress_core.events import LoadFailed, LoadStarted
+from tests.integration.peer_worker import identity_of, tensors_of
+from tests.support.serving import Serving
+from tests.support.waiting import eventually
+
+Start = Callable[..., Serving]
+Worker = Callable[[Serving, int], subprocess.Popen[str]]
+
+_MIB = 64
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    """Starts a worker in a process of its own; returns when it is ready."""
+    with contextlib.ExitStack() as running:
+
+        def worker(serving: Serving, mib: int) -> subprocess.Popen[str]:
+            program = Path(__file__).with_name("peer_worker.py")
+            process = subprocess.Popen(
+                [sys.executable, str(program), serving.url, str(mib)],
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+            running.callback(process.wait)
+            running.callback(process.kill)
+            assert process.stdout is not None
+            running.callback(process.stdout.close)
+            assert process.stdout.readline(), "the worker has not started"
+            return process
+
+        yield worker
+
+
+def environ(serving: Serving, **more: str) -> dict[str, str]:
+    return {"MODEL_EXPRESS_URL": serving.url, "MX_WORKER_GRPC_PORT": "0", "MX_WORKER_HOST": "127.0.0.1", **more}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    """The model on a disk, for when no worker has it."""
+    save_file(dict(tensors_of(_MIB)), tmp_path / "model.safetensors")
+    return tmp_path.as_uri()
+
+
+def zeros() -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors_of(_MIB).items()}
+
+
+def assert_loaded(tensors: Mapping[str, torch.Tensor]) -> None:
+    assert [name for name, tensor in tensors_of(_MIB).items() if not torch.equal(tensor, tensors[name])] == []
+
+
+class Events:
+    """Calls ``when_open`` when a load has connected to its place, before its first byte, and keeps the failures."""
+
+    def __init__(self, when_open: Callable[[], object] = lambda: None) -> None:
+        self.failed: list[LoadFailed] = []
+        self._when_open = when_open
+
+    @mx.hookimpl
+    def mx_load_started(self, event: LoadStarted) -> None:
+        if event.uri.startswith("grpc://"):
+            self._when_open()
+
+    @mx.hookimpl
+    def mx_load_failed(self, event: LoadFailed) -> None:
+        self.failed.append(event)
+
+
+def load(uri: str, variables: Mapping[str, str], events: Events | None = None) -> mx.LoadReport:
+    plugins = mx.PluginManager.discover(variables)
+    plugins.register(events or Events(), name="events")
+    tensors = zeros()
+    report = mx.load_into(tensors, uri, identity=identity_of(tensors), environ=variables, plugins=plugins)
+    assert_loaded(tensors)
+    return report
+
+
+def test_a_worker_reads_from_another_one(start: Start, worker: Worker, checkpoint: str) -> None:
+    """Found by its identity; without one that is alive, and with another identity, the checkpoint is read."""
+    serving = start()
+    first = load(checkpoint, environ(serving))
+    process = worker(serving, _MIB)
+
+    second = load(checkpoint, environ(serving))
+
+    assert checkpoint == first.uri
+    assert second.uri.startswith("grpc://127.0.0.1:")
+    assert "mx-grpc-stream" == second.storage["plugin"]
+    tensors = zeros()
+    other = mx.own_identity("acme/another", tensors, engine=0, engine_version="1")
+    assert checkpoint == mx.load_into(tensors, checkpoint, identity=other, environ=environ(serving)).uri
+    process.kill()
+    process.wait()
+    assert checkpoint == load(checkpoint, environ(serving)).uri
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.03, 0.1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_ends_amid_a_load(
+    start: Start, worker: Worker, checkpoint: str, number: signal.Signals, seconds: float
+) -> None:
+    """Killed or stopped: the load goes on from the checkpoint unless it had all bytes, and every byte is right."""
+    serving = start()
+    process = worker(serving, _MIB)
+
+    def end() -> None:
+        if seconds:
+            threading.Timer(seconds, process.send_signal, (number,)).start()
+        else:
+            process.send_signal(number)
+
+    events = Events(end)
+
+    report = load(checkpoint, environ(serving, MX_STALL_SECONDS="1", MX_SERVER_DEADLINE_SECONDS="2"), events)
+
+    assert bool(events.failed) is (report.uri == checkpoint)
+    assert seconds or events.failed
+    assert all(isinstance(event.error, BackendError) for event in events.failed)
+
+
+def test_a_published_model_is_read_while_the_block_lasts(start: Start, checkpoint: str) -> None:
+    """In this process too; afterwards it is not found, and its port is closed."""
+    serving = start()
+    variables = environ(serving)
+    tensors = dict(tensors_of(_MIB))
+    with mx.publish(tensors, identity=identity_of(tensors), environ=variables) as offer:
+        assert eventually(lambda: offer.state.status == "ready")
+        uri = load(checkpoint, variables).uri
+        assert uri.endswith(f"/{identity_of(tensors).source_id}/{offer.worker_id}")
+        assert uri == load(uri, {}).uri  # named by its address alone
+
+    assert checkpoint == load(checkpoint, variables).uri
+
+
+def test_weights_that_change_while_they_are_offered_are_not_believed(start: Start, checkpoint: str) -> None:
+    """The digests are those of when they were offered; the message names the tensor."""
+    serving = start()
+    variables = environ(serving)
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(_MIB).items()}
+    events = Events()
+    with mx.publish(tensors, identity=identity_of(tensors), environ=variables) as offer:
+        assert eventually(lambda: offer.state.status == "ready")
+        tensors["layers.7.weight"][-1] ^= 1
+
+        report = load(checkpoint, variables, events)
+
+    assert checkpoint == report.uri
+    [failed] = events.failed
+    assert isinstance(failed.error, IntegrityError)
+    assert "layers.7.weight" in str(failed.error)
+
+
+def test_with_tokens_a_reader_needs_a_grant(start: Start, checkpoint: str, tmp_path: Path) -> None:
+    """The load gets it by itself; without a token, the worker is not found, and the checkpoint is read."""
+    (tmp_path / "tokens").write_text(f"fleet:{'w0rk' * 8}")
+    (tmp_path / "token").write_text("w0rk" * 8)
+    serving = start(MX_AUTH_MODE="token", MX_AUTH_TOKENS_PATH=str(tmp_path / "tokens"))
+    variables = environ(serving, MX_AUTH_TOKEN_PATH=str(tmp_path / "token"))
+    tensors = dict(tensors_of(_MIB))
+    with mx.publish(tensors, identity=identity_of(tensors), environ=variables) as offer:
+        assert eventually(lambda: offer.state.status == "ready")
+
+        assert load(checkpoint, variables).uri.startswith("grpc://")
+        assert checkpoint == load(checkpoint, environ(serving)).uri
+        with pytest.raises(mx.AccessDeniedError, match="a token is wanted"):
+            load(f"grpc://{offer.endpoint}/{identity_of(tensors).source_id}/{offer.worker_id}", environ(serving))
