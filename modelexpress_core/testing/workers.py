@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
+from modelexpress_core.contracts.authenticator import Authenticator
 from modelexpress_core.contracts.transport import ServedTensors, TensorTable
 from modelexpress_core.plugins import TRANSPORT, PluginManager
 from modelexpress_core.sources.offered_tensors import OfferedTensors
 from modelexpress_core.sources.offering import tensor_descriptors
 from modelexpress_core.sources.worker_service import Leases, WorkerServer
 from modelexpress_core.uri import ModelURI
-from modelexpress_core.wire.authentication import Authenticator
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.settings import TlsSettings
 
