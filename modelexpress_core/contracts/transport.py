@@ -65,7 +65,8 @@ class TensorTable:
         worker_id: The worker that holds them.
         tensors: The memory of each tensor by name: one dimension of uint8, on its device. Tensors that share memory
             with another one, and those without elements, are left out.
-        holds_lease: Whether a reader holds the lease with this id, so that the memory is unchanged.
+        holds_lease: Whether a reader holds the lease with this id, so that the memory is unchanged. A transport whose
+            own code sends the bytes asks it before each piece.
     """
 
     source_id: str
@@ -120,7 +121,11 @@ class ServedTensors(Protocol):
     services: Mapping[Any, object]
 
     def close(self) -> None:
-        """Stop serving. Afterwards no peer reads this memory."""
+        """Stop serving. May be called more than once.
+
+        It returns when no send uses the memory any more. Afterwards no peer reads it: reads under way end with an
+        error.
+        """
         ...
 
 
