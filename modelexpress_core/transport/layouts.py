@@ -34,8 +34,8 @@ def layout_digest(tensors: Iterable[TensorLayout]) -> str:
 def tensor_layouts(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorLayout, ...]:
     """Return the layouts of tensors by name, for example of a model's parameters and buffers.
 
-    Tensors are tied if they are the same bytes of memory, whatever their dtypes and the order of their dimensions. Equal
-    content does not count. A read into one is a read into all.
+    Tensors are tied if they are the same bytes of memory, whatever their dtypes and the order of their dimensions.
+    Equal content does not count. A read into one is a read into all.
     """
     first: dict[_MemoryKey, str] = {}
     for name in sorted(tensors):
