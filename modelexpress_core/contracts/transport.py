@@ -83,11 +83,14 @@ class PeerAccess:
         peer: The worker.
         lease_id: The lease that keeps its memory unchanged; a secret of this reader.
         description: ``ServedTensors.description`` of the worker's side.
+        digests_compared: Whether core compares the digest of each chunk where it arrived; a transport then needs no
+            checksums of its own.
     """
 
     peer: Peer
     lease_id: str = field(repr=False)
     description: bytes = field(default=b"", repr=False)
+    digests_compared: bool = False
 
 
 @frozen

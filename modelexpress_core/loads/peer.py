@@ -95,6 +95,7 @@ class PeerLoad(Load):
             attrs.evolve(self._peer, worker_id=lease.manifest.worker_id),
             lease.lease_id,
             self._worker.access(lease.lease_id, self._uri.scheme),
+            digests_compared=self._context.settings.verify_digests,
         )
         session = transport.connect(access)
         self._reader = PeerReader(
