@@ -2,8 +2,8 @@
 
 The header has the position of the range in the request (32 bits) and the CRC-64/NVME of the bytes that follow it (64
 bits), both little-endian; the CRC is 0 where the reader wants none, because it knows the digests of the bytes. The
-frames of one range follow one another, in the order of its bytes. A range is complete with its last byte, and the stream
-with the last range.
+frames of one range follow one another, in the order of its bytes. A range is complete with its last byte, and the
+stream with the last range.
 """
 
 from __future__ import annotations
