@@ -7,6 +7,7 @@ call and its result, and often the usual mistake.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sys
 import threading
@@ -58,6 +59,9 @@ _MAX_DESCRIPTION_BYTES = 1 << 20
 
 #: An engine of a large model has as many tensors, with names of such a length.
 _MANY_TENSORS = 5000
+
+#: Sessions that are opened and closed one after another.
+_SESSIONS = 20
 
 _Range = tuple[str, int, int]
 
@@ -226,7 +230,7 @@ class TransportContract(CallingContract, contract=True):
         """A manager with core's plugin and the transport. Tests of your own may use it."""
         manager = PluginManager.discover({"MX_PLUGINS": "modelexpress-core"})
         if provider.schemes[0] not in manager.table(TRANSPORT).schemes:
-            manager.register(_OneTransport(provider), name=provider.name)
+            manager.register(_OneTransport(provider), name=f"{provider.name} under test")
         return manager
 
     @pytest.fixture
@@ -253,6 +257,7 @@ class TransportContract(CallingContract, contract=True):
 
             numbers = iter(range(sys.maxsize))
             yield serve
+            self._soon("the end of the test, which closes sessions, tensors and transports,", opened.close)
 
     # -- the protocol -------------------------------------------------------------------------------------------------
 
@@ -439,7 +444,7 @@ class TransportContract(CallingContract, contract=True):
         worker = serve({"weight": random_bytes(8 * _MIB, device=self.device)})
         lease_id = worker.lease()
         session, expected = worker.connect(lease_id), worker.content()
-        into = _Destinations(_pieces("weight", 64), self.device)
+        into = _Destinations(_pieces("weight", 32), self.device)
         stream = session.read(into.reads)
         done = [self._soon("the first position", lambda: next(stream))]
         worker.worker.leases.release(lease_id)
@@ -647,6 +652,43 @@ class TransportContract(CallingContract, contract=True):
 
         self._in_threads(len(reading), read, meanwhile=close, what="a read whose tensors were closed")
 
+    def test_a_reader_that_stops_does_not_hold_up_close(self, serve: _Serve) -> None:
+        """``close`` of the served tensors returns soon, although a reader that has begun takes no more bytes."""
+        worker = serve({"weight": random_bytes(8 * _MIB, device=self.device)})
+        into = _Destinations(_pieces("weight", 32), self.device)
+        stream = worker.connect().read(into.reads)
+        self._soon("the first position", stream.__next__)
+        begun = time.monotonic()
+        try:
+            self._soon("close of the served tensors, while a reader has stopped", worker.served.close)
+        finally:
+            getattr(stream, "close", lambda: None)()
+        seconds = time.monotonic() - begun
+        if seconds > self.close_seconds:
+            violated(
+                f"close of the served tensors took {seconds:.1f} s, because a reader had stopped, and at most "
+                f"{self.close_seconds:g} s are allowed (close_seconds): copy a piece, then send it without a lock"
+            )
+
+    def test_closed_sessions_leave_nothing_behind(self, serve: _Serve) -> None:
+        """After ``close`` of many sessions there are no more threads and file descriptors than before."""
+        worker = serve({"weight": random_bytes(_MIB, device=self.device)})
+        content = worker.content()
+
+        def use(number: int) -> None:
+            for _ in range(number):
+                with contextlib.closing(worker.connect()) as session:
+                    self._read(worker, session, [("weight", 5, 100_000)], content)
+
+        use(3)  # what a transport keeps for all sessions is there then
+        before = _threads_and_descriptors()
+        use(_SESSIONS)
+        end = time.monotonic() + self.close_seconds
+        while (left := _more(before)) and time.monotonic() < end:
+            time.sleep(0.02)
+        if left:
+            violated(f"{self.close_seconds:g} s after close of {_SESSIONS} sessions there are {left} (close_seconds)")
+
     # -- whole loads --------------------------------------------------------------------------------------------------
 
     def test_a_whole_load_is_equal(self, serve: _Serve, settings: Mapping[str, str], plugins: PluginManager) -> None:
@@ -760,6 +802,18 @@ _Serve = Callable[[Mapping[str, torch.Tensor]], OpenWorker]
 
 #: Of random bytes one in 256 has the value by chance.
 _SECRET_SHARE = 0.5
+
+
+def _threads_and_descriptors() -> tuple[int, int]:
+    """How many this process has."""
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def _more(before: tuple[int, int]) -> str:
+    """How many more there are, if they grow with the number of sessions; else empty."""
+    grown = [now - then for now, then in zip(_threads_and_descriptors(), before, strict=True)]
+    named = zip(grown, ("more threads", "more file descriptors"), strict=True)
+    return " and ".join(f"{number} {what}" for number, what in named if number >= _SESSIONS // 2)
 
 
 def _close(session: PeerSession) -> None:

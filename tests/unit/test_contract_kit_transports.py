@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ from modelexpress_core.uri import ModelURI
 from tests.unit.test_contract_kit import run_pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("contract kit of transports")]
+
+#: When the process ends.
+_ended = threading.Event()
 
 #: Wrong transport -> tests of the contract that have to fail for it.
 WRONG: dict[type[Right], set[str]] = {}
@@ -373,6 +377,24 @@ class BlamesTheWorkerForClose(Session):
             raise
 
 
+@fails("closed_sessions_leave_nothing_behind")
+class LeavesAThread(Session):
+    """Begun with the session, and ended with the process."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        threading.Thread(target=_ended.wait, daemon=True).start()
+
+
+@fails("closed_sessions_leave_nothing_behind")
+class LeavesASocket(Session):
+    sockets: ClassVar[list[socket.socket]] = []
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.sockets.append(socket.socket())
+
+
 @fails("close_ends_a_read_that_waits")
 class WaitsForItsTimeout(Right):
     class Stalled(Session):
@@ -530,6 +552,18 @@ class DoesNotWaitForReads(InprocServed):
         time.sleep(0.02)
         read.destination[half:].copy_(content[half:])
         return True
+
+
+@fails("a_reader_that_stops_does_not_hold_up_close", hang_seconds=1.0)
+class WaitsForReaders(Session):
+    """The worker counts a read until its reader has taken all of it."""
+
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+        self._served._copies += 1
+        try:
+            yield from super().read(reads)
+        finally:
+            self._served._copies -= 1
 
 
 @fails("served_tensors_say_what_readers_need")
