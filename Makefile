@@ -1,5 +1,5 @@
 # Everything a contributor needs; each target sets itself up.
-#   make demo   a real S3 server, two checkpoints, every tensor compared
+#   make demo   a real S3 server, two checkpoints, workers that read from each other, every tensor compared
 #   make test   all tests, several side by side (ARGS="-k name" goes to pytest)
 #   make test-fast   tests without servers and slow steps, for the loop of a contributor (TESTS=plugins/mx-s3/tests)
 #   make test-nightly   all tests, and property tests with all their examples, drawn at random
@@ -23,8 +23,8 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_BENCH_STAMP := $(VLLM_VENV)/.installed-bench
 # Every folder with a pyproject.toml in plugins/ and integrations/ is a package.
 MEMBERS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml))
-# With the part of mx-streamer for S3, which its tests need.
-PACKAGES := . $(MEMBERS:%/mx-streamer=%/mx-streamer[s3])
+# With the parts of mx-streamer for S3, GCS and Azure, which its tests need.
+PACKAGES := . $(MEMBERS:%/mx-streamer=%/mx-streamer[s3,gcs,azure])
 
 .PHONY: demo test test-fast test-nightly test-vllm lint lock check-lock bench bench-vllm format clean help
 .DEFAULT_GOAL := help
