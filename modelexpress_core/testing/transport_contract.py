@@ -12,6 +12,7 @@ import random
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ from modelexpress_core.testing.calling import CallingContract
 from modelexpress_core.testing.checks import check_error, same
 from modelexpress_core.testing.contract import violated
 from modelexpress_core.testing.workers import ServingWorker, serving_worker
-from modelexpress_core.transport.tensor_bytes import bytes_of
+from modelexpress_core.transport.tensor_bytes import bytes_of, host_memory
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["OpenWorker", "TransportContract"]
@@ -59,6 +60,9 @@ _MAX_DESCRIPTION_BYTES = 1 << 20
 
 #: An engine of a large model has as many tensors, with names of such a length.
 _MANY_TENSORS = 5000
+
+#: Bytes that a message shows.
+_SHOWN_BYTES = 16
 
 #: Sessions that are opened and closed one after another.
 _SESSIONS = 20
@@ -102,13 +106,10 @@ class _Destinations:
         if torch.equal(wanted, got):
             return
         first = int((wanted != got).nonzero()[0])
-        here = bytes(got[first : first + 16].tolist())
-        whole = bytes(expected[read.name].tolist()) if len(expected[read.name]) <= _MIB else b""
-        found = whole.find(here) if len(here) == 16 else -1
-        elsewhere = f"; these bytes are those from {found} on" if found >= 0 else ""
+        here = bytes(got[first : first + _SHOWN_BYTES].tolist())
         violated(
             f"{when}, {_named(read)} differs from the tensor at its byte {first}: it is {here!r}, not "
-            f"{bytes(wanted[first : first + 16].tolist())!r}{elsewhere}"
+            f"{bytes(wanted[first : first + _SHOWN_BYTES].tolist())!r}{_origin_of(here, expected)}"
         )
 
     def check_margins(self) -> None:
@@ -126,6 +127,23 @@ class _Destinations:
         changed = int((self._memory != _OVERWRITTEN).sum())
         if changed:
             violated(f"read wrote {changed} bytes {when}: the memory may belong to something else by then")
+
+
+def _origin_of(found: bytes, expected: Mapping[str, torch.Tensor]) -> str:
+    """Where wrong bytes come from, for a message; empty if that is not clear."""
+    known = {
+        _FILL: "nothing was written there",
+        _SECRET: "that is memory beside the tensor",
+        _OVERWRITTEN: "that is what the worker's memory was used for later",
+    }
+    if set(found) <= {found[0]} and found[0] in known:
+        return f"; {known[found[0]]}"
+    if len(found) == _SHOWN_BYTES:
+        for name, content in expected.items():
+            start = bytes(host_memory(content)).find(found)
+            if start >= 0:
+                return f"; these are the bytes of {name!r} from {start} on"
+    return ""
 
 
 def _named(read: TensorRead) -> str:
@@ -514,7 +532,7 @@ class TransportContract(CallingContract, contract=True):
         self._read(worker, used, [("weight", 0, 1000)])
         for session in (unused, used):
             for _ in range(3):
-                self._soon("close of the session", session.close)
+                self._closes("close of a session, once and again,", session.close)
 
     def test_reads_after_close_fail(self, serve: _Serve, secrets: Sequence[str]) -> None:
         """``read`` of a closed session raises BackendError without ``peer_at_fault``, and writes nothing."""
@@ -607,7 +625,7 @@ class TransportContract(CallingContract, contract=True):
         self._read(worker, old, [("weight", 0, 1000)])
         description = worker.served.description
         for _ in range(2):
-            self._soon("close of the served tensors", worker.served.close)
+            self._closes("close of the served tensors, once and again,", worker.served.close)
         worker.worker.offered.memory["weight"].fill_(_OVERWRITTEN)
 
         def read(session: PeerSession) -> None:
@@ -772,6 +790,11 @@ class TransportContract(CallingContract, contract=True):
             into.check(position, content, "when its position was yielded")
         return done
 
+    def _closes(self, what: str, close: Callable[[], object]) -> None:
+        error = self._error_of(what, close, soon=True)
+        if error is not None:
+            violated(f"{what} raised {error!r}", error)
+
     def _error_of(self, what: str, function: Callable[[], object], *, soon: bool = False) -> BackendError | None:
         """Return the BackendError that ``function`` raises, None if it returns; with a limit in time if ``soon``."""
         try:
@@ -791,7 +814,10 @@ class TransportContract(CallingContract, contract=True):
         self, error: BackendError, lease_id: str, secrets: Sequence[str], *, peer_at_fault: bool | None = None
     ) -> None:
         """Check the rules for every error: its fields, no secrets, and which side caused it."""
-        check_error(error, [secret for secret in (lease_id, *secrets) if secret])
+        check_error(error, secrets)
+        text = "".join(traceback.TracebackException.from_exception(error).format())
+        if lease_id and lease_id in f"{text} {error!r} {vars(error)!r}":
+            violated("the error shows the lease, with which others could read", error)
         if peer_at_fault is not None and error.peer_at_fault is not peer_at_fault:
             side = "the worker" if peer_at_fault else "the reader"
             fault = f"peer_at_fault={error.peer_at_fault}"

@@ -704,6 +704,21 @@ def test_a_wrong_transport_is_caught(outcomes: tuple[dict[tuple[str, str], str],
     assert set() == WRONG[kind] - failed, printed
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "these are the bytes of 'weight' from",
+        "nothing was written there",
+        "that is what the worker's memory was used for later",
+        "the error shows the lease",
+        "close of a session, once and again, raised UnavailableError",
+    ],
+)
+def test_messages_name_the_mistake(outcomes: tuple[dict[tuple[str, str], str], str], message: str) -> None:
+    """So that an author need not look for it in the bytes."""
+    assert message in outcomes[1]
+
+
 def test_a_contract_without_its_fixture_says_what_is_missing(tmp_path: Path) -> None:
     """The first thing that an author sees."""
     (tmp_path / "test_bare.py").write_text(
