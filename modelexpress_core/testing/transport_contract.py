@@ -7,10 +7,12 @@ call and its result, and often the usual mistake.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
@@ -30,7 +32,7 @@ from modelexpress_core.testing.calling import CallingContract
 from modelexpress_core.testing.checks import check_error, same
 from modelexpress_core.testing.contract import violated
 from modelexpress_core.testing.workers import ServingWorker, serving_worker
-from modelexpress_core.transport.tensor_bytes import bytes_of
+from modelexpress_core.transport.tensor_bytes import bytes_of, host_memory
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["OpenWorker", "TransportContract"]
@@ -58,6 +60,12 @@ _MAX_DESCRIPTION_BYTES = 1 << 20
 
 #: An engine of a large model has as many tensors, with names of such a length.
 _MANY_TENSORS = 5000
+
+#: Bytes that a message shows.
+_SHOWN_BYTES = 16
+
+#: Sessions that are opened and closed one after another.
+_SESSIONS = 20
 
 _Range = tuple[str, int, int]
 
@@ -98,13 +106,10 @@ class _Destinations:
         if torch.equal(wanted, got):
             return
         first = int((wanted != got).nonzero()[0])
-        here = bytes(got[first : first + 16].tolist())
-        whole = bytes(expected[read.name].tolist()) if len(expected[read.name]) <= _MIB else b""
-        found = whole.find(here) if len(here) == 16 else -1
-        elsewhere = f"; these bytes are those from {found} on" if found >= 0 else ""
+        here = bytes(got[first : first + _SHOWN_BYTES].tolist())
         violated(
             f"{when}, {_named(read)} differs from the tensor at its byte {first}: it is {here!r}, not "
-            f"{bytes(wanted[first : first + 16].tolist())!r}{elsewhere}"
+            f"{bytes(wanted[first : first + _SHOWN_BYTES].tolist())!r}{_origin_of(here, expected)}"
         )
 
     def check_margins(self) -> None:
@@ -122,6 +127,23 @@ class _Destinations:
         changed = int((self._memory != _OVERWRITTEN).sum())
         if changed:
             violated(f"read wrote {changed} bytes {when}: the memory may belong to something else by then")
+
+
+def _origin_of(found: bytes, expected: Mapping[str, torch.Tensor]) -> str:
+    """Where wrong bytes come from, for a message; empty if that is not clear."""
+    known = {
+        _FILL: "nothing was written there",
+        _SECRET: "that is memory beside the tensor",
+        _OVERWRITTEN: "that is what the worker's memory was used for later",
+    }
+    if set(found) <= {found[0]} and found[0] in known:
+        return f"; {known[found[0]]}"
+    if len(found) == _SHOWN_BYTES:
+        for name, content in expected.items():
+            start = bytes(host_memory(content)).find(found)
+            if start >= 0:
+                return f"; these are the bytes of {name!r} from {start} on"
+    return ""
 
 
 def _named(read: TensorRead) -> str:
@@ -226,7 +248,7 @@ class TransportContract(CallingContract, contract=True):
         """A manager with core's plugin and the transport. Tests of your own may use it."""
         manager = PluginManager.discover({"MX_PLUGINS": "modelexpress-core"})
         if provider.schemes[0] not in manager.table(TRANSPORT).schemes:
-            manager.register(_OneTransport(provider), name=provider.name)
+            manager.register(_OneTransport(provider), name=f"{provider.name} under test")
         return manager
 
     @pytest.fixture
@@ -253,6 +275,7 @@ class TransportContract(CallingContract, contract=True):
 
             numbers = iter(range(sys.maxsize))
             yield serve
+            self._soon("the end of the test, which closes sessions, tensors and transports,", opened.close)
 
     # -- the protocol -------------------------------------------------------------------------------------------------
 
@@ -439,7 +462,7 @@ class TransportContract(CallingContract, contract=True):
         worker = serve({"weight": random_bytes(8 * _MIB, device=self.device)})
         lease_id = worker.lease()
         session, expected = worker.connect(lease_id), worker.content()
-        into = _Destinations(_pieces("weight", 64), self.device)
+        into = _Destinations(_pieces("weight", 32), self.device)
         stream = session.read(into.reads)
         done = [self._soon("the first position", lambda: next(stream))]
         worker.worker.leases.release(lease_id)
@@ -509,7 +532,7 @@ class TransportContract(CallingContract, contract=True):
         self._read(worker, used, [("weight", 0, 1000)])
         for session in (unused, used):
             for _ in range(3):
-                self._soon("close of the session", session.close)
+                self._closes("close of a session, once and again,", session.close)
 
     def test_reads_after_close_fail(self, serve: _Serve, secrets: Sequence[str]) -> None:
         """``read`` of a closed session raises BackendError without ``peer_at_fault``, and writes nothing."""
@@ -602,7 +625,7 @@ class TransportContract(CallingContract, contract=True):
         self._read(worker, old, [("weight", 0, 1000)])
         description = worker.served.description
         for _ in range(2):
-            self._soon("close of the served tensors", worker.served.close)
+            self._closes("close of the served tensors, once and again,", worker.served.close)
         worker.worker.offered.memory["weight"].fill_(_OVERWRITTEN)
 
         def read(session: PeerSession) -> None:
@@ -646,6 +669,43 @@ class TransportContract(CallingContract, contract=True):
             worker.worker.offered.memory["weight"].fill_(_OVERWRITTEN)
 
         self._in_threads(len(reading), read, meanwhile=close, what="a read whose tensors were closed")
+
+    def test_a_reader_that_stops_does_not_hold_up_close(self, serve: _Serve) -> None:
+        """``close`` of the served tensors returns soon, although a reader that has begun takes no more bytes."""
+        worker = serve({"weight": random_bytes(8 * _MIB, device=self.device)})
+        into = _Destinations(_pieces("weight", 32), self.device)
+        stream = worker.connect().read(into.reads)
+        self._soon("the first position", stream.__next__)
+        begun = time.monotonic()
+        try:
+            self._soon("close of the served tensors, while a reader has stopped", worker.served.close)
+        finally:
+            getattr(stream, "close", lambda: None)()
+        seconds = time.monotonic() - begun
+        if seconds > self.close_seconds:
+            violated(
+                f"close of the served tensors took {seconds:.1f} s, because a reader had stopped, and at most "
+                f"{self.close_seconds:g} s are allowed (close_seconds): copy a piece, then send it without a lock"
+            )
+
+    def test_closed_sessions_leave_nothing_behind(self, serve: _Serve) -> None:
+        """After ``close`` of many sessions there are no more threads and file descriptors than before."""
+        worker = serve({"weight": random_bytes(_MIB, device=self.device)})
+        content = worker.content()
+
+        def use(number: int) -> None:
+            for _ in range(number):
+                with contextlib.closing(worker.connect()) as session:
+                    self._read(worker, session, [("weight", 5, 100_000)], content)
+
+        use(3)  # what a transport keeps for all sessions is there then
+        before = _threads_and_descriptors()
+        use(_SESSIONS)
+        end = time.monotonic() + self.close_seconds
+        while (left := _more(before)) and time.monotonic() < end:
+            time.sleep(0.02)
+        if left:
+            violated(f"{self.close_seconds:g} s after close of {_SESSIONS} sessions there are {left} (close_seconds)")
 
     # -- whole loads --------------------------------------------------------------------------------------------------
 
@@ -730,6 +790,11 @@ class TransportContract(CallingContract, contract=True):
             into.check(position, content, "when its position was yielded")
         return done
 
+    def _closes(self, what: str, close: Callable[[], object]) -> None:
+        error = self._error_of(what, close, soon=True)
+        if error is not None:
+            violated(f"{what} raised {error!r}", error)
+
     def _error_of(self, what: str, function: Callable[[], object], *, soon: bool = False) -> BackendError | None:
         """Return the BackendError that ``function`` raises, None if it returns; with a limit in time if ``soon``."""
         try:
@@ -749,7 +814,10 @@ class TransportContract(CallingContract, contract=True):
         self, error: BackendError, lease_id: str, secrets: Sequence[str], *, peer_at_fault: bool | None = None
     ) -> None:
         """Check the rules for every error: its fields, no secrets, and which side caused it."""
-        check_error(error, [secret for secret in (lease_id, *secrets) if secret])
+        check_error(error, secrets)
+        text = "".join(traceback.TracebackException.from_exception(error).format())
+        if lease_id and lease_id in f"{text} {error!r} {vars(error)!r}":
+            violated("the error shows the lease, with which others could read", error)
         if peer_at_fault is not None and error.peer_at_fault is not peer_at_fault:
             side = "the worker" if peer_at_fault else "the reader"
             fault = f"peer_at_fault={error.peer_at_fault}"
@@ -760,6 +828,18 @@ _Serve = Callable[[Mapping[str, torch.Tensor]], OpenWorker]
 
 #: Of random bytes one in 256 has the value by chance.
 _SECRET_SHARE = 0.5
+
+
+def _threads_and_descriptors() -> tuple[int, int]:
+    """How many this process has."""
+    return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+
+def _more(before: tuple[int, int]) -> str:
+    """How many more there are, if they grow with the number of sessions; else empty."""
+    grown = [now - then for now, then in zip(_threads_and_descriptors(), before, strict=True)]
+    named = zip(grown, ("more threads", "more file descriptors"), strict=True)
+    return " and ".join(f"{number} {what}" for number, what in named if number >= _SESSIONS // 2)
 
 
 def _close(session: PeerSession) -> None:

@@ -101,6 +101,7 @@ class TestStorageWithRunsWithoutFaults(StorageContract):
         return replacing(tmp_path)
 
 
+@pytest.mark.slow
 class TestInprocTransport(TransportContract):
     @pytest.fixture
     def provider(self) -> TransportProvider:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ from modelexpress_core.uri import ModelURI
 from tests.unit.test_contract_kit import run_pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("contract kit of transports")]
+
+#: When the process ends.
+_ended = threading.Event()
 
 #: Wrong transport -> tests of the contract that have to fail for it.
 WRONG: dict[type[Right], set[str]] = {}
@@ -373,6 +377,24 @@ class BlamesTheWorkerForClose(Session):
             raise
 
 
+@fails("closed_sessions_leave_nothing_behind")
+class LeavesAThread(Session):
+    """Begun with the session, and ended with the process."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        threading.Thread(target=_ended.wait, daemon=True).start()
+
+
+@fails("closed_sessions_leave_nothing_behind")
+class LeavesASocket(Session):
+    sockets: ClassVar[list[socket.socket]] = []
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.sockets.append(socket.socket())
+
+
 @fails("close_ends_a_read_that_waits")
 class WaitsForItsTimeout(Right):
     class Stalled(Session):
@@ -532,6 +554,18 @@ class DoesNotWaitForReads(InprocServed):
         return True
 
 
+@fails("a_reader_that_stops_does_not_hold_up_close", hang_seconds=1.0)
+class WaitsForReaders(Session):
+    """The worker counts a read until its reader has taken all of it."""
+
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+        self._served._copies += 1
+        try:
+            yield from super().read(reads)
+        finally:
+            self._served._copies -= 1
+
+
 @fails("served_tensors_say_what_readers_need")
 class DescribesEveryTensor(Right):
     """The description has the address of each tensor, in words."""
@@ -668,6 +702,21 @@ def test_a_wrong_transport_is_caught(outcomes: tuple[dict[tuple[str, str], str],
 
     failed = {name for (cls, name), how in ended.items() if cls == f"Test{kind.__name__}" and how == "failure"}
     assert set() == WRONG[kind] - failed, printed
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "these are the bytes of 'weight' from",
+        "nothing was written there",
+        "that is what the worker's memory was used for later",
+        "the error shows the lease",
+        "close of a session, once and again, raised UnavailableError",
+    ],
+)
+def test_messages_name_the_mistake(outcomes: tuple[dict[tuple[str, str], str], str], message: str) -> None:
+    """So that an author need not look for it in the bytes."""
+    assert message in outcomes[1]
 
 
 def test_a_contract_without_its_fixture_says_what_is_missing(tmp_path: Path) -> None:

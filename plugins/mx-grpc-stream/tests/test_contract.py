@@ -18,6 +18,8 @@ from modelexpress_core.uri import ModelURI
 from mx_grpc_stream._transport import GrpcSession, open_grpc
 from mx_grpc_stream.plugin import mx_register_transports
 
+pytestmark = pytest.mark.slow
+
 
 class TestGrpcTransport(TransportContract):
     @pytest.fixture
