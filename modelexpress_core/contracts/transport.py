@@ -112,7 +112,7 @@ class ServedTensors(Protocol):
     """Tensors that peers may read, until ``close``.
 
     Attributes:
-        description: What ``connect`` of the other side needs; at most 1 MiB. It is shown to readers with a lease alone.
+        description: What ``connect`` of the other side needs; at most 16 MiB. Readers get it under a lease alone.
         topology: Entries that the worker publishes about this transport.
         services: gRPC services that the worker's server offers for this transport, and what implements them, as
             ``wire.rpc.handler`` takes both; mostly empty. Their methods are open to callers without a token or grant:

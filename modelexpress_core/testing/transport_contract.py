@@ -56,7 +56,7 @@ _BATCH = 8
 #: How long a test waits for what must not happen.
 _AFTERWARDS_SECONDS = 0.3
 
-_MAX_DESCRIPTION_BYTES = 1 << 20
+_MAX_DESCRIPTION_BYTES = 16 << 20
 
 #: An engine of a large model has as many tensors, with names of such a length.
 _MANY_TENSORS = 5000
@@ -289,7 +289,7 @@ class TransportContract(CallingContract, contract=True):
         transport.close()
 
     def test_served_tensors_say_what_readers_need(self, serve: _Serve) -> None:
-        """``serve`` returns a description of at most 1 MiB, topology and services, also for thousands of tensors."""
+        """``serve`` returns a description of at most 16 MiB, topology and services, also for thousands of tensors."""
         memory = random_bytes(_MANY_TENSORS * 16, device=self.device)
         names = [f"model.layers.{number}.self_attn.qkv_proj.weight_scale" for number in range(_MANY_TENSORS)]
         worker = serve({name: memory[16 * number : 16 * number + 16] for number, name in enumerate(names)})
