@@ -11,7 +11,7 @@ import attrs
 
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer
 from modelexpress_core.contracts.transport import PeerAccess, TensorLayout
-from modelexpress_core.errors import BackendError, InvalidURIError, NotFoundError, UnsupportedError
+from modelexpress_core.errors import BackendError, InvalidURIError, NotFoundError, PlacementError, UnsupportedError
 from modelexpress_core.events import LoadProgress
 from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.loads.destination import Destination
@@ -138,7 +138,10 @@ class PeerLoad(Load):
 
         digests = {each.layout.name: each.digests for each in described}
         for layout in own:
-            place = bytes_of(layout.name, tensors[layout.name])
+            try:
+                place = bytes_of(layout.name, tensors[layout.name])
+            except PlacementError as exc:  # a checkpoint may be copied to it all the same
+                raise UnsupportedError(exc.message, uri=str(self._uri), operation=_COMPARE, hint=exc.hint) from exc
             expected = 0 if layout.same_memory_as else chunk_count(place.nbytes)
             if len(digests[layout.name]) != expected:
                 reason = f"the worker gives {len(digests[layout.name])} digests of {layout.name}, not {expected}"

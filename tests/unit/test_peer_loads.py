@@ -459,6 +459,22 @@ def test_a_uri_that_names_no_source(path: str) -> None:
         mx.load_into(new_model(), f"inproc://127.0.0.1:1{path}")
 
 
+def test_a_destination_that_no_worker_can_fill_takes_the_next_place(caplog: pytest.LogCaptureFixture) -> None:
+    """Elements that share memory in part have no bytes of their own; a copy of each element can write them."""
+    shared = {"w": torch.zeros(9).as_strided((4, 4), (1, 1))}
+    with serving_worker({"w": torch.zeros(4, 4)}, ["inproc"], source_id=_IDENTITY.source_id) as worker:
+        for description in worker.offered._described:  # it says that it has the reader's layout
+            description.stride[:] = [1, 1]
+        destination = Destination()
+        destination.run_time_tensors = lambda: shared  # type: ignore[method-assign]
+
+        with pytest.raises(NotFoundError, match="memory://nowhere"):
+            load("memory://nowhere/model", Plugin(worker.uri("inproc")), new_model(), destination)
+
+    assert not destination.touched
+    assert "share memory in part" in caplog.text
+
+
 def test_tensors_with_gaps_and_without_elements() -> None:
     """Gaps keep what is in them; there is nothing to read of a tensor without elements."""
     there = {"wide": torch.arange(48.0).reshape(6, 8)[:, 2:5], "none": torch.empty(0, 3), "one": torch.tensor(3)}
