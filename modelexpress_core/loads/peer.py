@@ -20,6 +20,9 @@ from modelexpress_core.loads.peer_reading import ChunkRead, PeerReader
 from modelexpress_core.messages import listed
 from modelexpress_core.plugins import TRANSPORT
 from modelexpress_core.report import LoadReport
+from modelexpress_core.settings import from_env
+from modelexpress_core.sources.metrics import source_metrics
+from modelexpress_core.sources.settings import DiscoverySettings
 from modelexpress_core.sources.worker_client import Description, WorkerClient
 from modelexpress_core.transport.layouts import tensor_layouts
 from modelexpress_core.uri import ModelURI
@@ -55,6 +58,7 @@ class PeerLoad(Load):
         identity = request.identity
         known = identity is not None and identity.source_id == self._peer.source_id
         self._content_version = identity.content_version if identity is not None and known else ""
+        self._selector = from_env(DiscoverySettings, context.environ).selector
         self._leasing = contextlib.ExitStack()
         self._worker: WorkerClient
         self._lease_id = ""
@@ -167,6 +171,28 @@ class PeerLoad(Load):
         for place, staged in self._with_gaps:
             place.scatter(staged)
         self._leasing.close()  # raises unless the lease lasted until now
+
+    def complete(self) -> LoadReport:
+        """Complete the load, and count it."""
+        report = super().complete()
+        self._count("")
+        return report
+
+    def abort(self, exc: BaseException) -> None:
+        """Abort the load, and count it."""
+        self._count(type(exc).__name__)
+        super().abort(exc)
+
+    def _count(self, error: str) -> None:
+        reader = self._reader
+        source_metrics().transferred(
+            self._selector,
+            self._uri.scheme,
+            error=error,
+            seconds=time.monotonic() - self._begun,
+            read_bytes=0 if reader is None else reader.arrived_bytes + reader.reread_bytes,
+            mismatches=0 if reader is None else reader.mismatches,
+        )
 
     def _stop(self, exc: BaseException) -> bool:
         if self._reader is not None and not self._reader.close():

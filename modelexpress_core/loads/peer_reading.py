@@ -69,6 +69,7 @@ class PeerReader:
 
     Attributes:
         arrived_bytes: Bytes in place, with the right digests.
+        mismatches: Chunks that arrived with a wrong digest; each counts every time.
         read_again: Chunks that were read once more, because their digest was wrong.
         reread_bytes: Their bytes.
         threads: How many threads read.
@@ -84,7 +85,7 @@ class PeerReader:
         verify: bool,
         on_arrival: Callable[[], None],
     ) -> None:
-        self.arrived_bytes = self.read_again = self.reread_bytes = self.threads = 0
+        self.arrived_bytes = self.mismatches = self.read_again = self.reread_bytes = self.threads = 0
         self._session = session
         self._uri = uri
         self._provider = provider
@@ -193,6 +194,7 @@ class PeerReader:
     def _read_again(self, chunk: ChunkRead) -> None:
         """Queue a chunk once more, with the lock held: bits may change on the way."""
         chunk.wrong += 1
+        self.mismatches += 1
         if chunk.wrong > 1:
             where = byte_range(chunk.offset, len(chunk.destination))
             raise self._failure(

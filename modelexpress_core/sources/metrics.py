@@ -25,6 +25,8 @@ _COUNT_BUCKETS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 _SECONDS_BUCKETS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
+_TRANSFER_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+
 
 @cache
 def source_metrics() -> SourceMetrics:
@@ -44,7 +46,7 @@ def source_metrics() -> SourceMetrics:
 
 
 class SourceMetrics:
-    """Counts what discoveries and ranking do, labelled with the configured selector.
+    """Counts what discoveries, ranking and loads from peers do.
 
     Args:
         registry: Registry for the metrics; None to count nothing.
@@ -76,6 +78,31 @@ class SourceMetrics:
             buckets=_SECONDS_BUCKETS,
             registry=registry,
         )
+
+        self._attempts = Counter(
+            "mx_p2p_source_attempts", "Loads from a peer.", ["policy", "result"], registry=registry
+        )
+        self._transfers = Histogram(
+            "mx_p2p_transfer_seconds",
+            "How long loads from a peer took.",
+            ["outcome"],
+            buckets=_TRANSFER_BUCKETS,
+            registry=registry,
+        )
+        self._read = Counter("mx_p2p_read_bytes", "Bytes read from peers.", ["transport"], registry=registry)
+        self._mismatches = Counter(
+            "mx_p2p_digest_mismatches", "Chunks from peers with a wrong digest.", ["transport"], registry=registry
+        )
+
+    def transferred(
+        self, policy: str, transport: str, *, error: str, seconds: float, read_bytes: int, mismatches: int
+    ) -> None:
+        """Count a load from a peer; ``error`` is the class of the error that ended it, or empty."""
+        if self._counts:
+            self._attempts.labels(policy, error or "ok").inc()
+            self._transfers.labels("error" if error else "ok").observe(seconds)
+            self._read.labels(transport).inc(read_bytes)
+            self._mismatches.labels(transport).inc(mismatches)
 
     def listed(self, policy: str, result: str) -> None:
         """Count a request to a server, which ended with ``"ok"``, ``"empty"`` or ``"error"``."""

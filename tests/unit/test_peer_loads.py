@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 from safetensors.torch import save
 from torch import nn
 
@@ -431,6 +433,33 @@ def test_a_worker_at_fault_is_not_tried_over_another_transport(
 
     assert_equal(state, target)
     assert [served.uri("odd")] == [event.uri for event in plugin.events if isinstance(event, LoadFailed)]
+
+
+def test_loads_from_peers_are_counted(
+    source: nn.Module, served: ServingWorker, checkpoint: tuple[str, Mapping[str, torch.Tensor]]
+) -> None:
+    """By outcome and transport, with bytes and wrong digests."""
+
+    def counted(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(name, labels) or 0.0
+
+    def figures() -> list[float]:
+        return [
+            counted("mx_p2p_source_attempts_total", policy="load_aware", result="ok"),
+            counted("mx_p2p_source_attempts_total", policy="load_aware", result="IntegrityError"),
+            counted("mx_p2p_transfer_seconds_count", outcome="ok"),
+            counted("mx_p2p_transfer_seconds_count", outcome="error"),
+            counted("mx_p2p_read_bytes_total", transport="inproc"),
+            counted("mx_p2p_digest_mismatches_total", transport="odd"),
+        ]
+
+    before = figures()
+    report = load(checkpoint[0], Plugin(served.uri("inproc")), new_model())
+    load(checkpoint[0], Plugin(served.uri("odd"), session=Flips), new_model())
+
+    ok, failed, ok_seconds, failed_seconds, read, mismatches = map(operator.sub, figures(), before)
+    assert (1, 1, 1, 1, report.bytes_fetched) == (ok, failed, ok_seconds, failed_seconds, read)
+    assert mismatches >= 2
 
 
 def test_a_worker_that_has_not_digested_its_tensors_is_not_read(source: nn.Module) -> None:
