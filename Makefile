@@ -23,8 +23,8 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 VLLM_BENCH_STAMP := $(VLLM_VENV)/.installed-bench
 # Every folder with a pyproject.toml in plugins/ and integrations/ is a package.
 MEMBERS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml integrations/*/pyproject.toml))
-# With the part of mx-streamer for S3, which its tests need.
-PACKAGES := . $(MEMBERS:%/mx-streamer=%/mx-streamer[s3])
+# With the parts of mx-streamer for S3, GCS and Azure, which its tests need.
+PACKAGES := . $(MEMBERS:%/mx-streamer=%/mx-streamer[s3,gcs,azure])
 
 .PHONY: demo test test-fast test-nightly test-vllm lint lock check-lock bench bench-vllm format clean help
 .DEFAULT_GOAL := help

@@ -28,6 +28,7 @@ _READ_VARIABLES = (
     "AWS_",
     "AZURE_",
     "CLOUDSDK_",
+    "CLOUD_STORAGE_",
     "GCE_",
     "GOOGLE_",
     "IDENTITY_",

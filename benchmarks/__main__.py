@@ -27,6 +27,7 @@ BENCHMARKS = (
     "faults",
     "corruption",
     "control_plane",
+    "errors",
 )
 #: Benchmarks that run only if named: they take long, and need another environment.
 _NAMED = ("vllm",)

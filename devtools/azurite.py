@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from devtools.missing import ToolMissingError
 from devtools.packages import ROOT
-from devtools.processes import end_with_parent, start_patiently
+from devtools.processes import start_patiently, started
 
 if TYPE_CHECKING:
     from azure.storage.blob import BlobServiceClient
@@ -103,23 +103,17 @@ class Azurite:
             certificate, key = self._certificate
             tls = ["--oauth", "basic", "--cert", str(certificate), "--key", str(key)]
         self.endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}/{self.account}"
-        with (self._directory / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [
-                    program,
-                    *("--blobHost", "127.0.0.1", "--blobPort", str(self.port)),
-                    *("--location", str(self._directory / "data")),
-                    *("--silent", "--skipApiVersionCheck", "--disableTelemetry"),
-                    *tls,
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self._directory,
-                env={**os.environ, "AZURITE_ACCOUNTS": f"{self.account}:{self.key}"},
-                start_new_session=True,
-                preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls nothing that takes a lock
-            )
+        self._process = started(
+            [
+                program,
+                *("--blobHost", "127.0.0.1", "--blobPort", str(self.port)),
+                *("--location", str(self._directory / "data")),
+                *("--silent", "--skipApiVersionCheck", "--disableTelemetry"),
+                *tls,
+            ],
+            self._directory,
+            {"AZURITE_ACCOUNTS": f"{self.account}:{self.key}"},
+        )
 
     def _wait_till_ready(self) -> None:
         assert self._process is not None

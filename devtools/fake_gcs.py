@@ -27,7 +27,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from devtools.missing import ToolMissingError
-from devtools.processes import end_with_parent, start_patiently
+from devtools.processes import start_patiently, started
 
 __all__ = ["FakeGcs", "FakeGcsError", "binary"]
 
@@ -108,26 +108,20 @@ class FakeGcs:
         self._start_process()
 
     def _start_process(self) -> None:
-        with (self._directory / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [
-                    binary(),
-                    "-scheme=http",
-                    "-host=127.0.0.1",
-                    f"-port={self.port}",
-                    f"-external-url={self.endpoint}",
-                    f"-public-host=127.0.0.1:{self.port}",  # else it serves the XML API under Google's name alone
-                    f"-backend={self._backend}",
-                    f"-filesystem-root={self._directory / 'objects'}",
-                    "-log-level=warn",
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self._directory,
-                start_new_session=True,
-                preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls nothing that takes a lock
-            )
+        self._process = started(
+            [
+                binary(),
+                "-scheme=http",
+                "-host=127.0.0.1",
+                f"-port={self.port}",
+                f"-external-url={self.endpoint}",
+                f"-public-host=127.0.0.1:{self.port}",  # else it serves the XML API under Google's name alone
+                f"-backend={self._backend}",
+                f"-filesystem-root={self._directory / 'objects'}",
+                "-log-level=warn",
+            ],
+            self._directory,
+        )
 
     def _wait_till_ready(self) -> None:
         assert self._process is not None

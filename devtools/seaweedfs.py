@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from devtools.missing import ToolMissingError
-from devtools.processes import end_with_parent, start_patiently
+from devtools.processes import start_patiently, started
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -71,10 +71,11 @@ def _free_ports(count: int) -> list[int]:
 
 
 class SeaweedFS:
-    """A server with four users, which runs during the ``with`` block.
+    """A server with five users, which runs during the ``with`` block.
 
-    ``admin`` may do everything, ``reader`` may read and list one bucket, ``fetcher`` may read but not list it, and
-    ``stranger`` has valid credentials but no rights on it. Unsigned requests may read and list the bucket ``public``.
+    ``admin`` may do everything, ``reader`` may read and list one bucket, ``fetcher`` may read but not list it,
+    ``lister`` may list but not read it, and ``stranger`` has valid credentials but no rights on it. Unsigned requests
+    may read and list the bucket ``public``.
 
     Args:
         bucket: The bucket that ``reader`` may read. It is created at the start, as is ``public``.
@@ -98,7 +99,7 @@ class SeaweedFS:
         self._process: subprocess.Popen[bytes] | None = None
         self._keys = {
             name: (f"{name.upper():X<20}", f"{name}-secret-{os.urandom(8).hex()}")
-            for name in ("admin", "reader", "fetcher", "stranger")
+            for name in ("admin", "reader", "fetcher", "lister", "stranger")
         }
 
     def __enter__(self) -> SeaweedFS:
@@ -118,6 +119,7 @@ class SeaweedFS:
             "admin": ["Admin", "Read", "Write", "List", "Tagging"],
             "reader": [f"Read:{self.bucket}", f"List:{self.bucket}"],
             "fetcher": [f"Read:{self.bucket}"],
+            "lister": [f"List:{self.bucket}"],
             "stranger": ["Read:elsewhere"],
         }
         identities: list[dict[str, Any]] = [
@@ -133,35 +135,29 @@ class SeaweedFS:
             tls = [f"-s3.cert.file={self._certificate[0]}", f"-s3.key.file={self._certificate[1]}"]
         scheme = "https" if tls else "http"
         self.endpoint = f"{scheme}://127.0.0.1:{self._ports['s3.port']}"
-        with (self._directory / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                [
-                    binary(),
-                    "-logtostderr=true",
-                    "server",
-                    f"-dir={self._directory}",
-                    "-ip=127.0.0.1",
-                    "-ip.bind=127.0.0.1",
-                    "-filer",
-                    "-s3",
-                    f"-s3.config={config}",
-                    "-volume.max=100",
-                    "-master.volumeSizeLimitMB=1024",
-                    "-master.telemetry=false",
-                    "-s3.port.iceberg=0",
-                    "-s3.port.lance=0",
-                    f"-s3.localSocket={self._directory / 's3.sock'}",
-                    f"-filer.localSocket={self._directory / 'filer.sock'}",
-                    *(f"-{name}={port}" for name, port in self._ports.items()),
-                    *tls,
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=self._directory,
-                start_new_session=True,
-                preexec_fn=end_with_parent,  # noqa: PLW1509 - it calls nothing that takes a lock
-            )
+        self._process = started(
+            [
+                binary(),
+                "-logtostderr=true",
+                "server",
+                f"-dir={self._directory}",
+                "-ip=127.0.0.1",
+                "-ip.bind=127.0.0.1",
+                "-filer",
+                "-s3",
+                f"-s3.config={config}",
+                "-volume.max=100",
+                "-master.volumeSizeLimitMB=1024",
+                "-master.telemetry=false",
+                "-s3.port.iceberg=0",
+                "-s3.port.lance=0",
+                f"-s3.localSocket={self._directory / 's3.sock'}",
+                f"-filer.localSocket={self._directory / 'filer.sock'}",
+                *(f"-{name}={port}" for name, port in self._ports.items()),
+                *tls,
+            ],
+            self._directory,
+        )
 
     def _wait_till_ready(self) -> None:
         from botocore.exceptions import BotoCoreError, ClientError

@@ -36,9 +36,7 @@ KNOWN_SCHEMES: Mapping[str, KnownScheme] = {
     "gs": KnownScheme("mx-gcs", "gcs"),
     "az": KnownScheme("mx-azure", "azure"),
     "hf": KnownScheme("mx-hf"),
-    "mx": KnownScheme("mx-grpc-stream"),
-    "mxs": KnownScheme("mx-grpc-stream"),
-    "grpc": KnownScheme("mx-grpc-stream"),
+    "grpc": KnownScheme("mx-grpc-stream", "grpc"),
     "nixl": KnownScheme("mx-nixl"),
 }
 

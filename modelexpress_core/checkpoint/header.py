@@ -301,7 +301,7 @@ def parse_header(text: bytes, data_bytes: int, *, file: str, uri: str = "") -> H
     try:
         return _parse(text, data_bytes)
     except _Fault as fault:
-        where = f"{uri}: {printable(file)}" if uri else printable(file)
+        where = f"could not open {uri}: {printable(file)}" if uri else printable(file)
         raise CheckpointError(
             f"{where} is no valid safetensors file: {fault}",
             uri=uri,

@@ -44,7 +44,7 @@ def parse_index(text: bytes, *, file: str, uri: str = "") -> Mapping[str, str]:
     """
 
     def refuse(what: str) -> CheckpointError:
-        where = f"{uri}: {printable(file)}" if uri else printable(file)
+        where = f"could not open {uri}: {printable(file)}" if uri else printable(file)
         return CheckpointError(f"{where} is no valid index: {what}", uri=uri, file=file, hint=_HINT)
 
     try:

@@ -110,7 +110,9 @@ class _Opening:
         )
 
     def _fault(self, message: str, *, file: str = "", cause: str | None = None, hint: str) -> CheckpointError:
-        return CheckpointError(f"{self._uri}: {message}", uri=str(self._uri), file=file, cause=cause, hint=hint)
+        return CheckpointError(
+            f"could not open {self._uri}: {message}", uri=str(self._uri), file=file, cause=cause, hint=hint
+        )
 
     def _twice(self, info: TensorInfo, other: TensorInfo) -> CheckpointError:
         files = f"{printable(other.file.name)} and {printable(info.file.name)}"
@@ -150,10 +152,16 @@ class _Opening:
         start = f"{prefix.rstrip('/')}/" if prefix else ""
         try:
             found = list(islice(self._storage.list(prefix), _MAX_OBJECTS + 1))
-        except (AccessDeniedError, UnsupportedError):
+        except (AccessDeniedError, UnsupportedError) as denied:
             # Without the right to list, stores answer "denied" for objects that do not exist.
             absent = (NotFoundError, AccessDeniedError)
-            probed = {name: self._probe(name, absent) for name in likely}
+            try:
+                probed = {name: self._probe(name, absent) for name in likely}
+            except BackendError as exc:
+                if exc.retryable:
+                    raise
+                # Answers to HEAD have no body: the listing's says more, for example that a token ran out.
+                raise denied from exc
             present = {name: info for name, info in probed.items() if info is not None}
             if not present:
                 raise

@@ -35,6 +35,7 @@ from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import format_bytes, format_files
 from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
+from modelexpress_core.tls_errors import UNTRUSTED_HINT
 from modelexpress_core.uri import ModelURI, host_and_port
 
 __all__ = ["diagnose"]
@@ -330,7 +331,14 @@ class _Examination:
             error.message += f"; trusted are the authorities in {bundle}{source}"
         elif facts["version"]:
             error.message += "; trusted are the authorities of this system (those of the storage's SDK may differ)"
+        if error.hint == UNTRUSTED_HINT and (variable := self._authorities_variable()):
+            error.hint = f"set {variable} to the file with that authority's certificate"
         return error
+
+    def _authorities_variable(self) -> str:
+        """The variable of the plugin that names the file with the trusted authorities; empty if it has none."""
+        rows = [] if self._registered is None else self._plugin_settings(self._registered)
+        return next((row.name for row in rows if row.name.endswith("_CA_BUNDLE")), "")
 
     def _compare_clocks(self, facts: dict[str, Any]) -> tuple[str, str]:
         route = self._usable_route()

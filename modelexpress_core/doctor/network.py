@@ -216,7 +216,8 @@ class NetworkRoute:
         errors = [exc for exc in outcomes.values() if isinstance(exc, ProbeError)]
         # A machine without IPv6 has no route to such an address; the reason is what the other addresses say.
         first = min(errors, key=lambda exc: exc.fault is Fault.NO_NETWORK)
-        operation = f"connect to {', '.join(host_and_port(address, self.port) for address in outcomes)}"
+        proxy = "the proxy " if self._proxy is not None else ""
+        operation = f"connect to {proxy}{', '.join(host_and_port(address, self.port) for address in outcomes)}"
         if first.fault is Fault.SILENT:
             return DeadlineError(
                 f"no answer within {self.timeout_seconds:g} s",

@@ -14,8 +14,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
+from attrs import frozen
 
 from modelexpress_core.checkpoint import TensorInfo
 from modelexpress_core.errors import IncompleteLoadError, PlacementError
@@ -28,17 +30,28 @@ from modelexpress_core.placement.pending_memory import PendingMemory
 from modelexpress_core.placement.plan import Copy, ReadPlanner
 from modelexpress_core.placement.torch_private import BypassModes, DisableTorchFunction
 
-__all__ = ["PendingCopies"]
+__all__ = ["CopyLimits", "PendingCopies"]
 
-#: Recorded copies are handed to the engine when they amount to this many bytes or copies.
-_BATCH_BYTES = 64 << 20
-_BATCH_COPIES = 256
-
-#: Completed copies keep their destinations alive. They are forgotten when this many copies or bytes are kept ...
-_PURGE_COPIES = 1024
-_PURGE_BYTES = 256 << 20
-#: ... or this many times the rest of the last time, so that copies under way are seldom searched.
+#: Completed copies are also kept up to this many times the rest of the last time, so that copies under way are seldom
+#: searched.
 _PURGE_GROWTH = 2
+
+
+@frozen
+class CopyLimits:
+    """When recorded copies are handed on, and completed ones forgotten.
+
+    Attributes:
+        batch_copies: Recorded copies are handed to the engine when there are so many ...
+        batch_bytes: ... or when they have so many bytes.
+        purge_copies: Completed copies keep their destinations alive. They are forgotten when so many are kept ...
+        purge_bytes: ... or when they have so many bytes.
+    """
+
+    batch_copies: int = 256
+    batch_bytes: int = 64 << 20
+    purge_copies: int = 1024
+    purge_bytes: int = 256 << 20
 
 
 class PendingCopies:
@@ -55,7 +68,10 @@ class PendingCopies:
         whole_copies_only: Whether code only asks for whole tensors to be copied, and watches no operations: then
             destinations live as long as the load.
         ended: Whether the load has ended.
+        limits: Of every load. Tests lower them, so that small programs reach them.
     """
+
+    limits: ClassVar[CopyLimits] = CopyLimits()
 
     def __init__(self, engine: FetchEngine, coverage: Coverage | None, lock: threading.RLock, *, fresh: bool) -> None:
         self.needed_bytes = 0
@@ -77,8 +93,10 @@ class PendingCopies:
         self._scheduled_bytes = 0
         self._unsubmitted: list[Copy] = []
         self._unsubmitted_bytes = 0
-        self._purge_copies = _PURGE_COPIES
-        self._purge_bytes = _PURGE_BYTES
+        self._batch_copies = self.limits.batch_copies
+        self._batch_bytes = self.limits.batch_bytes
+        self._purge_copies = self.limits.purge_copies
+        self._purge_bytes = self.limits.purge_bytes
         self._fault: BaseException | None = None
         self._pinned = False
 
@@ -105,7 +123,8 @@ class PendingCopies:
                 memory = destination.detach()
         self._recorded.append((source, view, memory))
         self._unsubmitted_bytes += view.nbytes
-        if self._unsubmitted_bytes >= _BATCH_BYTES or len(self._recorded) + len(self._unsubmitted) >= _BATCH_COPIES:
+        copies = len(self._recorded) + len(self._unsubmitted)
+        if self._unsubmitted_bytes >= self._batch_bytes or copies >= self._batch_copies:
             with self._lock:
                 self.submit()
 
@@ -260,5 +279,5 @@ class PendingCopies:
         """Forget the copies that are done."""
         self._scheduled.purge()
         self._scheduled_bytes = sum(copy.needed_bytes for copy in self._scheduled.owners())
-        self._purge_copies = max(_PURGE_COPIES, _PURGE_GROWTH * len(self._scheduled))
-        self._purge_bytes = max(_PURGE_BYTES, _PURGE_GROWTH * self._scheduled_bytes)
+        self._purge_copies = max(self.limits.purge_copies, _PURGE_GROWTH * len(self._scheduled))
+        self._purge_bytes = max(self.limits.purge_bytes, _PURGE_GROWTH * self._scheduled_bytes)

@@ -18,11 +18,13 @@ class PendingMemory(Generic[_T]):
     """Regions of memory that are still to be written, with their owners, looked up by overlap.
 
     Memory is cut into buckets, so that a lookup sees only near regions; within a bucket regions are sorted.
+
+    Args:
+        bucket_bits: A bucket has two to the power of this many bytes.
     """
 
-    _BUCKET_BITS = 24
-
-    def __init__(self) -> None:
+    def __init__(self, bucket_bits: int = 24) -> None:
+        self._bucket_bits = bucket_bits
         self._entries: dict[int, tuple[Region, _T]] = {}
         self._buckets: dict[int, _Bucket] = {}
         self._next = 0
@@ -31,7 +33,7 @@ class PendingMemory(Generic[_T]):
         return len(self._entries)
 
     def _buckets_of(self, region: Region) -> Sequence[int]:
-        first, last = region.start >> self._BUCKET_BITS, (region.end - 1) >> self._BUCKET_BITS
+        first, last = region.start >> self._bucket_bits, (region.end - 1) >> self._bucket_bits
         return (first,) if first == last else range(first, last + 1)
 
     def add(self, region: Region, owner: _T) -> None:

@@ -11,7 +11,7 @@ import pytest
 import modelexpress_core as mx
 from devtools import settings_reference
 from modelexpress_core.cli.app import build_app
-from modelexpress_core.plugins import STORAGE
+from modelexpress_core.plugins import STORAGE, TRANSPORT
 from modelexpress_core.settings import variables
 
 ROOT = Path(__file__).parents[2]
@@ -68,10 +68,14 @@ def test_make_targets_exist() -> None:
 
 
 def test_the_scheme_table_is_complete() -> None:
-    """The README's table and the installed storages name the same schemes."""
+    """The README's table, the installed storages, and the transports that workers offer name the same schemes."""
     table = set(re.findall(r"`([a-z0-9]+)://`", README.partition("## Packages by scheme")[2].partition("##")[0]))
 
-    assert table == set(mx.PluginManager.discover({}).table(STORAGE).schemes)
+    plugins = mx.PluginManager.discover({})
+    transports = {
+        scheme for each in plugins.records(TRANSPORT) if each.provider.offered for scheme in each.provider.schemes
+    }
+    assert table == {*plugins.table(STORAGE).schemes, *transports}
 
 
 def test_extras_in_the_readme_exist() -> None:

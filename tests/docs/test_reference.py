@@ -20,7 +20,8 @@ import typer
 from prometheus_client import CollectorRegistry
 
 import modelexpress_core as mx
-from devtools import settings_reference
+from devtools import credential_matrices, credentials_reference, settings_reference
+from devtools.credential_matrices import STORES, Store
 from modelexpress_core import contracts, errors, events, hookspecs, providers
 from modelexpress_core.cli.app import build_app
 from modelexpress_core.contracts import authenticator as authenticator_contract
@@ -107,7 +108,7 @@ def test_links_to_headings_lead_to_one(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_errors_that_a_page_names_exist(path: Path) -> None:
     """Ours, those of metadata stores and authenticators, or Python's."""
-    named = set(re.findall(r"\b[A-Z]\w+Error\b", path.read_text()))
+    named = set(re.findall(r"\b[A-Z]\w+Error\b", path.read_text())) - {"InternalError"}  # a code of S3
     ours = set(ERRORS) | set(metadata_store.__all__) | set(authenticator_contract.__all__)
 
     assert set() == {name for name in named - ours if not hasattr(builtins, name)}
@@ -190,6 +191,32 @@ def settings_names(cls: type) -> tuple[str, ...]:
     from modelexpress_core.settings import variables
 
     return variables(cls)
+
+
+# -- credentials -------------------------------------------------------------------------------------------------------
+
+
+def test_credentials_are_those_of_the_matrices() -> None:
+    """The tables are written by ``python -m devtools.credentials_reference``."""
+    assert credentials_reference.with_tables(page("credentials.md")) == page("credentials.md")
+
+
+@pytest.mark.parametrize("store", STORES, ids=lambda store: store.package)
+def test_every_cell_of_the_credentials_is_tested(store: Store) -> None:
+    """The package has a test of all cases of its matrix, and one with the doctor."""
+    name = next(name for name, value in vars(credential_matrices).items() if value is store)
+    tests = (ROOT / "plugins" / store.package / "tests" / "test_matrix.py").read_text()
+
+    assert f"{name}.cases())" in tests
+    assert f"{name}.cases(doctor=True)" in tests
+
+
+def test_variables_of_credentials_are_settings() -> None:
+    """Each variable on the page is read by a storage, or by azure-identity."""
+    named = set(re.findall(r"`?\b((?:AWS|AZURE|GOOGLE|GCE|NO_GCE|STORAGE|MX)_[A-Z0-9_]+)\b", page("credentials.md")))
+    known = {name for _, cls in settings_reference.classes() for name in settings_names(cls)}
+
+    assert {"AZURE_TOKEN_CREDENTIALS"} == named - known
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

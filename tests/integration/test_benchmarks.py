@@ -30,6 +30,7 @@ NAMES = {
     "faults": {"failing", "loads", "right", "fetched twice"},
     "corruption": {"digest", "corruptions", "repaired", "failed", "wrong"},
     "control_plane": {"what", "store", "workers", "wrong"},
+    "errors": {"store", "failure", "error", "score", "seconds", "doctor", "runai score"},
 }
 
 Rows = Sequence[Mapping[str, Any]]
@@ -58,6 +59,7 @@ CORRECT: dict[str, Callable[[Rows], bool]] = {
     "memory": lambda rows: all(row["peak over it MiB"] >= 0 for row in rows),
     "faults": lambda rows: all(0 < row["loads"] == row["right"] for row in rows),
     "corruption": lambda rows: all(0 == row["wrong"] for row in rows) and 0 < sum(row["corruptions"] for row in rows),
+    "errors": lambda rows: all(5 == row["score"] for row in rows),
     "control_plane": lambda rows: all(0 == row["wrong"] for row in rows) and 0 < max(row["workers"] for row in rows),
 }
 

@@ -382,7 +382,7 @@ def test_a_proxy_that_is_down(examine: Callable[..., dict[str, Step]]) -> None:
     """Its address and port are in the message, and the hint is about the proxy; a password in its URL is not shown."""
     steps = examine(host="weights.invalid", port=443, proxy=f"http://user:secret@127.0.0.1:{CLOSED_PORT}")
 
-    assert f"could not connect to 127.0.0.1:{CLOSED_PORT}" in steps["connection"].seen
+    assert f"could not connect to the proxy 127.0.0.1:{CLOSED_PORT}" in steps["connection"].seen
     assert "proxy" in (steps["connection"].hint or "")
     assert "secret" not in repr(steps)
 
@@ -701,3 +701,4 @@ def test_a_server_that_ignores_range_is_found(size: int, refuses: bool) -> None:
     assert ["ok", "failed"] == statuses(steps, "listing", "read")
     assert f"read bytes {size // 2}-" in steps["read"].seen or refuses
     assert "Range" in f"{steps['read'].seen} {steps['read'].cause}"
+    assert not can_load(steps.values()), "the headers can be read, and weights cannot"

@@ -474,7 +474,7 @@ def test_a_worker_asks_for_grants_where_a_plugin_authenticates_by_token() -> Non
     plugins = core_and(mx_acme=authenticating(lambda environ: Doorbell()))
 
     with (
-        Offer(identity, weights, transports=["grpc"], environ=environ, plugins=plugins) as offer,
+        Offer(identity, weights, transports=[], environ=environ, plugins=plugins) as offer,
         WorkerClient(offer.endpoint) as reader,
         pytest.raises(UnavailableError, match="not yet been published"),
     ):

@@ -83,7 +83,7 @@ class TestStorageWithoutFaults(StorageContract):
 class TestStorageWithRunsWithoutFaults(StorageContract):
     """A FaultyStorage reads runs where the storage in it does."""
 
-    root_is_listable = False
+    root_is_listable = False  # as above
 
     @pytest.fixture
     def storage(self) -> Iterator[Storage]:

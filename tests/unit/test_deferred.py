@@ -25,6 +25,7 @@ import modelexpress_core as mx
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.placement import DeferredTensor, pending_copies
 from modelexpress_core.placement.interception import OperationInterceptor
+from modelexpress_core.placement.pending_copies import CopyLimits, PendingCopies
 from modelexpress_core.placement.pending_memory import PendingMemory
 from modelexpress_core.placement.plan import ReadPlanner
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
@@ -230,7 +231,7 @@ def test_the_later_of_two_copies_to_the_same_memory_wins(
     monkeypatch: pytest.MonkeyPatch, names: tuple[str, str], at_once: int
 ) -> None:
     """A copy waits for an earlier one to memory that it overlaps, however late the bytes of that come."""
-    monkeypatch.setattr(pending_copies, "_BATCH_COPIES", at_once)
+    monkeypatch.setattr(PendingCopies, "limits", CopyLimits(batch_copies=at_once))
     c = case(first=numbered(8), second=numbered(8, start=100))
     c.storage.slow[c.offsets[names[0]]] = 0.05
     buffer = torch.zeros(12)
@@ -370,7 +371,8 @@ def test_reading_one_tensor_does_not_wait_for_others() -> None:
 
 def test_moving_into_shared_memory_waits_for_all_of_the_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A storage that moves takes its bytes along, also those that belong to other tensors."""
-    monkeypatch.setattr(pending_copies, "_BATCH_COPIES", 1)  # so that the read is under way when the storage moves
+    # So that the read is under way when the storage moves.
+    monkeypatch.setattr(PendingCopies, "limits", CopyLimits(batch_copies=1))
     c = case(w=numbered(6))
     c.storage.slow[c.offsets["w"]] = 0.03
     buffer = torch.zeros(12)
@@ -385,7 +387,8 @@ def test_moving_into_shared_memory_waits_for_all_of_the_storage(monkeypatch: pyt
 
 def test_growing_a_storage_waits_for_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """``resize_`` of one tensor moves the bytes that are being fetched to another."""
-    monkeypatch.setattr(pending_copies, "_BATCH_COPIES", 1)  # so that the read is under way when the storage moves
+    # So that the read is under way when the storage moves.
+    monkeypatch.setattr(PendingCopies, "limits", CopyLimits(batch_copies=1))
     c = case(w=numbered(6))
     c.storage.slow[c.offsets["w"]] = 0.03
     buffer = torch.zeros(6)
@@ -1235,7 +1238,7 @@ def test_what_was_read_is_not_kept() -> None:
 
 def test_destinations_are_let_go_when_their_bytes_are_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that code copies to and gives up is not held until the end of the load."""
-    monkeypatch.setattr(pending_copies, "_PURGE_BYTES", 8000)
+    monkeypatch.setattr(PendingCopies, "limits", CopyLimits(purge_bytes=8000))
     c = case(**{f"w{i}": numbered(1000, start=i) for i in range(40)})
     most = 0
 
@@ -1251,7 +1254,7 @@ def test_destinations_are_let_go_when_their_bytes_are_in_place(monkeypatch: pyte
 
 def test_recording_stays_cheap_while_nothing_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a storage that is slower than the recording, pending copies are not searched again and again."""
-    monkeypatch.setattr(pending_copies, "_PURGE_COPIES", 16)
+    monkeypatch.setattr(PendingCopies, "limits", CopyLimits(purge_copies=16))
     looked: list[int] = []
     purge = PendingMemory.purge
     monkeypatch.setattr(PendingMemory, "purge", lambda self: (looked.append(len(self)), purge(self))[1])

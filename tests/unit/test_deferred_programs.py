@@ -22,7 +22,7 @@ from torch import nn
 
 import modelexpress_core as mx
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.placement import pending_copies
+from modelexpress_core.placement.pending_copies import CopyLimits, PendingCopies
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
 from modelexpress_core.storage.memory import MemoryStorage, store
 from modelexpress_core.uri import ModelURI
@@ -586,8 +586,7 @@ def environments(draw: st.DrawFn) -> dict[str, str]:
 def _small_batches(copies: int) -> Iterator[None]:
     """Hand copies over after so many, and forget them soon, which otherwise takes larger programs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pending_copies, "_BATCH_COPIES", copies)
-        patch.setattr(pending_copies, "_PURGE_COPIES", 3)
+        patch.setattr(PendingCopies, "limits", CopyLimits(batch_copies=copies, purge_copies=3))
         yield
 
 

@@ -24,11 +24,11 @@ from modelexpress_core.storage.http import (
 from modelexpress_core.storage.http.connections import Connection
 from modelexpress_core.storage.http.nested_tls import NestedTls
 from modelexpress_core.uri import ModelURI
+from tests.support.http_attacks import sends
 from tests.support.http_servers import answering
 
-#: How long a read waits, and how long the servers go on unless the client goes away.
+#: How long a read waits.
 _PATIENCE_SECONDS = 0.4
-_ATTACK_SECONDS = 20.0
 #: What a read may take in the end. The machine may be slow; the attacks would take far longer.
 _LIMIT_SECONDS = 5.0
 
@@ -63,28 +63,7 @@ def reading(send: Sender, *, proxy: bool = False) -> Iterator[RangeReader]:
 
 def drip(start: bytes, piece: bytes = b"x", pause_seconds: float = 0.05) -> Sender:
     """Sends ``start``, and then a piece every now and then."""
-
-    def send(sock: socket.socket, _: bytes) -> None:
-        sock.sendall(start)
-        pause, until = threading.Event(), time.monotonic() + _ATTACK_SECONDS
-        while time.monotonic() < until:
-            pause.wait(pause_seconds)
-            sock.sendall(piece)
-
-    return send
-
-
-def flood(start: bytes, piece: bytes, sent: list[int]) -> Sender:
-    """Sends ``start``, and then pieces as fast as they are taken; counts their bytes."""
-
-    def send(sock: socket.socket, _: bytes) -> None:
-        sock.sendall(start)
-        until = time.monotonic() + _ATTACK_SECONDS
-        while time.monotonic() < until:
-            sock.sendall(piece)
-            sent.append(len(piece))
-
-    return send
+    return sends(start, piece, pause_seconds)
 
 
 def _part(length: int) -> bytes:
@@ -162,7 +141,7 @@ def test_a_slow_content_is_no_attack() -> None:
 def test_what_has_no_end_is_cut(start: bytes, piece: bytes) -> None:
     """After little more than its bound; sockets hold a few MiB."""
     sent: list[int] = []
-    with reading(flood(start, piece, sent)) as reader, contextlib.suppress(UnavailableError):
+    with reading(sends(start, piece, sent=sent)) as reader, contextlib.suppress(UnavailableError):
         assert read(reader) < 100  # some bytes of a content may have come
 
     assert sum(sent) < 16 << 20
@@ -172,7 +151,7 @@ def test_an_endless_error_is_cut() -> None:
     """Its status counts, and no more than a MiB of its body is received."""
     sent: list[int] = []
     start = b"HTTP/1.1 500 Oops\r\nContent-Length: 4000000000\r\n\r\n"
-    with reading(flood(start, bytes(1 << 16), sent)) as reader, pytest.raises(UnavailableError, match="HTTP 500"):
+    with reading(sends(start, bytes(1 << 16), sent=sent)) as reader, pytest.raises(UnavailableError, match="HTTP 500"):
         read(reader)
 
     assert sum(sent) < 16 << 20

@@ -26,6 +26,7 @@ from modelexpress_core.storage.http.failures import (
     connection_error,
 )
 from tests.support.http_servers import answering, server_context
+from tests.support.network import full_port
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
@@ -410,14 +411,8 @@ def test_tls_to_a_server_without_it(pool: Callable[..., ConnectionPool]) -> None
 
 @pytest.fixture
 def deaf_port() -> Iterator[int]:
-    """A port whose queue of connections is full, so that further ones wait."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(2):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
+    with full_port() as port:
+        yield port
 
 
 def test_a_connection_that_does_not_come_about(pool: Callable[..., ConnectionPool], deaf_port: int) -> None:

@@ -376,7 +376,7 @@ def _refused(status: str, *lines: str, content: bytes = b"s3cret-in-the-body") -
     ],
 )
 def test_refusals(reader: Reading, answer: bytes, error: type[BackendError]) -> None:
-    """Each status has its class; the body is not repeated, and the connection serves the next request."""
+    """Each status has its class; the body is not repeated, and the connection serves another request, but for 416."""
     with server(answer) as (url, started):
         reading = reader(url)
         for _ in range(3):
@@ -386,7 +386,7 @@ def test_refusals(reader: Reading, answer: bytes, error: type[BackendError]) -> 
         assert error is type(caught.value)
         assert "s3cret" not in str(caught.value)
         assert (7.0 if caught.value.retryable else None) == caught.value.retry_after_seconds
-        assert (3, 1) == (len(started.requests), started.connections)
+        assert (3, 3 if b" 416 " in answer else 1) == (len(started.requests), started.connections)
 
 
 def test_a_refusal_may_be_met_with_another_token(reader: Reading) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -142,24 +141,22 @@ class _Pending:
 )
 def test_what_is_pending_is_found_by_overlap(steps: Sequence[tuple[str, torch.Tensor, int]], bits: int) -> None:
     """After any additions and purges, the owners that overlap a region are found, in the order of addition."""
-    pending: PendingMemory[Ticket] = PendingMemory()
+    pending: PendingMemory[Ticket] = PendingMemory(bits)
     model = _Pending()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PendingMemory, "_BUCKET_BITS", bits)
-        for step, t, number in steps:
-            region = region_of(t)
-            if step == "add" and region is not None:
-                ticket = Ticket()
-                pending.add(region, ticket)
-                model.entries.append((region, ticket))
-            elif step == "ask" and region is not None:
-                assert model.overlapping(region) == pending.overlapping(region)
-            elif step == "done" and model.entries:
-                model.entries[number % len(model.entries)][1].done = True
-            elif step == "purge":
-                pending.purge()
-                model.entries = [entry for entry in model.entries if not entry[1].done]
+    for step, t, number in steps:
+        region = region_of(t)
+        if step == "add" and region is not None:
+            ticket = Ticket()
+            pending.add(region, ticket)
+            model.entries.append((region, ticket))
+        elif step == "ask" and region is not None:
+            assert model.overlapping(region) == pending.overlapping(region)
+        elif step == "done" and model.entries:
+            model.entries[number % len(model.entries)][1].done = True
+        elif step == "purge":
+            pending.purge()
+            model.entries = [entry for entry in model.entries if not entry[1].done]
 
     assert [ticket for _, ticket in model.entries] == pending.owners()
     assert len(model.entries) == len(pending)

@@ -180,7 +180,7 @@ def opened(files: Mapping[str, bytes], name: str = "") -> Checkpoint:
 def refused(files: Mapping[str, bytes], name: str = "") -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
         opened(files, name)
-    assert str(caught.value).startswith(f"{caught.value.uri}: ")
+    assert str(caught.value).startswith(f"could not open {caught.value.uri}: ")
     assert "memory://tests/model" in caught.value.uri
     assert caught.value.file in str(caught.value)
     assert caught.value.hint
@@ -768,6 +768,20 @@ def test_listing_denied_and_nothing_usual_there(hides: bool) -> None:
     """Where none of the usual names is there, the refusal to list is what is reported."""
     with pytest.raises(AccessDeniedError, match="list the files of memory://tests/model"):
         open_files(ListingDenied(memory_storage(NO_INDEX), hides=hides), DIRECTORY)
+
+
+@pytest.mark.parametrize(("failure", "retryable"), [(BackendError, False), (UnavailableError, True)])
+def test_listing_denied_and_stat_fails_otherwise(failure: type[BackendError], retryable: bool) -> None:
+    """The refusal to list says more than what an answer without a body lets guess; a passing fault is tried again."""
+
+    class Failing(ListingDenied):
+        def stat(self, path: str) -> ObjectInfo:
+            raise failure("HTTP 400", uri=f"memory://tests/{path}", operation="read the size")
+
+    with pytest.raises(failure if retryable else AccessDeniedError) as caught:
+        open_files(Failing(memory_storage(WHOLE)), DIRECTORY)
+
+    assert retryable is caught.value.retryable
 
 
 def test_listing_denied_but_stat_allowed_and_a_shard_is_missing() -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from devtools.azurite import Azurite
+from devtools.fake_gcs import FakeGcs
 from devtools.seaweedfs import SeaweedFS
 
 NAMES = ("llama", "qwen3", "qwen3-moe", "mixtral", "phi3", "gemma2", "gpt2", "opt", "llama-int8", "llama-gptq")
@@ -47,6 +49,33 @@ def test_tokens_are_those_of_vllms_own_loader(
         assert len(different) > 20, f"the tokens of {name} do not depend on its weights"
         assert [own] * 3 == ours, name
     assert 3 * len(NAMES) == printed.count("ModelExpress loaded ")
+
+
+@pytest.mark.timeout(1800)
+def test_tokens_are_the_same_from_every_store(
+    checkpoint: Callable[[str], Path],
+    s3_server: SeaweedFS,
+    gcs_server: FakeGcs,
+    azurite: Azurite,
+    generated: Callable[..., tuple[list[dict[str, Any]], str]],
+) -> None:
+    """With ``--load-format mx`` and the URI in ``MX_MODEL_URI``: from files, S3, GCS and Azure."""
+    directory = checkpoint("llama")
+    uris = {
+        directory.as_uri(): {},
+        s3_server.upload(directory, "models", "vllm/every-store"): s3_server.environ(),
+        gcs_server.upload(directory, "models", "vllm/every-store"): gcs_server.environ(),
+        azurite.upload(directory, "models", "vllm/every-store"): azurite.environ(),
+    }
+    run = {"model": str(directory), "tensor_parallel": 1}
+    ours = [{**run, "load_format": "mx", "environ": {"MX_MODEL_URI": uri, **environ}} for uri, environ in uris.items()]
+
+    (own, *results), printed = generated([{**run, "load_format": "auto"}, *ours], MX_FALLBACK="0")
+
+    assert ["file", "s3", "gs", "az"] == [uri.partition(":")[0] for uri in uris]
+    assert "tokens" in own, own
+    assert [own] * 4 == results
+    assert all(f" from {uri}" in printed for uri in uris), printed[-3000:]
 
 
 @pytest.mark.timeout(1800)

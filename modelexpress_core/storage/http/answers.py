@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Protocol
 
 from attrs import field, frozen
@@ -88,9 +89,17 @@ class Head:
 
     @property
     def keeps_connection(self) -> bool:
-        """Whether the connection can be used again afterwards."""
+        """Whether the connection can be used again afterwards.
+
+        Not after 416: some servers (fake-gcs-server is one) then close it without having said so, and the next request
+        would meet the end of the connection now and then.
+        """
         options = {option.strip() for option in self.headers.get("connection", "").lower().split(",")}
-        return self.minor_version == 1 and "close" not in options
+        return (
+            self.minor_version == 1
+            and "close" not in options
+            and self.status != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+        )
 
     @property
     def is_chunked(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 
@@ -34,14 +34,17 @@ __all__ = [
     "BadAnswerError",
     "ConnectTimeoutError",
     "EncodedAnswerError",
+    "ExceptionRow",
     "Failures",
     "Meaning",
     "ProxyError",
     "SettingNames",
     "connection_error",
+    "first_row",
     "http_error",
     "meaning_of_answer",
     "retry_after_seconds",
+    "with_causes",
 ]
 
 
@@ -135,6 +138,31 @@ class Meaning:
         )
 
 
+#: A line of a table of exceptions: the classes, what was seen, and what it means.
+ExceptionRow = tuple[tuple[type[BaseException], ...], str, Meaning]
+
+
+def first_row(
+    table: Iterable[ExceptionRow], chain: Sequence[BaseException]
+) -> tuple[BaseException, str, Meaning] | None:
+    """The first line of ``table`` that fits an exception of ``chain``: that exception, what was seen, what it means."""
+    for types, seen, meaning in table:
+        for link in chain:
+            if isinstance(link, types):
+                return link, seen, meaning
+    return None
+
+
+def with_causes(exc: BaseException) -> tuple[BaseException, ...]:
+    """``exc`` and its causes. Not its context: in a second try that may be the failure of the first."""
+    links: list[BaseException] = []
+    link: BaseException | None = exc
+    while link is not None and link not in links:
+        links.append(link)
+        link = link.__cause__
+    return tuple(links)
+
+
 _CHECK_URI = "check the URI"
 _CHECK_SERVER = "check what the server is"
 _RELOAD = "start the load again when nothing writes to the model"
@@ -222,6 +250,20 @@ class SettingNames:
     ca_bundle: str = "SSL_CERT_FILE"
     read_timeout: str = "MX_STALL_SECONDS"
 
+    @property
+    def wait(self) -> str:
+        """What limits the wait of a read, which core may shorten."""
+        return (
+            self.read_timeout
+            if self.read_timeout == "MX_STALL_SECONDS"
+            else f"{self.read_timeout} (or MX_STALL_SECONDS)"
+        )
+
+    @property
+    def check_server(self) -> str:
+        """The next step where a server, or what is in front of it, does not do what it should."""
+        return f"check {self.endpoint} and what is in front of it"
+
 
 _CHECK_NETWORK = "check {names.endpoint}, firewalls, and HTTPS_PROXY and NO_PROXY"
 _BROKE = Meaning(
@@ -246,12 +288,12 @@ _PROXY_REFUSES = Meaning(
 _ENCODED = Meaning(
     UnsupportedError,
     "the server, or a proxy before it, encodes by itself, or the object was stored with a Content-Encoding",
-    "check {names.endpoint} and what is in front of it, or upload the object again without Content-Encoding",
+    "{names.check_server}, or upload the object again without Content-Encoding",
 )
 
 #: Exceptions before the answer -> what was seen, and what it means. The first line counts that fits the exception or
 #: one of its causes.
-_EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
+_EXCEPTIONS: tuple[ExceptionRow, ...] = (
     (
         (socket.gaierror,),
         "the name of the endpoint {endpoint} does not resolve",
@@ -299,7 +341,7 @@ _EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = 
         Meaning(
             DeadlineError,
             "the server or the network is overloaded, or the connection is dead",
-            "try again later, or lower MX_CONCURRENCY; {names.read_timeout} limits the wait",
+            "try again later, or lower MX_CONCURRENCY; {names.wait} limits the wait",
         ),
     ),
     (
@@ -333,27 +375,26 @@ def connection_error(
         silence_seconds: How long the next bytes were waited for.
     """
     about = {"uri": uri, "operation": operation, "provider": provider}
-    chain = tuple(_with_causes(exc))
+    chain = with_causes(exc)
     proxy = next((link for link in chain if isinstance(link, ProxyError)), None)
     if proxy is not None:
         return _of_proxy(proxy).described(f"no connection through the proxy: {proxy}", **about)
     encoded = next((link for link in chain if isinstance(link, EncodedAnswerError)), None)
     if encoded is not None:
         return _ENCODED.described(str(encoded), hint=(_ENCODED.hint or "").format(names=names), **about)
-    for types, seen, meaning in _EXCEPTIONS:
-        found = next((link for link in chain if isinstance(link, types)), None)
-        if found is None:
-            continue
-        if isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN:
-            meaning = _DNS_FAULT  # noqa: PLW2901 - of the same line
-        if isinstance(found, ssl.SSLCertVerificationError) and getattr(found, "verify_code", 0) in EXPLAINED_CODES:
-            what, cause, hint = explain_verification_error(found)
-            seen = f"the certificate of the endpoint {{endpoint}} {what}"  # noqa: PLW2901 - of the same line
-            meaning = Meaning(UnavailableError, cause, hint, retryable=False)  # noqa: PLW2901
-        silence = "in time" if silence_seconds is None else f"for {silence_seconds:.3g} s"
-        reason = f"{seen.format(endpoint=endpoint, silence=silence)} [{_name(chain)}]"
-        return meaning.described(reason, hint=(meaning.hint or "").format(names=names), **about)
-    return None
+    row = first_row(_EXCEPTIONS, chain)
+    if row is None:
+        return None
+    found, seen, meaning = row
+    if isinstance(found, socket.gaierror) and found.errno == socket.EAI_AGAIN:
+        meaning = _DNS_FAULT
+    if isinstance(found, ssl.SSLCertVerificationError) and getattr(found, "verify_code", 0) in EXPLAINED_CODES:
+        what, cause, hint = explain_verification_error(found)
+        seen = f"the certificate of the endpoint {{endpoint}} {what}"
+        meaning = Meaning(UnavailableError, cause, hint, retryable=False)
+    silence = "in time" if silence_seconds is None else f"for {silence_seconds:.3g} s"
+    reason = f"{seen.format(endpoint=endpoint, silence=silence)} [{_name(chain)}]"
+    return meaning.described(reason, hint=(meaning.hint or "").format(names=names), **about)
 
 
 def _of_proxy(exc: ProxyError) -> Meaning:
@@ -362,17 +403,10 @@ def _of_proxy(exc: ProxyError) -> Meaning:
     return _PROXY_REFUSES if 300 <= exc.status < 500 else _PROXY_DOWN
 
 
-def _with_causes(exc: BaseException) -> Iterator[BaseException]:
-    """``exc`` and its causes. Not its context: in a second try that may be the failure of the first."""
-    link: BaseException | None = exc
-    while link is not None:
-        yield link
-        link = link.__cause__
-
-
 def _name(chain: Iterable[BaseException]) -> str:
-    """The innermost name of a failure, which says most."""
-    return [type(link).__name__ for link in chain if isinstance(link, OSError)][-1]
+    """The innermost name of a failure, which says most; what a socket with a time-out raises inside says less."""
+    names = [type(link).__name__ for link in chain if isinstance(link, OSError)]
+    return next((name for name in reversed(names) if name != BlockingIOError.__name__), names[-1])
 
 
 # -- one storage -------------------------------------------------------------------------------------------------------
@@ -442,10 +476,25 @@ class Failures:
         )
         return error or self.described(_UNKNOWN, f"{type(exc).__name__} was raised", path, operation)
 
-    def described(self, meaning: Meaning, reason: str, path: str, operation: str) -> BackendError:
-        """The error with this meaning for the object at ``path``."""
-        uri = str(self._uri.with_path(path))
-        return meaning.described(reason, uri=uri, operation=operation, provider=self._provider)
+    def described(
+        self,
+        meaning: Meaning,
+        reason: str,
+        path: str,
+        operation: str,
+        *,
+        hint: str | None = None,
+        retry_after: str | None = None,
+    ) -> BackendError:
+        """The error with this meaning for the object at ``path``; ``hint`` and ``retry_after`` as for ``Meaning``."""
+        return meaning.described(
+            reason,
+            uri=str(self._uri.with_path(path)),
+            operation=operation,
+            provider=self._provider,
+            hint=hint,
+            retry_after=retry_after,
+        )
 
     def check_open(self, path: str, operation: str) -> None:
         """Refuse to go on after ``close``."""

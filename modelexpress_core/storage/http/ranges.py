@@ -45,7 +45,11 @@ _CHANGED = Meaning(
     "start the load again when nothing writes to the model",
 )
 
-_CLOSED = Meaning(UnavailableError, "the server, a proxy or the network dropped the connection", "try again")
+_CLOSED = Meaning(
+    UnavailableError,
+    "the server, a proxy or the network dropped the connection",
+    "try again; if it stays, check the server, the proxy and the network",
+)
 
 
 @frozen
@@ -114,7 +118,7 @@ class RangeReader:
         self._versions = versions or VersionHeaders()
         self._ignored_encodings = ignored_encodings
         self._encoding_headers = encoding_headers
-        check = f"check {failures.names.endpoint} and what is in front of it"
+        check = failures.names.check_server
         self._ignores_range = Meaning(UnsupportedError, _OTHER_BYTES, check)
         self._hides_version = Meaning(UnsupportedError, _NO_VERSION, check)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from attrs import field, frozen
+
+from modelexpress_core.endpoint import Endpoint
 
 __all__ = ["Origin", "Refusal", "Request", "Signer"]
 
@@ -68,6 +71,21 @@ class Origin:
     def host_and_port(self) -> str:
         """Host and port, as CONNECT has them."""
         return f"{self._host_in_url}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether connections stay on this machine: the host is ``localhost`` or a loopback address."""
+        return Endpoint(self.host, self.port).is_loopback
+
+    @property
+    def is_link_local(self) -> bool:
+        """Whether no router passes connections on: this machine, or link-local as the instance metadata of clouds."""
+        if self.is_loopback:
+            return True
+        try:
+            return ipaddress.ip_address(self.host.partition("%")[0]).is_link_local
+        except ValueError:
+            return False
 
     @property
     def _host_in_url(self) -> str:

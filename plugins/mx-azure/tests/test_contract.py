@@ -59,8 +59,7 @@ class TestAzureStorage(StorageContract):
 class TestAccountStorage(TestAzureStorage):
     """The storage of a URI that names the account: each of its paths begins with the container."""
 
-    page_size = 0  # tested above
-    root_is_listable = False
+    root_is_listable = False  # a URI names a container, so that no load lists the account
 
     @pytest.fixture
     def storage(self, opened: Callable[..., AzureStorage]) -> AzureStorage:

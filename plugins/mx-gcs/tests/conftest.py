@@ -156,6 +156,8 @@ class Google:
         keeps_tokens: The same token is given until it is no longer valid.
         rights: What new tokens allow.
         refusals: Answers instead of a token, by what is asked.
+        public: Requests without a token may get and list.
+        payer: The project that may be billed, of a bucket with Requester Pays.
     """
 
     service_account = "loader@project.iam.gserviceaccount.com"
@@ -178,6 +180,8 @@ class Google:
         self.keeps_tokens = False
         self.rights = frozenset({"get", "list"})
         self.refusals: dict[str, Answer] = {}
+        self.public = False
+        self.payer = ""
         self.before: Callable[[Request], Answer | None] = lambda _: None
 
     # -- what is written into files -----------------------------------------------------------------------------------
@@ -236,7 +240,8 @@ class Google:
         path = urlsplit(request.path).path
         if path.startswith(("/storage/", "/download/")):
             self.requests.append(request)
-            return self.before(request) or self.checked(request) or scripted_http.pass_on(request, self._port)
+            refused = self.before(request) or self._unpaid(request) or self.checked(request)
+            return refused or scripted_http.pass_on(request, self._port)
         if path.startswith("/computeMetadata/"):
             return self._metadata(request, path)
         if path == "/token":
@@ -248,7 +253,12 @@ class Google:
     def checked(self, request: Request) -> Answer | None:
         """What GCS answers to a token that does not suffice; None if it does."""
         right = "list" if request.path.partition("?")[0].endswith("/o") else "get"
-        allowed = self.tokens.get(request.token)
+        if self.public and not request.token:
+            return None
+        unpaid = self._unpaid(request)
+        if unpaid is not None:
+            return unpaid
+        allowed = frozenset({"get", "list"}) if self.public and not request.token else self.tokens.get(request.token)
         if allowed is None and request.token:
             return refusal(401, "authError", "Invalid Credentials", **{"WWW-Authenticate": "Bearer"})
         permission = f"storage.objects.{right}"
@@ -259,6 +269,16 @@ class Google:
             words = f"{self.service_account} {denied} object. Permission '{permission}' denied on resource (or it may "
             return refusal(403, "forbidden", f"{words}not exist).")
         return None
+
+    def _unpaid(self, request: Request) -> Answer | None:
+        """What GCS answers if nobody pays for the request; None if that is settled."""
+        project = request.query.get("userProject") or request.headers.get("X-Goog-User-Project")
+        if not self.payer or project == self.payer:
+            return None
+        if not project:
+            return refusal(400, "required", "Bucket is a requester pays bucket but no user project provided.")
+        words = f"{self.service_account} does not have serviceusage.services.use access to the Google Cloud project."
+        return refusal(403, "forbidden", words)
 
     def _token(self, kind: str, prefix: str = "ya29") -> tuple[str, Answer | None]:
         with self._lock:

@@ -369,6 +369,19 @@ def test_a_passing_fault_is_left_to_core(
     assert 1 == google.asked.count(asked)
 
 
+def test_a_throttled_service_is_left_alone(google: Any, variables: Variables, opened: Opened) -> None:
+    """For as long as it asks for: requests that come before that fail without another one."""
+    google.refusals["oauth"] = (429, {"Retry-After": "7"}, b"")
+    now = [100.0]
+    storage = opened(**variables("key"), clock=lambda: now[0])
+
+    assert [True, True] == [refused(storage).retryable for _ in range(2)]
+    assert 1 == google.asked.count("oauth")
+    now[0] += 8
+    refused(storage)
+    assert 2 == google.asked.count("oauth")
+
+
 def test_a_wrong_refresh_token(google: Any, variables: Variables, opened: Opened) -> None:
     """The service judges it: no answer is made up for this one."""
     settings = variables("login")
@@ -619,24 +632,22 @@ def test_a_token_is_renewed_before_it_runs_out(
     put("credentials/object", b"content")
     now = [100.0]
     storage = opened(**variables("key"), clock=lambda: now[0])
-    google.lifetime_seconds = 60
     storage.stat("credentials/object")
+    now[0] += 3200
     storage.stat("credentials/object")
-    assert 2 == len(google.given)
+    assert 1 == len(google.given)
 
     google.refusals["oauth"] = (503, {}, b"")
-    now[0] += 11
+    now[0] += 200
+    storage.stat("credentials/object")
+    storage.stat("credentials/object")
+    assert 2 == google.asked.count("oauth")
+
+    del google.refusals["oauth"]
+    now[0] += 31
     storage.stat("credentials/object")
     storage.stat("credentials/object")
     assert 3 == google.asked.count("oauth")
-
-    del google.refusals["oauth"]
-    google.lifetime_seconds = 3600
-    now[0] += 11
-    storage.stat("credentials/object")
-    now[0] += 11
-    storage.stat("credentials/object")
-    assert 4 == google.asked.count("oauth")
     assert google.given[-1] == google.requests[-1].token
 
 

@@ -169,6 +169,7 @@ def test_a_refusal_is_explained(
         assert retryable is error.retryable
         assert (3.0 if retryable else None) == error.retry_after_seconds
         assert f"HTTP {status}" in str(error)
+        assert "gs://models/model" in error.uri
         listed_404 = status == 404 and "list" in str(error)
         assert (says if not listed_404 else "bucket's name") in str(error)
         assert status == 401 or message[:40] in str(error)

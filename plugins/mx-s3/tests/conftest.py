@@ -152,12 +152,13 @@ def fronted(server: SeaweedFS) -> Iterator[Callable[[Callable[[Request], Answer 
 
 
 class AwsServices:
-    """Stands for the services that give credentials: STS, the metadata service of machines, the agent of containers.
+    """Stands for what gives credentials: STS, single sign-on, the metadata service, the agent of containers.
 
     Attributes:
         keys: The access key and its secret that are given out from now on.
         lifetime_seconds: How long they are said to be valid.
-        requests: What was asked for, in order: ``"sts"``, ``"metadata"``, ``"container"``.
+        requests: What was asked for, in order: ``"sts"``, ``"sso"``, ``"metadata"``, ``"container"``.
+        unauthorized: How many requests had not the token that they need.
         refusal: The answer that is given instead of credentials.
         delay_seconds: How long each answer takes.
         web_identity: The form of the last request to STS.
@@ -166,11 +167,13 @@ class AwsServices:
     role_arn = "arn:aws:iam::123456789012:role/serving"
     container_token = "the-token-of-the-container"
     web_identity_token = "the-token-of-the-service-account"
+    sso_token = "the-token-of-the-login"
 
     def __init__(self, keys: tuple[str, str]) -> None:
         self.keys = keys
         self.lifetime_seconds = 3600
         self.requests: list[str] = []
+        self.unauthorized = 0
         self.refusal: Answer | None = None
         self.delay_seconds = 0.0
         self.web_identity: dict[str, str] = {}
@@ -179,12 +182,15 @@ class AwsServices:
     def answer(self, request: Request) -> Answer:
         if request.path == "/latest/api/token":
             return (200, {}, b"metadata-token") if request.method == "PUT" else (405, {}, b"")
-        kind = {"/latest": "metadata", "/v1/cre": "container"}.get(request.path[:7], "sts")
+        kinds = {"/latest": "metadata", "/v1/cre": "container", "/federa": "sso"}
+        kind = kinds.get(request.path[:7], "sts")
         wanted = {
             "metadata": ("x-aws-ec2-metadata-token", "metadata-token"),
             "container": ("Authorization", self.container_token),
+            "sso": ("x-amz-sso_bearer_token", self.sso_token),
         }
         if kind in wanted and request.headers.get(wanted[kind][0]) != wanted[kind][1]:
+            self.unauthorized += 1
             return 401, {}, b"who are you"
         if request.path.endswith("/security-credentials/"):
             return 200, {}, b"serving"
@@ -199,17 +205,23 @@ class AwsServices:
         expiration = end.strftime("%Y-%m-%dT%H:%M:%SZ")
         access, secret = self.keys
         if kind == "sts":
-            return 200, {}, _STS_ANSWER.format(access=access, secret=secret, expiration=expiration).encode()
+            action = self.web_identity["Action"]
+            answer = _STS_ANSWER.format(action=action, access=access, secret=secret, expiration=expiration)
+            return 200, {}, answer.encode()
         # No session token, for the keys are real ones of the test server, which knows no sessions.
+        if kind == "sso":
+            role = {"accessKeyId": access, "secretAccessKey": secret, "sessionToken": ""}
+            role = {**role, "expiration": int(end.timestamp() * 1000)}
+            return 200, {}, json.dumps({"roleCredentials": role}).encode()
         body = {"AccessKeyId": access, "SecretAccessKey": secret, "Token": "", "Expiration": expiration}
         return 200, {}, json.dumps(body).encode()
 
 
-_STS_ANSWER = """<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">
-<AssumeRoleWithWebIdentityResult><Credentials>
+_STS_ANSWER = """<{action}Response xmlns="https://sts.amazonaws.com/doc/2011-06-15/">
+<{action}Result><Credentials>
 <AccessKeyId>{access}</AccessKeyId><SecretAccessKey>{secret}</SecretAccessKey><SessionToken></SessionToken>
-<Expiration>{expiration}</Expiration></Credentials></AssumeRoleWithWebIdentityResult>
-</AssumeRoleWithWebIdentityResponse>"""
+<Expiration>{expiration}</Expiration></Credentials></{action}Result>
+</{action}Response>"""
 
 
 @pytest.fixture
@@ -222,33 +234,42 @@ def services(server: SeaweedFS) -> Iterator[AwsServices]:
         yield services
 
 
-@pytest.fixture(params=["web identity", "metadata", "container"])
-def from_role(request: pytest.FixtureRequest, services: AwsServices, tmp_path: Path) -> dict[str, str | None]:
-    """Variables with which credentials come from a role, in each of the ways that there are."""
-    way = request.param
-    variables: dict[str, str | None] = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+@pytest.fixture
+def of_role(services: AwsServices, tmp_path: Path) -> Callable[[str], dict[str, str | None]]:
+    """Variables with which credentials come from a role, for each of the ways that variables name."""
     token = tmp_path / "token"
-    if way == "web identity":
-        token.write_text(services.web_identity_token)
+
+    def of_role(way: str) -> dict[str, str | None]:
+        variables: dict[str, str | None] = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+        if way == "web identity":
+            token.write_text(services.web_identity_token)
+            return {
+                **variables,
+                "AWS_WEB_IDENTITY_TOKEN_FILE": str(token),
+                "AWS_ROLE_ARN": services.role_arn,
+                "AWS_ROLE_SESSION_NAME": "test",
+                "AWS_ENDPOINT_URL_STS": services.url,
+            }
+        if way == "metadata":
+            return {
+                **variables,
+                "AWS_EC2_METADATA_DISABLED": "false",
+                "AWS_EC2_METADATA_SERVICE_ENDPOINT": services.url,
+            }
+        token.write_text(services.container_token)
         return {
             **variables,
-            "AWS_WEB_IDENTITY_TOKEN_FILE": str(token),
-            "AWS_ROLE_ARN": services.role_arn,
-            "AWS_ROLE_SESSION_NAME": "test",
-            "AWS_ENDPOINT_URL_STS": services.url,
+            "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{services.url}/v1/credentials",
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": str(token),
         }
-    if way == "metadata":
-        return {
-            **variables,
-            "AWS_EC2_METADATA_DISABLED": "false",
-            "AWS_EC2_METADATA_SERVICE_ENDPOINT": services.url,
-        }
-    token.write_text(services.container_token)
-    return {
-        **variables,
-        "AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{services.url}/v1/credentials",
-        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": str(token),
-    }
+
+    return of_role
+
+
+@pytest.fixture(params=["web identity", "metadata", "container"])
+def from_role(request: pytest.FixtureRequest, of_role: Callable[[str], dict[str, str | None]]) -> dict[str, str | None]:
+    """Variables with which credentials come from a role, in each of these ways."""
+    return of_role(request.param)
 
 
 @pytest.fixture

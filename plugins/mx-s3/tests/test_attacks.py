@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from modelexpress_core.errors import AccessDeniedError, BackendError, DeadlineError, UnavailableError, UnsupportedError
+from modelexpress_core.errors import BackendError, DeadlineError, UnsupportedError
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
 from mx_s3._storage import S3Storage
+from tests.support.http_attacks import OPERATIONS, READ_TIMEOUT_SECONDS, HttpAttacks, bounded, sends
 from tests.support.http_servers import ByteServer, answering
-
-#: How long the storage waits, and what an operation may take in the end, on a slow machine.
-_READ_TIMEOUT_SECONDS = 0.3
-_LIMIT_SECONDS = 15.0
-_ATTACK_SECONDS = 40.0
-_LIMIT_BYTES = 96 << 20
 
 Attacked = Callable[..., "contextlib.AbstractContextManager[tuple[S3Storage, ByteServer]]"]
 Operation = Callable[[S3Storage], Any]
 
-_OPERATIONS: dict[str, Operation] = {
-    "list": lambda storage: list(storage.list("model")),
-    "stat": lambda storage: storage.stat("model/a"),
-    "read": lambda storage: storage.read_into("model/a", 0, memoryview(bytearray(1000)), version='"v"'),
-}
-_EACH = pytest.mark.parametrize("operation", _OPERATIONS.values(), ids=_OPERATIONS)
+
+class TestAttacks(HttpAttacks):
+    """By all that it inherits."""
+
+    timeout_variable = "MX_S3_READ_TIMEOUT_SECONDS"
+    listing = (b"<ListBucketResult>", b"<Contents><Key>model/a</Key></Contents>")
+
+    @pytest.fixture
+    def open_at(self, opened: Callable[..., S3Storage]) -> Callable[[str], S3Storage]:
+        """By the endpoint."""
+        return lambda url: opened(AWS_ENDPOINT_URL=url, MX_S3_READ_TIMEOUT_SECONDS=str(READ_TIMEOUT_SECONDS))
+
+    @pytest.fixture
+    def open_with_credentials_from(
+        self, from_role: dict[str, str | None], services: Any, opened: Callable[..., S3Storage]
+    ) -> Callable[[str], S3Storage]:
+        """From each service that gives those of a role."""
+
+        def open_with_credentials_from(url: str) -> S3Storage:
+            variables = {name: value and value.replace(services.url, url) for name, value in from_role.items()}
+            return opened(**{**variables, "MX_S3_READ_TIMEOUT_SECONDS": str(READ_TIMEOUT_SECONDS)})
+
+        return open_with_credentials_from
 
 
 @pytest.fixture
@@ -42,8 +50,8 @@ def attacked(opened: Callable[..., S3Storage]) -> Attacked:
     def attacked(
         answer: Any,
         *,
-        limit_bytes: int = _LIMIT_BYTES,
-        read_timeout_seconds: float = _READ_TIMEOUT_SECONDS,
+        limit_bytes: int = 96 << 20,
+        read_timeout_seconds: float = READ_TIMEOUT_SECONDS,
         **options: Any,
     ) -> Iterator[tuple[S3Storage, ByteServer]]:
         with answering(answer, **options) as server:
@@ -51,84 +59,16 @@ def attacked(opened: Callable[..., S3Storage]) -> Attacked:
                 AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.port}",
                 MX_S3_READ_TIMEOUT_SECONDS=str(read_timeout_seconds),
             )
-            begun, before = time.monotonic(), _peak_bytes()
-            with contextlib.closing(storage):
+            with bounded(limit_bytes), contextlib.closing(storage):
                 yield storage, server
-            assert time.monotonic() - begun < _LIMIT_SECONDS
-            assert _peak_bytes() - before < limit_bytes
 
     return attacked
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _sends(start: bytes, piece: bytes, pause_seconds: float = 0.0) -> Callable[[socket.socket, bytes], None]:
-    """Sends ``start``, and then one piece after the other, for as long as the client takes them."""
-
-    def send(sock: socket.socket, _: bytes) -> None:
-        # In one piece, so that more than the head is there when the client has read the head.
-        sock.sendall(start if pause_seconds else start + piece)
-        pause, until = threading.Event(), time.monotonic() + _ATTACK_SECONDS
-        while time.monotonic() < until:
-            if pause_seconds:
-                pause.wait(pause_seconds)
-            sock.sendall(piece)
-
-    return send
-
-
-@_EACH
-@pytest.mark.parametrize(
-    ("start", "piece"),
-    [(b"HTTP/1.1 200 OK\r\n", b"x: y\r\n"), (b"HTTP/1.1 200 OK\r\nETag: ", b"y"), (b"", b"HTTP/1.1 100 C\r\n\r\n")],
-    ids=["headers", "header", "interim"],
-)
-def test_a_head_that_drips(attacked: Attacked, operation: Operation, start: bytes, piece: bytes) -> None:
-    """Silence in the end, which may be tried again."""
-    with (
-        attacked(b"-", piece=_sends(start, piece, 0.05)) as (storage, _),
-        pytest.raises(DeadlineError) as caught,
-    ):
-        operation(storage)
-
-    assert caught.value.retryable
-    assert "MX_S3_READ_TIMEOUT_SECONDS" in str(caught.value)
-
-
-@pytest.mark.parametrize("status", [b"200 OK", b"503 Slow Down", b"403 Forbidden"])
-def test_a_listing_that_drips(attacked: Attacked, status: bytes) -> None:
-    """Likewise, also where it is an error."""
-    start = b"HTTP/1.1 " + status + b"\r\nContent-Length: 1000000\r\n\r\n<?xml"
-    with attacked(b"-", piece=_sends(start, b" ", 0.05)) as (storage, _), pytest.raises(DeadlineError):
-        list(storage.list("model"))
-
-
-@_EACH
-@pytest.mark.parametrize("status", [b"403 Forbidden", b"404 Not Found", b"400 Bad Request", b"503 Slow Down"])
-def test_an_error_of_four_gigabytes(attacked: Attacked, operation: Operation, status: bytes) -> None:
-    """Its status counts; of its body, a MiB is read."""
-    start = b"HTTP/1.1 " + status + b"\r\nContent-Length: 4000000000\r\n\r\n"
-    with (
-        attacked(b"-", piece=_sends(start, b"<a>" * 20_000)) as (storage, _),
-        pytest.raises(BackendError, match=status[:3].decode()),
-    ):
-        operation(storage)
-
-
-def test_a_listing_without_end(attacked: Attacked) -> None:
-    """One page of it, as large as none of S3 is."""
-    start = b"HTTP/1.1 200 OK\r\nContent-Length: 4000000000\r\n\r\n<ListBucketResult>"
-    piece = b"<Contents><Key>model/a</Key></Contents>" * 1000
-    with attacked(b"-", piece=_sends(start, piece)) as (storage, _), pytest.raises(UnavailableError):
-        list(storage.list("model"))
 
 
 def test_the_head_of_an_object_may_have_a_body(attacked: Attacked) -> None:
     """Which no answer to HEAD has: it is not read."""
     start = b'HTTP/1.1 200 OK\r\nETag: "v"\r\nContent-Length: 4000000000\r\n\r\n'
-    with attacked(b"-", piece=_sends(start, bytes(1 << 16))) as (storage, _):
+    with attacked(b"-", piece=sends(start, bytes(1 << 16))) as (storage, _):
         assert 4_000_000_000 == storage.stat("model/a").size
 
 
@@ -208,42 +148,6 @@ def test_pages_of_huge_names(attacked: Attacked) -> None:
     assert pages.sent < 20
 
 
-# -- credentials -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("start", "piece", "pause_seconds"),
-    [
-        (b"HTTP/1.1 200 OK\r\n", b"x: y\r\n", 0.05),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b"{", 0.05),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 4000000000\r\n\r\n", b"{" * 65536, 0.0),
-        (b"HTTP/1.1 500 Oops\r\nContent-Length: 4000000000\r\n\r\n", b"{" * 65536, 0.0),
-    ],
-    ids=["head", "body", "giant", "giant-error"],
-)
-def test_credentials_from_a_server_that_never_ends(
-    from_role: dict[str, str | None],
-    services: Any,
-    opened: Callable[..., S3Storage],
-    start: bytes,
-    piece: bytes,
-    pause_seconds: float,
-) -> None:
-    """What gives credentials is asked over the same connections as S3, with the same bounds."""
-    with answering(b"-", piece=_sends(start, piece, pause_seconds)) as server:
-        url = f"http://127.0.0.1:{server.port}"
-        variables = {name: value and value.replace(services.url, url) for name, value in from_role.items()}
-        storage = opened(**{**variables, "MX_S3_READ_TIMEOUT_SECONDS": str(_READ_TIMEOUT_SECONDS)})
-        begun, before = time.monotonic(), _peak_bytes()
-
-        with pytest.raises(AccessDeniedError):
-            storage.stat("model/a")
-
-        assert 0 < len(server.requests) < 10
-        assert time.monotonic() - begun < _LIMIT_SECONDS
-        assert _peak_bytes() - before < _LIMIT_BYTES
-
-
 # -- versions and encodings --------------------------------------------------------------------------------------------
 
 
@@ -259,10 +163,10 @@ _ETAG = b'ETag: "v"\r\n'
 @pytest.mark.parametrize(
     ("operation", "answer"),
     [
-        (_OPERATIONS["list"], _listing("") % b""),
-        (_OPERATIONS["list"], _listing("<ETag></ETag>") % b""),
-        (_OPERATIONS["stat"], _OBJECT % b""),
-        (_OPERATIONS["read"], _OBJECT % b""),
+        (OPERATIONS["list"], _listing("") % b""),
+        (OPERATIONS["list"], _listing("<ETag></ETag>") % b""),
+        (OPERATIONS["stat"], _OBJECT % b""),
+        (OPERATIONS["read"], _OBJECT % b""),
     ],
 )
 def test_an_answer_without_etag_is_refused(attacked: Attacked, operation: Operation, answer: bytes) -> None:
@@ -281,9 +185,9 @@ def test_an_answer_without_etag_is_refused(attacked: Attacked, operation: Operat
 @pytest.mark.parametrize(
     ("operation", "answer"),
     [
-        (_OPERATIONS["list"], _listing("<ETag>v</ETag>")),
-        (_OPERATIONS["stat"], _OBJECT.replace(b"%s", b"%s" + _ETAG)),
-        (_OPERATIONS["read"], _OBJECT.replace(b"%s", b"%s" + _ETAG)),
+        (OPERATIONS["list"], _listing("<ETag>v</ETag>")),
+        (OPERATIONS["stat"], _OBJECT.replace(b"%s", b"%s" + _ETAG)),
+        (OPERATIONS["read"], _OBJECT.replace(b"%s", b"%s" + _ETAG)),
     ],
     ids=["list", "stat", "read"],
 )
@@ -305,5 +209,5 @@ def test_an_encoding_that_means_nothing_is_ignored(attacked: Attacked, encoding:
     """Some servers show how the object was uploaded."""
     line = f"Content-Encoding: {encoding}\r\n".encode() + _ETAG
     with attacked(_OBJECT % line) as (storage, _):
-        assert 9 == _OPERATIONS["read"](storage)
+        assert 9 == OPERATIONS["read"](storage)
         assert 9 == storage.stat("model/a").size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,3 +253,62 @@ def test_nothing_is_asked_before_the_first_request(
     assert [] == services.requests
     assert storage.credentials()
     assert ["metadata"] == services.requests
+
+
+# -- programs and roles of profiles ------------------------------------------------------------------------------------
+
+
+def _profile(directory: Path, *lines: str) -> dict[str, str | None]:
+    """Variables that lead to a profile with these lines."""
+    file = directory / "config"
+    file.write_text("\n".join(["[profile serving]", *lines, ""]))
+    return {**NO_KEYS, "AWS_PROFILE": "serving", "AWS_CONFIG_FILE": str(file)}
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("/no/such/program --now", "it cannot be started: /no/such/program"),
+        ("sh -c 'echo s3cret >&2; exit 3'", "it ended with the status 3"),
+        ("echo s3cret", "it did not print a JSON object"),
+        ("sleep 600", "it ran for more than 0.4 s"),
+        ("sh -c 'sleep 8 & wait'", "it ran for more than 0.4 s"),
+    ],
+)
+@pytest.mark.parametrize("through_a_role", [False, True])
+def test_a_program_that_gives_no_credentials(
+    command: str, says: str, through_a_role: bool, services: Any, opened: Callable[..., S3Storage], tmp_path: Path
+) -> None:
+    """The error says what it did, ends it after a while, and repeats nothing that it printed."""
+    program = f"credential_process = {command}"
+    role = [f"role_arn = {services.role_arn}", "source_profile = source", "[profile source]"]
+    variables = _profile(tmp_path, *(role if through_a_role else ()), program)
+    storage = opened(**variables, MX_S3_READ_TIMEOUT_SECONDS="0.2", AWS_ENDPOINT_URL_STS=services.url)
+    begun = time.monotonic()
+
+    with pytest.raises(AccessDeniedError, match=f"the program of the profile gave no credentials: {says}") as caught:
+        storage.credentials()
+
+    assert time.monotonic() - begun < 7
+    assert not caught.value.retryable
+    assert "credential_process" in str(caught.value.cause)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("from_role", ["container"], indirect=True)
+def test_a_role_that_is_assumed_with_that_of_the_container(
+    from_role: dict[str, str | None],
+    services: Any,
+    opened: Callable[..., S3Storage],
+    put: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    """The variables in the settings lead to the container's role, also if a profile names it as its source."""
+    put("roles/object", b"content")
+    profile = _profile(tmp_path, f"role_arn = {services.role_arn}", "credential_source = EcsContainer")
+
+    storage = opened(**{**from_role, **profile}, AWS_ENDPOINT_URL_STS=services.url)
+
+    assert 7 == storage.stat("roles/object").size
+    assert ["container", "sts"] == services.requests
+    assert "of the role in the profile serving" in storage.credentials()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +14,13 @@ from devtools.tcp_proxy import Fault, TcpProxy
 from modelexpress_core.errors import (
     BackendError,
     DeadlineError,
+    NotFoundError,
     SourceChangedError,
     UnavailableError,
     UnsupportedError,
 )
 from mx_s3._storage import S3Storage
-from tests.support.network import CLOSED_PORT
+from tests.support.network import CLOSED_PORT, full_port
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 
@@ -86,6 +85,7 @@ def test_silence_is_a_deadline(proxied: Callable[..., tuple[S3Storage, TcpProxy]
         storage.read_into("faults/object", 0, memoryview(bytearray(9)), version=etag)
 
     assert caught.value.retryable
+    assert "sent nothing for 0.3 s [TimeoutError]" in str(caught.value)
     assert 0.25 < time.monotonic() - started < 5
 
 
@@ -238,14 +238,8 @@ def test_a_host_that_does_not_exist(opened: Callable[..., S3Storage]) -> None:
 
 @pytest.fixture
 def deaf_port() -> Iterator[int]:
-    """A port whose queue of connections is full, so that further ones wait."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(2):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
-        yield listener.getsockname()[1]
+    with full_port() as port:
+        yield port
 
 
 def test_a_host_that_does_not_accept_in_time(opened: Callable[..., S3Storage], deaf_port: int) -> None:
@@ -344,6 +338,24 @@ def test_a_scripted_server_that_speaks_something_else(scripted: Callable[..., S3
 
     assert caught.value.retryable
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "says"),
+    [
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", UnavailableError, "not of the S3 protocol"),
+        (b"<html><body>Sign in</body></html>", UnavailableError, "HTTPS_PROXY"),
+        (b"<ListAllMyBucketsResult><Buckets/></ListAllMyBucketsResult>", NotFoundError, "MX_S3_ADDRESSING_STYLE=path"),
+    ],
+)
+def test_a_scripted_answer_that_is_no_listing(
+    scripted: Callable[..., S3Storage], body: bytes, kind: type[BackendError], says: str
+) -> None:
+    """It is not taken for a listing without objects; the list of buckets points at the style of addresses."""
+    storage = scripted((200, {"Content-Type": "text/html"}, body))
+
+    with pytest.raises(kind, match=says):
+        list(storage.list("model"))
 
 
 def test_a_scripted_server_that_asks_for_patience(scripted: Callable[..., S3Storage]) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import save
 import modelexpress_core as mx
 from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.errors import ThrottledError
-from modelexpress_core.fetch import engine
 from modelexpress_core.fetch.concurrency import SelfTunedConcurrency
+from modelexpress_core.loads import checkpoint
 from modelexpress_core.uri import ModelURI
 from mx_s3._storage import open_s3
 
@@ -46,11 +46,11 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             super().throttled()
             reads.append(self.reads)
 
-    def recorded(capabilities: Any, settings: Any) -> Recorded:
+    def recorded(capabilities: Any, settings: Any, **_: Any) -> Recorded:
         reads.append(capabilities.concurrency)
         return Recorded(capabilities.concurrency, capabilities.most_concurrency)
 
-    monkeypatch.setattr(engine, "concurrency_for", recorded)
+    monkeypatch.setattr(checkpoint, "concurrency_for", recorded)
     return reads
 
 

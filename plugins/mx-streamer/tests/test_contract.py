@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -10,12 +10,13 @@ from uuid import uuid4
 import pytest
 
 from devtools.seaweedfs import SeaweedFS
+from devtools.tcp_proxy import Fault, TcpProxy
 from modelexpress_core.testing import PluginContract, StorageContract
 from tests.support.network import CLOSED_PORT
 
 
 class TestStreamedFiles(StorageContract):
-    root_is_listable = False
+    root_is_listable = False  # it is the root directory of this machine
 
     @pytest.fixture
     def storage(self, opened: Callable[..., Any]) -> Any:
@@ -37,7 +38,7 @@ class TestStreamedFiles(StorageContract):
 
 
 class TestStreamedS3(StorageContract):
-    """Listings, and reads that stall, are those of the regular plugin, which has its own tests of them."""
+    """Pages of listings are those of the regular plugin, which has its own tests of them."""
 
     @pytest.fixture
     def storage(self, on_s3: Callable[..., Any]) -> Any:
@@ -68,10 +69,19 @@ class TestStreamedS3(StorageContract):
     def without_credentials(self, on_s3: Callable[..., Any]) -> Any:
         return on_s3(AWS_ACCESS_KEY_ID=None, AWS_SECRET_ACCESS_KEY=None)
 
+    @pytest.fixture
+    def stalled(
+        self, on_s3: Callable[..., Any], put: Callable[[str, bytes], object], s3_server: SeaweedFS
+    ) -> Iterator[tuple[Any, str]]:
+        put("contract/silent", bytes(1000))
+        port = int(s3_server.endpoint.rpartition(":")[2])
+        with TcpProxy("127.0.0.1", port, lambda _number, _head: Fault("stall")) as proxy:
+            yield on_s3(AWS_ENDPOINT_URL=f"http://127.0.0.1:{proxy.port}"), "contract/silent"
+
 
 class TestStreamerPlugin(PluginContract):
     distribution = "mx-streamer"
-    sdks = ("runai_model_streamer", "boto3", "numpy")
+    sdks = ("runai_model_streamer", "boto3", "google.auth", "azure.core", "numpy")
     example_uri = "file:///models/llama"
     first_party = True
 

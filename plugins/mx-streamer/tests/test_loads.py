@@ -34,9 +34,11 @@ from modelexpress_core.errors import (
     SourceChangedError,
     UnavailableError,
 )
-from mx_streamer.settings import StreamerSettings, engine_endpoint
+from mx_streamer.settings import StreamerSettings, check_azure, check_gcs, engine_endpoint
 from tests.support.http_servers import answering, server_context
 from tests.support.network import CLOSED_PORT
+
+_SERVER = "CLOUD_STORAGE_EMULATOR_ENDPOINT"
 
 STATE = {
     "embed": torch.arange(1_500_000, dtype=torch.float32).view(1500, 1000),
@@ -344,6 +346,98 @@ def test_the_engine_gets_the_endpoint_as_a_url(endpoint: Endpoint, virtual: bool
     assert expected == engine_endpoint(endpoint, "models", StreamerSettings(virtual_addressing=virtual))
 
 
+_GOOGLE = Endpoint("storage.googleapis.com", 443, tls=True)
+_EMULATOR = "http://127.0.0.1:4443"
+_AZURE = Endpoint("myaccount.blob.core.windows.net", 443, tls=True)
+_ACCOUNT = {"AZURE_STORAGE_ACCOUNT_NAME": "myaccount"}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "environ"),
+    [
+        (_GOOGLE, {}),
+        (_GOOGLE, {"GOOGLE_APPLICATION_CREDENTIALS": "/key.json"}),
+        (_GOOGLE, {"MX_GCS_ANONYMOUS": "1", "CLOUD_STORAGE_EMULATOR_ENDPOINT": "https://storage.googleapis.com"}),
+        (Endpoint("127.0.0.1", 4443), {"STORAGE_EMULATOR_HOST": f"{_EMULATOR}/", _SERVER: f"{_EMULATOR}/"}),
+        (Endpoint("::1", 4443), {_SERVER: "http://[::1]:4443"}),
+    ],
+)
+def test_the_engine_may_ask_gcs(endpoint: Endpoint, environ: Mapping[str, str]) -> None:
+    """The same server, and the same credentials or none."""
+    check_gcs(endpoint, environ, environ=environ)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "environ", "says"),
+    [
+        (Endpoint("127.0.0.1", 4443), {}, f"{_SERVER}={_EMULATOR}"),
+        (Endpoint("127.0.0.1", 4444), {_SERVER: _EMULATOR}, f"{_SERVER}=http://127.0.0.1:4444"),
+        (_GOOGLE, {_SERVER: "http://storage.googleapis.com"}, f"{_SERVER}=https://storage.googleapis.com:443"),
+        (_GOOGLE, {_SERVER: "http://user:hidden@127.0.0.1:4443"}, "would ask http://127.0.0.1:4443 for"),
+        (_GOOGLE, {_SERVER: "127.0.0.1:4443"}, f"{_SERVER} makes no URL"),
+        (_GOOGLE, {_SERVER: "https://storage.googleapis.com/path"}, f"{_SERVER} has a path"),
+        (_GOOGLE, {"MX_GCS_ENDPOINT": "https://storage.googleapis.com/path"}, "MX_GCS_ENDPOINT has a path"),
+        (_GOOGLE, {"MX_GCS_IMPERSONATE_SERVICE_ACCOUNT": "a@b.c"}, "MX_GCS_IMPERSONATE_SERVICE_ACCOUNT"),
+        (_GOOGLE, {"MX_GCS_ANONYMOUS": "1", "MX_GCS_USER_PROJECT": "p"}, "MX_GCS_ANONYMOUS and MX_GCS_USER_PROJECT"),
+    ],
+)
+def test_the_engine_must_not_ask_gcs(endpoint: Endpoint, environ: Mapping[str, str], says: str) -> None:
+    """Another server, or with other credentials: the message says what to set, and no password."""
+    with pytest.raises(SettingsError) as caught:
+        check_gcs(endpoint, environ, environ=environ)
+
+    assert says in str(caught.value)
+    assert "MX_PREFER" in str(caught.value) or "makes no URL" in says
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "environ"),
+    [
+        (_AZURE, _ACCOUNT),
+        (_AZURE, {**_ACCOUNT, "AZURE_STORAGE_ACCOUNT_KEY": "a2V5"}),
+        (
+            Endpoint("myaccount.blob.core.chinacloudapi.cn", 443, tls=True),
+            {**_ACCOUNT, "AZURE_STORAGE_ENDPOINT_SUFFIX": "blob.core.chinacloudapi.cn"},
+        ),
+    ],
+)
+def test_the_engine_may_ask_azure(endpoint: Endpoint, environ: Mapping[str, str]) -> None:
+    """The same account, in the same cloud, with the same credentials."""
+    check_azure(endpoint, environ, environ=environ)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "environ", "says"),
+    [
+        (_AZURE, {"AZURE_ACCOUNT_NAME": "myaccount"}, "set AZURE_STORAGE_ACCOUNT_NAME"),
+        (_AZURE, {"AZURE_STORAGE_ACCOUNT_NAME": "another"}, "another.blob.core.windows.net"),
+        (Endpoint("127.0.0.1", 10000), _ACCOUNT, "http://127.0.0.1:10000"),
+        (_AZURE, {**_ACCOUNT, "AZURE_STORAGE_ENDPOINT_SUFFIX": "blob.example"}, "AZURE_STORAGE_ENDPOINT_SUFFIX"),
+        (
+            _AZURE,
+            {**_ACCOUNT, "AZURE_STORAGE_ENDPOINT": "https://myaccount.blob.core.windows.net/path"},
+            "AZURE_STORAGE_ENDPOINT has a path",
+        ),
+        (_AZURE, {**_ACCOUNT, "AZURE_ACCOUNT_KEY": "hidden"}, "AZURE_ACCOUNT_KEY"),
+        (_AZURE, {**_ACCOUNT, "AZURE_STORAGE_CONNECTION_STRING": "hidden"}, "AZURE_STORAGE_CONNECTION_STRING"),
+        (_AZURE, {**_ACCOUNT, "MX_AZURE_ANONYMOUS": "1"}, "MX_AZURE_ANONYMOUS"),
+        (
+            _AZURE,
+            {**_ACCOUNT, "AZURE_STORAGE_ACCOUNT_KEY": "hidden", "AZURE_STORAGE_SAS_TOKEN": "sig=hidden"},
+            "unset one of them",
+        ),
+    ],
+)
+def test_the_engine_must_not_ask_azure(endpoint: Endpoint, environ: Mapping[str, str], says: str) -> None:
+    """Another account or cloud, or with other credentials."""
+    with pytest.raises(SettingsError) as caught:
+        check_azure(endpoint, environ, environ=environ)
+
+    assert says in str(caught.value)
+    assert "hidden" not in str(caught.value)
+
+
 def test_public_buckets_need_no_keys(on_s3: Callable[..., Any], client: Any) -> None:
     """``MX_S3_ANONYMOUS`` without keys: the engine finds none, and does not sign either."""
     client.put_object(Bucket="public", Key="open/object", Body=b"content")
@@ -361,7 +455,8 @@ _READ = """
 import sys, threading
 from mx_streamer._engine import Engine, Extent
 
-print(Engine(sys.argv[1]).read([Extent("s3://models/object", 0, memoryview(bytearray(10)))], threading.Event()))
+engine = Engine("runai_model_streamer_s3", sys.argv[1])
+print(engine.read([Extent("s3://models/object", 0, memoryview(bytearray(10)))], threading.Event()))
 """
 
 
@@ -399,6 +494,43 @@ def test_the_engine_verifies_certificates(tmp_path: Path, trusted: bool) -> None
             process.communicate()
 
     assert trusted == bool(server.requests)
+
+
+#: Reads from GCS as code does that uses the native library without this plugin, and then starts the engine for S3.
+_BESIDE = """
+import os, threading
+from pathlib import Path
+from modelexpress_core.errors import BackendError
+from mx_streamer._engine import Engine, Extent
+
+engine, closing = Engine(), threading.Event()
+threading.Timer(60, closing.set).start()  # it is to find the first part long before
+while "libstreamergcs.so" not in Path("/proc/self/maps").read_text() and not closing.is_set():
+    again = threading.Event()
+    threading.Timer(0.05, again.set).start()
+    try:
+        engine.read([Extent("gs://models/object", 0, memoryview(bytearray(10)))], again)
+    except BackendError:
+        pass
+try:
+    Engine("runai_model_streamer_s3")
+except BackendError as exc:
+    print(f"{type(exc).__name__}: {exc}", flush=True)
+os._exit(0)  # the read goes on
+"""
+
+
+@pytest.mark.slow
+def test_another_kind_of_store_that_other_code_has_read_is_found() -> None:
+    """The library would look in GCS for the objects of S3."""
+    environ = {**os.environ, _SERVER: f"http://127.0.0.1:{CLOSED_PORT}"}
+
+    done = subprocess.run(
+        [sys.executable, "-c", _BESIDE], env=environ, capture_output=True, text=True, check=False, timeout=120
+    )
+
+    assert done.stdout.startswith("UnsupportedError"), done.stdout + done.stderr
+    assert "has used runai_model_streamer_gcs" in done.stdout
 
 
 def test_parameters_of_uris_are_refused(uploaded: str, use_s3: Callable[..., None]) -> None:

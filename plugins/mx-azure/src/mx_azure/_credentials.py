@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import attrs
 import certifi
-from attrs import field, frozen
 
-from modelexpress_core.storage.http import Proxies, retry_after_seconds
+from modelexpress_core.storage.http import Proxies, Token, TokenCache, retry_after_seconds
 from mx_azure._errors import Attempt, TokenError
 from mx_azure.settings import AzureSettings
 
@@ -24,19 +22,6 @@ __all__ = ["Identity", "authorities", "identity_for"]
 
 #: What a token is asked for: the Blob services of all clouds.
 _SCOPE = "https://storage.azure.com/.default"
-
-#: A token is renewed this long before its end, or at the time that Entra ID recommends.
-_RENEWAL_SECONDS = 300.0
-
-#: How long a token that is still valid is used after it could not be renewed, until the next try.
-_RENEWAL_PAUSE_SECONDS = 30.0
-
-#: A token that ends sooner is not used any more.
-_MIN_LIFETIME_SECONDS = 30.0
-
-#: After an answer 429, how long the service is left alone if it does not say; doubled with each such answer.
-_FIRST_BACKOFF_SECONDS = 1.0
-_MAX_BACKOFF_SECONDS = 60.0
 
 #: Hosts of Entra ID that azure-identity knows; of others it would first ask a known one.
 _KNOWN_AUTHORITIES = frozenset(
@@ -50,23 +35,8 @@ _SEARCH = "a managed identity or a developer tool"
 _PROCESS_VARIABLES = ("AZURE_", "IDENTITY_", "IMDS_", "MSI_")
 
 
-@frozen
-class _Token:
-    """A bearer token.
-
-    Attributes:
-        text: The token.
-        renew_at: Seconds since the epoch after which another one is fetched.
-        ends_at: Seconds since the epoch.
-    """
-
-    text: str = field(repr=False)
-    renew_at: float
-    ends_at: float
-
-
 class Identity:
-    """The tokens of one identity. Thread-safe: one thread asks for all, and the others use the old token meanwhile.
+    """The tokens of one identity. Thread-safe.
 
     Args:
         settings: Names the identity; without one, azure-identity looks for it.
@@ -78,14 +48,7 @@ class Identity:
         self._settings = settings
         self._proxies = proxies
         self._now = now
-        self._lock = threading.Lock()
-        self._transport: Any = None
-        self._credential: Any = None
-        self._token: _Token | None = None
-        self._asked = 0
-        self._failure: TokenError | None = None
-        self._throttled_times = 0
-        self._throttled_until = 0.0
+        self._tokens = TokenCache(self._fetch, failures=TokenError, throttled=_asked_wait, clock=now)
         self.way = _way(settings)
 
     def token(self) -> str:
@@ -94,26 +57,7 @@ class Identity:
         Raises:
             TokenError: None can be had.
         """
-        token, now = self._token, self._now()
-        if token is not None and now < token.renew_at:
-            return token.text
-        usable = token if token is not None and now + _MIN_LIFETIME_SECONDS < token.ends_at else None
-        asked = self._asked
-        if not self._lock.acquire(blocking=usable is None) and usable is not None:
-            return usable.text
-        try:
-            if self._token is not token and self._token is not None:  # another thread has fetched it
-                return self._token.text
-            try:
-                self._raise_failure_since(asked)
-                return self._fetch().text
-            except TokenError:
-                if usable is None:
-                    raise
-                self._token = attrs.evolve(usable, renew_at=now + _RENEWAL_PAUSE_SECONDS)
-                return usable.text
-        finally:
-            self._lock.release()
+        return self._tokens.get()
 
     def renew(self, refused: str) -> bool:
         """Fetch another token than ``refused``, once for all threads; whether there is one.
@@ -121,12 +65,7 @@ class Identity:
         Raises:
             TokenError: None can be had.
         """
-        asked = self._asked
-        with self._lock:
-            if self._token is not None and self._token.text != refused:
-                return True
-            self._raise_failure_since(asked)
-            return self._fetch().text != refused
+        return self._tokens.renew(lambda token: token == refused)
 
     def describe(self) -> str:
         """Whose tokens they are, and where they come from; fetches one."""
@@ -136,44 +75,28 @@ class Identity:
         tenant = f" of the tenant {claims['tid']}" if claims.get("tid") else ""
         return f"token of the {name}{tenant}, from {self.way}"
 
-    def _raise_failure_since(self, asked: int) -> None:
-        """Raise the last failure again if another thread has just asked in vain, or until the service may be asked."""
-        failure = self._failure
-        if failure is not None and (self._asked != asked or self._now() < self._throttled_until):
-            raise TokenError(failure.way, failure.error, failure.attempts, searched=failure.searched) from failure
-
-    def _fetch(self) -> _Token:
-        """Fetch a token; the lock is held."""
+    def _fetch(self) -> Token[str]:
         attempts: list[Attempt] = []
         try:
-            if self._credential is None or self._token is not None:  # one keeps its token, and would give it again
-                self._transport, self._credential = _new_credential(self._settings, self._proxies)
-            attempts = self._transport.begin()
-            found = self._credential.get_token(_SCOPE)
+            # Always another credential: one keeps its token and gives it again, and repeats some refusals from memory.
+            transport, credential = _new_credential(self._settings, self._proxies)
+            attempts = transport.begin()
+            found = credential.get_token(_SCOPE)
             if not re.fullmatch(r"[!-~]+", found.token):
                 message = "a token that cannot be sent in a header"
                 raise ValueError(message)  # noqa: TRY301 - handled as other failures
         except Exception as exc:  # credentials raise any exception, even of the JSON module
-            self._credential = None  # one repeats some refusals from its memory, without another request
-            self._failure = TokenError(self.way, exc, attempts, searched=self.way == _SEARCH)
-            self._note_throttling(attempts)
-            raise self._failure from exc
-        finally:
-            self._asked += 1
-        self._failure, self._throttled_times = None, 0
-        ends_at = float(found.expires_on)
-        lifetime = ends_at - self._now()
-        self._token = _Token(found.token, ends_at - min(_RENEWAL_SECONDS, lifetime / 2), ends_at)
-        return self._token
+            raise TokenError(self.way, exc, attempts, searched=self.way == _SEARCH) from exc
+        return Token(found.token, float(found.expires_on) - self._now())
 
-    def _note_throttling(self, attempts: list[Attempt]) -> None:
-        answer = next((attempt for attempt in reversed(attempts) if attempt.status), None)
-        if answer is None or answer.status != 429:
-            return
-        backoff = _FIRST_BACKOFF_SECONDS * 2.0**self._throttled_times
-        asked_for = retry_after_seconds(answer.retry_after)
-        self._throttled_times += 1
-        self._throttled_until = self._now() + min(asked_for or backoff, _MAX_BACKOFF_SECONDS)
+
+def _asked_wait(failure: Exception) -> float | None:
+    """The wait that a throttling service asks for; 0.0 if it names none, None if it does not throttle."""
+    attempts = failure.attempts if isinstance(failure, TokenError) else ()
+    answer = next((attempt for attempt in reversed(attempts) if attempt.status), None)
+    if answer is None or answer.status != 429:
+        return None
+    return retry_after_seconds(answer.retry_after) or 0.0
 
 
 _identities: dict[object, Identity] = {}

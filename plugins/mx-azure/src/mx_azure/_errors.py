@@ -16,12 +16,18 @@ from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
     NotFoundError,
-    SourceChangedError,
     ThrottledError,
     UnavailableError,
     UnsupportedError,
 )
 from modelexpress_core.storage.http import Failures, Meaning, Refusal, SettingNames, meaning_of_answer
+from modelexpress_core.storage.http.service_errors import (
+    CREDENTIAL_SERVICE_BUSY,
+    SET_CLOCK,
+    TRY_LATER,
+    ServiceMeanings,
+    status_line,
+)
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["NAMES", "PROVIDER", "Attempt", "AzureFailures", "RefusedAgainError", "TokenError", "error_code"]
@@ -31,21 +37,18 @@ PROVIDER = "mx-azure"
 NAMES = SettingNames(
     endpoint="AZURE_STORAGE_ENDPOINT",
     ca_bundle="MX_AZURE_CA_BUNDLE",
-    read_timeout="MX_AZURE_READ_TIMEOUT_SECONDS (or MX_STALL_SECONDS)",
+    read_timeout="MX_AZURE_READ_TIMEOUT_SECONDS",
 )
 
-_WAIT = "try again later, or lower MX_CONCURRENCY"
-_RELOAD = "start the load again when nothing writes to the model"
 _ROLE = (
     "assign the role Storage Blob Data Reader on the account or the container (the roles Owner and Contributor do not "
     "include it), and wait up to ten minutes"
 )
-_CLOCK = "set the clock (chronyc tracking, timedatectl)"
 
-_BUSY = Meaning(UnavailableError, "the service has a passing fault", _WAIT)
-_SLOW_DOWN = Meaning(ThrottledError, "the account gets more requests than it serves at a time", _WAIT)
-_CHANGED = Meaning(SourceChangedError, "something replaced the blob since the load began", _RELOAD)
-_CUT = Meaning(SourceChangedError, "the blob is shorter than when the load began, or than its header says", _RELOAD)
+_SERVICE = attrs.evolve(
+    ServiceMeanings.of("the service", "blob"),
+    throttled=Meaning(ThrottledError, "the account gets more requests than it serves at a time", TRY_LATER),
+)
 _NO_BLOB = Meaning(NotFoundError, "the name is misspelt, or the blob was deleted", "check it with az storage blob list")
 _NO_CONTAINER = Meaning(
     NotFoundError,
@@ -115,24 +118,21 @@ _ANSWERS: Mapping[str | int, Meaning] = {
         UnsupportedError, "the blob is on its way out of the archive tier", "wait until its tier is hot, cool or cold"
     ),
     "BlobUsesCustomerSpecifiedEncryption": _OWN_KEY,
-    "ConditionNotMet": _CHANGED,
-    "InvalidRange": _CUT,
-    "ServerBusy": _SLOW_DOWN,
-    "OperationTimedOut": _BUSY,
-    "InternalError": _BUSY,
+    "ConditionNotMet": _SERVICE.changed,
+    "InvalidRange": _SERVICE.truncated,
+    "ServerBusy": _SERVICE.throttled,
+    "OperationTimedOut": _SERVICE.busy,
+    "InternalError": _SERVICE.busy,
     "AccountBeingCreated": Meaning(UnavailableError, "the account is being created", "try again in a minute"),
     "InvalidUri": _BAD_REQUEST,
     "InvalidHeaderValue": _BAD_REQUEST,
     "InvalidQueryParameterValue": _BAD_REQUEST,
     "OutOfRangeInput": _BAD_REQUEST,
+    **_SERVICE.by_status,
     400: _BAD_REQUEST,
     404: _NOT_FOUND,
     409: Meaning(UnsupportedError, "the blob is in a state in which it cannot be read", "check its tier and its lease"),
-    412: _CHANGED,
-    416: _CUT,
-    429: _SLOW_DOWN,
-    500: _BUSY,
-    503: _SLOW_DOWN,
+    503: _SERVICE.throttled,
 }
 
 #: Kind of credential -> what it means that the service refuses it.
@@ -207,8 +207,12 @@ _SAS_EXPIRED = Meaning(
     "the SAS token ran out, or is not valid yet",
     "get a new token into {variable}, and check the clock of this machine",
 )
-_SKEWED = Meaning(AccessDeniedError, "the clock of this machine is wrong by more than 15 minutes", _CLOCK)
-_TOKEN_EXPIRED = Meaning(AccessDeniedError, "the token ran out, and no newer one could be had", _CLOCK)
+_SKEWED = Meaning(AccessDeniedError, "the clock of this machine is wrong by more than 15 minutes", SET_CLOCK)
+_TOKEN_EXPIRED = Meaning(
+    AccessDeniedError,
+    "the token ran out, and no newer one could be had",
+    "check the clock of this machine, and log in again if a developer tool gives the token",
+)
 _AUDIENCE = Meaning(
     AccessDeniedError,
     "the token is for another service or cloud",
@@ -340,7 +344,6 @@ _ENTRA: Mapping[str, Meaning] = {
 }
 
 _THROTTLED = Meaning(ThrottledError, "it gets more requests than it serves at a time", "try again later")
-_TOKEN_BUSY = Meaning(AccessDeniedError, "it has a passing fault", "try again later", retryable=True)
 _NO_TOKEN = Meaning(
     AccessDeniedError,
     "its answer has no token: something else answers in its place",
@@ -387,8 +390,7 @@ def _of_tokens(exc: TokenError) -> tuple[str, Meaning, str | None]:
         return f"{start}: {file.filename} cannot be read [{type(file).__name__}]", _FILE, None
     last = exc.attempts[-1] if exc.attempts else None
     if last is not None and last.status:
-        codes = "".join(f", {code}" for code in last.codes)
-        reason = f"{start}: {last.host} answered HTTP {last.status}{codes}"
+        reason = f"{start}: {last.host} answered {status_line(last.status, *last.codes)}"
         return reason, _of_attempt(last, searched=exc.searched), last.retry_after
     if exc.searched:
         asked = f" (nothing answers at {last.host})" if last is not None else ""
@@ -406,7 +408,7 @@ def _of_attempt(attempt: Attempt, *, searched: bool) -> Meaning:
     if attempt.status == 429:
         return _THROTTLED
     if attempt.status >= 500:
-        return _TOKEN_BUSY
+        return CREDENTIAL_SERVICE_BUSY
     if attempt.status < 400:
         return _NO_TOKEN
     return _NO_IDENTITY if searched else _TOKEN_REFUSED
@@ -454,14 +456,11 @@ class AzureFailures(Failures):
     def _answered(self, meaning: Meaning, refusal: Refusal, path: str, operation: str) -> BackendError:
         code, status = error_code(refusal), refusal.status
         request_id = re.fullmatch(r"[0-9A-Fa-f-]{1,64}", refusal.headers.get("x-ms-request-id", ""))
-        parts = [f"HTTP {status}", code, f"request {request_id[0]}" if request_id else ""]
-        reason = f"the service answered {', '.join(part for part in parts if part)}"
-        return attrs.evolve(meaning, hint=(meaning.hint or "").replace("{variable}", self._variable)).described(
-            reason,
-            uri=str(self._uri.with_path(path)),
-            operation=operation,
-            provider=self._provider,
-            retry_after=refusal.headers.get("retry-after"),
+        said = status_line(status, code, f"request {request_id[0]}" if request_id else "")
+        hint = (meaning.hint or "").replace("{variable}", self._variable)
+        retry_after = refusal.headers.get("retry-after")
+        return self.described(
+            meaning, f"the service answered {said}", path, operation, hint=hint, retry_after=retry_after
         )
 
     def _meaning(self, refusal: Refusal, code: str) -> Meaning:
@@ -485,13 +484,7 @@ class AzureFailures(Failures):
         """The error for an exception of a connection, or on the way to a token."""
         if isinstance(exc, TokenError):
             reason, meaning, retry_after = _of_tokens(exc)
-            return meaning.described(
-                reason,
-                uri=str(self._uri.with_path(path)),
-                operation=operation,
-                provider=self._provider,
-                retry_after=retry_after,
-            )
+            return self.described(meaning, reason, path, operation, retry_after=retry_after)
         if isinstance(exc, RefusedAgainError):
             meaning = self._meaning(exc.refusal, error_code(exc.refusal))
             unclear = meaning in {_REFUSED["token"], _TOKEN_EXPIRED}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from urllib.parse import unquote
 from xml.etree.ElementTree import Element, ParseError, fromstring
 
 from attrs import frozen
 
-__all__ = ["Entry", "Page", "parsed_page"]
+from modelexpress_core.storage.http import ListingPage
+
+__all__ = ["Entry", "parsed_page"]
 
 
 @frozen
@@ -34,20 +35,7 @@ class Entry:
     directory: bool
 
 
-@frozen
-class Page:
-    """A part of a listing.
-
-    Attributes:
-        entries: Its blobs.
-        marker: Where the next page begins; empty at the end.
-    """
-
-    entries: Sequence[Entry]
-    marker: str
-
-
-def parsed_page(content: bytes) -> Page:
+def parsed_page(content: bytes) -> ListingPage[Entry]:
     """The page that ``content`` is.
 
     Raises:
@@ -61,7 +49,7 @@ def parsed_page(content: bytes) -> Page:
         if root.tag != "EnumerationResults":
             message = "the answer is not a listing"
             raise ValueError(message)
-        return Page([_entry(blob) for blob in root.iterfind("Blobs/Blob")], root.findtext("NextMarker") or "")
+        return ListingPage([_entry(blob) for blob in root.iterfind("Blobs/Blob")], root.findtext("NextMarker"))
     except (ParseError, LookupError) as exc:
         message = "the listing cannot be read"
         raise ValueError(message) from exc

@@ -11,30 +11,31 @@ from urllib.parse import unquote
 from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
 from modelexpress_core.errors import (
     BackendError,
-    DeadlineError,
     NotFoundError,
     SettingsError,
     SourceChangedError,
     UnavailableError,
-    UnsupportedError,
 )
 from modelexpress_core.settings import from_env
 from modelexpress_core.storage.http import (
     BadAnswerError,
     ConnectionPool,
+    HttpStorage,
+    ListingPage,
     Meaning,
     Proxies,
     RangeReader,
     Refusal,
-    check_encoding,
     endpoint_of,
+    exchange,
     hex_of_base64,
 )
+from modelexpress_core.storage.http.service_errors import no_version
 from modelexpress_core.uri import ModelURI
 from mx_azure._accounts import Location, locate
 from mx_azure._credentials import Identity, authorities, identity_for
-from mx_azure._errors import AzureFailures, TokenError
-from mx_azure._listing import Entry, Page, parsed_page
+from mx_azure._errors import NAMES, AzureFailures
+from mx_azure._listing import Entry, parsed_page
 from mx_azure._signing import AzureRequests, Target
 from mx_azure.settings import AzureSettings
 
@@ -44,40 +45,18 @@ __all__ = ["AzureStorage", "open_azure"]
 _PAGE_BLOBS = 1000
 _MAX_PAGE_BYTES = 16 << 20
 
-#: What is read of an answer that refuses; its status and its code say enough.
-_MAX_ERROR_BYTES = 64 << 10
-
-#: A listing may take this many times the read timeout, and the time of its blobs at this rate.
-_LISTING_TIMEOUTS = 10
-_MIN_OBJECTS_PER_SECOND = 100
-
-_SLOW_LISTING = Meaning(
-    DeadlineError,
-    "the server sends pages without end, or very slowly",
-    "check AZURE_STORAGE_ENDPOINT and what is in front of it; MX_AZURE_READ_TIMEOUT_SECONDS raises the limit",
-    retryable=False,
-)
-_SAME_PAGE = Meaning(
-    UnsupportedError,
-    "the server, or a proxy before it, ignores where the next page begins",
-    "check AZURE_STORAGE_ENDPOINT and what is in front of it",
-)
 _NO_LISTING = Meaning(
     UnavailableError,
     "something in front of the server answers, or the answer was cut",
-    "check AZURE_STORAGE_ENDPOINT and what is in front of it",
+    NAMES.check_server,
 )
-_NO_ETAG = Meaning(
-    UnsupportedError,
-    "the server, or a proxy before it, leaves it out; bytes of two versions could be mixed",
-    "check AZURE_STORAGE_ENDPOINT and what is in front of it",
-)
+_NO_ETAG = no_version(NAMES)
 _NO_CONTAINER = Meaning(NotFoundError, hint="write https://account.blob.core.windows.net/container/path")
 _A_CONTAINER = Meaning(NotFoundError, hint="name a blob in it")
 _A_DIRECTORY = Meaning(NotFoundError, "it stands for a directory of a hierarchical account", "name a blob in it")
 
 
-class AzureStorage:
+class AzureStorage(HttpStorage):
     """Reads ranges of the blobs of one container, or of one account. A blob's version is its ETag.
 
     Args:
@@ -104,14 +83,11 @@ class AzureStorage:
         now: Callable[[], float] = time.time,
     ) -> None:
         self._location = location
-        self._pool = pool
         self._identity = identity
         self._ca_bundle = ca_bundle
-        self._read_timeout_seconds = read_timeout_seconds
-        self._clock = clock
         kind = "key" if location.key is not None else "sas" if location.sas is not None else "token"
         self._kind = "anonymous" if kind == "token" and identity is None else kind
-        self._failures = AzureFailures(
+        failures = AzureFailures(
             uri,
             endpoint=lambda: str(location.origin),
             closed=lambda: pool.closed,
@@ -121,16 +97,8 @@ class AzureStorage:
             now=now,
         )
         self._requests = AzureRequests(location, identity, now)
-        self._reader = RangeReader(pool, self._requests, self._failures, read_timeout_seconds=read_timeout_seconds)
-
-    @property
-    def patience_seconds(self) -> float:
-        """How long a read waits for its next bytes; at most, and to begin with, MX_AZURE_READ_TIMEOUT_SECONDS."""
-        return self._reader.patience_seconds
-
-    @patience_seconds.setter
-    def patience_seconds(self, seconds: float) -> None:
-        self._reader.patience_seconds = seconds
+        reader = RangeReader(pool, self._requests, failures, read_timeout_seconds=read_timeout_seconds)
+        super().__init__(reader, pool, failures, read_timeout_seconds=read_timeout_seconds, clock=clock)
 
     def endpoint(self) -> Endpoint:
         """Where requests go."""
@@ -147,10 +115,8 @@ class AzureStorage:
             return f"SAS token from {self._location.variable}{', '.join(['', *shown])}"
         if self._identity is None:
             return "none: requests are anonymous (MX_AZURE_ANONYMOUS)"
-        try:
+        with self._explained("", "find the credentials"):
             return self._identity.describe()
-        except TokenError as exc:
-            raise self._failure(exc, "", "find the credentials") from exc
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The blobs below ``prefix``, a page of a thousand at a time, without entries that stand for directories."""
@@ -168,25 +134,15 @@ class AzureStorage:
             "prefix": f"{directory}/" if directory else "",
         }
         start = "" if self._location.container is not None else f"{container}/"
-        blobs, seconds, marker = 0, 0.0, ""  # seconds of waiting for pages, not of what the caller does with them
-        while True:
-            begun = self._clock()
-            page = self._page(container, {**parameters, "marker": marker}, prefix, operation)
-            seconds += self._clock() - begun
-            if seconds > _LISTING_TIMEOUTS * self._read_timeout_seconds + blobs / _MIN_OBJECTS_PER_SECOND:
-                reason = f"the listing has not ended after {seconds:.0f} s and {blobs} blobs"
-                raise self._failures.described(_SLOW_LISTING, reason, prefix, operation)
-            for entry in page.entries:
-                blobs += 1
-                if not (entry.directory or entry.name.endswith("/")):
-                    yield self._listed(entry, f"{start}{entry.name}", operation)
-            if not page.marker:
-                return
-            if page.marker == marker:
-                raise self._failures.described(_SAME_PAGE, "the same page of the listing came again", prefix, operation)
-            marker = page.marker
 
-    def _page(self, container: str, parameters: Mapping[str, str], path: str, operation: str) -> Page:
+        def page(mark: str | None) -> ListingPage[Entry]:
+            return self._page(container, {**parameters, "marker": mark or ""}, prefix, operation)
+
+        for entry in self._entries(page, prefix, operation, things="blobs"):
+            if not (entry.directory or entry.name.endswith("/")):
+                yield self._listed(entry, f"{start}{entry.name}", operation)
+
+    def _page(self, container: str, parameters: Mapping[str, str], path: str, operation: str) -> ListingPage[Entry]:
         sent = {name: value for name, value in parameters.items() if value}
         _, content = self._ask("GET", Target.of(self._location, container, sent), path, operation)
         try:
@@ -226,7 +182,7 @@ class AzureStorage:
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read into ``buffer`` with one GET of the range, which is refused if the ETag is no longer ``version``."""
         try:
-            return self._reader.read_into(path, offset, buffer, version=version)
+            return super().read_into(path, offset, buffer, version=version)
         except SourceChangedError as exc:
             self._check_exists(path, exc)
             raise
@@ -241,32 +197,24 @@ class AzureStorage:
         except BackendError:
             return  # it is not known, and what changed is
 
-    def close(self) -> None:
-        """Shut the connections down; reads that are under way in other threads fail at once."""
-        self._pool.close()
-
     def _ask(self, method: str, target: Target, path: str, operation: str) -> tuple[Mapping[str, str], bytes]:
         """Headers and content of the answer to a request, which is sent again once if its token was refused."""
         refusals: list[Refusal] = []
-        try:
+        with self._explained(path, operation):
             while True:
                 request = self._requests.prepared(method, target, {})
-                with self._pool.send(request, lambda: self._read_timeout_seconds) as answer:
-                    if answer.status == 200:
-                        check_encoding({} if method == "HEAD" else answer.headers)
-                        content = answer.read(_MAX_PAGE_BYTES)
-                        if not answer.ended:
-                            raise BadAnswerError("the answer is longer than any page of a listing")
-                        return answer.headers, content
-                    content = answer.read(_MAX_ERROR_BYTES)
-                refusals.append(Refusal(request, answer.status, answer.reason, answer.headers, content))
+                answer = exchange(
+                    self._pool,
+                    request,
+                    read_timeout_seconds=self._read_timeout_seconds,
+                    max_bytes=_MAX_PAGE_BYTES,
+                    ignored_encodings=None if method == "HEAD" else (),
+                )
+                if answer.status == 200:
+                    return answer.headers, answer.content
+                refusals.append(answer.as_refusal(request))
                 if not self._requests.renews(refusals):
                     raise self._failures.of_answer(refusals[-1], path, operation)
-        except self._failures.caught as exc:
-            raise self._failure(exc, path, operation) from exc
-
-    def _failure(self, exc: Exception, path: str, operation: str) -> BackendError:
-        return self._failures.of_exception(exc, path, operation, self._read_timeout_seconds)
 
 
 #: Fields of a SAS token that are no secret.

@@ -10,7 +10,16 @@ from urllib.parse import urlsplit
 from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.settings import boolean, env, seconds
+from modelexpress_core.settings import env
+from modelexpress_core.settings.http import (
+    anonymous,
+    ca_bundle,
+    connect_timeout,
+    http_url,
+    is_http_url,
+    read_timeout,
+    refuse_credentials_in_urls,
+)
 
 __all__ = ["ACCOUNT", "AZURE_HOST", "CONTAINER", "AzureSettings", "is_endpoint", "is_sas_token"]
 
@@ -52,13 +61,7 @@ def is_sas_token(token: str) -> bool:
 
 def is_endpoint(url: str) -> bool:
     """Whether ``url`` can be that of a Blob service: http or https, and a path of plain characters."""
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        return False
-    plain = re.fullmatch(r"[A-Za-z0-9/._~-]*", parts.path) is not None
-    return usable and plain and not (parts.query or parts.fragment or "@" in parts.netloc)
+    return is_http_url(url) and "@" not in url and bool(re.fullmatch(r"[A-Za-z0-9/._~-]*", urlsplit(url).path))
 
 
 def _sas_token(text: str) -> str:
@@ -67,16 +70,6 @@ def _sas_token(text: str) -> str:
         reason = "expected a SAS token such as sv=...&sp=rl&sig=..., percent-encoded and without the URL"
         raise ValueError(reason)
     return token
-
-
-def _endpoint(text: str) -> str:
-    text = text.strip().rstrip("/")
-    if "@" in text or "?" in text:  # may contain a credential, which a ValueError would show; see AzureSettings
-        return text
-    if not is_endpoint(text):
-        reason = "expected a URL such as https://account.blob.core.windows.net or http://127.0.0.1:10000/account"
-        raise ValueError(reason)
-    return text
 
 
 def _authority(text: str) -> str:
@@ -137,16 +130,13 @@ class AzureSettings:
     endpoint: str | None = env(
         "AZURE_STORAGE_ENDPOINT",
         default=None,
-        converter=_endpoint,
+        converter=http_url(
+            "https://account.blob.core.windows.net", "http://127.0.0.1:10000/account", accepts=is_endpoint
+        ),
         help="URL of the Blob service, for other clouds, private links and emulators; with the account in its path "
         "where the server wants it there.",
     )
-    anonymous: bool = env(
-        "MX_AZURE_ANONYMOUS",
-        default=False,
-        converter=boolean,
-        help="Send requests without credentials, for public containers.",
-    )
+    anonymous: bool = anonymous("MX_AZURE", "without credentials", "containers")
     tenant_id: str | None = env(
         "AZURE_TENANT_ID",
         default=None,
@@ -185,24 +175,9 @@ class AzureSettings:
         converter=_authority,
         help="Host of Microsoft Entra ID; unset: login.microsoftonline.com.",
     )
-    ca_bundle: str | None = env(
-        "MX_AZURE_CA_BUNDLE",
-        "REQUESTS_CA_BUNDLE",
-        default=None,
-        help="File with the trusted certificate authorities; unset: those of certifi.",
-    )
-    connect_timeout_seconds: float = env(
-        "MX_AZURE_CONNECT_TIMEOUT_SECONDS",
-        default=10.0,
-        converter=seconds,
-        help="How long to wait for a connection.",
-    )
-    read_timeout_seconds: float = env(
-        "MX_AZURE_READ_TIMEOUT_SECONDS",
-        default=30.0,
-        converter=seconds,
-        help="How long to wait for the next bytes.",
-    )
+    ca_bundle: str | None = ca_bundle("MX_AZURE_CA_BUNDLE", "REQUESTS_CA_BUNDLE", unset="those of certifi")
+    connect_timeout_seconds: float = connect_timeout("MX_AZURE")
+    read_timeout_seconds: float = read_timeout("MX_AZURE")
 
     @property
     def account(self) -> str | None:
@@ -224,6 +199,6 @@ class AzureSettings:
         if self.account_key and self.other_account_key and self.account_key != self.other_account_key:
             message = "AZURE_STORAGE_ACCOUNT_KEY and AZURE_ACCOUNT_KEY hold different keys"
             raise SettingsError(message, hint="unset one of them")
-        if self.endpoint is not None and ("@" in self.endpoint or "?" in self.endpoint):
-            message = "AZURE_STORAGE_ENDPOINT must not contain credentials or a query, which would not be used"
-            raise SettingsError(message, hint="remove them; a SAS token goes into AZURE_STORAGE_SAS_TOKEN")
+        refuse_credentials_in_urls(
+            {"AZURE_STORAGE_ENDPOINT": self.endpoint}, hint="a SAS token goes into AZURE_STORAGE_SAS_TOKEN"
+        )

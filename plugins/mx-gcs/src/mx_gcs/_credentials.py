@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from attrs import field, frozen
-from google.auth.credentials import Credentials, TokenState
+from google.auth.credentials import Credentials
 
-from modelexpress_core.storage.http import Request
+from modelexpress_core.storage.http import Request, Token, TokenCache, retry_after_seconds
 from mx_gcs._errors import (
     CredentialsError,
     CredentialsFileError,
@@ -36,9 +36,6 @@ _MAX_FILE_BYTES = 1 << 20
 
 #: Where gcloud keeps the login of ``gcloud auth application-default login``.
 _LOGIN_FILE = "application_default_credentials.json"
-
-#: How often a token is renewed early, at most: the metadata server may give the same one for a while.
-_EARLY_RENEWAL_SECONDS = 10.0
 
 #: In requests to a metadata server, and in its answers.
 _FLAVOR = "Metadata-Flavor"
@@ -81,7 +78,7 @@ class MetadataCredentials(Credentials):
             raise MetadataAnswerError
         self.token = token
         # google-auth compares it with a time of UTC without a zone.
-        self.expiry = datetime.now(timezone.utc).replace(tzinfo=None) + timedelta(seconds=lifetime)
+        self.expiry = _now().replace(tzinfo=None) + timedelta(seconds=lifetime)
 
     def email(self, request: TokenRequests) -> str:
         """The service account's email address, or what a pod has in its place; takes a request."""
@@ -121,8 +118,8 @@ class _Source:
 
 
 @frozen(eq=False)
-class _Held:
-    """A token that was fetched.
+class _Access:
+    """What a token gives.
 
     Attributes:
         source: Where it is from.
@@ -133,10 +130,9 @@ class _Held:
     headers: tuple[tuple[str, str], ...] = field(repr=False)
 
     @property
-    def state(self) -> TokenState:
-        """Whether the token can be used, and for how long."""
-        state: TokenState = self.source.credentials.token_state
-        return state
+    def authorization(self) -> str:
+        """The header with the token."""
+        return dict(self.headers).get("Authorization", "")
 
 
 class Identity:
@@ -153,14 +149,8 @@ class Identity:
     ) -> None:
         self._settings = settings
         self._requests = requests
-        self._clock = clock
         self._metadata_host = settings.metadata_host or METADATA_HOST
-        self._lock = threading.Lock()
-        self._held: _Held | None = None
-        self._fetches = 0
-        self._failure: CredentialsError | None = None
-        self._refused = ""
-        self._early_after = 0.0
+        self._tokens = TokenCache(self._fetch, failures=CredentialsError, throttled=_asked_wait, clock=clock)
 
     def headers(self) -> tuple[tuple[str, str], ...]:
         """The headers of a request: the access token, and the project that the credentials name.
@@ -168,13 +158,7 @@ class Identity:
         Raises:
             CredentialsError: There are no credentials, or no token can be fetched.
         """
-        held = self._held
-        state = TokenState.INVALID if held is None else held.state
-        if held is None or state is TokenState.INVALID:
-            return self._fetched_after(held).headers
-        if state is TokenState.STALE:
-            held = self._renewed_early(held)
-        return held.headers
+        return self._tokens.get().headers
 
     def renew(self, authorization: str) -> bool:
         """Fetch a token after GCS refused one, once for all threads.
@@ -188,15 +172,7 @@ class Identity:
         Raises:
             CredentialsError: No token can be fetched.
         """
-        held = self._held
-        if held is None or _authorization(held) != authorization:
-            return True
-        if authorization == self._refused:
-            return False
-        if _authorization(self._fetched_after(held)) != authorization:
-            return True
-        self._refused = authorization  # the same again: the metadata server keeps a token until it runs out
-        return False
+        return self._tokens.renew(lambda access: access.authorization == authorization)
 
     def describe(self) -> str:
         """Whose credentials they are, and where they were found; fetches a token.
@@ -204,42 +180,14 @@ class Identity:
         Raises:
             CredentialsError: There are no credentials, or no token can be fetched.
         """
-        self.headers()
-        held = self._held
-        return "" if held is None else held.source.description
+        return self._tokens.get().source.description
 
     def close(self) -> None:
         """End what other threads wait for."""
         self._requests.close()
 
-    # -- tokens -------------------------------------------------------------------------------------------------------
-
-    def _fetched_after(self, previous: _Held | None) -> _Held:
-        """A token other than ``previous``; what one thread fetches, or fails to, holds for all that wait."""
-        fetches = self._fetches
-        with self._lock:
-            held = self._held
-            if held is not None and held is not previous:
-                return held
-            if self._fetches != fetches and self._failure is not None:
-                raise CredentialsError(self._failure.error, self._failure.place)
-            return self._fetch()
-
-    def _renewed_early(self, held: _Held) -> _Held:
-        """Another token for one that runs out within minutes; ``held`` where that fails, or another thread is at it."""
-        if self._clock() < self._early_after or not self._lock.acquire(blocking=False):
-            return held
-        try:
-            self._early_after = self._clock() + _EARLY_RENEWAL_SECONDS
-            return self._fetch()
-        except CredentialsError:
-            return held
-        finally:
-            self._lock.release()
-
-    def _fetch(self) -> _Held:
-        """Find the credentials anew, since a file may have changed, and fetch a token; the caller holds the lock."""
-        self._failure = None
+    def _fetch(self) -> Token[_Access]:
+        """Find the credentials anew, since a file may have changed, and fetch a token."""
         place = ""
         try:
             source = self._find()
@@ -247,18 +195,15 @@ class Identity:
             source.credentials.refresh(self._requests)
             headers: dict[str, str] = {}
             source.credentials.apply(headers)
-            held = _Held(source, tuple((name.title(), value) for name, value in headers.items()))
-            Request.to_url("GET", self._settings.base_url, held.headers)  # refuses a token that is no header
-            if held.state is TokenState.INVALID:
+            access = _Access(source, tuple((name.title(), value) for name, value in headers.items()))
+            Request.to_url("GET", self._settings.base_url, access.headers)  # refuses a token that is no header
+            lifetime = _lifetime_seconds(source.credentials.expiry)
+            if lifetime <= 0:
                 raise StaleTokenError  # noqa: TRY301 - explained like all other failures
         except Exception as exc:  # noqa: BLE001 - google-auth raises exceptions of its own, and many of Python's
-            self._failure = CredentialsError(exc, place)
             # Those of google-auth may hold what a service answered, and with it tokens.
-            raise self._failure from (exc if isinstance(exc, OSError) else None)
-        finally:
-            self._fetches += 1  # at the end, so that waiting threads see that another thread has tried
-        self._held = held
-        return held
+            raise CredentialsError(exc, place) from (exc if isinstance(exc, OSError) else None)
+        return Token(access, lifetime)
 
     # -- search -------------------------------------------------------------------------------------------------------
 
@@ -344,8 +289,21 @@ def _json_of(path: Path) -> Mapping[str, Any]:
     return info
 
 
-def _authorization(held: _Held) -> str:
-    return dict(held.headers).get("Authorization", "")
+def _lifetime_seconds(expiry: datetime | None) -> float:
+    """How long a token is valid that ends at ``expiry``, which google-auth has in UTC without a zone."""
+    return math.inf if expiry is None else (expiry.replace(tzinfo=timezone.utc) - _now()).total_seconds()
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def _asked_wait(failure: Exception) -> float | None:
+    """The wait that a throttling service asks for; 0.0 if it names none, None if it does not throttle."""
+    answer = failure.error if isinstance(failure, CredentialsError) else None
+    if not isinstance(answer, TokenAnswerError) or answer.status != 429:
+        return None
+    return retry_after_seconds(answer.headers.get("retry-after")) or 0.0
 
 
 # -- the kinds of files ------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import re
 import socket
 import ssl
 from collections.abc import Mapping
-from urllib.parse import urlsplit
 
 from attrs import frozen
 
@@ -15,13 +14,18 @@ from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
     NotFoundError,
-    SourceChangedError,
-    ThrottledError,
-    UnavailableError,
     UnsupportedError,
 )
 from modelexpress_core.storage.http import Failures, Meaning, Refusal, SettingNames, meaning_of_answer
-from modelexpress_core.storage.http.failures import EncodedAnswerError
+from modelexpress_core.storage.http.failures import EncodedAnswerError, ExceptionRow, first_row, with_causes
+from modelexpress_core.storage.http.service_errors import (
+    CREDENTIAL_SERVICE_BUSY,
+    SET_CLOCK,
+    ServiceMeanings,
+    no_credential_service,
+    quoted,
+    status_line,
+)
 from mx_gcs._tokens import TokenAnswerError, UnsafeTokenUrlError
 
 __all__ = [
@@ -34,15 +38,14 @@ __all__ = [
     "NoCredentialsError",
     "StaleTokenError",
     "UniverseError",
-    "shown",
 ]
 
 PROVIDER = "mx-gcs"
 
 NAMES = SettingNames(
-    endpoint="MX_GCS_ENDPOINT",
+    endpoint="MX_GCS_ENDPOINT (or STORAGE_EMULATOR_HOST)",
     ca_bundle="MX_GCS_CA_BUNDLE",
-    read_timeout="MX_GCS_READ_TIMEOUT_SECONDS (or MX_STALL_SECONDS)",
+    read_timeout="MX_GCS_READ_TIMEOUT_SECONDS",
 )
 
 
@@ -121,26 +124,15 @@ _CHECK_ROLE = (
     "grant the role Storage Object Viewer (roles/storage.objectViewer) on the bucket: it has storage.objects.get and "
     "storage.objects.list"
 )
-_WAIT = "try again later, or lower MX_CONCURRENCY"
 _LOGIN = "run gcloud auth application-default login, and start the load again"
 
-_BUSY = Meaning(UnavailableError, "GCS has a passing fault", _WAIT)
-_SLOW_DOWN = Meaning(ThrottledError, "GCS is asked more than it serves at a time", _WAIT)
-_CHANGED = Meaning(
-    SourceChangedError,
-    "something replaced the object since the load began",
-    "start the load again when nothing writes to the model",
-)
-_CUT = Meaning(
-    SourceChangedError,
-    "the object is shorter than when the load began, or than its header says",
-    "check that the upload was complete, and start the load again",
-)
+_GCS = ServiceMeanings.of("GCS")
 _DENIED = Meaning(
     AccessDeniedError,
     "these credentials may not read it, or it does not exist and they may not list the bucket",
     _CHECK_ROLE,
 )
+_MAY_NOT_LIST = Meaning(AccessDeniedError, "these credentials may not list the bucket", _CHECK_ROLE)
 _ANONYMOUS = Meaning(
     AccessDeniedError,
     "requests carry no credentials (MX_GCS_ANONYMOUS, or an emulator), and the bucket is not public",
@@ -195,32 +187,32 @@ _BILLING = Meaning(
     "check the billing of the project",
 )
 
+#: Pattern of Google's access tokens, which the words of a server may repeat.
+_OAUTH_PATTERN = r"\bya29\.\S+"
+
 #: Reason in the answer, or HTTP status where there is none that is known here -> what it means.
 _ANSWERS: Mapping[str | int, Meaning] = {
     "accountDisabled": _BILLING,
     "authError": _INVALID_TOKEN,
-    "backendError": _BUSY,
-    "conditionNotMet": _CHANGED,
+    "backendError": _GCS.busy,
+    "conditionNotMet": _GCS.changed,
     "customerEncryptionKeyIsIncorrect": _CUSTOMER_KEY,
-    "internalError": _BUSY,
-    "quotaExceeded": _SLOW_DOWN,
-    "rateLimitExceeded": _SLOW_DOWN,
-    "requestedRangeNotSatisfiable": _CUT,
+    "internalError": _GCS.busy,
+    "quotaExceeded": _GCS.throttled,
+    "rateLimitExceeded": _GCS.throttled,
+    "requestedRangeNotSatisfiable": _GCS.truncated,
     "resourceIsEncryptedWithCustomerEncryptionKey": _CUSTOMER_KEY,
     "userProjectAccessDenied": _USER_PROJECT,
     "userProjectInvalid": _USER_PROJECT,
     "userProjectMissing": _REQUESTER_PAYS,
-    "userRateLimitExceeded": _SLOW_DOWN,
+    "userRateLimitExceeded": _GCS.throttled,
     "vpcServiceControls": _PERIMETER,
+    **_GCS.by_status,
     401: _INVALID_TOKEN,
     402: _BILLING,
     403: _DENIED,
     404: _NO_OBJECT,
-    408: _BUSY,
-    412: _CHANGED,
-    416: _CUT,
-    429: _SLOW_DOWN,
-    500: _BUSY,
+    408: _GCS.busy,
     501: Meaning(UnsupportedError, "the server lacks this part of the API", "use another server"),
 }
 
@@ -262,8 +254,6 @@ class _TokenAnswer:
         return bool(re.fullmatch(self.code or ".*", answer.code) and re.search(self.words, answer.words, re.IGNORECASE))
 
 
-_CLOCK = "set the clock (chronyc tracking, timedatectl)"
-
 _TOKEN_ANSWERS: tuple[_TokenAnswer, ...] = (
     _TokenAnswer(
         "invalid_grant",
@@ -277,7 +267,7 @@ _TOKEN_ANSWERS: tuple[_TokenAnswer, ...] = (
     _TokenAnswer(
         "invalid_grant",
         "short-lived|timeframe|issued in the future|iat|not yet valid",
-        Meaning(AccessDeniedError, "the clock of this machine is wrong by more than some minutes", _CLOCK),
+        Meaning(AccessDeniedError, "the clock of this machine is wrong by more than some minutes", SET_CLOCK),
     ),
     _TokenAnswer(
         "invalid_grant",
@@ -366,9 +356,6 @@ _NO_ACCOUNT = Meaning(
     "this machine has no service account",
     "attach one to the machine, or set GOOGLE_APPLICATION_CREDENTIALS",
 )
-_TOKEN_BUSY = Meaning(
-    AccessDeniedError, "it has a passing fault, or is asked too much", "try again later", retryable=True
-)
 _TOKEN_UNKNOWN = Meaning(
     AccessDeniedError,
     "what the credentials say is not accepted",
@@ -397,7 +384,7 @@ _METADATA_SILENT = Meaning(
 _CHECK_SERVICE = "check the URLs in the file of the credentials, firewalls, and HTTPS_PROXY and NO_PROXY"
 
 #: Exceptions on the way to a token -> what was seen, and what it means. The first line that fits counts.
-_NO_TOKEN: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
+_NO_TOKEN: tuple[ExceptionRow, ...] = (
     (
         (FileNotFoundError,),
         "the file with the credentials is not there: {file}",
@@ -446,7 +433,7 @@ _NO_TOKEN: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
     (
         (StaleTokenError,),
         "the access token that was fetched had already run out",
-        Meaning(AccessDeniedError, "the clock of this machine is wrong, or what gives tokens is stuck", _CLOCK),
+        Meaning(AccessDeniedError, "the clock of this machine is wrong, or what gives tokens is stuck", SET_CLOCK),
     ),
     (
         (MetadataAnswerError,),
@@ -462,15 +449,8 @@ _NO_TOKEN: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
         "the answer with the access token is encoded",
         Meaning(AccessDeniedError, "a proxy changes answers", _CHECK_SERVICE),
     ),
-    (
-        (socket.gaierror, ssl.SSLError),
-        "no connection to the service that gives access tokens",
-        Meaning(AccessDeniedError, "its name does not resolve, or its certificate is not trusted", _CHECK_SERVICE),
-    ),
-    (
-        (OSError,),
-        "no connection to the service that gives access tokens",
-        Meaning(AccessDeniedError, "it cannot be reached from here, or not now", _CHECK_SERVICE, retryable=True),
+    *no_credential_service(
+        "access tokens", _CHECK_SERVICE, unusable=(socket.gaierror, ssl.SSLError), unreachable=(OSError,)
     ),
 )
 _NO_TOKEN_OTHERWISE = Meaning(
@@ -488,33 +468,36 @@ class GcsFailures(Failures):
 
     caught = (OSError, CredentialsError)
 
-    def of_answer(self, refusal: Refusal, path: str, operation: str) -> BackendError:
-        """The error for an answer, whose body has GCS's own reason and words."""
+    def of_answer(self, refusal: Refusal, path: str, operation: str, *, listing: bool = False) -> BackendError:
+        """The error for an answer, whose body has GCS's own reason and words.
+
+        Args:
+            refusal: The answer.
+            path: What it is about.
+            operation: What was tried, as a verb phrase.
+            listing: Whether it answers a listing, whose 404 is about the bucket.
+        """
         reason, words = _said(refusal.content)
         meaning = meaning_of_answer(refusal.status, reason, _ANSWERS)
         if refusal.status in {400, 403, 404, 412}:
             found = next((meaning for pattern, meaning in _WORDS if pattern.search(words)), None)
             meaning = found or meaning
-        if refusal.status == 404 and not path:
+        if refusal.status == 404 and listing:
             meaning = _NO_BUCKET
+        if meaning is _DENIED and operation.startswith("list"):
+            meaning = _MAY_NOT_LIST
         if refusal.status == 401 and not _has_token(refusal):
             meaning = _ANONYMOUS
-        parts = [f"HTTP {refusal.status}", reason]
-        told = f"GCS answered {', '.join(part for part in parts if part)}"
+        told = f"GCS answered {status_line(refusal.status, reason)}"
         if words and refusal.status != 401:  # what is said of a token may repeat it
-            told += f": {_quoted(words)}"
-        return meaning.described(
-            told,
-            uri=str(self._uri.with_path(path)),
-            operation=operation,
-            provider=PROVIDER,
-            retry_after=refusal.headers.get("retry-after"),
-        )
+            told += f": {quoted(words, _OAUTH_PATTERN)}"
+        return self.described(meaning, told, path, operation, retry_after=refusal.headers.get("retry-after"))
 
     def unanswered(self, exc: Exception, path: str, operation: str, silence_seconds: float | None) -> BackendError:
         """The error for a connection that failed, or a token that could not be had."""
         if isinstance(exc, CredentialsError):
-            return _without_token(exc, str(self._uri.with_path(path)), operation)
+            meaning, reason, retry_after = _without_token(exc)
+            return self.described(meaning, reason, path, operation, retry_after=retry_after)
         return super().unanswered(exc, path, operation, silence_seconds)
 
 
@@ -533,68 +516,38 @@ def _said(content: bytes) -> tuple[str, str]:
         return "", text if text[:1].isalpha() else ""  # neither HTML nor a part of JSON
 
 
-def _quoted(text: str) -> str:
-    """One line of what a server says, without anything that looks like a token."""
-    text = re.sub(r"\bya29\.\S+|[A-Za-z0-9+/=_-]{40,}", "***", " ".join(text.split()))
-    return text if len(text) <= 300 else f"{text[:297]}..."
+def _without_token(exc: CredentialsError) -> tuple[Meaning, str, str | None]:
+    """What it means that a request has no token, why it has none, and the Retry-After header.
 
-
-def _without_token(exc: CredentialsError, uri: str, operation: str) -> BackendError:
-    """The error for a request that has no token. What services say may hold parts of credentials: it is not quoted."""
-    error = exc.error
+    What services say may hold parts of credentials: it is not quoted.
+    """
     about = f" ({exc.place})" if exc.place else ""
-
-    def described(meaning: Meaning, reason: str, retry_after: str | None = None) -> BackendError:
-        return meaning.described(
-            f"{reason}{about}", uri=uri, operation=operation, provider=PROVIDER, retry_after=retry_after
-        )
-
-    chain = tuple(_with_causes(error))
+    chain = with_causes(exc.error)
     answer = next((link for link in chain if isinstance(link, TokenAnswerError)), None)
     if answer is not None:
-        said = ", ".join(part for part in (f"HTTP {answer.status}", answer.code) if part)
-        reason = f"no access token could be fetched: {answer.host} answered {said}"
-        return described(_meaning_of_token_answer(answer), reason, answer.headers.get("retry-after"))
+        said = status_line(answer.status, answer.code)
+        reason = f"no access token could be fetched: {answer.host} answered {said}{about}"
+        return _meaning_of_token_answer(answer), reason, answer.headers.get("retry-after")
+    innermost = type(chain[-1]).__name__
     missing = next((link for link in chain if isinstance(link, NoCredentialsError)), None)
     if missing is not None:
         reason = "no credentials were found"
         if not missing.metadata_host:
-            return described(_NO_CREDENTIALS, reason)
-        reason += f"; the metadata server was asked at {missing.metadata_host} [{_name(chain)}]"
-        return described(_METADATA_SILENT if missing.expected else _NO_METADATA, reason)
-    for types, seen, meaning in _NO_TOKEN:
-        found = next((link for link in chain if isinstance(link, types)), None)
-        if found is not None:
-            told = seen.format(file=getattr(found, "filename", None) or "unknown", error=found)
-            return described(meaning, f"{told} [{_name(chain)}]")
-    return described(_NO_TOKEN_OTHERWISE, f"no access token could be fetched [{type(error).__name__}]")
+            return _NO_CREDENTIALS, f"{reason}{about}", None
+        reason += f"; the metadata server was asked at {missing.metadata_host} [{innermost}]{about}"
+        return _METADATA_SILENT if missing.expected else _NO_METADATA, reason, None
+    row = first_row(_NO_TOKEN, chain)
+    if row is None:
+        return _NO_TOKEN_OTHERWISE, f"no access token could be fetched [{type(exc.error).__name__}]{about}", None
+    found, seen, meaning = row
+    told = seen.format(file=getattr(found, "filename", None) or "unknown", error=found)
+    return meaning, f"{told} [{innermost}]{about}", None
 
 
 def _meaning_of_token_answer(answer: TokenAnswerError) -> Meaning:
     if answer.status >= 500 or answer.status in {408, 429}:
-        return _TOKEN_BUSY
+        return CREDENTIAL_SERVICE_BUSY
     known = next((each.meaning for each in _TOKEN_ANSWERS if each.fits(answer)), None)
     if known is None and answer.status == 404:
         return _NO_ACCOUNT
     return known or _TOKEN_UNKNOWN
-
-
-def _with_causes(exc: BaseException) -> list[BaseException]:
-    """``exc`` and its causes."""
-    links: list[BaseException] = []
-    link: BaseException | None = exc
-    while link is not None and link not in links:
-        links.append(link)
-        link = link.__cause__
-    return links
-
-
-def _name(chain: tuple[BaseException, ...]) -> str:
-    """The innermost name of a failure, which says most."""
-    return type(chain[-1]).__name__
-
-
-def shown(endpoint: str) -> str:
-    """Scheme, host and port of a URL, for messages."""
-    parts = urlsplit(endpoint)
-    return f"{parts.scheme}://{parts.netloc}"

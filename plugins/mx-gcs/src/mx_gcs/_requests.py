@@ -14,15 +14,7 @@ from urllib.parse import quote, urlencode
 from attrs import frozen
 
 from modelexpress_core.errors import UnavailableError
-from modelexpress_core.storage.http import (
-    BadAnswerError,
-    ConnectionPool,
-    Meaning,
-    Refusal,
-    Request,
-    VersionHeaders,
-    check_encoding,
-)
+from modelexpress_core.storage.http import ConnectionPool, Meaning, Refusal, Request, VersionHeaders, exchange
 from mx_gcs._errors import GcsFailures
 
 if TYPE_CHECKING:
@@ -39,9 +31,6 @@ ENCODING_HEADERS = ("content-encoding", "x-goog-stored-content-encoding")
 
 #: A page of a listing has at most 1000 names of 1024 bytes.
 _MAX_CONTENT_BYTES = 8 << 20
-
-#: What is read of an answer that refuses; its status says enough.
-_MAX_ERROR_BYTES = 1 << 20
 
 #: What is needed of an object.
 _FIELDS = "name,size,generation,crc32c,md5Hash"
@@ -144,17 +133,14 @@ class GcsRequests:
         refusals: list[Refusal] = []
         while True:
             request = Request.to_url("GET", url, self._credentials())
-            with self._pool.send(request, lambda: self._read_timeout_seconds) as answer:
-                check_encoding(answer.headers)
-                refused = answer.status != 200
-                content = answer.read(_MAX_ERROR_BYTES if refused else _MAX_CONTENT_BYTES)
-                if not answer.ended and not refused:
-                    raise BadAnswerError("the answer is longer than any of GCS")
-            if not refused:
-                return self._object_of(content, path, operation)
-            refusals.append(Refusal(request, answer.status, answer.reason, answer.headers, content))
+            answer = exchange(
+                self._pool, request, read_timeout_seconds=self._read_timeout_seconds, max_bytes=_MAX_CONTENT_BYTES
+            )
+            if answer.status == 200:
+                return self._object_of(answer.content, path, operation)
+            refusals.append(answer.as_refusal(request))
             if not self._renew(refusals):
-                raise self._failures.of_answer(refusals[-1], "" if listing else path, operation)
+                raise self._failures.of_answer(refusals[-1], path, operation, listing=listing)
 
     def _object_of(self, content: bytes, path: str, operation: str) -> Mapping[str, Any]:
         try:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
-from modelexpress_core.errors import BackendError, DeadlineError, NotFoundError, UnsupportedError
+from modelexpress_core.errors import NotFoundError, UnsupportedError
 from modelexpress_core.settings import from_env, variables
 from modelexpress_core.storage.http import (
     ConnectionPool,
+    HttpStorage,
+    ListingPage,
     Meaning,
     Origin,
     Proxies,
@@ -21,8 +23,9 @@ from modelexpress_core.storage.http import (
     endpoint_of,
     hex_of_base64,
 )
+from modelexpress_core.storage.http.service_errors import shown_origin
 from modelexpress_core.uri import ModelURI
-from mx_gcs._errors import NAMES, PROVIDER, GcsFailures, shown
+from mx_gcs._errors import NAMES, PROVIDER, GcsFailures
 from mx_gcs._requests import ENCODING_HEADERS, VERSIONS, GcsRequests
 from mx_gcs.settings import GcsSettings
 
@@ -37,31 +40,15 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 #: Generations and sizes are 64-bit numbers, which the API writes as text.
 _NUMBER = re.compile(r"[0-9]{1,19}")
 
-#: A listing may take this many times the read timeout, and the time of its objects at this rate. GCS gives a thousand
-#: in half a second.
-_LISTING_TIMEOUTS = 10
-_MIN_OBJECTS_PER_SECOND = 100
-
-_SLOW_LISTING = Meaning(
-    DeadlineError,
-    "the server sends pages without end, or very slowly",
-    "check MX_GCS_ENDPOINT and what is in front of it; MX_GCS_READ_TIMEOUT_SECONDS raises the limit",
-    retryable=False,
-)
-_SAME_PAGE = Meaning(
-    UnsupportedError,
-    "the server, or a proxy before it, ignores where the next page begins",
-    "check MX_GCS_ENDPOINT and what is in front of it, or use another server",
-)
 _A_BUCKET = Meaning(NotFoundError, hint="name an object in it")
 _NO_METADATA = Meaning(
     UnsupportedError,
     "the server, or a proxy before it, does not speak the API of GCS; bytes of two versions could be mixed",
-    "check MX_GCS_ENDPOINT and what is in front of it, or use another server",
+    f"{NAMES.check_server}, or use another server",
 )
 
 
-class GcsStorage:
+class GcsStorage(HttpStorage):
     """Reads ranges of the objects of one bucket. An object's version is its generation, a number.
 
     Args:
@@ -82,13 +69,11 @@ class GcsStorage:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
-        self._pool = pool
         self._identity = identity
-        self._clock = clock
-        self._failures = GcsFailures(
+        failures = GcsFailures(
             PROVIDER,
             uri,
-            endpoint=lambda: shown(settings.base_url),
+            endpoint=lambda: shown_origin(settings.base_url),
             names=NAMES,
             closed=lambda: pool.closed,
         )
@@ -98,26 +83,18 @@ class GcsStorage:
             identity=identity,
             user_project=settings.user_project,
             pool=pool,
-            failures=self._failures,
+            failures=failures,
             read_timeout_seconds=settings.read_timeout_seconds,
         )
-        self._reader = RangeReader(
+        reader = RangeReader(
             pool,
             self._requests,
-            self._failures,
+            failures,
             read_timeout_seconds=settings.read_timeout_seconds,
             versions=VERSIONS,
             encoding_headers=ENCODING_HEADERS,
         )
-
-    @property
-    def patience_seconds(self) -> float:
-        """How long a read waits for its next bytes; at most, and to begin with, MX_GCS_READ_TIMEOUT_SECONDS."""
-        return self._reader.patience_seconds
-
-    @patience_seconds.setter
-    def patience_seconds(self, seconds: float) -> None:
-        self._reader.patience_seconds = seconds
+        super().__init__(reader, pool, failures, read_timeout_seconds=settings.read_timeout_seconds, clock=clock)
 
     def endpoint(self) -> Endpoint:
         """Where requests go."""
@@ -128,49 +105,27 @@ class GcsStorage:
         if self._identity is None:
             reason = "MX_GCS_ANONYMOUS" if self._settings.anonymous else "STORAGE_EMULATOR_HOST"
             return f"none: requests carry no credentials ({reason})"
-        try:
+        with self._explained("", "find the credentials"):
             return self._identity.describe()
-        except self._failures.caught as exc:
-            raise self._failure(exc, "", "find the credentials") from exc
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The objects below ``prefix``, a page of a thousand at a time; names that end in a slash are directories."""
         operation = "list the objects"
         folder = f"{prefix}/" if prefix else ""
-        token: str | None = None
-        objects, seconds = 0, 0.0  # of waiting for pages, not of what the caller does with them
-        while True:
-            self._failures.check_open(prefix, operation)
-            begun = self._clock()
-            try:
-                page = self._requests.page(folder, token, operation)
-            except self._failures.caught as exc:
-                raise self._failure(exc, prefix, operation) from exc
-            seconds += self._clock() - begun
-            if seconds > self._seconds_for(objects):
-                reason = f"the listing has not ended after {seconds:.0f} s and {objects} objects"
-                raise self._failures.described(_SLOW_LISTING, reason, prefix, operation)
-            items = page.get("items", [])
-            if not isinstance(items, list):
-                raise self._failures.described(_NO_METADATA, "the listing has no items", prefix, operation)
-            for item in items:
-                objects += 1
-                info = self._info(item, prefix, operation)
-                if not info.path.startswith(folder):
-                    reason = "the listing has objects of another directory"
-                    raise self._failures.described(_NO_METADATA, reason, prefix, operation)
-                if not info.path.endswith("/"):
-                    yield info
-            previous, token = token, page.get("nextPageToken")
-            if not token:
-                return
-            if token == previous or not isinstance(token, str):
-                reason = "the server sends the same page of the listing again"
-                raise self._failures.described(_SAME_PAGE, reason, prefix, operation)
+        for item in self._entries(lambda mark: self._page(folder, mark, prefix, operation), prefix, operation):
+            info = self._info(item, prefix, operation)
+            if not info.path.startswith(folder):
+                reason = "the listing has objects of another directory"
+                raise self._failures.described(_NO_METADATA, reason, prefix, operation)
+            if not info.path.endswith("/"):
+                yield info
 
-    def _seconds_for(self, objects: int) -> float:
-        """How long the pages before the one that is expected may have taken."""
-        return _LISTING_TIMEOUTS * self._settings.read_timeout_seconds + objects / _MIN_OBJECTS_PER_SECOND
+    def _page(self, folder: str, mark: str | None, prefix: str, operation: str) -> ListingPage[Any]:
+        page = self._requests.page(folder, mark, operation)
+        items, following = page.get("items", []), page.get("nextPageToken")
+        if not isinstance(items, list) or not isinstance(following, (str, type(None))):
+            raise self._failures.described(_NO_METADATA, "the listing has no items", prefix, operation)
+        return ListingPage(items, following)
 
     def stat(self, path: str) -> ObjectInfo:
         """The object at ``path``, with the digests that GCS keeps of it."""
@@ -178,22 +133,16 @@ class GcsStorage:
         self._failures.check_open(path, operation)
         if not path:
             raise self._failures.described(_A_BUCKET, "a bucket is no object", path, operation)
-        try:
+        with self._explained(path, operation):
             metadata = self._requests.metadata(path, operation)
-        except self._failures.caught as exc:
-            raise self._failure(exc, path, operation) from exc
         info = self._info(metadata, path, operation)
         if info.path != path:
             raise self._failures.described(_NO_METADATA, "the answer is of another object", path, operation)
         return info
 
-    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
-        """Read into ``buffer`` with one GET of the range, which GCS refuses if the generation is not ``version``."""
-        return self._reader.read_into(path, offset, buffer, version=version)
-
     def close(self) -> None:
         """Shut the connections down; reads that are under way in other threads fail at once."""
-        self._pool.close()
+        super().close()
         if self._identity is not None:
             self._identity.close()
 
@@ -214,9 +163,6 @@ class GcsStorage:
         }
         digests = {algorithm: digest for algorithm, digest in published.items() if digest is not None}
         return ObjectInfo(name, int(size), generation, digests)
-
-    def _failure(self, exc: Exception, path: str, operation: str) -> BackendError:
-        return self._failures.of_exception(exc, path, operation, self._settings.read_timeout_seconds)
 
 
 def _number(value: object) -> str | None:

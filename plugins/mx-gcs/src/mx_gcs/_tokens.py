@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,16 +9,12 @@ from urllib.parse import urlsplit
 
 from attrs import field, frozen
 
-from modelexpress_core.storage.http import BadAnswerError, ConnectionPool, Proxies, Request, check_encoding
-from mx_gcs.settings import is_loopback
+from modelexpress_core.storage.http import BoundedSession, Proxies, request_of_sdk
 
 __all__ = ["METADATA_HOST", "TokenAnswerError", "TokenRequests", "UnsafeTokenUrlError"]
 
 #: Name of the metadata server of Google's machines and pods.
 METADATA_HOST = "metadata.google.internal"
-
-#: Tokens take a few KiB.
-_MAX_CONTENT_BYTES = 1 << 20
 
 #: The metadata server is on the same machine: one that does not answer in this time is not there.
 _METADATA_CONNECT_SECONDS = 3.0
@@ -96,12 +91,14 @@ class TokenRequests:
         ca_bundle: str | None,
         metadata_host: str,
     ) -> None:
-        self._read_timeout_seconds = read_timeout_seconds
-        self._encrypted = ConnectionPool(
-            connect_timeout_seconds=connect_timeout_seconds, proxies=proxies, ca_bundle=ca_bundle
+        named = urlsplit(f"//{metadata_host}").hostname
+        self._session = BoundedSession(
+            connect_timeout_seconds=connect_timeout_seconds,
+            read_timeout_seconds=read_timeout_seconds,
+            proxies=proxies,
+            ca_bundle=lambda: ca_bundle,
+            metadata_hosts={METADATA_HOST, *([named] if named else [])},
         )
-        self._local = ConnectionPool(connect_timeout_seconds=min(connect_timeout_seconds, _METADATA_CONNECT_SECONDS))
-        self._metadata_hosts = {METADATA_HOST, urlsplit(f"//{metadata_host}").hostname}
 
     def __call__(
         self,
@@ -118,47 +115,19 @@ class TokenRequests:
             OSError: There is none.
             ValueError: The request cannot be sent as HTTP.
         """
-        content = body.encode() if isinstance(body, str) else body or b""
-        lines = [(name, _text(value)) for name, value in (headers or {}).items() if name.lower() != "content-length"]
-        if content or method != "GET":
-            lines.append(("Content-Length", str(len(content))))
-        request = Request.to_url(method, url, lines, content)
-        with self._pool(request).send(request, lambda: self._read_timeout_seconds) as answer:
-            check_encoding(answer.headers)
-            data = answer.read(_MAX_CONTENT_BYTES)
-            if not answer.ended:
-                raise BadAnswerError(f"the answer has more than {_MAX_CONTENT_BYTES} bytes")
-        if not 200 <= answer.status < 300:
-            code, words = _error_of(data)
+        request = request_of_sdk(method, url, (headers or {}).items(), body)
+        local = self._session.is_local(request.origin)
+        if not (local or request.origin.tls):
+            raise UnsafeTokenUrlError(request.origin.host)
+        answer = self._session.send(request, connect_timeout_seconds=_METADATA_CONNECT_SECONDS if local else None)
+        if not answer.succeeded:
+            code, words = _error_of(answer.content)
             raise TokenAnswerError(request.origin.host, answer.status, code, words, answer.headers)
-        return TokenAnswer(answer.status, answer.headers, data)
+        return TokenAnswer(answer.status, answer.headers, answer.content)
 
     def close(self) -> None:
         """End what other threads wait for; later requests fail."""
-        self._encrypted.close()
-        self._local.close()
-
-    def _pool(self, request: Request) -> ConnectionPool:
-        if request.origin.tls:
-            return self._encrypted
-        host = request.origin.host
-        if host not in self._metadata_hosts and not _is_local(host):
-            raise UnsafeTokenUrlError(host)
-        return self._local
-
-
-def _text(value: object) -> str:
-    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
-
-
-def _is_local(host: str) -> bool:
-    """Whether ``host`` is this machine, or has an address that no router passes on (instance metadata of clouds)."""
-    if is_loopback(host):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_link_local
-    except ValueError:
-        return False
+        self._session.close()
 
 
 def _error_of(data: bytes) -> tuple[str, str]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from urllib.parse import urlsplit
 
 from attrs import frozen
 
+from modelexpress_core.contracts.storage import Endpoint
 from modelexpress_core.errors import SettingsError
-from modelexpress_core.settings import boolean, env, seconds
+from modelexpress_core.settings import boolean, env
+from modelexpress_core.settings.http import (
+    anonymous,
+    ca_bundle,
+    connect_timeout,
+    http_url,
+    read_timeout,
+    refuse_credentials_in_urls,
+)
 
-__all__ = ["GcsSettings", "is_loopback"]
+__all__ = ["GcsSettings"]
 
 _HOST_AND_PORT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?")
 
@@ -24,19 +32,7 @@ _PROJECT = re.compile(r"(?:[a-z0-9.-]+:)?[a-z0-9-]{1,63}")
 _SERVICE_ACCOUNT = re.compile(r"[A-Za-z0-9._-]+@[A-Za-z0-9.-]+")
 
 
-def _url(text: str) -> str:
-    text = text.strip().rstrip("/")
-    if "@" in text:  # may contain a password, which a ValueError would show; GcsSettings refuses it without showing it
-        return text
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in {"http", "https"} and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    if not usable or parts.query or parts.fragment:
-        reason = "expected a URL such as https://storage-example.p.googleapis.com or http://127.0.0.1:4443"
-        raise ValueError(reason)
-    return text
+_url = http_url("https://storage-example.p.googleapis.com", "http://127.0.0.1:4443")
 
 
 def _emulator(text: str) -> str:
@@ -67,16 +63,6 @@ def _service_accounts(text: str) -> tuple[str, ...]:
     emails = tuple(part.strip() for part in text.split(","))
     reason = "expected the email address of a service account, after those of delegates: delegate@..., target@..."
     return tuple(_matching(_SERVICE_ACCOUNT, reason, email) for email in emails)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host``, a name or an address without brackets, is this machine."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @frozen
@@ -142,40 +128,21 @@ class GcsSettings:
         converter=_emulator,
         help="URL, or host:port, of an emulator. Requests carry no credentials.",
     )
-    ca_bundle: str | None = env(
-        "MX_GCS_CA_BUNDLE",
-        "REQUESTS_CA_BUNDLE",
-        default=None,
-        help="File with the trusted certificate authorities; unset: those of this system.",
-    )
-    anonymous: bool = env(
-        "MX_GCS_ANONYMOUS",
-        default=False,
-        converter=boolean,
-        help="Send requests without credentials, for public buckets.",
-    )
-    connect_timeout_seconds: float = env(
-        "MX_GCS_CONNECT_TIMEOUT_SECONDS",
-        default=10.0,
-        converter=seconds,
-        help="How long to wait for a connection.",
-    )
-    read_timeout_seconds: float = env(
-        "MX_GCS_READ_TIMEOUT_SECONDS",
-        default=30.0,
-        converter=seconds,
-        help="How long to wait for the next bytes.",
-    )
+    ca_bundle: str | None = ca_bundle("MX_GCS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", unset="those of this system")
+    anonymous: bool = anonymous("MX_GCS", "without credentials", "buckets")
+    connect_timeout_seconds: float = connect_timeout("MX_GCS")
+    read_timeout_seconds: float = read_timeout("MX_GCS")
 
     def __attrs_post_init__(self) -> None:
         """Refuse URLs with credentials, without showing them, and plain HTTP for access tokens."""
         urls = {"MX_GCS_ENDPOINT": self.endpoint, "STORAGE_EMULATOR_HOST": self.emulator}
-        names = [name for name, url in urls.items() if url is not None and "@" in url]
-        if names:
-            message = f"{' and '.join(names)} must not contain a user name or a password, which would not be used"
-            raise SettingsError(message, hint="remove it; GOOGLE_APPLICATION_CREDENTIALS names the credentials")
+        refuse_credentials_in_urls(urls, hint="GOOGLE_APPLICATION_CREDENTIALS names the credentials")
         parts = urlsplit(self.base_url)
-        if parts.scheme == "http" and not self.without_credentials and not is_loopback(parts.hostname or ""):
+        if (
+            parts.scheme == "http"
+            and not self.without_credentials
+            and not Endpoint(parts.hostname or "", 0).is_loopback
+        ):
             message = "MX_GCS_ENDPOINT is an http:// URL of another machine: access tokens would be sent unencrypted"
             raise SettingsError(
                 message, hint="use https://, or MX_GCS_ANONYMOUS=1, or STORAGE_EMULATOR_HOST for an emulator"

@@ -11,11 +11,16 @@ from typing import Any
 import botocore.session
 from botocore.config import Config
 from botocore.credentials import (
+    AssumeRoleProvider,
     AssumeRoleWithWebIdentityProvider,
+    CanonicalNameCredentialSourcer,
     ContainerProvider,
     CredentialProvider,
     Credentials,
+    EnvProvider,
     InstanceMetadataProvider,
+    ProcessProvider,
+    ProfileProviderBuilder,
     ReadOnlyCredentials,
     create_credential_resolver,
 )
@@ -23,9 +28,10 @@ from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 from botocore.httpsession import get_cert_path
 from botocore.utils import ContainerMetadataFetcher, InstanceMetadataFetcher, resolve_imds_endpoint_mode
 
-from modelexpress_core.storage.http import Proxies
+from modelexpress_core.storage.http import Proxies, Token, TokenCache
 from mx_s3._errors import RENEWED, CredentialsError, wants_other_credentials
-from mx_s3._sending import BoundedSession
+from mx_s3._programs import program_starter
+from mx_s3._sending import CredentialSession
 from mx_s3.settings import S3Settings
 
 __all__ = ["RENEWAL_TRIED", "Identity", "new_session"]
@@ -51,6 +57,9 @@ _SOURCE_DESCRIPTIONS: Mapping[str, str] = {
 #: Sources that are files: reading them again costs no request.
 _FILES = frozenset({"shared-credentials-file", "config-file"})
 
+#: How long the program of a profile may run, in read timeouts.
+_PROGRAM_TIMEOUTS = 2
+
 #: Sources that cannot change while the process runs.
 _FIXED = frozenset({"explicit", "env"})
 
@@ -73,7 +82,7 @@ class _Session(botocore.session.Session):
             options["endpoint_url"] = options.get("endpoint_url") or self.settings.sts_endpoint or general
         client = super().create_client(service_name, *args, **options)
         if service_name != "s3":
-            sending = BoundedSession(
+            sending = CredentialSession(
                 connect_timeout_seconds=self.settings.connect_timeout_seconds,
                 read_timeout_seconds=self.settings.read_timeout_seconds,
                 proxies=Proxies.from_environ({}, os.environ),
@@ -96,7 +105,7 @@ def _descriptions() -> Any:  # noqa: ANN401 - botocore has no annotations
     return botocore.session.Session().get_component("data_loader")
 
 
-def new_session(settings: S3Settings) -> botocore.session.Session:
+def new_session(settings: S3Settings) -> _Session:
     """Return a new session, for which ``settings`` override the process's environment."""
     session = _Session(profile=settings.profile)
     session.settings = settings
@@ -130,12 +139,8 @@ class Identity:
             raise PartialCredentialsError(provider="explicit", cred_var=missing)
         self._settings = settings
         self._region = region
-        self._lock = threading.Lock()
-        self._found: Credentials | None = None
+        self._credentials = TokenCache(self._fetch, failures=CredentialsError)
         self._last = threading.local()
-        self._renewals = 0
-        self._failure: CredentialsError | None = None
-        self._final: ReadOnlyCredentials | None = None
 
     # -- botocore's interface of credentials --------------------------------------------------------------------------
 
@@ -147,11 +152,7 @@ class Identity:
 
     def get_frozen_credentials(self) -> ReadOnlyCredentials:
         """Return the current credentials; botocore refreshes credentials that are about to expire."""
-        found = self._found
-        if found is None:  # checked without the lock, which a renewal holds during its requests
-            with self._lock:
-                found = self._found = self._found or self._find()
-        frozen = self._last.signed_with = _frozen(found)
+        frozen = self._last.signed_with = _frozen(self._credentials.get())
         return frozen
 
     def get_deferred_property(self, property_name: str) -> Callable[[], Any]:
@@ -174,7 +175,8 @@ class Identity:
 
     def _repeat(self, response: Any, request_dict: Any, **_: object) -> int | None:  # noqa: ANN401 - as botocore's
         """Return 0, the seconds to wait, if the request must be signed and sent again; None otherwise."""
-        if response is None or self._found is None:
+        found = self._credentials.held
+        if response is None or found is None:
             return None
         http, parsed = response
         context = request_dict["context"]
@@ -183,49 +185,38 @@ class Identity:
             context["mx_redirected"] = True  # botocore sends it again, to another region
             return None
         code = str(parsed.get("Error", {}).get("Code", ""))
-        if not wants_other_credentials(code, http.status_code, free=self._found.method in _FILES):
+        if not wants_other_credentials(code, http.status_code, free=found.method in _FILES):
             return None
         if RENEWAL_TRIED not in context and self._renew(context.get("mx_signed_with")):
             context[RENEWAL_TRIED] = True
             return 0
-        if self._found.method not in _FIXED:
+        if found.method not in _FIXED:
             parsed["Error"][RENEWED] = RENEWAL_TRIED in context
         return None
 
     def _renew(self, refused: int | None) -> bool:
         """Search for credentials, once for all threads; return whether they differ from the ``refused`` ones."""
-        renewals = self._renewals
-        with self._lock:
-            if self._found is None or hash(_frozen(self._found)) != refused:
-                return True
-            if self._final is not None and hash(self._final) == refused:
-                return False
-            if self._renewals != renewals and self._failure is not None:  # another thread has just tried
-                raise CredentialsError(**self._failure.kwargs) from self._failure
-            self._failure = None
-            try:
-                found = self._find()
-                frozen = _frozen(found)
-            except CredentialsError as exc:
-                self._failure = exc
-                raise
-            finally:
-                self._renewals += 1  # at the end, so that waiting threads see that another thread has tried
-            if hash(frozen) == refused:
-                self._final = frozen if found.method not in _FILES else None  # a file may change at any time
-                return False
-            self._found = found
-            return True
+        return self._credentials.renew(
+            lambda found: hash(_frozen(found)) == refused,
+            is_final=lambda found: found.method not in _FILES,  # a file may change at any time
+        )
 
     # -- search -------------------------------------------------------------------------------------------------------
 
     def describe(self) -> str:
         """Return the end of the access key, and where it was found."""
         key = self.get_frozen_credentials().access_key or ""
-        method = self._found.method if self._found is not None else ""
+        found = self._credentials.held
+        method = found.method if found is not None else ""
         profile = f"the profile {self._settings.profile or 'default'}"
         source = _SOURCE_DESCRIPTIONS.get(method, f"by {method}").format(profile=profile)
         return f"access key ...{key[-4:]}, {source} ({method})"
+
+    def _fetch(self) -> Token[Credentials]:
+        """Search for credentials, and fetch what they need; botocore renews them before they end."""
+        found = self._find()
+        _frozen(found)
+        return Token(found)
 
     def _find(self) -> Credentials:
         """Return credentials of the first source that has any, without using cached ones."""
@@ -254,13 +245,31 @@ class _BoundedMetadataFetcher(InstanceMetadataFetcher):
 
     def __init__(self, *, timeout: int, **options: Any) -> None:  # noqa: ANN401 - as botocore's
         super().__init__(timeout=timeout, **options)
-        self._session = BoundedSession(
+        self._session = CredentialSession(
             connect_timeout_seconds=timeout, read_timeout_seconds=timeout, proxies=Proxies.from_environ({}, os.environ)
         )
 
 
+class _ProfileProviders(ProfileProviderBuilder):
+    """Builds botocore's providers of one profile, whose program runs for a bounded time."""
+
+    def __init__(self, session: _Session, region: str) -> None:
+        super().__init__(session, cache={}, region_name=region)
+        self._load_config = lambda: session.full_config
+        self._start = program_starter(_PROGRAM_TIMEOUTS * session.settings.read_timeout_seconds)
+
+    def program(self, profile_name: str) -> ProcessProvider:
+        """Return the provider that runs the program of the profile."""
+        return ProcessProvider(profile_name, self._load_config, self._start)
+
+    def providers(self, profile_name: str, disable_env_vars: bool = False) -> list[Any]:
+        """Return the providers of a profile that a role is assumed from."""
+        found: list[Any] = super().providers(profile_name, disable_env_vars)
+        return [self.program(profile_name) if provider.METHOD == "custom-process" else provider for provider in found]
+
+
 class _Chain:
-    """botocore's chain of credential providers, with settings that override the environment."""
+    """botocore's chain of credential providers, with settings that override the environment, and bounded answers."""
 
     def __init__(self, settings: S3Settings, region: str) -> None:
         session = new_session(settings)
@@ -280,15 +289,27 @@ class _Chain:
         #: URL of the instance metadata service; None if it is disabled.
         self.metadata_url = None if disabled else metadata.get_base_url()
         agent: Any = ContainerMetadataFetcher(
-            session=BoundedSession(
+            session=CredentialSession(
                 connect_timeout_seconds=ContainerMetadataFetcher.TIMEOUT_SECONDS,
                 read_timeout_seconds=ContainerMetadataFetcher.TIMEOUT_SECONDS,
             ),
             sleep=lambda _seconds: None,  # core waits between attempts
         )
+        container, machine = ContainerProvider(environ, agent), InstanceMetadataProvider(metadata)
+        profile = session.get_config_variable("profile") or "default"
+        profiles = _ProfileProviders(session, region)
         replaced: dict[str | None, CredentialProvider] = {
-            "container-role": ContainerProvider(environ, agent),
-            "iam-role": InstanceMetadataProvider(metadata),
+            "assume-role": AssumeRoleProvider(
+                load_config=lambda: session.full_config,
+                client_creator=_client_creator(session, region),
+                cache={},
+                profile_name=profile,
+                credential_sourcer=CanonicalNameCredentialSourcer([EnvProvider(), container, machine]),
+                profile_provider_builder=profiles,
+            ),
+            "custom-process": profiles.program(profile),
+            "container-role": container,
+            "iam-role": machine,
         }
         self.resolver = create_credential_resolver(session, region_name=region)
         providers: list[Any] = []
@@ -297,6 +318,11 @@ class _Chain:
                 providers.append(_web_identity(session, environ, region))
             providers.append(replaced.get(provider.METHOD, provider))
         self.resolver.providers = providers
+
+
+def _client_creator(session: _Session, region: str) -> Callable[..., Any]:
+    """Return a function that makes a client of a service, in the region if the caller names no other."""
+    return lambda service, **options: session.create_client(service, **{"region_name": region, **options})
 
 
 def _environ(settings: S3Settings) -> dict[str, str]:
@@ -320,7 +346,7 @@ def _environ(settings: S3Settings) -> dict[str, str]:
     return process | {name: value for name, value in {**container, **others}.items() if value is not None}
 
 
-def _web_identity(session: botocore.session.Session, environ: Mapping[str, str], region: str) -> Any:  # noqa: ANN401
+def _web_identity(session: _Session, environ: Mapping[str, str], region: str) -> Any:  # noqa: ANN401
     """Return the provider that takes the token file and the role from ``environ``, passed to it as a profile."""
     names = {
         "web_identity_token_file": "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -330,7 +356,7 @@ def _web_identity(session: botocore.session.Session, environ: Mapping[str, str],
     profile = {key: environ[name] for key, name in names.items() if environ.get(name)}
     return AssumeRoleWithWebIdentityProvider(
         load_config=lambda: {"profiles": {"variables": profile}},
-        client_creator=lambda service, **options: session.create_client(service, region_name=region, **options),
+        client_creator=_client_creator(session, region),
         profile_name="variables",
         cache={},
         disable_env_vars=True,

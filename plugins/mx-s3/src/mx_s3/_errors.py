@@ -8,7 +8,6 @@ import ssl
 from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from typing import Any
-from urllib.parse import urlsplit
 
 import attrs
 from botocore import exceptions as boto
@@ -19,19 +18,29 @@ from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
     NotFoundError,
-    SourceChangedError,
-    ThrottledError,
     UnavailableError,
     UnsupportedError,
 )
 from modelexpress_core.storage.http import Failures, Meaning, Refusal, SettingNames, meaning_of_answer
-from modelexpress_core.storage.http.failures import connection_error
+from modelexpress_core.storage.http.failures import ExceptionRow, connection_error, first_row
+from modelexpress_core.storage.http.service_errors import (
+    CREDENTIAL_SERVICE_BUSY,
+    SET_CLOCK,
+    TRY_LATER,
+    ServiceMeanings,
+    no_credential_service,
+    quoted,
+    shown_origin,
+    status_line,
+)
+from mx_s3._programs import CredentialProgramError
 
 __all__ = [
     "FAILURES",
     "NAMES",
     "PROVIDER",
     "RENEWED",
+    "BucketListError",
     "CredentialsError",
     "S3Failures",
     "translated",
@@ -49,8 +58,14 @@ FAILURES = (boto.BotoCoreError, boto.ClientError, ResponseParserError, OSError)
 NAMES = SettingNames(
     endpoint="AWS_ENDPOINT_URL",
     ca_bundle="AWS_CA_BUNDLE",
-    read_timeout="MX_S3_READ_TIMEOUT_SECONDS (or MX_STALL_SECONDS)",
+    read_timeout="MX_S3_READ_TIMEOUT_SECONDS",
 )
+
+
+class BucketListError(boto.BotoCoreError):
+    """Asked for the objects of a bucket, the server listed its buckets: it takes the bucket's host name for its own."""
+
+    fmt = "the answer lists buckets"
 
 
 class CredentialsError(boto.BotoCoreError):
@@ -61,21 +76,22 @@ class CredentialsError(boto.BotoCoreError):
 
 _CHECK_POLICY = "check the policies of the user, the role and the bucket for s3:GetObject and s3:ListBucket"
 _CHECK_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_PROFILE"
-_WAIT = "try again later, or lower MX_CONCURRENCY"
-_RELOAD = "start the load again when nothing writes to the model"
 
-_BUSY = Meaning(UnavailableError, "S3 has a passing fault", _WAIT)
-_SLOW_DOWN = Meaning(ThrottledError, "S3 is asked more than it serves at a time", _WAIT)
-_CHANGED = Meaning(SourceChangedError, "something replaced the object since the load began", _RELOAD)
-_CUT = Meaning(
-    SourceChangedError,
-    "the object is shorter than when the load began, or than its header says",
-    "check that the upload was complete, and start the load again",
-)
+_S3 = ServiceMeanings.of("S3")
 _DENIED = Meaning(
     AccessDeniedError,
     "these credentials may not read it, or it does not exist and they may not list the bucket",
     _CHECK_POLICY,
+)
+_MAY_NOT_LIST = Meaning(
+    AccessDeniedError,
+    "these credentials may not list the bucket",
+    "allow them s3:ListBucket on the bucket itself (not on bucket/*); a URI of one file needs s3:GetObject only",
+)
+_NOT_PUBLIC = Meaning(
+    AccessDeniedError,
+    "requests are not signed (MX_S3_ANONYMOUS), and the bucket is not public",
+    "unset MX_S3_ANONYMOUS, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
 )
 _EXPIRED = Meaning(AccessDeniedError, "the temporary credentials ran out", "get new ones and start the load again")
 _BAD_TOKEN = Meaning(
@@ -124,7 +140,8 @@ _ANSWERS: Mapping[str | int, Meaning] = {
     "AccountProblem": _DENIED,
     "InvalidAccessKeyId": Meaning(
         AccessDeniedError,
-        "the access key was deleted, or it belongs to another endpoint",
+        "the access key was deleted, belongs to another endpoint, or is a temporary one (ASIA...) whose "
+        "AWS_SESSION_TOKEN is missing",
         _CHECK_KEYS,
     ),
     "SignatureDoesNotMatch": Meaning(
@@ -140,7 +157,7 @@ _ANSWERS: Mapping[str | int, Meaning] = {
     "RequestTimeTooSkewed": Meaning(
         AccessDeniedError,
         "the clock of this machine is wrong by more than 15 minutes",
-        "set the clock (chronyc tracking, timedatectl)",
+        SET_CLOCK,
     ),
     "InvalidObjectState": Meaning(
         UnsupportedError,
@@ -148,21 +165,22 @@ _ANSWERS: Mapping[str | int, Meaning] = {
         "restore it, or copy it into a storage class that can be read at once",
     ),
     "NotImplemented": Meaning(UnsupportedError, "the server lacks this part of the S3 protocol", "use another server"),
-    "PreconditionFailed": _CHANGED,
-    "InvalidRange": _CUT,
+    "PreconditionFailed": _S3.changed,
+    "InvalidRange": _S3.truncated,
     "PermanentRedirect": _REGION,
     "TemporaryRedirect": _REGION,
     "AuthorizationHeaderMalformed": _MALFORMED,
     "IllegalLocationConstraintException": _REGION,
-    "SlowDown": _SLOW_DOWN,
-    "ServiceUnavailable": _SLOW_DOWN,
-    "InternalError": _BUSY,
-    "OperationAborted": _BUSY,
-    "Throttling": _SLOW_DOWN,
-    "ThrottlingException": _SLOW_DOWN,
-    "TooManyRequests": _SLOW_DOWN,
-    "RequestLimitExceeded": _SLOW_DOWN,
-    "RequestTimeout": Meaning(UnavailableError, "the request reached S3 too slowly", _WAIT),
+    "SlowDown": _S3.throttled,
+    "ServiceUnavailable": _S3.throttled,
+    "InternalError": _S3.busy,
+    "OperationAborted": _S3.busy,
+    "Throttling": _S3.throttled,
+    "ThrottlingException": _S3.throttled,
+    "TooManyRequests": _S3.throttled,
+    "RequestLimitExceeded": _S3.throttled,
+    "RequestTimeout": Meaning(UnavailableError, "the request reached S3 too slowly", TRY_LATER),
+    **_S3.by_status,
     301: _REGION,
     307: _REGION,
     400: _BAD_REQUEST,
@@ -173,13 +191,9 @@ _ANSWERS: Mapping[str | int, Meaning] = {
         "the bucket or the key is misspelt, or was deleted",
         "check it with aws s3 ls, and AWS_ENDPOINT_URL where one is set",
     ),
-    408: _BUSY,
-    412: _CHANGED,
-    416: _CUT,
-    429: _SLOW_DOWN,
-    500: _BUSY,
+    408: _S3.busy,
     501: Meaning(UnsupportedError, "the server lacks this part of the S3 protocol", "use another server"),
-    503: _SLOW_DOWN,
+    503: _S3.throttled,
 }
 
 #: Codes that speak of the credentials themselves: the server's own words may repeat them.
@@ -224,9 +238,13 @@ _NO_MACHINE_CREDENTIALS = Meaning(
     "(from a container that takes a hop limit of 2)",
     _NO_CREDENTIALS.hint,
 )
-_LOGIN = Meaning(AccessDeniedError, "the login of the profile ran out", "run aws sso login, and start the load again")
+_LOGIN = Meaning(
+    AccessDeniedError,
+    "the login of the profile ran out, or this machine has none",
+    "run aws sso login, and start the load again",
+)
 #: Exceptions of places where credentials are looked for -> what was seen, and what it means.
-_NO_USE: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
+_NO_USE: tuple[ExceptionRow, ...] = (
     ((boto.NoCredentialsError,), "no credentials were found", _NO_CREDENTIALS),
     (
         (boto.PartialCredentialsError,),
@@ -279,7 +297,7 @@ _NO_USE: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
 )
 
 #: Exceptions before S3 could answer, that are not of a connection -> what was seen, and what it means.
-_EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
+_EXCEPTIONS: tuple[ExceptionRow, ...] = (
     *_NO_USE,
     (
         (boto.ParamValidationError,),
@@ -287,21 +305,21 @@ _EXCEPTIONS: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = 
         Meaning(NotFoundError, "the bucket or the key in the URI is misspelt", "correct the URI"),
     ),
     (
+        (BucketListError,),
+        "the endpoint {endpoint} listed all buckets in place of the objects of this one",
+        Meaning(
+            NotFoundError,
+            "requests have the bucket in the host's name, and the server expects it in the path",
+            "set MX_S3_ADDRESSING_STYLE=path, or check AWS_ENDPOINT_URL",
+        ),
+    ),
+    (
         (ResponseParserError,),
         "what the endpoint {endpoint} answered is not of the S3 protocol",
         Meaning(
             UnavailableError,
             "something in front of the server answers, or the answer was cut",
-            "check AWS_ENDPOINT_URL",
-        ),
-    ),
-    (
-        (boto.PaginationError,),
-        "the endpoint {endpoint} sends the same page of the listing again",
-        Meaning(
-            UnsupportedError,
-            "the server, or a proxy before it, ignores where the next page begins",
-            "check AWS_ENDPOINT_URL and what is in front of it, or use another server",
+            "check AWS_ENDPOINT_URL, and HTTPS_PROXY and NO_PROXY",
         ),
     ),
     (
@@ -360,9 +378,6 @@ _STS_ANSWERS: Mapping[str, Meaning] = {
         AccessDeniedError, "the single sign-on does not give this user the role of the profile", "check sso_role_name"
     ),
 }
-_STS_BUSY = Meaning(
-    AccessDeniedError, "it has a passing fault, or is asked too much", "try again later", retryable=True
-)
 _AGENT = Meaning(
     AccessDeniedError,
     "the agent that AWS_CONTAINER_CREDENTIALS_FULL_URI names does not answer",
@@ -383,7 +398,16 @@ _CHECK_STS = "check AWS_ENDPOINT_URL_STS, AWS_REGION, firewalls, and HTTPS_PROXY
 
 #: Exceptions on the way to credentials, where none in _NO_USE fits. "The service" may be STS or a single sign-on;
 #: connections to agents of containers and machines never come here, because botocore keeps them to itself.
-_NO_ANSWER: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
+_NO_ANSWER: tuple[ExceptionRow, ...] = (
+    (
+        (CredentialProgramError,),
+        "the program of the profile gave no credentials: {error}",
+        Meaning(
+            AccessDeniedError,
+            "credential_process in the profile is misspelt, or its program fails here",
+            "run the program as the user of the load: it must print JSON with Version, AccessKeyId and SecretAccessKey",
+        ),
+    ),
     (
         (FileNotFoundError, PermissionError, IsADirectoryError),
         "a file that the credentials need cannot be read: {file}",
@@ -393,15 +417,11 @@ _NO_ANSWER: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
             "check AWS_WEB_IDENTITY_TOKEN_FILE, AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE, and what the profile names",
         ),
     ),
-    (
-        (socket.gaierror, ssl.SSLError, boto.SSLError, boto.InvalidRegionError),
-        "no connection to the service that gives the credentials",
-        Meaning(AccessDeniedError, "its name does not resolve, or its certificate is not trusted", _CHECK_STS),
-    ),
-    (
-        (boto.ConnectionError, boto.HTTPClientError, HTTPError, HTTPException, OSError),
-        "no connection to the service that gives the credentials",
-        Meaning(AccessDeniedError, "it cannot be reached from here, or not now", _CHECK_STS, retryable=True),
+    *no_credential_service(
+        "the credentials",
+        _CHECK_STS,
+        unusable=(socket.gaierror, ssl.SSLError, boto.SSLError, boto.InvalidRegionError),
+        unreachable=(boto.ConnectionError, boto.HTTPClientError, HTTPError, HTTPException, OSError),
     ),
     (
         (boto.InvalidIMDSEndpointError,),
@@ -414,7 +434,7 @@ _NO_ANSWER: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
         Meaning(
             AccessDeniedError,
             "the clock of this machine is wrong, or what gives them is stuck",
-            "set the clock (chronyc tracking, timedatectl)",
+            SET_CLOCK,
         ),
     ),
     (
@@ -430,30 +450,46 @@ _NO_ANSWER: tuple[tuple[tuple[type[BaseException], ...], str, Meaning], ...] = (
 )
 
 
+#: Pattern of access keys and their ids, which the words of a server may repeat.
+_ACCESS_KEY = r"\b[A-Z0-9]{16,}\b"
+
 #: What the content of a proper answer looks like, which errors do not.
 _NO_SHAPE: Any = None
 
 
 class S3Failures(Failures):
-    """Explains what goes wrong with one bucket."""
+    """Explains what goes wrong with one bucket.
+
+    Attributes:
+        anonymous: Requests are not signed.
+    """
 
     caught = FAILURES
+    anonymous = False
 
     def of_answer(self, refusal: Refusal, path: str, operation: str) -> BackendError:
         """The error for an answer, whose body has S3's own code and words."""
         answer = {"status_code": refusal.status, "headers": refusal.headers, "body": refusal.content}
         parsed = create_parser("rest-xml").parse(answer, _NO_SHAPE)
-        return _answered(boto.ClientError(parsed, "GetObject"), str(self._uri.with_path(path)), operation)
+        error = _answered(boto.ClientError(parsed, "GetObject"), str(self._uri.with_path(path)), operation)
+        return self._of_requester(error)
 
     def unanswered(self, exc: Exception, path: str, operation: str, silence_seconds: float | None) -> BackendError:
         """The error for an exception of botocore's or of a connection."""
-        return translated(
+        error = translated(
             exc,
             uri=str(self._uri.with_path(path)),
             operation=operation,
             endpoint=self._endpoint(),
             silence_seconds=silence_seconds,
         )
+        return self._of_requester(error)
+
+    def _of_requester(self, error: BackendError) -> BackendError:
+        """Replace the cause of a denial where the request had no credentials that could be denied anything."""
+        if self.anonymous and error.cause in {_DENIED.cause, _MAY_NOT_LIST.cause}:
+            error.cause, error.hint = _NOT_PUBLIC.cause, _NOT_PUBLIC.hint
+        return error
 
 
 def translated(
@@ -473,9 +509,10 @@ def translated(
     if isinstance(exc, boto.ClientError):
         return _answered(exc, uri, operation)
     chain = tuple(_chain(exc))
-    for types, seen, meaning in _EXCEPTIONS:
-        if any(isinstance(link, types) for link in chain):
-            return _error(meaning, f"{seen.format(endpoint=_shown(endpoint))} [{_name(chain)}]", uri, operation)
+    row = first_row(_EXCEPTIONS, chain)
+    if row is not None:
+        _, seen, meaning = row
+        return _error(meaning, f"{seen.format(endpoint=_shown(endpoint))} [{_name(chain)}]", uri, operation)
     return connection_error(
         exc,
         uri=uri,
@@ -491,57 +528,59 @@ def _without_credentials(exc: CredentialsError, uri: str, operation: str) -> Bac
     """The error for a request that could not be signed. What went wrong may hold secrets, so it is not quoted."""
     error: Exception = exc.kwargs["error"]
     if isinstance(error, boto.ClientError):
-        code, status, parts = _said(error)
-        busy = status >= 500 or status == 429 or _ANSWERS.get(code) is _SLOW_DOWN
-        meaning = _STS_ANSWERS.get(code) or (_STS_BUSY if busy else _STS_UNKNOWN)
-        reason = f"the credentials could not be fetched: {error.operation_name} was answered {', '.join(parts)}"
+        code, status, said = _said(error)
+        busy = status >= 500 or status == 429 or _ANSWERS.get(code) is _S3.throttled
+        meaning = _STS_ANSWERS.get(code) or (CREDENTIAL_SERVICE_BUSY if busy else _STS_UNKNOWN)
+        reason = f"the credentials could not be fetched: {error.operation_name} was answered {said}"
         return _error(meaning, reason, uri, operation)
     chain = tuple(_chain(error))
-    for types, seen, meaning in (*_NO_USE, *_NO_ANSWER):
-        found = next((link for link in chain if isinstance(link, types)), None)
-        if found is not None:
-            reason = f"{seen.format(file=getattr(found, 'filename', None) or 'unknown')} [{_name(chain)}]"
-            details = getattr(found, "kwargs", {})
-            if isinstance(found, boto.NoCredentialsError) and exc.kwargs.get("metadata"):
-                reason += f"; the instance metadata service was asked at {_shown(exc.kwargs['metadata'])}"
-                return _error(_NO_MACHINE_CREDENTIALS, reason, uri, operation)
-            if details.get("provider") == "container-role":
-                # Only the text has the status. The agent's own words follow it, and may hold anything.
-                answer = re.search(r"non 200 response (\d{3})", str(details.get("error_msg", "")))
-                reason += f"; the agent of the container answered HTTP {answer[1]}" if answer else ""
-                refused = answer is not None and answer[1].startswith("4")
-                return _error(_AGENT_REFUSES if refused else _AGENT, reason, uri, operation)
-            return _error(meaning, reason, uri, operation)
-    return _error(_STS_UNKNOWN, f"the credentials could not be fetched [{type(error).__name__}]", uri, operation)
+    row = first_row((*_NO_USE, *_NO_ANSWER), chain)
+    if row is None:
+        return _error(_STS_UNKNOWN, f"the credentials could not be fetched [{type(error).__name__}]", uri, operation)
+    found, seen, meaning = row
+    shown = found if isinstance(found, CredentialProgramError) else ""  # the text of others may hold secrets
+    reason = f"{seen.format(file=getattr(found, 'filename', None) or 'unknown', error=shown)} [{_name(chain)}]"
+    details = getattr(found, "kwargs", {})
+    if isinstance(found, boto.NoCredentialsError) and exc.kwargs.get("metadata"):
+        reason += f"; the instance metadata service was asked at {_shown(exc.kwargs['metadata'])}"
+        return _error(_NO_MACHINE_CREDENTIALS, reason, uri, operation)
+    if details.get("provider") == "container-role":
+        # Only the text has the status. The agent's own words follow it, and may hold anything.
+        answer = re.search(r"non 200 response (\d{3})", str(details.get("error_msg", "")))
+        reason += f"; the agent of the container answered HTTP {answer[1]}" if answer else ""
+        refused = answer is not None and answer[1].startswith("4")
+        return _error(_AGENT_REFUSES if refused else _AGENT, reason, uri, operation)
+    return _error(meaning, reason, uri, operation)
 
 
 def _error(meaning: Meaning, reason: str, uri: str, operation: str) -> BackendError:
     return meaning.described(reason, uri=uri, operation=operation, provider=PROVIDER)
 
 
-def _said(exc: boto.ClientError) -> tuple[str, int, list[str]]:
+def _said(exc: boto.ClientError) -> tuple[str, int, str]:
     """Code and status of an answer (the code is empty where it only repeats the status), and what to say of it."""
     error, metadata = exc.response.get("Error", {}), exc.response.get("ResponseMetadata", {})
     code, status = str(error.get("Code", "")), int(metadata.get("HTTPStatusCode", 0))
     code = "" if code == str(status) else code
     request_id = metadata.get("RequestId")
-    parts = [f"HTTP {status}" if status else "", code, f"request {request_id}" if request_id else ""]
-    return code, status, [part for part in parts if part] or ["with an error"]
+    return code, status, status_line(status, code, f"request {request_id}" if request_id else "") or "with an error"
 
 
 def _answered(exc: boto.ClientError, uri: str, operation: str) -> BackendError:
     response: Mapping[str, Any] = exc.response
     error = response.get("Error", {})
     headers: Mapping[str, str] = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    code, status, parts = _said(exc)
+    code, status, said = _said(exc)
     meaning = meaning_of_answer(status, code, _ANSWERS)
+    if meaning is _DENIED and exc.operation_name.startswith("List"):
+        meaning = _MAY_NOT_LIST
     if RENEWED in error:
         meaning = _RENEWED if error[RENEWED] else attrs.evolve(meaning, hint=_SAME)
-    reason = f"S3 answered {', '.join(parts)}"
+    reason = f"S3 answered {said}"
     # The server's words help where we know little more; they are never passed on where they may repeat credentials.
     text = str(error.get("Message") or "")
     if text and code and code not in _ABOUT_CREDENTIALS:
-        reason += f": {_quoted(text)}"
+        reason += f": {quoted(text, _ACCESS_KEY)}"
     hint = None
     region = headers.get("x-amz-bucket-region") or error.get("Region")
     if meaning in _MAYBE_REGION and region:
@@ -553,12 +592,6 @@ def _answered(exc: boto.ClientError, uri: str, operation: str) -> BackendError:
     return meaning.described(
         reason, uri=uri, operation=operation, provider=PROVIDER, hint=hint, retry_after=retry_after
     )
-
-
-def _quoted(text: str) -> str:
-    """One line of what a server says, without anything that looks like an access key or a token."""
-    text = re.sub(r"\b[A-Z0-9]{16,}\b|[A-Za-z0-9+/=_-]{40,}", "***", " ".join(text.split()))
-    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _chain(exc: BaseException) -> Iterator[BaseException]:
@@ -584,6 +617,4 @@ def _name(chain: tuple[BaseException, ...]) -> str:
 
 
 def _shown(endpoint: str) -> str:
-    """Scheme, host and port; a URL from a file may hold more."""
-    parts = urlsplit(endpoint)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.netloc else "of S3"
+    return shown_origin(endpoint, otherwise="of S3")

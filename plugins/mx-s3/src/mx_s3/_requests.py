@@ -11,6 +11,7 @@ sent the request itself. It then prepares another one, or raises its error for t
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 from attrs import frozen
 from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 from botocore.exceptions import HTTPClientError
+from botocore.parsers import ResponseParserError
 
-from modelexpress_core.storage.http import BadAnswerError, ConnectionPool, Origin, Refusal, Request, check_encoding
+from modelexpress_core.storage.http import ConnectionPool, Origin, Refusal, Request, exchange
 from mx_s3._credentials import RENEWAL_TRIED
+from mx_s3._errors import BucketListError
 from mx_s3._sending import answer_of, prepared_request
 
 if TYPE_CHECKING:
@@ -37,8 +40,9 @@ _RENEWABLE = frozenset({301, 302, 307, 308, 400, 401, 403})
 #: A page of a listing has at most 1000 keys of 1024 bytes, percent-encoded.
 _MAX_CONTENT_BYTES = 8 << 20
 
-#: What is read of an answer that refuses; its status says enough.
-_MAX_ERROR_BYTES = 1 << 20
+#: The element that a listing of objects consists of, and how many bytes may come before it.
+_LISTING = re.compile(rb"<(?:[A-Za-z0-9]+:)?ListBucketResult\b")
+_MAX_PROLOG_BYTES = 4096
 
 #: How an object was uploaded, which some servers store and show.
 IGNORED_ENCODINGS = ("aws-chunked",)
@@ -135,13 +139,25 @@ class S3Requests:
         conversation: _Conversation | None = getattr(self._thread, "conversation", None)
         if conversation is not None and event_name.endswith(".GetObject"):
             return conversation.answer(prepared)
-        with self._pool.send(prepared, lambda: self._read_timeout_seconds) as answer:
-            check_encoding(answer.headers, IGNORED_ENCODINGS)
-            refused = answer.status >= 300
-            content = answer.read(_MAX_ERROR_BYTES if refused else _MAX_CONTENT_BYTES)
-            if not answer.ended and not refused:
-                raise BadAnswerError("the answer is longer than any of S3")
-        return answer_of(request.url, answer.status, answer.headers, content)
+        answer = exchange(
+            self._pool,
+            prepared,
+            read_timeout_seconds=self._read_timeout_seconds,
+            max_bytes=_MAX_CONTENT_BYTES,
+            ignored_encodings=IGNORED_ENCODINGS,
+        )
+        if event_name.endswith(".ListObjectsV2") and answer.status < 300:
+            _check_listing(answer.content)
+        return answer_of(request.url, answer.status, answer.headers, answer.content)
+
+
+def _check_listing(content: bytes) -> None:
+    """Refuse what botocore would read as a listing without objects: it passes over elements that it does not expect."""
+    if _LISTING.search(content, 0, _MAX_PROLOG_BYTES):
+        return
+    if b"<ListAllMyBucketsResult" in content[:_MAX_PROLOG_BYTES]:
+        raise BucketListError
+    raise ResponseParserError("the answer is no listing")
 
 
 class _Conversation:

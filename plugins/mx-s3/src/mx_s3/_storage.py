@@ -17,16 +17,15 @@ from botocore.httpsession import get_cert_path
 
 from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
 from modelexpress_core.errors import (
-    BackendError,
-    DeadlineError,
     InvalidURIError,
     NotFoundError,
     SettingsError,
-    UnsupportedError,
 )
 from modelexpress_core.settings import from_env
 from modelexpress_core.storage.http import (
     ConnectionPool,
+    HttpStorage,
+    ListingPage,
     Meaning,
     Origin,
     Proxies,
@@ -36,6 +35,7 @@ from modelexpress_core.storage.http import (
     hex_of_base64,
     md5_of_etag,
 )
+from modelexpress_core.storage.http.service_errors import no_version
 from modelexpress_core.uri import ModelURI
 from mx_s3._credentials import Identity, new_session
 from mx_s3._errors import FAILURES, NAMES, PROVIDER, S3Failures, translated
@@ -44,7 +44,7 @@ from mx_s3.settings import REGION_PATTERN, S3Settings
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef
+    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef, ObjectTypeDef
 
 __all__ = ["S3Storage", "open_s3"]
 
@@ -56,26 +56,10 @@ _DIRECTORY_BUCKET = re.compile(r"--(?:xa-s3|x-s3)$")
 
 _A_BUCKET = Meaning(NotFoundError, hint="name a key in it")
 
-#: A listing may take this many times the read timeout, and the time of its objects at this rate. S3 gives a thousand in
-#: half a second.
-_LISTING_TIMEOUTS = 10
-_MIN_OBJECTS_PER_SECOND = 100
-
-_SLOW_LISTING = Meaning(
-    DeadlineError,
-    "the server sends pages without end, or very slowly",
-    "check AWS_ENDPOINT_URL and what is in front of it; MX_S3_READ_TIMEOUT_SECONDS raises the limit",
-    retryable=False,
-)
-
-_NO_ETAG = Meaning(
-    UnsupportedError,
-    "the server, or a proxy before it, leaves it out; bytes of two versions could be mixed",
-    "check AWS_ENDPOINT_URL and what is in front of it, or use another server",
-)
+_NO_ETAG = no_version(NAMES)
 
 
-class S3Storage:
+class S3Storage(HttpStorage):
     """Reads ranges of the objects of one bucket. An object's version is its ETag, as S3 writes it.
 
     Args:
@@ -101,37 +85,27 @@ class S3Storage:
     ) -> None:
         self._client = client
         self._bucket = uri.authority
-        self._pool = pool
         self._identity = identity
         self._ca_bundle = ca_bundle
-        self._read_timeout_seconds = read_timeout_seconds
-        self._clock = clock
-        self._failures = S3Failures(
+        failures = S3Failures(
             PROVIDER,
             uri,
             endpoint=lambda: client.meta.endpoint_url,
             names=NAMES,
             closed=lambda: pool.closed,
         )
-        self._reader = RangeReader(
+        failures.anonymous = identity is None
+        reader = RangeReader(
             pool,
             S3Requests(client, uri.authority, pool, read_timeout_seconds, clock),
-            self._failures,
+            failures,
             read_timeout_seconds=read_timeout_seconds,
             ignored_encodings=IGNORED_ENCODINGS,
         )
+        super().__init__(reader, pool, failures, read_timeout_seconds=read_timeout_seconds, clock=clock)
         client.meta.events.register("before-call.s3.HeadBucket", _stay)
         if identity is not None:
             identity.watch(client)
-
-    @property
-    def patience_seconds(self) -> float:
-        """How long a read waits for its next bytes; at most, and to begin with, MX_S3_READ_TIMEOUT_SECONDS."""
-        return self._reader.patience_seconds
-
-    @patience_seconds.setter
-    def patience_seconds(self, seconds: float) -> None:
-        self._reader.patience_seconds = seconds
 
     def endpoint(self) -> Endpoint:
         """Where requests for objects of the bucket go, as botocore works it out."""
@@ -160,40 +134,24 @@ class S3Storage:
         """Whose key requests are signed with, and where it was found."""
         if self._identity is None:
             return "none: requests are not signed (MX_S3_ANONYMOUS)"
-        try:
+        with self._explained("", "find the credentials"):
             return self._identity.describe()
-        except FAILURES as exc:
-            raise self._failure(exc, "", "find the credentials") from exc
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """The objects below ``prefix``, a page of a thousand at a time; keys that end in a slash are directories."""
         prefix = prefix.strip("/")
         operation = "list the objects"
-        self._failures.check_open(prefix, operation)
-        pages = iter(
-            self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket,
-                Prefix=f"{prefix}/" if prefix else "",
-            )
+        folder = f"{prefix}/" if prefix else ""
+        for entry in self._entries(lambda mark: self._page(folder, mark), prefix, operation):
+            if not entry["Key"].endswith("/"):
+                yield ObjectInfo(entry["Key"], entry["Size"], self._etag(entry, entry["Key"], operation))
+
+    def _page(self, prefix: str, mark: str | None) -> ListingPage[ObjectTypeDef]:
+        following: dict[str, Any] = {} if mark is None else {"ContinuationToken": mark}
+        page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, **following)
+        return ListingPage(
+            page.get("Contents", ()), page.get("NextContinuationToken") if page.get("IsTruncated") else None
         )
-        objects, seconds = 0, 0.0  # of waiting for pages, not of what the caller does with them
-        while True:
-            begun = self._clock()
-            try:
-                page = next(pages, None)
-            except FAILURES as exc:
-                raise self._failure(exc, prefix, operation) from exc
-            seconds += self._clock() - begun
-            if page is None:
-                return
-            if seconds > _LISTING_TIMEOUTS * self._read_timeout_seconds + objects / _MIN_OBJECTS_PER_SECOND:
-                reason = f"the listing has not ended after {seconds:.0f} s and {objects} objects"
-                raise self._failures.described(_SLOW_LISTING, reason, prefix, operation)
-            for entry in page.get("Contents", ()):
-                objects += 1
-                if not entry["Key"].endswith("/"):
-                    etag = self._etag(entry, entry["Key"], operation)
-                    yield ObjectInfo(entry["Key"], entry["Size"], etag)
 
     def stat(self, path: str) -> ObjectInfo:
         """The object at ``path``, with the digests that S3 keeps of the whole of it."""
@@ -201,20 +159,14 @@ class S3Storage:
         self._failures.check_open(path, operation)
         if not path:
             raise self._failures.described(_A_BUCKET, "a bucket is no object", path, operation)
-        try:
+        with self._explained(path, operation):
             head = self._client.head_object(Bucket=self._bucket, Key=path, ChecksumMode="ENABLED")
-        except FAILURES as exc:
-            raise self._failure(exc, path, operation) from exc
         etag = self._etag(head, path, operation)
         return ObjectInfo(path, head["ContentLength"], etag, _digests(head, self._bucket))
 
-    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
-        """Read into ``buffer`` with one GET of the range, which S3 refuses if the ETag is no longer ``version``."""
-        return self._reader.read_into(path, offset, buffer, version=version)
-
     def close(self) -> None:
         """Shut the connections down; reads that are under way in other threads fail at once."""
-        self._pool.close()
+        super().close()
         self._client.close()
 
     def _etag(self, answer: Mapping[str, Any], path: str, operation: str) -> str:
@@ -223,9 +175,6 @@ class S3Storage:
         if not etag:
             raise self._failures.described(_NO_ETAG, "S3 gave no ETag for it", path, operation)
         return str(etag)
-
-    def _failure(self, exc: Exception, path: str, operation: str) -> BackendError:
-        return self._failures.of_exception(exc, path, operation, self._read_timeout_seconds)
 
 
 def _digests(head: HeadObjectOutputTypeDef, bucket: str) -> dict[str, str]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from typing import Literal
-from urllib.parse import urlsplit
 
 from attrs import frozen
 
-from modelexpress_core.errors import SettingsError
-from modelexpress_core.settings import boolean, env, seconds
+from modelexpress_core.settings import boolean, env
+from modelexpress_core.settings.http import (
+    anonymous,
+    ca_bundle,
+    connect_timeout,
+    http_url,
+    read_timeout,
+    refuse_credentials_in_urls,
+)
 
 __all__ = ["REGION_PATTERN", "S3Settings"]
 
@@ -24,19 +30,7 @@ def _region(text: str) -> str:
     return text.strip()
 
 
-def _endpoint(text: str) -> str:
-    text = text.strip()
-    if "@" in text:  # may contain a password, which a ValueError would show; S3Settings refuses it without showing it
-        return text
-    try:
-        parts = urlsplit(text)
-        usable = parts.scheme in {"http", "https"} and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    if not usable:
-        reason = "expected a URL such as https://s3.example.com or http://127.0.0.1:9000"
-        raise ValueError(reason)
-    return text
+_url = http_url("https://s3.example.com", "http://127.0.0.1:9000")
 
 
 def _addressing_style(text: str) -> str:
@@ -128,7 +122,7 @@ class S3Settings:
     metadata_endpoint: str | None = env(
         "AWS_EC2_METADATA_SERVICE_ENDPOINT",
         default=None,
-        converter=_endpoint,
+        converter=_url,
         help="URL of the instance metadata service; unset: http://169.254.169.254/.",
     )
     metadata_disabled: bool | None = env(
@@ -147,32 +141,23 @@ class S3Settings:
     endpoint: str | None = env(
         "AWS_ENDPOINT_URL",
         default=None,
-        converter=_endpoint,
+        converter=_url,
         help="URL of a server other than AWS that speaks the S3 protocol.",
     )
     s3_endpoint: str | None = env(
         "AWS_ENDPOINT_URL_S3",
         default=None,
-        converter=_endpoint,
+        converter=_url,
         help="The same for S3 only; overrides AWS_ENDPOINT_URL.",
     )
     sts_endpoint: str | None = env(
         "AWS_ENDPOINT_URL_STS",
         default=None,
-        converter=_endpoint,
+        converter=_url,
         help="The same for the Security Token Service, which issues credentials of roles.",
     )
-    ca_bundle: str | None = env(
-        "AWS_CA_BUNDLE",
-        default=None,
-        help="File with the trusted certificate authorities.",
-    )
-    anonymous: bool = env(
-        "MX_S3_ANONYMOUS",
-        default=False,
-        converter=boolean,
-        help="Send requests unsigned, for public buckets.",
-    )
+    ca_bundle: str | None = ca_bundle("AWS_CA_BUNDLE")
+    anonymous: bool = anonymous("MX_S3", "unsigned", "buckets")
     addressing_style: Literal["path", "virtual", "auto"] | None = env(
         "MX_S3_ADDRESSING_STYLE",
         default=None,
@@ -180,18 +165,8 @@ class S3Settings:
         help="Position of the bucket in URLs: path, virtual (in the host name) or auto; unset: the profile's, or auto, "
         "which is path if an endpoint is set.",
     )
-    connect_timeout_seconds: float = env(
-        "MX_S3_CONNECT_TIMEOUT_SECONDS",
-        default=10.0,
-        converter=seconds,
-        help="How long to wait for a connection.",
-    )
-    read_timeout_seconds: float = env(
-        "MX_S3_READ_TIMEOUT_SECONDS",
-        default=30.0,
-        converter=seconds,
-        help="How long to wait for the next bytes.",
-    )
+    connect_timeout_seconds: float = connect_timeout("MX_S3")
+    read_timeout_seconds: float = read_timeout("MX_S3")
 
     def __attrs_post_init__(self) -> None:
         """Refuse URLs with credentials, without showing them."""
@@ -201,7 +176,4 @@ class S3Settings:
             "AWS_ENDPOINT_URL_STS": self.sts_endpoint,
             "AWS_EC2_METADATA_SERVICE_ENDPOINT": self.metadata_endpoint,
         }
-        names = [name for name, url in urls.items() if url is not None and "@" in url]
-        if names:
-            message = f"{' and '.join(names)} must not contain a user name or a password, which would not be used"
-            raise SettingsError(message, hint="remove it; put keys into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        refuse_credentials_in_urls(urls, hint="put keys into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")

@@ -1,4 +1,4 @@
-"""The native library of runai-model-streamer: one engine, which reads ranges straight into the memory of others.
+"""The native library of runai-model-streamer: an engine, which reads ranges straight into the memory of others.
 
 The functions of its Python package that wrap the native ones are used as they are, because they check what they pass
 on. Its classes above them are not used: they read into memory of their own.
@@ -10,18 +10,52 @@ import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from attrs import frozen
 from runai_model_streamer.libstreamer import libstreamer as native
 from runai_model_streamer.s3_utils.s3_utils import S3Credentials
 
-from modelexpress_core.errors import BackendError
+from modelexpress_core.errors import BackendError, UnsupportedError
 from mx_streamer._errors import PROVIDER, closed
 
-__all__ = ["Engine", "Extent"]
+__all__ = ["Engine", "Extent", "check_part"]
 
 #: How often a thread that waits for the engine looks whether the storage was closed.
 _CLOSED_CHECK_MS = 100
+
+#: Files of the parts of the native library for object stores, by the package that holds each.
+_PARTS = {
+    "runai_model_streamer_azure": "libstreamerazure.so",
+    "runai_model_streamer_gcs": "libstreamergcs.so",
+    "runai_model_streamer_s3": "libstreamers3.so",
+}
+
+_parts_lock = threading.Lock()
+_parts_used: set[str] = set()
+
+
+def check_part(part: str) -> None:
+    """Return if this process has read from no other kind of object store with the native library than that of ``part``.
+
+    The library keeps the first part that a process needs, and sends reads of all schemes to it: it would look for the
+    objects of one store in another one. Code beside this plugin may have loaded a part, too.
+
+    Raises:
+        UnsupportedError: It has.
+    """
+    others = {name for name in _PARTS if name != part}
+    try:
+        mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # the parts that this plugin has used are known in any case
+        mapped = ""
+    used = sorted(name for name in others if name in _parts_used or f"/{_PARTS[name]}" in mapped)
+    if used:
+        reason = (
+            f"the engine of runai-model-streamer reads one kind of object store in a process, and has used {used[0]}"
+        )
+        hint = "name only one of s3, gs and az with mx-streamer in MX_PREFER, or load in a process of its own"
+        raise UnsupportedError(reason, operation="start the engine", provider=PROVIDER, hint=hint)
 
 
 @frozen
@@ -43,10 +77,18 @@ class Engine:
     """One engine with its own threads and connections. Used by one thread at a time.
 
     Args:
-        endpoint: URL of the S3 server; None for files.
+        part: The package with the part of the native library for the store; None for files.
+        endpoint: URL of the S3 server; None for files and other stores.
+
+    Raises:
+        UnsupportedError: This process has read another kind of object store.
     """
 
-    def __init__(self, endpoint: str | None) -> None:
+    def __init__(self, part: str | None = None, endpoint: str | None = None) -> None:
+        if part is not None:
+            with _parts_lock:
+                check_part(part)
+                _parts_used.add(part)
         with _refusals("start"):
             self._streamer = native.runai_start()
         if endpoint is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import cast
 
 from modelexpress_core.contracts.storage import (
@@ -19,11 +20,16 @@ from modelexpress_core.contracts.storage import (
 from modelexpress_core.errors import BackendError, InvalidURIError
 from modelexpress_core.settings import from_env
 from modelexpress_core.uri import ModelURI
-from mx_streamer._engine import Engine, Extent
+from mx_streamer._engine import Engine, Extent, check_part
 from mx_streamer._errors import Failures, closed
-from mx_streamer.settings import StreamerSettings, check_environment, engine_endpoint
+from mx_streamer.settings import StreamerSettings, check_azure, check_environment, check_gcs, engine_endpoint
 
-__all__ = ["StreamedFiles", "StreamedObjects", "open_files", "open_s3"]
+__all__ = ["StreamedFiles", "StreamedObjects", "open_azure", "open_files", "open_gcs", "open_s3"]
+
+#: Packages with the parts of the native library for object stores.
+_S3 = "runai_model_streamer_s3"
+_GCS = "runai_model_streamer_gcs"
+_AZURE = "runai_model_streamer_azure"
 
 
 class StreamedStorage:
@@ -76,11 +82,9 @@ class StreamedStorage:
                 positions.append(index)
                 extents.append(Extent(self._engine_path(request.path), request.offset, request.buffer))
         for index, said in zip(positions, self._read(extents), strict=True):
-            if said is not None:
-                errors[index] = failures.of_read(requests[index], said)
-            elif requests[index].version is not None:
-                error = failures.of_version(requests[index])
-                errors.update({} if error is None else {index: error})
+            # The engine calls some reads over the end of an object a success, so that sizes are compared, too.
+            error = failures.of_version(requests[index]) if said is None else failures.of_read(requests[index], said)
+            errors.update({} if error is None else {index: error})
         for index in range(len(requests)):
             yield Completion(index, errors.get(index))
 
@@ -151,7 +155,7 @@ class StreamedFiles(StreamedStorage):
 
 
 class StreamedObjects(StreamedStorage):
-    """Objects of a bucket."""
+    """Objects of a bucket or container."""
 
     def endpoint(self) -> Endpoint:
         """Where requests go: those of the engine, too."""
@@ -177,7 +181,7 @@ def open_files(uri: ModelURI, settings: Mapping[str, str], regular: Storage) -> 
         SettingsError: The settings differ from the environment of the process, which the engine reads.
     """
     check_environment(settings)
-    return StreamedFiles(regular, uri, lambda: Engine(None))
+    return StreamedFiles(regular, uri, Engine)
 
 
 def open_s3(uri: ModelURI, settings: Mapping[str, str], regular: Storage) -> StreamedObjects:
@@ -188,12 +192,51 @@ def open_s3(uri: ModelURI, settings: Mapping[str, str], regular: Storage) -> Str
         SettingsError: The settings differ from the environment of the process, which the engine reads.
         BackendError: The regular plugin knows no endpoint.
     """
-    import runai_model_streamer_s3  # noqa: F401 - the native part for S3; without it the error names the package
+    endpoint = _checked(uri, settings, regular, _S3, "AWS_")
+    url = engine_endpoint(endpoint, uri.authority, from_env(StreamerSettings, os.environ))
+    return StreamedObjects(regular, uri, lambda: Engine(_S3, url))
 
-    check_environment(settings, "AWS_")
+
+def open_gcs(uri: ModelURI, settings: Mapping[str, str], regular: Storage) -> StreamedObjects:
+    """The storage for ``gs`` URIs. Connects to nothing yet.
+
+    Raises:
+        InvalidURIError: The URI has parameters.
+        SettingsError: The engine would ask another server than the regular plugin, or with other credentials.
+    """
+    endpoint = _checked(uri, settings, regular, _GCS, "CLOUD_STORAGE_", "GOOGLE_")
+    check_gcs(endpoint, settings)
+    return StreamedObjects(regular, uri, lambda: Engine(_GCS))
+
+
+def open_azure(uri: ModelURI, settings: Mapping[str, str], regular: Storage) -> StreamedObjects:
+    """The storage for ``az`` URIs that begin with a container. Connects to nothing yet.
+
+    Raises:
+        InvalidURIError: The URI names an account, or has parameters.
+        SettingsError: The engine would ask another server than the regular plugin, or with other credentials.
+    """
+    endpoint = _checked(uri, settings, regular, _AZURE, "AZURE_", "IDENTITY_", "MSI_")
+    if uri.userinfo or "." in uri.authority or ":" in uri.authority:
+        message = f"the engine of mx-streamer takes the account from AZURE_STORAGE_ACCOUNT_NAME, not from {uri}"
+        raise InvalidURIError(message, hint="write az://container/path, or take mx-streamer out of MX_PREFER")
+    check_azure(endpoint, settings)
+    return StreamedObjects(regular, uri, lambda: Engine(_AZURE))
+
+
+def _checked(uri: ModelURI, settings: Mapping[str, str], regular: Storage, part: str, *prefixes: str) -> Endpoint:
+    """Where the regular plugin sends requests, if the engine can read what ``uri`` and ``settings`` name.
+
+    Raises:
+        ModuleNotFoundError: The part of the native library for this store is not installed.
+        UnsupportedError: The engine has read another kind of object store in this process.
+    """
+    if find_spec(part) is None:  # importing it would configure the logging of an SDK
+        raise ModuleNotFoundError(f"No module named {part!r}", name=part)
+    check_part(part)
+    check_environment(settings, *prefixes)
     if uri.query:
         message = f"the engine of mx-streamer takes no parameters: {uri}"
-        raise InvalidURIError(message, hint="set AWS_REGION in place of ?region=, or take mx-streamer out of MX_PREFER")
-    endpoint = cast("DiagnosableStorage", regular).endpoint()
-    url = engine_endpoint(endpoint, uri.authority, from_env(StreamerSettings, os.environ))
-    return StreamedObjects(regular, uri, lambda: Engine(url))
+        hint = "set AWS_REGION in place of ?region=, or take mx-streamer out of MX_PREFER"
+        raise InvalidURIError(message, hint=hint)
+    return cast("DiagnosableStorage", regular).endpoint()
