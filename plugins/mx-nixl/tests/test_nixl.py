@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 import attrs
@@ -343,3 +344,13 @@ def test_a_table_without_tensors() -> None:
     """Can be served, and connected to."""
     with served(bytes_table()) as serving, connected(serving.description) as session:
         assert [] == list(session.read([]))
+
+
+def test_a_worker_that_waits_uses_no_core() -> None:
+    """The thread that answers readers sleeps until there are some."""
+    with served(bytes_table(t=torch.zeros(1, dtype=torch.uint8))):
+        begun, used = time.monotonic(), time.process_time()
+        threading.Event().wait(0.5)
+        share = (time.process_time() - used) / (time.monotonic() - begun)
+
+    assert share < 0.2

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mx_nixl._errors import backend_fails, library_unusable, withdrawn
+from mx_nixl._errors import agent_closed, backend_fails, library_unusable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +25,9 @@ MODULES = ("nixl", "nixl_cu12", "nixl_cu13")
 
 #: Variables that keep the logs of NIXL and UCX out of stdout, which may be a program's data. What the user set stays.
 _LOG_VARIABLES = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_FILE": "stderr"}
+
+#: How long the thread of an agent sleeps at most.
+_DELAY_MICROSECONDS = 100_000
 
 _loading = threading.Lock()
 
@@ -77,6 +80,8 @@ class Agent:
     Args:
         name: Its name, which no other agent has.
         backend: The backend.
+        answers: Whether others read from it: then a thread of NIXL answers them. One that only reads needs none,
+            because ``is_done`` moves its reads on.
 
     Raises:
         ModuleNotFoundError: No package of NIXL is installed.
@@ -84,17 +89,19 @@ class Agent:
         UnavailableError: The backend does not start.
     """
 
-    def __init__(self, name: str, backend: str) -> None:
+    def __init__(self, name: str, backend: str, *, answers: bool = False) -> None:
         nixl = library()
         self.name = name
         self.backend = backend
         config = nixl.nixl_agent_config(
-            enable_prog_thread=True,
+            enable_prog_thread=False,
             enable_listen_thread=False,
             backends=[],
             sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_RW,
         )
         agent = nixl.nixl_agent(name, config)
+        if answers:
+            agent.agent = _answering(nixl.nixlBind, name)
         options = agent.get_plugin_params(backend)
         if backend == "UCX":
             options["ucx_error_handling_mode"] = "peer"  # without it, the death of a worker is not noticed
@@ -108,7 +115,7 @@ class Agent:
     def _open(self) -> Any:  # noqa: ANN401 - NIXL has no annotations
         agent = self._agent
         if agent is None:
-            raise withdrawn()
+            raise agent_closed()
         return agent
 
     def register(self, kind: str, rows: Rows) -> None:
@@ -147,6 +154,20 @@ class Agent:
     def close(self) -> None:
         """Destroy the agent: nothing reads or writes with it afterwards, if no read is under way."""
         self._agent = None
+
+
+def _answering(bindings: Any, name: str) -> Any:  # noqa: ANN401 - NIXL has no annotations
+    """An agent with a thread that answers others.
+
+    NIXL's own class for Python lets the thread look for work all the time, which takes a whole core (NIXL 1.5.1). With
+    a delay it sleeps until there is some.
+    """
+    config = bindings.nixlAgentConfig()
+    config.useProgThread = True
+    config.useListenThread = False
+    config.syncMode = bindings.NIXL_THREAD_SYNC_RW
+    config.pthrDelay = _DELAY_MICROSECONDS
+    return bindings.nixlAgent(name, config)
 
 
 def rows_of(ranges: Sequence[tuple[int, int, int]]) -> Rows:

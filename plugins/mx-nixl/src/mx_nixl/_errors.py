@@ -19,6 +19,7 @@ from modelexpress_core.errors import (
 
 __all__ = [
     "PROVIDER",
+    "agent_closed",
     "backend_fails",
     "close_unsafe",
     "description_unreadable",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 PROVIDER = "mx-nixl"
+
+_READ = "read the tensors"
 
 _SHOW_LOG = "set NIXL_LOG_LEVEL=DEBUG and UCX_LOG_LEVEL=info, which write a log to stderr"
 
@@ -188,7 +191,7 @@ def out_of_range(name: str, start: int, end: int, uri: str) -> NotFoundError:
     return NotFoundError(
         f"the worker offers no tensor {name[:200]!r} with bytes {start} to {end - 1}",
         uri=uri,
-        operation="read the tensors",
+        operation=_READ,
         provider=PROVIDER,
         peer_at_fault=True,
     )
@@ -199,7 +202,7 @@ def read_timed_out(seconds: float, uri: str) -> DeadlineError:
     return DeadlineError(
         f"a read has not ended after {seconds:.0f} s",
         uri=uri,
-        operation="read the tensors",
+        operation=_READ,
         provider=PROVIDER,
         retryable=False,
         peer_at_fault=True,
@@ -210,9 +213,7 @@ def read_timed_out(seconds: float, uri: str) -> DeadlineError:
 
 def session_closed(uri: str) -> UnavailableError:
     """The session was closed on this side."""
-    return UnavailableError(
-        "the session was closed", uri=uri, operation="read the tensors", provider=PROVIDER, retryable=False
-    )
+    return UnavailableError("the session was closed", uri=uri, operation=_READ, provider=PROVIDER, retryable=False)
 
 
 def close_unsafe(nbytes: int, uri: str) -> BackendError:
@@ -251,6 +252,20 @@ def too_many_tensors(tensors: int, nbytes: int, limit: int) -> UnsupportedError:
     )
 
 
-def withdrawn() -> BackendError:
-    """The tensors are no longer served."""
+def withdrawn(uri: str) -> UnavailableError:
+    """The worker no longer serves its tensors."""
+    return UnavailableError(
+        "the worker no longer offers its tensors",
+        uri=uri,
+        operation=_READ,
+        provider=PROVIDER,
+        retryable=False,
+        peer_at_fault=True,
+        cause="it ended, or changes its weights",
+        hint="start the load again",
+    )
+
+
+def agent_closed() -> BackendError:
+    """The agent is used after its end."""
     return BackendError("the agent was closed", operation="use an agent of NIXL", provider=PROVIDER)

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from attrs import frozen
@@ -107,7 +108,7 @@ def is_offered(settings: Mapping[str, str]) -> bool:
 
 def reads_memory_of(pid: int, address: int, expected: bytes) -> bool:
     """Whether this process can read ``expected`` in the memory of another process, through CMA."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = _libc()
     if not hasattr(libc, "process_vm_readv"):
         return False
     buffer = ctypes.create_string_buffer(len(expected))
@@ -123,6 +124,11 @@ def reads_memory_of(pid: int, address: int, expected: bytes) -> bool:
         ctypes.c_ulong(0),
     )
     return bool(count == len(expected) and buffer.raw == expected)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 class _IoVector(ctypes.Structure):

@@ -50,7 +50,7 @@ class NixlServed:
         self._nonce = ctypes.create_string_buffer(secrets.token_bytes(_NONCE_BYTES), _NONCE_BYTES)
         location = here(backend)
         self.topology = location.topology
-        self._agent = Agent(f"{table.worker_id[:64]}/{secrets.token_hex(8)}", backend)
+        self._agent = Agent(f"{table.worker_id[:64]}/{secrets.token_hex(8)}", backend, answers=True)
         try:
             self._register()
             self.description = self._describe(location)

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,15 @@ from modelexpress_core.contracts.transport import TensorRead
 from mx_nixl._agent import Agent, rows_of
 from mx_nixl._allocations import HOST, Allocation, allocations_of, device_of, kind_of
 from mx_nixl._description import AgentDescription
-from mx_nixl._errors import close_unsafe, is_disconnect, nixl_errors, out_of_range, read_timed_out, session_closed
+from mx_nixl._errors import (
+    close_unsafe,
+    is_disconnect,
+    nixl_errors,
+    out_of_range,
+    read_timed_out,
+    session_closed,
+    withdrawn,
+)
 from mx_nixl._quarantine import KeptMemory, Quarantine
 
 __all__ = ["BUFFER_BYTES", "NixlSession"]
@@ -41,9 +49,12 @@ _SLOTS_OF_READ = 8
 #: What the buffers of a session take for each device.
 BUFFER_BYTES = _SLOT_BYTES * _SLOTS
 
-#: How long a thread sleeps before it asks for the state of its read: first, and at most.
+#: How long a thread sleeps before it asks for the state of its read, which moves the read on: first; at most in the
+#: first second; and at most afterwards.
 _MIN_SLEEP_SECONDS = 50e-6
-_MAX_SLEEP_SECONDS = 5e-3
+_MAX_SLEEP_SECONDS = 200e-6
+_LATE_SLEEP_SECONDS = 5e-3
+_YOUNG_SECONDS = 1.0
 
 #: How long ``close`` waits for reads into buffers to end; for reads into place; and for NIXL to return from a call, in
 #: which it copies up to 32 MiB.
@@ -111,6 +122,8 @@ class NixlSession:
         description: What the worker tells.
         in_place_on_host: Whether reads go straight into memory of the host.
         in_place_on_device: Whether they do on devices.
+        is_served: Whether the worker still serves its tensors, as far as this can be told; called before each read
+            into place. Over CMA the worker has no part in a read, and could not refuse it.
         timeout_seconds: How long one read may take.
         uri: Redacted URI of the worker, for messages.
         quarantine: Keeps the memory of reads that do not end.
@@ -123,6 +136,7 @@ class NixlSession:
         *,
         in_place_on_host: bool,
         in_place_on_device: bool,
+        is_served: Callable[[], bool],
         timeout_seconds: float,
         uri: str,
         quarantine: Quarantine,
@@ -131,11 +145,14 @@ class NixlSession:
         self._description = description
         self._in_place_on_host = in_place_on_host
         self._in_place_on_device = in_place_on_device
+        self._is_served = is_served
         self._timeout_seconds = timeout_seconds
         self._uri = uri
         self._quarantine = quarantine
         self._changed = threading.Condition()
         self._registering = threading.Lock()
+        #: Over CMA a call copies all bytes, under a lock of UCX for which other threads would wait with a busy loop.
+        self._posting = threading.Lock()
         self._registered: set[Allocation] = set()
         self._buffers: dict[int, _Buffers] = {}
         self._under_way: set[_Transfer] = set()
@@ -203,6 +220,8 @@ class NixlSession:
     def _move_into_place(self, batch: Sequence[_Piece]) -> int:
         destinations = [piece.destination for piece in batch]
         self._register(destinations)
+        if not self._is_served():
+            raise withdrawn(self._uri)
         self._run(batch, destinations, in_place=True)
         return len(batch)
 
@@ -269,23 +288,26 @@ class NixlSession:
         self._forget(transfer)
 
     def _wait(self, handle: Any) -> None:  # noqa: ANN401 - NIXL has no annotations
-        deadline = time.monotonic() + self._timeout_seconds
         sleep = _MIN_SLEEP_SECONDS
         try:
-            done = self._agent.post(handle)
+            with self._posting:
+                self._check_patience(0.0)
+                begun = time.monotonic()
+                done = self._agent.post(handle)
             while not done:
-                self._check_patience(deadline)
+                waited = time.monotonic() - begun
+                self._check_patience(waited)
                 time.sleep(sleep)
-                sleep = min(2 * sleep, _MAX_SLEEP_SECONDS)
+                sleep = min(2 * sleep, _MAX_SLEEP_SECONDS if waited < _YOUNG_SECONDS else _LATE_SLEEP_SECONDS)
                 done = self._agent.is_done(handle)
         except Exception as exc:
             self._disconnected = self._disconnected or is_disconnect(exc)
             raise
 
-    def _check_patience(self, deadline: float) -> None:
+    def _check_patience(self, waited: float) -> None:
         if self._closed:
             raise session_closed(self._uri)
-        if time.monotonic() > deadline:
+        if waited > self._timeout_seconds:
             raise read_timed_out(self._timeout_seconds, self._uri)
 
     def _has_ended(self, transfer: _Transfer) -> bool:
@@ -351,7 +373,7 @@ class NixlSession:
         in_place = any(transfer.in_place for transfer in list(self._under_way))
         deadline = time.monotonic() + (_PLACES_STOP_SECONDS if in_place else _BUFFERS_STOP_SECONDS)
         while not self._all_ended() and time.monotonic() < deadline:
-            time.sleep(_MAX_SLEEP_SECONDS)
+            time.sleep(_LATE_SLEEP_SECONDS)
         if self._all_ended():
             self._destroy()
             return

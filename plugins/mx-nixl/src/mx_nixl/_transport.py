@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Mapping
+from functools import partial
 
 from modelexpress_core.contracts.transport import PeerAccess, TensorTable
 from modelexpress_core.settings import from_env
 from modelexpress_core.uri import ModelURI
 from mx_nixl._agent import Agent, library
-from mx_nixl._description import AgentDescription
+from mx_nixl._description import AgentDescription, Proof
 from mx_nixl._errors import description_unreadable, nixl_errors, other_agent, other_backend, quarantine_full
 from mx_nixl._lanes import Location, here, reads_memory_of
 from mx_nixl._quarantine import QUARANTINE, Quarantine
@@ -79,6 +80,7 @@ class NixlTransport:
             description,
             in_place_on_host=cma or bool(fabric),
             in_place_on_device=bool(fabric),
+            is_served=partial(_proves, description.proof) if cma else lambda: True,
             timeout_seconds=self._settings.read_timeout_seconds,
             uri=uri,
             quarantine=self._quarantine,
@@ -93,8 +95,12 @@ def _lanes_to(description: AgentDescription, ours: Location) -> tuple[bool, str]
     theirs, proof = description.location, description.proof
     common = sorted({*theirs.fabrics} & {*ours.fabrics})
     near = (theirs.host, theirs.pid_namespace) == (ours.host, ours.pid_namespace)
-    cma = near and theirs.cma and ours.cma and reads_memory_of(proof.pid, proof.address, proof.nonce)
+    cma = near and theirs.cma and ours.cma and _proves(proof)
     return cma, common[0] if common else ""
+
+
+def _proves(proof: Proof) -> bool:
+    return reads_memory_of(proof.pid, proof.address, proof.nonce)
 
 
 def open_nixl(uri: ModelURI, settings: Mapping[str, str]) -> NixlTransport:
