@@ -17,11 +17,12 @@ from attrs import frozen
 from safetensors.torch import save_file
 
 import modelexpress_core as mx
-from modelexpress_core.contracts.candidates import Tier
+from modelexpress_core.contracts.candidates import Peer, Tier
 from modelexpress_core.contracts.transport import PeerAccess, TensorRead
 from modelexpress_core.errors import BackendError, DeadlineError, UnavailableError
 from modelexpress_core.events import LoadFailed
 from modelexpress_core.providers import TransportProvider
+from modelexpress_core.sources.worker_client import WorkerClient
 from mx_nixl._quarantine import QUARANTINE
 from mx_nixl._session import NixlSession
 from mx_nixl._transport import open_nixl
@@ -198,6 +199,31 @@ def test_a_worker_that_is_stopped_amid_a_load_writes_nothing_later(
     assert kept
     assert ended
     assert all(bool((tensor == 0xA5).all()) for tensor in tensors.values())
+
+
+def test_reads_over_shared_memory_do_not_need_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is stopped does not stop them, so that reads straight into place always end."""
+    monkeypatch.setenv("UCX_TLS", "all")
+    expected = tensors_of(_MIB)
+    source = identity_of(expected).source_id
+    reads = [TensorRead(name, 0, torch.zeros_like(tensor)) for name, tensor in expected.items()]
+    with worker() as peer, contextlib.ExitStack() as opened:
+        client = WorkerClient(peer.uri.replace("nixl://", "http://"), deadline_seconds=1)
+        lease = opened.enter_context(client.lease(source))
+        description = client.access(lease.lease_id, "nixl")
+        session = open_nixl(mx.ModelURI.parse(peer.uri), {}).connect(
+            PeerAccess(Peer(source, "w"), lease.lease_id, description)
+        )
+        opened.callback(session.close)
+        arriving = session.read(reads)
+        next(arriving)
+        stop(peer.process)
+
+        assert len(reads) - 1 == len(list(arriving))
+
+        peer.process.send_signal(signal.SIGCONT)
+
+    assert [read.name for read in reads if not torch.equal(expected[read.name], read.destination)] == []
 
 
 def test_a_process_with_kept_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
