@@ -26,8 +26,8 @@ MODULES = ("nixl", "nixl_cu12", "nixl_cu13")
 #: Variables that keep the logs of NIXL and UCX out of stdout, which may be a program's data. What the user set stays.
 _LOG_VARIABLES = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_FILE": "stderr"}
 
-#: How long the thread of an agent sleeps at most.
-_DELAY_MICROSECONDS = 100_000
+#: How long the thread that answers readers sleeps, which delays the beginning of a read over TCP; it uses 1 % of a core.
+_DELAY_MICROSECONDS = 2_000
 
 _loading = threading.Lock()
 

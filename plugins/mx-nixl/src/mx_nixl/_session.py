@@ -9,6 +9,7 @@ that never end are kept; see ``_quarantine``.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import threading
 import time
@@ -254,7 +255,10 @@ class NixlSession:
             self._copying += 1
         try:
             for content, destination in zip(staged, destinations, strict=True):
-                destination.copy_(content)
+                if destination.device.type == "cpu":  # torch would start threads, which wait in busy loops
+                    ctypes.memmove(destination.data_ptr(), content.data_ptr(), len(content))
+                else:
+                    destination.copy_(content)
             if destinations[0].device.type != "cpu":
                 torch.cuda.current_stream(destinations[0].device).synchronize()
         finally:
