@@ -1,5 +1,5 @@
 # Everything a contributor needs; each target sets itself up.
-#   make demo   a real S3 server, two checkpoints, every tensor compared
+#   make demo   a real S3 server, two checkpoints, workers that read from each other, every tensor compared
 #   make test   all tests, several side by side (ARGS="-k name" goes to pytest)
 #   make test-fast   tests without servers and slow steps, for the loop of a contributor (TESTS=plugins/mx-s3/tests)
 #   make test-nightly   all tests, and property tests with all their examples, drawn at random

@@ -1,4 +1,4 @@
-"""The demonstration: a real S3 server, a real checkpoint and a generated one, loaded from disk and from S3.
+"""The demonstration: a real checkpoint and a generated one, loaded from a disk, from a real S3 server and from workers.
 
 Every tensor that was loaded is compared, bit by bit, with what the safetensors library reads from the files.
 """
@@ -16,6 +16,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 import modelexpress_core as mx
+from devtools.demo_peers import show_peers
 from devtools.models import generate_sharded, real_checkpoint
 from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.events import LoadFinished
@@ -98,8 +99,10 @@ def main() -> int:
                         f"{format_bytes(report.goodput_bytes_per_second)}/s",
                         f"[red]{equal} of {len(expected)}[/]" if failed else f"[green]all {equal}[/]",
                     )
-    console.print()
-    console.print(table)
+            console.print()
+            console.print(table)
+            console.print()
+            failures += show_peers(console, uploaded, expected, environ)
     if failures:
         console.print(f"\n[red]{failures} loads differ.[/]")
         return 1

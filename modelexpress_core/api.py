@@ -165,12 +165,16 @@ def publish(
 
     Raises:
         SettingsError: Variables, or files that they name, cannot be used.
-        PlacementError: A tensor has no memory.
+        PlacementError: A tensor has no memory, or the identity has no content version.
         ResolveError: No plugin handles one of ``transports``.
         ModelExpressError: The port is in use.
     """
     from modelexpress_core.sources.offering import Offer
 
+    if not identity.content_version:
+        message = "the identity does not say which content the tensors have, so that others could read wrong weights"
+        hint = "pass content_version=report.content_version of their load to own_identity, or a text of your own"
+        raise PlacementError(message, hint=hint)
     with Offer(
         identity,
         _named_tensors(target),

@@ -23,10 +23,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
+import attrs
+
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.contracts.identity import SourceIdentity
-from modelexpress_core.errors import BackendError, CheckpointError, ResolveError
+from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, ResolveError
 from modelexpress_core.loads.checkpoint import CheckpointLoad
 from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.loads.destination import Destination, DestinationTouchedError
@@ -78,7 +80,7 @@ class Loader(LoadContext):
             ResolveError: A plugin dropped them all.
             SettingsError: A variable that configures discoveries is not valid.
         """
-        ranked = find_candidates(self.plugins, self.environ, request)
+        ranked = find_candidates(self.plugins, self.environ, self._with_content_version(request))
         if not ranked:
             message = f"no candidate is left for {request.uri}: a plugin's mx_rank_candidates dropped them all"
             raise ResolveError(message, hint="disable the plugin with MX_DISABLED_PLUGINS")
@@ -112,6 +114,7 @@ class Loader(LoadContext):
 
     def load(self, request: LoadRequest, destination: Destination) -> LoadReport:
         """Load into ``destination`` from the first candidate that succeeds."""
+        request = self._with_content_version(request)
 
         def attempt(candidate: Candidate) -> LoadReport:
             with self._new_load(candidate, request, destination) as load:
@@ -138,6 +141,25 @@ class Loader(LoadContext):
         registered, storage = self.plugins.open(STORAGE, candidate.uri, self.environ)
         with contextlib.closing(storage):
             return self.read_headers(candidate.uri, registered, storage, self.new_budget())
+
+    def _with_content_version(self, request: LoadRequest) -> LoadRequest:
+        """``request`` with the version of the checkpoint in its identity; without identity if it cannot be told.
+
+        A worker whose content is unknown must not be read.
+        """
+        identity, table = request.identity, self.plugins.table(STORAGE)
+        if identity is None or identity.content_version or request.uri.scheme not in table.schemes:
+            return request
+        version, reason = None, "its storage has no versions that other machines see too"
+        try:
+            if table.lookup(request.uri.scheme).provider.capabilities.global_versions:
+                version = self.open_headers(Candidate(request.uri)).content_version
+        except ModelExpressError as exc:  # the load that tries the candidate reports it
+            reason = str(exc)
+        if version is None:
+            _log.info("no worker is asked for %s, since its content version cannot be told: %s", request.uri, reason)
+            return attrs.evolve(request, identity=None)
+        return attrs.evolve(request, identity=identity.with_content_version(version))
 
     def _new_load(self, candidate: Candidate, request: LoadRequest, destination: Destination) -> Load:
         if candidate.is_peer:

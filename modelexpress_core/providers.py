@@ -91,6 +91,8 @@ class StorageCapabilities:
         patience: Gives up a read after ``patience_seconds`` without a byte: a ``PatientStorage``.
         diagnosis: Reports its endpoint and its credentials to ``mx doctor``: a ``DiagnosableStorage``.
         stat_digests: ``stat`` may return digests that ``list`` does not: core sends one request per file for them.
+        global_versions: The version of an object is the same for every reader on every machine, and another for other
+            content, as ETags and generations are: it tells which workers hold the same content.
         concurrency: Number of concurrent reads at the start of a load.
         most_concurrency: Upper bound of concurrent reads.
         request_cost_bytes: Cost of one more request, as the bytes that could be read in the same time.
@@ -103,6 +105,7 @@ class StorageCapabilities:
     patience: bool = False
     diagnosis: bool = False
     stat_digests: bool = False
+    global_versions: bool = False
     concurrency: int = field(default=8, validator=attrs.validators.ge(1))
     most_concurrency: int = field(default=64, validator=attrs.validators.ge(1))
     request_cost_bytes: int = field(default=256 << 10, validator=attrs.validators.ge(0))

@@ -37,6 +37,8 @@ class LoadReport:
         materialised_operations: Operations that turned bytes into plain tensors, and how often.
         meta_destinations: Copies to the meta device, which has no memory: no byte moved for them.
         peak_rss_bytes: Largest resident memory of the process so far.
+        content_version: The same for every load of the same content, on any machine; empty where the storage cannot
+            tell it, as for local files. ``own_identity`` takes it.
     """
 
     uri: str
@@ -59,6 +61,7 @@ class LoadReport:
     materialised_operations: Mapping[str, int]
     meta_destinations: int
     peak_rss_bytes: int
+    content_version: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -11,6 +13,9 @@ from modelexpress_core.immutable import unmodifiable
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["Checkpoint", "CheckpointFile", "TensorInfo"]
+
+#: Nobody may find other content with the same version.
+_VERSION_DIGITS = 64
 
 
 @frozen
@@ -81,6 +86,18 @@ class Checkpoint:
     def tensor_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.length for tensor in self.tensors.values())
+
+    @cached_property
+    def content_version(self) -> str | None:
+        """Differs for other content: a digest of the URIs, sizes and versions of all files; None if one has no version.
+
+        Whether it is the same on other machines depends on the storage: see ``StorageCapabilities.global_versions``.
+        """
+        described = [[str(self.uri.with_path(file.path)), file.size, file.version] for file in self.files]
+        if any(file.version is None for file in self.files):
+            return None
+        text = json.dumps(sorted(described), separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:_VERSION_DIGITS]
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.uri}: {len(self.tensors)} tensors in {len(self.files)} files>"

@@ -12,11 +12,14 @@ from attrs import field, frozen
 
 from modelexpress_core.immutable import unmodifiable
 
-__all__ = ["WIRE_VERSION", "Engine", "SourceIdentity", "SourceType"]
+__all__ = ["CONTENT_KEY", "WIRE_VERSION", "Engine", "SourceIdentity", "SourceType"]
 
 #: The ``mx_version`` of our identities. It changes with the protocol, not with the package, so that workers of two
 #: releases find each other while a fleet is upgraded.
 WIRE_VERSION = "0.7"
+
+#: Key in ``extra_parameters`` for the version of the content: equal layouts may hold other values.
+CONTENT_KEY = "content_version"
 
 _ID_DIGITS = 16
 
@@ -96,6 +99,15 @@ class SourceIdentity:
     triton_version: str = ""
     gpu_arch: str = ""
     compile_config_digest: str = ""
+
+    @property
+    def content_version(self) -> str:
+        """Tells models of one layout with other values apart; empty if it is unknown."""
+        return self.extra_parameters.get(CONTENT_KEY, "")
+
+    def with_content_version(self, version: str) -> SourceIdentity:
+        """The identity of ``version`` of the same model."""
+        return attrs.evolve(self, extra_parameters={**self.extra_parameters, CONTENT_KEY: version})
 
     @property
     def source_id(self) -> str:

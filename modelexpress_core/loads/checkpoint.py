@@ -105,6 +105,7 @@ class CheckpointLoad(Load):
         ended = time.monotonic()
         recorder, ledger = self.recorder, self.engine.ledger
         files = self.checkpoint.files
+        global_versions = self._registered.provider.capabilities.global_versions
         return LoadReport(
             uri=str(self._uri),
             storage={"plugin": self._registered.plugin.name, "version": self._registered.plugin.version},
@@ -130,4 +131,5 @@ class CheckpointLoad(Load):
             materialised_operations=dict(recorder.materialised_operations),
             meta_destinations=recorder.meta_destinations,
             peak_rss_bytes=peak_rss_bytes(),
+            content_version=(global_versions and self.checkpoint.content_version) or "",
         )

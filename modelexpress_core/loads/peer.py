@@ -52,6 +52,9 @@ class PeerLoad(Load):
     ) -> None:
         super().__init__(candidate, context, destination)
         self._peer = candidate.peer or _peer_named_by(candidate.uri, request)
+        identity = request.identity
+        known = identity is not None and identity.source_id == self._peer.source_id
+        self._content_version = identity.content_version if identity is not None and known else ""
         self._leasing = contextlib.ExitStack()
         self._worker: WorkerClient
         self._lease_id = ""
@@ -207,6 +210,7 @@ class PeerLoad(Load):
             materialised_operations={},
             meta_destinations=0,
             peak_rss_bytes=peak_rss_bytes(),
+            content_version=self._content_version,
         )
 
 

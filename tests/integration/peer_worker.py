@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 
 import modelexpress_core as mx
-from modelexpress_core.contracts.identity import Engine, SourceIdentity
+from modelexpress_core.contracts.identity import SourceIdentity
 
 TENSORS = 40
 
@@ -31,7 +31,7 @@ def tensors_of(mib: int) -> Mapping[str, torch.Tensor]:
 
 def identity_of(tensors: Mapping[str, torch.Tensor]) -> SourceIdentity:
     """Their identity, for both sides."""
-    return mx.own_identity("acme/model", tensors, engine=Engine.UNKNOWN, engine_version="1")
+    return mx.own_identity("acme/model", tensors, content_version="1")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 import modelexpress_core as mx
+from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.errors import BackendError, IntegrityError
 from modelexpress_core.events import LoadFailed, LoadStarted
 from tests.integration.peer_worker import identity_of, tensors_of
@@ -108,7 +110,7 @@ def test_a_worker_reads_from_another_one(start: Start, worker: Worker, checkpoin
     assert second.uri.startswith("grpc://127.0.0.1:")
     assert "mx-grpc-stream" == second.storage["plugin"]
     tensors = zeros()
-    other = mx.own_identity("acme/another", tensors, engine=0, engine_version="1")
+    other = mx.own_identity("acme/another", tensors, content_version="1")
     assert checkpoint == mx.load_into(tensors, checkpoint, identity=other, environ=environ(serving)).uri
     process.kill()
     process.wait()
@@ -201,3 +203,81 @@ def test_with_tokens_a_reader_needs_a_grant(start: Start, checkpoint: str, tmp_p
         assert checkpoint == load(checkpoint, environ(serving)).uri
         with pytest.raises(mx.AccessDeniedError, match="a token is wanted"):
             load(f"grpc://{offer.endpoint}/{identity_of(tensors).source_id}/{offer.worker_id}", environ(serving))
+
+
+# -- the content -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(s3_server: SeaweedFS) -> Callable[[str, int], str]:
+    """Puts a model with the values of ``seed`` at ``name``, and returns its URI."""
+
+    def bucket(name: str, seed: int) -> str:
+        with contextlib.closing(s3_server.client()) as client:
+            content = save({name: torch.full_like(tensor, seed) for name, tensor in _LAYOUT.items()})
+            client.put_object(Bucket="models", Key=f"{name}/model.safetensors", Body=content)
+        return f"s3://models/{name}"
+
+    return bucket
+
+
+_LAYOUT = {"a": torch.zeros(1000), "b": torch.zeros(3, 5, dtype=torch.int16)}
+
+
+def loaded(uri: str, variables: Mapping[str, str]) -> tuple[mx.LoadReport, float]:
+    """The report of a load, and the value that all elements have."""
+    tensors = {name: torch.full_like(tensor, -1) for name, tensor in _LAYOUT.items()}
+    report = mx.load_into(tensors, uri, identity=mx.own_identity("acme/model", tensors), environ=variables)
+    [value] = {value for tensor in tensors.values() for value in tensor.flatten().tolist()}
+    return report, value
+
+
+@contextlib.contextmanager
+def published(report: mx.LoadReport, value: float, variables: Mapping[str, str]) -> Iterator[None]:
+    """A worker that loaded ``value`` offers it."""
+    tensors = {name: torch.full_like(tensor, value) for name, tensor in _LAYOUT.items()}
+    identity = mx.own_identity("acme/model", tensors, content_version=report.content_version)
+    with mx.publish(tensors, identity=identity, environ=variables) as offer:
+        assert eventually(lambda: offer.state.status == "ready")
+        yield
+
+
+def test_only_workers_with_the_same_content_are_read(
+    start: Start, s3_server: SeaweedFS, bucket: Callable[[str, int], str]
+) -> None:
+    """One layout and name: a fine-tuned model elsewhere, and an object that was replaced, are read from the bucket."""
+    variables = {**environ(start()), **s3_server.environ()}
+    base, tuned = bucket("content-base", 1), bucket("content-tuned", 2)
+    first, value = loaded(base, variables)
+    assert (base, 1.0) == (first.uri, value)
+    with published(first, value, variables):
+        again, value = loaded(base, variables)
+        assert again.uri.startswith("grpc://")
+        assert (1.0, first.content_version) == (value, again.content_version)
+
+        other, value = loaded(tuned, variables)
+        assert (tuned, 2.0) == (other.uri, value)
+
+        bucket("content-base", 3)
+        replaced, value = loaded(base, variables)
+        assert (base, 3.0) == (replaced.uri, value)
+        assert 3 == len({first.content_version, other.content_version, replaced.content_version})
+        with published(replaced, value, variables):
+            again, value = loaded(base, variables)
+            assert (3.0, True) == (value, again.uri.startswith("grpc://"))
+
+
+def test_without_a_content_version_there_is_no_worker(
+    start: Start, checkpoint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file's version means nothing on another machine; offers without one are refused."""
+    variables = environ(start())
+    tensors = dict(tensors_of(_MIB))
+    caplog.set_level(logging.INFO, "modelexpress_core")
+
+    report = mx.load_into(zeros(), checkpoint, identity=mx.own_identity("acme/model", tensors), environ=variables)
+
+    assert (checkpoint, "") == (report.uri, report.content_version)
+    assert "no worker is asked" in caplog.text
+    with pytest.raises(mx.PlacementError, match="which content"):
+        mx.publish(tensors, identity=mx.own_identity("acme/model", tensors), environ=variables).__enter__()

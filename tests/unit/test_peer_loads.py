@@ -33,7 +33,7 @@ from modelexpress_core.storage.memory import store
 from modelexpress_core.transport import inproc
 from tests.support.peers import ServingWorker, serving_worker
 
-_IDENTITY = SourceIdentity("acme/model")
+_IDENTITY = SourceIdentity("acme/model", extra_parameters={"content_version": "1"})
 
 
 def new_model(fill: float | None = None) -> nn.Module:

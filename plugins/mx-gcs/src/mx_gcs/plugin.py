@@ -32,6 +32,7 @@ def mx_register_storages() -> list[StorageProvider]:
             capabilities=StorageCapabilities(
                 patience=True,
                 diagnosis=True,
+                global_versions=True,
                 concurrency=32,
                 most_concurrency=128,
                 request_cost_bytes=512 << 10,

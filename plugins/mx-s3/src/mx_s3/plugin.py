@@ -33,6 +33,7 @@ def mx_register_storages() -> list[StorageProvider]:
                 patience=True,
                 diagnosis=True,
                 stat_digests=True,
+                global_versions=True,
                 concurrency=32,
                 most_concurrency=128,
                 request_cost_bytes=512 << 10,

@@ -43,6 +43,7 @@ def _of_objects(*, stat_digests: bool = False) -> StorageCapabilities:
         read_batch=True,
         diagnosis=True,
         stat_digests=stat_digests,
+        global_versions=True,
         concurrency=2,
         most_concurrency=4,
         request_cost_bytes=512 << 10,
