@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 
 import modelexpress_core as mx
-from modelexpress_core.contracts.identity import Engine, SourceIdentity
+from modelexpress_core.contracts.identity import SourceIdentity
 from tests.support.peers import serving_worker
 
 TENSORS = 24
@@ -31,7 +31,7 @@ def tensors_of(mib: int) -> Mapping[str, torch.Tensor]:
 
 def identity_of(tensors: Mapping[str, torch.Tensor]) -> SourceIdentity:
     """Their identity, for both sides."""
-    return mx.own_identity("acme/model", tensors, engine=Engine.UNKNOWN, engine_version="1")
+    return mx.own_identity("acme/model", tensors, content_version="1")
 
 
 def main() -> None:

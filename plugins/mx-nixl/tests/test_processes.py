@@ -201,8 +201,8 @@ def test_a_worker_that_is_stopped_amid_a_load_writes_nothing_later(
     assert all(bool((tensor == 0xA5).all()) for tensor in tensors.values())
 
 
-def test_reads_over_shared_memory_do_not_need_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that is stopped does not stop them, so that reads straight into place always end."""
+def test_a_worker_that_is_stopped_amid_reads_into_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over CMA the reads end without it, or ``close`` raises: NIXL may still wait for a connection that is new."""
     monkeypatch.setenv("UCX_TLS", "all")
     expected = tensors_of(_MIB)
     source = identity_of(expected).source_id
@@ -211,19 +211,29 @@ def test_reads_over_shared_memory_do_not_need_the_worker(monkeypatch: pytest.Mon
         client = WorkerClient(peer.uri.replace("nixl://", "http://"), deadline_seconds=1)
         lease = opened.enter_context(client.lease(source))
         description = client.access(lease.lease_id, "nixl")
-        session = open_nixl(mx.ModelURI.parse(peer.uri), {}).connect(
+        session = open_nixl(mx.ModelURI.parse(peer.uri), {"MX_NIXL_READ_TIMEOUT_SECONDS": "1"}).connect(
             PeerAccess(Peer(source, "w"), lease.lease_id, description)
         )
-        opened.callback(session.close)
         arriving = session.read(reads)
-        next(arriving)
+        done = {next(arriving)}
         stop(peer.process)
 
-        assert len(reads) - 1 == len(list(arriving))
+        try:
+            done.update(arriving)
+        except DeadlineError:
+            with pytest.raises(BackendError, match="they may still write to the tensors"):
+                session.close()
+            with pytest.raises(BackendError, match="they may still write to the tensors"):
+                session.close()
+        else:
+            session.close()
+            assert len(reads) == len(done)
 
         peer.process.send_signal(signal.SIGCONT)
+        assert eventually(lambda: QUARANTINE.release_ended() or QUARANTINE.nbytes == 0)
 
-    assert [read.name for read in reads if not torch.equal(expected[read.name], read.destination)] == []
+    right = {number for number, read in enumerate(reads) if torch.equal(expected[read.name], read.destination)}
+    assert done <= right
 
 
 def test_a_process_with_kept_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ MODULES = ("nixl", "nixl_cu12", "nixl_cu13")
 #: Variables that keep the logs of NIXL and UCX out of stdout, which may be a program's data. What the user set stays.
 _LOG_VARIABLES = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_FILE": "stderr"}
 
-#: How long the thread that answers readers sleeps, which delays the beginning of a read over TCP; it uses 1 % of a core.
+#: How long the thread that answers readers sleeps: it delays reads over TCP by this, and uses 1 % of a core.
 _DELAY_MICROSECONDS = 2_000
 
 _loading = threading.Lock()
@@ -132,6 +132,10 @@ class Agent:
         """Make another agent known, and return its name."""
         name = self._open.add_remote_agent(metadata)
         return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+
+    def connect(self, name: str) -> None:
+        """Connect to another agent. Without this, the first reads would wait for it even if CMA moves their bytes."""
+        self._open.make_connection(name, backends=[self.backend])
 
     def remove(self, name: str) -> None:
         """Forget another agent, and end the connection to it."""

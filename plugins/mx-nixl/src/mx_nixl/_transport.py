@@ -75,6 +75,8 @@ class NixlTransport:
             name = agent.add(description.metadata)
         if name != description.agent:
             raise other_agent(uri)
+        with nixl_errors("connect", uri, peer_at_fault=True):
+            agent.connect(name)
         return NixlSession(
             agent,
             description,
