@@ -27,6 +27,7 @@ BENCHMARKS = (
     "faults",
     "corruption",
     "control_plane",
+    "p2p",
     "errors",
 )
 #: Benchmarks that run only if named: they take long, and need another environment.

@@ -34,7 +34,7 @@ class TensorLayout:
         shape: Number of elements along each dimension.
         stride: Distance between neighbours along each dimension, in elements.
         dtype: Data type of the elements: ``"bfloat16"``.
-        same_memory_as: Name of the first tensor that begins at the same byte, if it is another one; else empty.
+        same_memory_as: Name of the first tensor of the same bytes of memory, if it is another one; else empty.
     """
 
     name: str
@@ -63,9 +63,10 @@ class TensorTable:
     Attributes:
         source_id: The ``mx_source_id`` of the tensors' identity.
         worker_id: The worker that holds them.
-        tensors: The memory of each tensor by name: one dimension of uint8, on its device. Tensors that share memory
-            with another one, and those without elements, are left out.
-        holds_lease: Whether a reader holds the lease with this id, so that the memory is unchanged.
+        tensors: The memory of each tensor by name: one dimension of uint8, on its device. Tensors of the same bytes as
+            another one, and those without elements, are left out. Others may overlap.
+        holds_lease: Whether a reader holds the lease with this id, so that the memory is unchanged. A transport whose
+            own code sends the bytes asks it before each piece.
     """
 
     source_id: str
@@ -82,11 +83,14 @@ class PeerAccess:
         peer: The worker.
         lease_id: The lease that keeps its memory unchanged; a secret of this reader.
         description: ``ServedTensors.description`` of the worker's side.
+        digests_compared: Whether core compares the digest of each chunk where it arrived; a transport then needs no
+            checksums of its own.
     """
 
     peer: Peer
     lease_id: str = field(repr=False)
     description: bytes = field(default=b"", repr=False)
+    digests_compared: bool = False
 
 
 @frozen
@@ -108,7 +112,7 @@ class ServedTensors(Protocol):
     """Tensors that peers may read, until ``close``.
 
     Attributes:
-        description: What ``connect`` of the other side needs; at most 1 MiB. It is shown to readers with a lease alone.
+        description: What ``connect`` of the other side needs; at most 16 MiB. Readers get it under a lease alone.
         topology: Entries that the worker publishes about this transport.
         services: gRPC services that the worker's server offers for this transport, and what implements them, as
             ``wire.rpc.handler`` takes both; mostly empty. Their methods are open to callers without a token or grant:
@@ -120,7 +124,11 @@ class ServedTensors(Protocol):
     services: Mapping[Any, object]
 
     def close(self) -> None:
-        """Stop serving. Afterwards no peer reads this memory."""
+        """Stop serving. May be called more than once.
+
+        It returns when no send uses the memory any more. Afterwards no peer reads it: reads under way end with an
+        error.
+        """
         ...
 
 

@@ -95,6 +95,7 @@ class PeerLoad(Load):
             attrs.evolve(self._peer, worker_id=lease.manifest.worker_id),
             lease.lease_id,
             self._worker.access(lease.lease_id, self._uri.scheme),
+            digests_compared=self._context.settings.verify_digests,
         )
         session = transport.connect(access)
         self._reader = PeerReader(
@@ -102,6 +103,7 @@ class PeerLoad(Load):
             uri=str(self._uri),
             provider=self._registered.provider.name,
             stall_seconds=self._context.settings.stall_seconds,
+            verify=self._context.settings.verify_digests,
             on_arrival=self._progress.arrived,
         )
         self._closing.callback(self._reader.close)
@@ -206,7 +208,11 @@ class PeerLoad(Load):
             requests=len(self._chunks) + reader.read_again,
             retries=reader.read_again,
             concurrency=reader.threads,
-            verified={"versions": 0, "sizes": 0, "digests": len(self._chunks)},
+            verified={
+                "versions": 0,
+                "sizes": 0,
+                "digests": len(self._chunks) if self._context.settings.verify_digests else 0,
+            },
             materialised_operations={},
             meta_destinations=0,
             peak_rss_bytes=peak_rss_bytes(),

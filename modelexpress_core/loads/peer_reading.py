@@ -64,6 +64,7 @@ class PeerReader:
         uri: Redacted URI of the worker, for messages.
         provider: Name of the transport, for messages.
         stall_seconds: The load fails if no chunk arrives for this long.
+        verify: Whether digests are compared.
         on_arrival: Called by the reading threads after each chunk.
 
     Attributes:
@@ -80,6 +81,7 @@ class PeerReader:
         uri: str,
         provider: str,
         stall_seconds: float,
+        verify: bool,
         on_arrival: Callable[[], None],
     ) -> None:
         self.arrived_bytes = self.read_again = self.reread_bytes = self.threads = 0
@@ -87,6 +89,7 @@ class PeerReader:
         self._uri = uri
         self._provider = provider
         self._stall_seconds = stall_seconds
+        self._verify = verify
         self._on_arrival = on_arrival
         self._changed = threading.Condition()
         self._left: deque[ChunkRead] = deque()
@@ -175,7 +178,7 @@ class PeerReader:
                 raise self._failure(BackendError, reason, hint="report it to the authors of the transport")
             open_positions.remove(position)
             chunk = batch[position]
-            right = chunk_digests(chunk.destination) == [chunk.digest]
+            right = not self._verify or chunk_digests(chunk.destination) == [chunk.digest]
             with self._changed:
                 self._progressed_at = time.monotonic()
                 if right:

@@ -31,7 +31,7 @@ class OfferedTensors:
 
     Attributes:
         layouts: The layout of each tensor.
-        memory: The bytes of each tensor that shares no memory with another one and has elements: one dimension of
+        memory: The bytes of each tensor that has elements, and is not the same memory as another one: one dimension of
             uint8.
 
     Raises:

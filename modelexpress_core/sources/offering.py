@@ -96,6 +96,7 @@ class Offer:
     Attributes:
         worker_id: Name of the worker.
         endpoint: Address that serves the manifest.
+        transports: Schemes over which the tensors can be read.
 
     Raises:
         SettingsError: Variables, or files that they name, cannot be used.
@@ -171,6 +172,7 @@ class Offer:
             published.accelerator = identity.gpu_arch
             for each in served.values():
                 published.topology.update(each.topology)
+            self.transports = tuple(served)
             published.topology[TRANSPORTS_KEY] = ",".join(served)
             published.topology[ENDPOINT_KEY] = self.endpoint
             self._publisher = Publisher(

@@ -36,6 +36,9 @@ _log = logging.getLogger(__name__)
 #: How often a lease is renewed before it would end: two renewals may be lost.
 _RENEWALS_PER_TERM = 4
 
+#: What a transport may tell readers.
+_MAX_DESCRIPTION_BYTES = 16 << 20
+
 #: A grant is used up to this long before it expires.
 _GRANT_MARGIN_SECONDS = 30.0
 
@@ -196,6 +199,16 @@ class WorkerClient(Client):
         """
         request = peer_pb2.GetAccessRequest(lease_id=lease_id, transport=transport)
         response: peer_pb2.GetAccessResponse = self._call(PEER, "GetAccess", request)
+        if len(response.description) > _MAX_DESCRIPTION_BYTES:
+            reason = f"the worker describes its tensors for {transport} in {len(response.description)} bytes"
+            raise BackendError(
+                reason,
+                uri=self.url,
+                operation="read the tensors",
+                peer_at_fault=True,
+                cause=f"another version of the plugin: at most {_MAX_DESCRIPTION_BYTES} bytes are taken",
+                hint="compare the versions of both workers",
+            )
         return response.description
 
     @contextlib.contextmanager

@@ -1,8 +1,8 @@
-"""Test tools for plugin authors: contract classes to inherit, and a storage that fails on request.
+"""Test tools for plugin authors: contract classes to inherit, a storage that fails on request, and a worker.
 
-The contracts need pytest and hypothesis; the contract of metadata stores also needs the server:
-``pip install '.[server,testing]'`` in a checkout.
-``FaultyStorage`` needs no extra. No module here imports torch, and each name is imported at first use.
+The contracts need pytest and hypothesis; those of metadata stores and transports also need the server, and so does
+``serving_worker``: ``pip install '.[server,testing]'`` in a checkout.
+``FaultyStorage`` needs no extra. Each name is imported at first use; ``TransportContract`` alone imports torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from modelexpress_core.testing.metadata_store_contract import MetadataStoreContract
     from modelexpress_core.testing.plugin_contract import PluginContract
     from modelexpress_core.testing.storage_contract import UNUSUAL_NAMES, StorageContract
+    from modelexpress_core.testing.transport_contract import TransportContract
+    from modelexpress_core.testing.workers import ServingWorker, serving_worker
 
 _MODULES = {
     "Fault": "faults",
@@ -24,8 +26,11 @@ _MODULES = {
     "FaultyStorage": "faults",
     "MetadataStoreContract": "metadata_store_contract",
     "PluginContract": "plugin_contract",
+    "ServingWorker": "workers",
     "StorageContract": "storage_contract",
+    "TransportContract": "transport_contract",
     "UNUSUAL_NAMES": "storage_contract",
+    "serving_worker": "workers",
 }
 
 __all__ = [
@@ -35,7 +40,10 @@ __all__ = [
     "FaultyStorage",
     "MetadataStoreContract",
     "PluginContract",
+    "ServingWorker",
     "StorageContract",
+    "TransportContract",
+    "serving_worker",
 ]
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar, TypeVar, cast
+from typing import ClassVar, cast
 from uuid import uuid4
 
 import pytest
@@ -30,6 +30,7 @@ from modelexpress_core.errors import (
     SourceChangedError,
     UnavailableError,
 )
+from modelexpress_core.testing.calling import CallingContract
 from modelexpress_core.testing.checks import (
     BatchBuffers,
     Runs,
@@ -56,11 +57,9 @@ from modelexpress_core.testing.checks import (
     with_patience,
     with_runs,
 )
-from modelexpress_core.testing.contract import Contract, violated
+from modelexpress_core.testing.contract import violated
 
 __all__ = ["UNUSUAL_NAMES", "StorageContract"]
-
-_T = TypeVar("_T")
 
 #: Object names that occur in practice and need care in a URL. Some pairs become one name if decoded twice.
 UNUSUAL_NAMES: tuple[str, ...] = (
@@ -87,7 +86,7 @@ _RUNS_BYTES = (2 << 20) + 3
 _MEANWHILE_SECONDS = 0.2
 
 
-class StorageContract(Contract, contract=True):
+class StorageContract(CallingContract, contract=True):
     """The rules for every storage, checked on the storage of the fixtures.
 
     Override ``storage`` and ``put``; the other fixtures have a default, or enable tests. A rule that does not apply,
@@ -1050,56 +1049,3 @@ class StorageContract(Contract, contract=True):
             self._soon("a read after close", lambda: read(0))
         except BackendError as exc:
             check_final(exc, "a read after close")
-
-    def _soon(self, what: str, function: Callable[[], _T]) -> _T:
-        """Call ``function``; fail if it does not return or raise in time."""
-        (result,) = self._in_threads(1, lambda _: function(), what=what)
-        return result
-
-    def _failing(self, what: str, function: Callable[[], object]) -> BackendError:
-        """Return the BackendError that ``function`` raises; fail if it raises none in time."""
-        try:
-            result = self._soon(what, function)
-        except BackendError as exc:
-            return exc
-        except AssertionError:
-            raise
-        except Exception as exc:
-            message = f"{what} raised {type(exc).__name__}, not BackendError: translate it with `raise ... from`"
-            raise AssertionError(message) from exc
-        message = f"{what} should fail, but returned {result!r}"
-        raise AssertionError(message)
-
-    def _in_threads(
-        self,
-        number: int,
-        function: Callable[[int], _T],
-        *,
-        meanwhile: Callable[[], object] | None = None,
-        what: str = "a call",
-    ) -> list[_T]:
-        """Call ``function`` in ``number`` threads, and return the results; raise the first error if there is one."""
-        results: list[_T] = []
-        errors: list[BaseException] = []
-
-        def run(index: int) -> None:
-            try:
-                results.append(function(index))
-            except BaseException as exc:  # noqa: BLE001 - raised below
-                errors.append(exc)
-
-        threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(number)]
-        for thread in threads:
-            thread.start()
-        try:
-            if meanwhile is not None:
-                meanwhile()
-        finally:
-            end = time.monotonic() + self.hang_seconds
-            for thread in threads:
-                thread.join(max(end - time.monotonic(), 0.0))
-        if errors:
-            raise errors[0]
-        if any(thread.is_alive() for thread in threads):
-            violated(f"{what} did not return within {self.hang_seconds:g} s (hang_seconds)")
-        return results

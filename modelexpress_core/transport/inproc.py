@@ -86,6 +86,7 @@ class InprocSession:
     def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
         """Copy one range after the other."""
         for position, read in enumerate(reads):
+            self._check_range(read)
             with self._lock:
                 copied = not self._closed and self._served.copy(read, self._lease_id)
             if not copied:
@@ -99,6 +100,13 @@ class InprocSession:
                     peer_at_fault=not self._closed,
                 )
             yield position
+
+    def _check_range(self, read: TensorRead) -> None:
+        memory = self._served.table.tensors.get(read.name)
+        end = read.offset + len(read.destination)
+        if memory is None or end > len(memory):
+            reason = f"there is no tensor {read.name[:200]!r} with bytes {read.offset} to {end - 1}"
+            raise NotFoundError(reason, uri=self._uri, operation="read the tensors", provider=_PROVIDER)
 
     def close(self) -> None:
         """End reads, when the copies under way have ended."""

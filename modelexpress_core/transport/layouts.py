@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from modelexpress_core.contracts.transport import TensorLayout
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["layout_digest", "tensor_layouts"]
 
 _DIGEST_DIGITS = 16
+
+#: What is equal for tensors of the same bytes of memory.
+_MemoryKey: TypeAlias = "tuple[str, int, tuple[tuple[int, int], ...]]"
 
 
 def layout_digest(tensors: Iterable[TensorLayout]) -> str:
@@ -31,10 +34,10 @@ def layout_digest(tensors: Iterable[TensorLayout]) -> str:
 def tensor_layouts(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorLayout, ...]:
     """Return the layouts of tensors by name, for example of a model's parameters and buffers.
 
-    Tensors are tied if they start at the same address; equal content does not count. A read into one is a read into
-    all.
+    Tensors are tied if they are the same bytes of memory, whatever their dtypes and the order of their dimensions.
+    Equal content does not count. A read into one is a read into all.
     """
-    first: dict[tuple[str, int], str] = {}
+    first: dict[_MemoryKey, str] = {}
     for name in sorted(tensors):
         first.setdefault(_memory_key(name, tensors[name]), name)
     return tuple(
@@ -49,10 +52,28 @@ def tensor_layouts(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorLayout, .
     )
 
 
-def _memory_key(name: str, tensor: torch.Tensor) -> tuple[str, int]:
-    """Return device and address of the tensor, or a key from its name if it has no memory."""
+def _memory_key(name: str, tensor: torch.Tensor) -> _MemoryKey:
+    """Return device, address and extents of the tensor, or a key from its name if it has no memory."""
     import torch
 
     has_memory = tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() > 0
     address = tensor.data_ptr() if has_memory else 0
-    return (str(tensor.device), address) if address else (name, 0)
+    return (str(tensor.device), address, _extents(tensor)) if address else (name, 0, ())
+
+
+def _extents(tensor: torch.Tensor) -> tuple[tuple[int, int], ...]:
+    """Distance in bytes and size of as few dimensions as describe the tensor's bytes, the smallest distance first."""
+    itemsize = tensor.element_size()
+    dims = sorted(
+        (stride * itemsize, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride
+    )
+    found = [(1, itemsize)]
+    for stride, size in dims:
+        inner_stride, inner_size = found[-1]
+        if size == 1:
+            continue
+        if stride == inner_stride * inner_size:
+            found[-1] = (inner_stride, inner_size * size)
+        else:
+            found.append((stride, size))
+    return tuple(found)

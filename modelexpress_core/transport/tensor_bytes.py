@@ -99,4 +99,5 @@ def _overlaps(ordered: torch.Tensor) -> bool:
 
 
 def _flat(contiguous: torch.Tensor) -> torch.Tensor:
-    return contiguous.reshape(-1).view(torch.uint8)
+    # Not reshape: it keeps the stride of a single element, which may be 0, and torch then refuses a view as bytes.
+    return contiguous.as_strided((contiguous.numel(),), (1,)).view(torch.uint8)

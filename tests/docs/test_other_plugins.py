@@ -24,7 +24,7 @@ from modelexpress_core.providers import TransportProvider
 from modelexpress_core.sources.discovery import find_candidates
 
 _PAGE = Path(__file__).parents[2] / "docs" / "write-a-plugin.md"
-_SECTION = _PAGE.read_text().partition("## 7. Write another kind of plugin")[2]
+_SECTION = _PAGE.read_text().partition("## 7. Write another kind of plugin")[2].partition("\n## ")[0]
 _DISCOVERY, _STORE, _CONTRACT = re.findall(r"```python\n(.*?)```", _SECTION, re.DOTALL)
 _IDENTITY = SourceIdentity("acme/model")
 _REQUEST = LoadRequest(mx.ModelURI.parse("memory://host/model"), _IDENTITY, worker_rank=1, reader="me")

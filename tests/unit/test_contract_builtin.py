@@ -1,4 +1,4 @@
-"""The storages that core brings keep to the contract that it asks of others."""
+"""The storages and the transport that core brings keep to the contracts that it asks of others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from modelexpress_core.contracts.storage import Storage
+from modelexpress_core.plugin import mx_register_transports
+from modelexpress_core.providers import TransportProvider
 from modelexpress_core.storage.file import FileStorage
 from modelexpress_core.storage.memory import MemoryStorage
-from modelexpress_core.testing import FaultPolicy, FaultyStorage, PluginContract, StorageContract
+from modelexpress_core.testing import FaultPolicy, FaultyStorage, PluginContract, StorageContract, TransportContract
 
 
 def replacing(directory: Path) -> Callable[[str, bytes], object]:
@@ -97,6 +99,14 @@ class TestStorageWithRunsWithoutFaults(StorageContract):
     @pytest.fixture
     def put(self, tmp_path: Path) -> Callable[[str, bytes], object]:
         return replacing(tmp_path)
+
+
+@pytest.mark.slow
+class TestInprocTransport(TransportContract):
+    @pytest.fixture
+    def provider(self) -> TransportProvider:
+        (record,) = mx_register_transports()
+        return record
 
 
 class TestBuiltInPlugin(PluginContract):

@@ -274,12 +274,15 @@ def test_the_loader_finds_peers_for_requests_with_an_identity() -> None:
     discovering = Discovering(lambda _: [peer("w")])
     loader = Loader({"MX_DISCOVERY": "test://"}, manager(discovering))
 
-    with_identity = loader.candidates(loader.request(_URI, identity=_REQUEST.identity, worker_rank=1, reader="me"))
+    assert _REQUEST.identity is not None
+    identity = _REQUEST.identity.with_content_version("1")
+
+    with_identity = loader.candidates(loader.request(_URI, identity=identity, worker_rank=1, reader="me"))
     without = loader.candidates(loader.request(_URI))
 
     assert ["nixl", "memory"] == [candidate.uri.scheme for candidate in with_identity]
     assert ["memory"] == [candidate.uri.scheme for candidate in without]
-    assert [_REQUEST] == discovering.requests
+    assert [attrs.evolve(_REQUEST, identity=identity)] == discovering.requests
 
 
 # -- plugins -----------------------------------------------------------------------------------------------------------

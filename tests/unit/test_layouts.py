@@ -79,6 +79,27 @@ def test_tied_tensors_are_another_layout_than_equal_ones() -> None:
     assert tied == layout_digest(tensor_layouts({"b": weight, "a": weight}))
 
 
+def test_tensors_of_the_same_bytes_are_tied() -> None:
+    """Whatever their shapes, the order of their dimensions and their dtypes."""
+    weight = torch.zeros(4, 2, 3)
+    same = {"t": weight.permute(2, 0, 1), "view": weight.view(8, 3), "bits": weight.view(torch.int16)}
+    wide = torch.zeros(4, 6)[:, :3]
+
+    tied = tensor_layouts({"a": weight, **same, "wide": wide, "wide t": wide.t()})
+
+    owners = {layout.name: layout.same_memory_as for layout in tied}
+    assert {"a": "", "t": "a", "view": "a", "bits": "a", "wide": "", "wide t": "wide"} == owners
+
+
+def test_tensors_that_only_begin_at_the_same_byte_are_not_tied() -> None:
+    """A read of one brings not all bytes of the other."""
+    memory = torch.zeros(4, 6)
+
+    found = tensor_layouts({"a": memory[:2], "b": memory, "c": memory[:, :3], "d": memory[0, 0], "e": memory[::2]})
+
+    assert [""] * 5 == [layout.same_memory_as for layout in found]
+
+
 @pytest.mark.parametrize(
     ("a", "b"),
     [

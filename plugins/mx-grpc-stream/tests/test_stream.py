@@ -1,9 +1,11 @@
-"""Loads over gRPC: bytes in place, and what is noticed when something on the way is not right."""
+"""Loads over gRPC: bytes in place, and what is noticed when something on the way is not right.
+
+Ranges, leases and ``close`` are tested by the contract of transports, in ``test_contract.py``.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -69,19 +71,6 @@ def test_every_tensor_is_in_place(worker: ServingWorker, tensors: Mapping[str, t
     assert 0 == worker.leases.out()
 
 
-def test_ranges_come_in_frames(worker: ServingWorker, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Of any offset and length, in one call."""
-    reads = [
-        TensorRead("large", offset, torch.zeros(length, dtype=torch.uint8))
-        for offset, length in ((0, 1), ((1 << 20) - 1, 2), (5, 3 << 20), ((9 << 20) + 12, 1))
-    ]
-    with leased(worker) as session:
-        assert [0, 1, 2, 3] == list(session.read(reads))
-
-    for read in reads:
-        assert torch.equal(tensors["large"][read.offset : read.offset + len(read.destination)], read.destination)
-
-
 def test_without_a_lease_there_is_nothing(worker: ServingWorker) -> None:
     """Nor with one that has ended."""
     transport = open_grpc(ModelURI.parse(worker.uri("grpc")), {})
@@ -104,46 +93,6 @@ def test_only_bytes_of_its_tensors_are_sent(worker: ServingWorker, name: str, of
     """Nothing beyond a tensor's end, and of no other memory."""
     with leased(worker) as session, pytest.raises(BackendError, match="there is no tensor"):
         list(session.read([TensorRead(name, offset, torch.zeros(length, dtype=torch.uint8))]))
-
-
-def test_a_lease_that_ends_amid_a_stream_ends_it(worker: ServingWorker) -> None:
-    """The frames after it are not sent."""
-    reads = [TensorRead("large", 0, torch.zeros(1 << 20, dtype=torch.uint8)) for _ in range(200)]
-    with leased(worker) as session:
-        stream = session.read(reads)
-        next(stream)
-        worker.leases.drain(0)
-        with pytest.raises(NotFoundError, match="no such lease") as caught:
-            list(stream)
-    assert caught.value.peer_at_fault
-    assert not caught.value.retryable
-
-
-def test_a_session_that_is_closed_ends_its_reads(worker: ServingWorker) -> None:
-    """In other threads too; nothing is written afterwards."""
-    reads = [TensorRead("large", 0, torch.zeros(1 << 20, dtype=torch.uint8)) for _ in range(200)]
-    errors: list[BackendError] = []
-    first = threading.Event()
-
-    def read(session: GrpcSession) -> None:
-        try:
-            for _ in session.read(reads):
-                first.set()
-        except BackendError as exc:
-            errors.append(exc)
-
-    with leased(worker) as session:
-        thread = threading.Thread(target=read, args=(session,))
-        thread.start()
-        assert first.wait(30)
-        session.close()
-        for each in reads:
-            each.destination.fill_(9)
-        thread.join(30)
-
-    assert not thread.is_alive()
-    assert [False] == [error.peer_at_fault for error in errors]
-    assert all(bool((each.destination == 9).all()) for each in reads)
 
 
 @pytest.mark.parametrize("position", [20_000, 400_000, 3_000_000])

@@ -54,12 +54,14 @@ class GetAccessResponse(_message.Message):
     def __init__(self, description: _Optional[bytes] = ...) -> None: ...
 
 class ReadTensorsRequest(_message.Message):
-    __slots__ = ("lease_id", "ranges")
+    __slots__ = ("lease_id", "ranges", "checksums")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     lease_id: str
     ranges: _containers.RepeatedCompositeFieldContainer[TensorRange]
-    def __init__(self, lease_id: _Optional[str] = ..., ranges: _Optional[_Iterable[_Union[TensorRange, _Mapping]]] = ...) -> None: ...
+    checksums: bool
+    def __init__(self, lease_id: _Optional[str] = ..., ranges: _Optional[_Iterable[_Union[TensorRange, _Mapping]]] = ..., checksums: bool = ...) -> None: ...
 
 class TensorRange(_message.Message):
     __slots__ = ("name", "offset", "length")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -65,25 +65,50 @@ class StreamedTensors:
                 end = each.offset + each.length
                 reason = f"there is no tensor {each.name[:200]!r} with bytes {each.offset} to {end - 1}"
                 await context.abort(grpc.StatusCode.OUT_OF_RANGE, reason)
-        loop = asyncio.get_running_loop()
-        for position, each in enumerate(request.ranges):
-            end = each.offset + each.length
-            for offset in range(each.offset, end, FRAME_BYTES):
-                part = self._table.tensors[each.name][offset : min(offset + FRAME_BYTES, end)]
-                frame = await loop.run_in_executor(self._threads, self._frame, request.lease_id, position, part)
-                if frame is None:
-                    reason = "no such lease: it has ended, and the memory may have changed since then"
-                    await context.abort(grpc.StatusCode.NOT_FOUND, reason)
-                yield frame
+        making: Awaitable[bytes | None] | None = None
+        for position, part in self._parts(request):
+            begun = self._make_frame(request, position, part)
+            if begun is None:
+                reason = "the worker no longer offers these tensors"
+                await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+            if making is not None:
+                yield await self._made(making, context)  # and the next one is made while it is sent
+            making = begun
+        if making is not None:
+            yield await self._made(making, context)
 
-    def _frame(self, lease_id: str, position: int, part: torch.Tensor) -> bytes | None:
+    def _parts(self, request: peer_pb2.ReadTensorsRequest) -> Iterator[tuple[int, torch.Tensor]]:
+        """What each frame holds: the position of the range, and a part of the tensor."""
+        for position, each in enumerate(request.ranges):
+            memory, end = self._table.tensors[each.name], each.offset + each.length
+            for offset in range(each.offset, end, FRAME_BYTES):
+                yield position, memory[offset : min(offset + FRAME_BYTES, end)]
+
+    @staticmethod
+    async def _made(making: Awaitable[bytes | None], context: RpcContext) -> bytes:
+        frame = await making
+        if frame is None:
+            reason = "no such lease: it has ended, and the memory may have changed since then"
+            await context.abort(grpc.StatusCode.NOT_FOUND, reason)
+        return frame
+
+    def _make_frame(
+        self, request: peer_pb2.ReadTensorsRequest, position: int, part: torch.Tensor
+    ) -> Awaitable[bytes | None] | None:
+        """Begin a frame in another thread; None after ``close``."""
+        with self._copying:  # a thread that was asked before ``close`` answers: its reader would wait for ever
+            if self._closed:
+                return None
+            return asyncio.get_running_loop().run_in_executor(self._threads, self._frame, request, position, part)
+
+    def _frame(self, request: peer_pb2.ReadTensorsRequest, position: int, part: torch.Tensor) -> bytes | None:
         """A frame with the bytes of ``part``; None unless the lease keeps them as they are."""
         with self._copying:
-            if self._closed or not self._table.holds_lease(lease_id):
+            if self._closed or not self._table.holds_lease(request.lease_id):
                 return None
             self._copies += 1
         try:
-            return frame_of(position, host_memory(part.cpu()))
+            return frame_of(position, host_memory(part.cpu()), checksum=request.checksums)
         finally:
             with self._copying:
                 self._copies -= 1
@@ -94,4 +119,4 @@ class StreamedTensors:
         with self._copying:
             self._closed = True
             self._copying.wait_for(lambda: not self._copies)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False)

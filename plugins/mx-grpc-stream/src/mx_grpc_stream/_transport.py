@@ -48,13 +48,13 @@ class GrpcSession:
 
     Args:
         client: The connection, which ``close`` closes.
-        lease_id: The lease of this reader.
+        access: The lease of this reader, and whether frames need checksums.
         uri: Redacted URI of the worker, for messages.
     """
 
-    def __init__(self, client: _TensorClient, lease_id: str, uri: str) -> None:
+    def __init__(self, client: _TensorClient, access: PeerAccess, uri: str) -> None:
         self._client = client
-        self._lease_id = lease_id
+        self._access = access
         self._uri = uri
         self._lock = threading.Lock()
         self._streams: set[ResponseStream[bytes]] = set()
@@ -67,8 +67,11 @@ class GrpcSession:
         ranges = [
             peer_pb2.TensorRange(name=each.name, offset=each.offset, length=len(each.destination)) for each in reads
         ]
+        request = peer_pb2.ReadTensorsRequest(
+            lease_id=self._access.lease_id, ranges=ranges, checksums=not self._access.digests_compared
+        )
         try:
-            with self._client.frames(peer_pb2.ReadTensorsRequest(lease_id=self._lease_id, ranges=ranges)) as frames:
+            with self._client.frames(request) as frames:
                 self._opened(frames)
                 try:
                     yield from self._in_place(reads, frames)
@@ -82,7 +85,7 @@ class GrpcSession:
         expected, done = 0, 0
         for frame in frames:
             try:
-                position, content = opened(frame)
+                position, content = opened(frame, checksum=not self._access.digests_compared)
             except ValueError as exc:
                 raise damaged(str(exc)) from exc
             if expected == len(reads) or position != expected or done + len(content) > len(reads[expected].destination):
@@ -155,7 +158,7 @@ class GrpcTransport:
         """Connect to the worker, with the first call."""
         scheme = "https" if self._uri.query.get("tls") == "1" else "http"
         client = _TensorClient(f"{scheme}://{self._uri.authority}", self._security, self._settings)
-        return GrpcSession(client, access.lease_id, str(self._uri))
+        return GrpcSession(client, access, str(self._uri))
 
     def close(self) -> None:
         """Do nothing: sessions have the connections."""

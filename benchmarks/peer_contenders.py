@@ -1,0 +1,115 @@
+"""The readers that are compared on one worker (see ``benchmarks.contenders``)."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.contenders import Contender, in_threads
+from benchmarks.peer_source import BARE_METHOD, REQUEST, tensors_of
+
+__all__ = ["BareGrpc", "PeerInto", "PeerSockets"]
+
+#: Size of the requests over plain sockets.
+_PIECE_BYTES = 4 << 20
+
+
+class _Reader(Contender):
+    """Reads into touched memory."""
+
+    def __init__(self, mib: int) -> None:
+        self.tensors = tensors_of(mib)
+
+    def release(self) -> None:
+        """Do nothing: the next run reads into the same memory."""
+
+
+class PeerInto(_Reader):
+    """``load_into`` from a worker."""
+
+    def __init__(self, mib: int, uri: str) -> None:
+        super().__init__(mib)
+        self.uri = uri
+
+    def run(self, **_setting: Any) -> Mapping[str, Any]:  # noqa: ANN401 - JSON
+        import modelexpress_core as mx
+
+        report = mx.load_into(self.tensors, self.uri)
+        return {
+            "phase_seconds": dict(report.phase_seconds),
+            "requests": report.requests,
+            "verified": dict(report.verified),
+            "peak_rss_bytes": report.peak_rss_bytes,
+        }
+
+
+class PeerSockets(_Reader):
+    """Plain sockets: the limit."""
+
+    def __init__(self, mib: int, port: int) -> None:
+        super().__init__(mib)
+        self.port = port
+
+    def run(self, *, connections: int) -> None:  # type: ignore[override]
+        import torch
+
+        from modelexpress_core.transport.tensor_bytes import host_memory
+
+        memory = [host_memory(tensor.view(torch.uint8)) for tensor in self.tensors.values()]
+        tasks = [
+            (number, offset, min(_PIECE_BYTES, len(view) - offset))
+            for number, view in enumerate(memory)
+            for offset in range(0, len(view), _PIECE_BYTES)
+        ]
+
+        def work(take: Callable[[], tuple[Any, ...] | None]) -> None:
+            with socket.create_connection(("127.0.0.1", self.port)) as connection:
+                while (task := take()) is not None:
+                    number, offset, length = task
+                    connection.sendall(REQUEST.pack(number, offset, length))
+                    view = memory[number][offset : offset + length]
+                    if connection.recv_into(view, length, socket.MSG_WAITALL) != length:
+                        message = "the source closed the connection"
+                        raise ConnectionError(message)
+
+        in_threads(connections, work, tasks)
+
+
+class BareGrpc(_Reader):
+    """grpcio with serialisers that do nothing; what arrives is counted and dropped."""
+
+    def __init__(self, mib: int, port: int, expected: str) -> None:
+        self.tensors = {}
+        self.port = port
+        self.bytes = mib << 20
+        self.expected = expected
+
+    def run(self, *, streams: int) -> None:  # type: ignore[override]
+        import grpc
+
+        received = [0] * streams
+
+        def read(number: int) -> None:
+            with grpc.insecure_channel(
+                f"127.0.0.1:{self.port}",
+                options=[("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)],
+            ) as channel:
+                for frame in channel.unary_stream(BARE_METHOD)(b""):
+                    received[number] += len(frame)
+                    if received[number] * streams >= self.bytes:
+                        break
+
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(streams)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if sum(received) < self.bytes:
+            message = f"{sum(received)} of {self.bytes} bytes arrived"
+            raise ConnectionError(message)
+
+    def digest(self) -> str:
+        """Return what is expected: the number of bytes was compared, and there are no others."""
+        return self.expected
