@@ -37,7 +37,7 @@ KNOWN_SCHEMES: Mapping[str, KnownScheme] = {
     "az": KnownScheme("mx-azure", "azure"),
     "hf": KnownScheme("mx-hf"),
     "grpc": KnownScheme("mx-grpc-stream", "grpc"),
-    "nixl": KnownScheme("mx-nixl"),
+    "nixl": KnownScheme("mx-nixl", "nixl"),
 }
 
 #: Schemes of other tools, and our schemes for the same storages.

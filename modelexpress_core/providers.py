@@ -169,13 +169,18 @@ class TransportProvider(SchemeProvider):
     Attributes:
         tier: Position of its peers in the order of attempts: ``FABRIC_PEER``, ``PEER`` or ``OTHER_PEER``.
         assumed: Whether it reads workers that do not publish which transports they support.
-        offered: Whether workers offer their tensors over it unless their program names the transports.
+        offered: Whether workers offer their tensors over it unless their program names the transports; or a function
+            that is called with the environment variables of the offer, and returns this.
     """
 
     factory: Callable[[ModelURI, Mapping[str, str]], Transport] = field(validator=_check_factory)
     tier: Tier = field(default=Tier.OTHER_PEER, converter=Tier, validator=_check_peer_tier, kw_only=True)
     assumed: bool = field(default=False, kw_only=True)
-    offered: bool = field(default=True, kw_only=True)
+    offered: bool | Callable[[Mapping[str, str]], bool] = field(default=True, kw_only=True)
+
+    def is_offered(self, environ: Mapping[str, str]) -> bool:
+        """Whether workers with these environment variables offer their tensors over it by default."""
+        return self.offered(environ) if callable(self.offered) else self.offered
 
 
 @frozen

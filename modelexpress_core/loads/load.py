@@ -59,11 +59,14 @@ class Load(ABC):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        try:
-            if exc is not None:
-                self.abort(exc)
-        finally:
+        if exc is None:
             self._closing.close()
+            return
+        try:
+            self.abort(exc)
+        finally:
+            with contextlib.suppress(ModelExpressError):  # must not replace the error that forbids a next candidate
+                self._closing.close()
 
     # -- the steps ----------------------------------------------------------------------------------------------------
 

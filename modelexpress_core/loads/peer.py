@@ -195,11 +195,10 @@ class PeerLoad(Load):
         )
 
     def _stop(self, exc: BaseException) -> bool:
-        if self._reader is not None and not self._reader.close():
-            return False
+        stopped = self._reader is None or self._reader.close()
         with contextlib.suppress(BackendError):
             self._leasing.__exit__(type(exc), exc, exc.__traceback__)
-        return True
+        return stopped
 
     def _progress_event(self) -> LoadProgress:
         seconds = time.monotonic() - self._begun

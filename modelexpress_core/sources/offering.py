@@ -146,7 +146,7 @@ class Offer:
         self._ready = threading.Event()
         self._pid = os.getpid()
         with contextlib.ExitStack() as opened:
-            served = _serve(table, _schemes(plugins, transports), plugins, environ, opened)
+            served = _serve(table, _schemes(plugins, transports, environ), plugins, environ, opened)
             client = opened.enter_context(ServerClient.from_env(environ))
             port = _port(settings, device)
             self._server = opened.enter_context(
@@ -263,11 +263,11 @@ class Offer:
                 self._digesting.join()
 
 
-def _schemes(plugins: PluginManager, transports: Sequence[str] | None) -> Sequence[str]:
+def _schemes(plugins: PluginManager, transports: Sequence[str] | None, environ: Mapping[str, str]) -> Sequence[str]:
     if transports is not None:
         return transports
     table = plugins.table(TRANSPORT)
-    return [scheme for scheme in sorted(table.schemes) if table.lookup(scheme).provider.offered]
+    return [scheme for scheme in sorted(table.schemes) if table.lookup(scheme).provider.is_offered(environ)]
 
 
 def _serve(

@@ -155,6 +155,22 @@ def test_a_published_model_is_read_while_the_block_lasts(start: Start, checkpoin
     assert checkpoint == load(checkpoint, variables).uri
 
 
+def test_nixl_is_offered_if_the_user_says_so(start: Start, checkpoint: str) -> None:
+    """Because a reader gets access to the whole process. Without a fabric in common, ``grpc`` comes first."""
+    pytest.importorskip("nixl_cu12", reason="the wheel exists for x86-64")
+    serving = start()
+    variables = environ(serving)
+    without_grpc = {**variables, "MX_DISABLED_PLUGINS": "mx-grpc-stream"}
+    tensors = dict(tensors_of(_MIB))
+    for offered in ("0", "1"):
+        wanted = {**variables, "MX_NIXL_OFFER": offered}
+        with mx.publish(tensors, identity=identity_of(tensors), environ=wanted) as offer:
+            assert eventually(lambda: offer.state.status == "ready")
+
+            assert load(checkpoint, variables).uri.startswith("grpc://")
+            assert load(checkpoint, without_grpc).uri.startswith("nixl://" if offered == "1" else checkpoint)
+
+
 def test_weights_that_change_while_they_are_offered_are_not_believed(start: Start, checkpoint: str) -> None:
     """The digests are those of when they were offered; the message names the tensor."""
     serving = start()

@@ -244,6 +244,32 @@ def test_after_a_failing_peer_the_checkpoint_is_loaded(
     assert "odd://" in caplog.text
 
 
+@pytest.mark.parametrize("confirms", [True, False])
+def test_memory_that_reads_may_still_write_to_ends_the_load(
+    served: ServingWorker, checkpoint: tuple[str, Mapping[str, torch.Tensor]], confirms: bool
+) -> None:
+    """No other candidate follows, whether or not the worker confirms the end of the lease."""
+
+    class StillWriting(Lost):
+        def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+            if not confirms:
+                served.leases.drain(0)
+            yield from super().read(reads)
+
+        def close(self) -> None:
+            super().close()
+            reason = "a read has not ended"
+            raise UnavailableError(reason)
+
+    plugin = Plugin(served.uri("odd"), session=StillWriting)
+
+    with pytest.raises(mx.ModelExpressError, match="continue after the load has failed") as caught:
+        load(checkpoint[0], plugin, new_model(fill=7))
+
+    assert "end this process" == caught.value.hint
+    assert 0 == served.leases.out()
+
+
 @pytest.mark.parametrize("session", _BROKEN, ids=lambda cls: cls.__name__)
 def test_a_touched_destination_is_initialized_again_before_the_next_candidate(
     served: ServingWorker,

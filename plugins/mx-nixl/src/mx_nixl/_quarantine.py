@@ -1,0 +1,81 @@
+"""Memory that reads may still write to: it is kept until they have ended, if need be until the process ends.
+
+NIXL cannot take back a read that has begun: if the worker is stopped and goes on later, the bytes arrive even after the
+handle was released and the memory deregistered. Only a final state of the read makes its memory free.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from attrs import define
+
+__all__ = ["QUARANTINE", "KeptMemory", "Quarantine"]
+
+_log = logging.getLogger(__name__)
+
+
+@define(eq=False)
+class KeptMemory:
+    """Memory of one session whose reads have not ended.
+
+    Attributes:
+        nbytes: How much.
+        uri: Redacted URI of the worker.
+        memory: Keeps it alive.
+        has_ended: Whether all reads have ended.
+        destroy: Frees what the session used.
+    """
+
+    nbytes: int
+    uri: str
+    memory: Any
+    has_ended: Callable[[], bool]
+    destroy: Callable[[], None]
+
+
+class Quarantine:
+    """Keeps memory that reads may still write to. Thread-safe.
+
+    Attributes:
+        total_bytes: How many bytes were ever kept.
+    """
+
+    def __init__(self) -> None:
+        self.total_bytes = 0
+        self._kept: list[KeptMemory] = []
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes are kept now."""
+        with self._lock:
+            return sum(each.nbytes for each in self._kept)
+
+    def keep(self, kept: KeptMemory) -> None:
+        """Keep memory, and log it."""
+        with self._lock:
+            self._kept.append(kept)
+            self.total_bytes += kept.nbytes
+            nbytes = sum(each.nbytes for each in self._kept)
+        _log.warning(
+            "keeping %d bytes, because reads from %s have not ended and may still write to them; %d bytes are kept",
+            kept.nbytes,
+            kept.uri,
+            nbytes,
+        )
+
+    def release_ended(self) -> None:
+        """Free the memory of reads that have ended since then."""
+        with self._lock:
+            ended = [each for each in self._kept if each.has_ended()]
+            self._kept = [each for each in self._kept if each not in ended]
+        for each in ended:
+            each.destroy()
+
+
+#: That of this process.
+QUARANTINE = Quarantine()

@@ -1,0 +1,57 @@
+"""A worker that offers tensors over ``nixl``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+
+from devtools.missing import ToolMissingError
+from mx_nixl._agent import has_library
+from tests.support.peers import ServingWorker, serving_worker
+
+#: Variables of UCX that a test must not find set.
+_UCX = "UCX_"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(_UCX) and name != "UCX_LOG_FILE":
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def nixl() -> None:
+    """Skips the test if no package of NIXL is installed."""
+    if not has_library():
+        reason = "NIXL: pip install nixl-cu12 (x86-64 Linux)"
+        raise ToolMissingError(reason)
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    """Tensors of several chunks, odd sizes and every kind of layout."""
+    generator = torch.Generator().manual_seed(3)
+    large = torch.randint(0, 256, ((9 << 20) + 13,), dtype=torch.uint8, generator=generator)
+    weight = torch.randn(300, 200, generator=generator).to(torch.bfloat16)
+    return {
+        "large": large,
+        "weight": weight,
+        "tied": weight,
+        "transposed": torch.randn(33, 65, generator=generator).t(),
+        "part": torch.randn(40, 60, generator=generator)[:, 3:17],
+        "flags": torch.randn(7, generator=generator) > 0,
+        "scalar": torch.tensor(3, dtype=torch.int64),
+        "empty": torch.empty(0, 4),
+        "one byte": torch.tensor([201], dtype=torch.uint8),
+    }
+
+
+@pytest.fixture
+def worker(nixl: None, tensors: Mapping[str, torch.Tensor]) -> Iterator[ServingWorker]:
+    """A worker of this process with ``tensors``."""
+    with serving_worker(tensors, ["nixl"]) as worker:
+        yield worker
