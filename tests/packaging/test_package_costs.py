@@ -24,6 +24,7 @@ _ALLOWED: Mapping[str, tuple[set[str], float]] = {
     "mx-gcs": ({"gcs"}, 25),
     "mx-azure": ({"azure"}, 25),
     "mx-grpc-stream": (set(), 50),
+    "mx-nixl": (set(), 95),
     "mx-streamer": (set(), 75),
     "mx-streamer[s3]": ({"s3"}, 125),
     "mx-streamer[gcs]": ({"gcs"}, 140),
