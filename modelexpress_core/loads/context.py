@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import lru_cache
 
 from modelexpress_core.checkpoint import Checkpoint, open_files
 from modelexpress_core.contracts.storage import Storage
@@ -13,7 +13,7 @@ from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
-from modelexpress_core.settings import LoadSettings, from_env
+from modelexpress_core.settings import LoadSettings, PluginSettings, from_env, variables
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["LoadContext", "redacted_uris"]
@@ -26,9 +26,14 @@ def redacted_uris(uri: ModelURI) -> Callable[[str], str]:
     return lambda path: str(uri.with_path(path))
 
 
-@cache
-def _default_plugins() -> PluginManager:
+@lru_cache(maxsize=8)
+def _plugins_of_process(_chosen_by: tuple[str | None, ...]) -> PluginManager:
     return PluginManager.discover()
+
+
+def _default_plugins() -> PluginManager:
+    """Return the plugins of this process, found once for all values of the variables that choose them."""
+    return _plugins_of_process(tuple(os.environ.get(name) for name in variables(PluginSettings)))
 
 
 class LoadContext:

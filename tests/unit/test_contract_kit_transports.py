@@ -549,7 +549,7 @@ class DoesNotWaitForReads(InprocServed):
         half = len(read.destination) // 2
         content = self.table.tensors[read.name][read.offset : read.offset + len(read.destination)]
         read.destination[:half].copy_(content[:half])
-        time.sleep(0.02)
+        time.sleep(0.15)
         read.destination[half:].copy_(content[half:])
         return True
 

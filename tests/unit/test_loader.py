@@ -19,6 +19,7 @@ import modelexpress_core as mx
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadStarted
 from modelexpress_core.fetch import concurrency
+from modelexpress_core.loader import Loader
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
 from modelexpress_core.storage.memory import MemoryStorage, store
 
@@ -369,6 +370,20 @@ def test_a_storage_that_lets_its_sdks_errors_through_is_named() -> None:
         mx.load_state_dict("careless://x/y", environ={}, plugins=manager(Plugin()))
 
     assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+
+
+def test_variables_that_choose_plugins_count_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the process has loaded before: plugins are found once, but anew for other values."""
+    monkeypatch.delenv("MX_DISABLED_PLUGINS", raising=False)
+    first = Loader(None, None).plugins
+    assert first is Loader(None, None).plugins
+
+    monkeypatch.setenv("MX_DISABLED_PLUGINS", "mx-s3")
+    with pytest.raises(mx.UnknownSchemeError, match="disabled"):
+        mx.open_checkpoint("s3://bucket/model")
+
+    monkeypatch.delenv("MX_DISABLED_PLUGINS")
+    assert first is Loader(None, None).plugins
 
 
 class Far(MemoryStorage):
