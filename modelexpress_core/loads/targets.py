@@ -10,6 +10,7 @@ from torch import nn
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.errors import IncompleteLoadError, PlacementError
 from modelexpress_core.fetch import FetchEngine
+from modelexpress_core.fetch.pages import use_huge_pages
 from modelexpress_core.loads.destination import Destination
 from modelexpress_core.messages import listed
 from modelexpress_core.placement import Recorder
@@ -61,6 +62,8 @@ class NewTensors(Destination):
                 info = checkpoint.tensors[name]
                 tensor = torch.empty(torch_shape(info), dtype=torch_dtype(info), device=self._device)
                 self.tensors[name] = tensor
+                if self._device.type == "cpu":
+                    use_huge_pages(tensor.data_ptr(), tensor.nbytes)
                 recorder.copy_whole(info, tensor)
 
 
