@@ -23,6 +23,7 @@ from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.discovery import find_candidates
 from modelexpress_core.sources.discovery.server import open_server
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+from tests.support.plugins import core_and
 from tests.support.serving import Serving
 
 READY, STALE = p2p_pb2.SOURCE_STATUS_READY, p2p_pb2.SOURCE_STATUS_STALE
@@ -45,9 +46,7 @@ class Transports:
 
 @pytest.fixture
 def plugins() -> mx.PluginManager:
-    plugins = mx.PluginManager.discover({})
-    plugins.register(Transports(), name="mx-both")
-    return plugins
+    return core_and(mx_both=Transports())
 
 
 @pytest.fixture
