@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -30,6 +31,9 @@ _START_SECONDS = 60
 #: Transports that are shown, and what installs them.
 _TRANSPORTS = {"nixl": "mx-nixl", "grpc": "mx-grpc-stream"}
 
+#: NIXL's library, by its names.
+_NIXL = ("nixl", "nixl_cu12", "nixl_cu13")
+
 
 def show_peers(console: Console, uri: str, expected: Mapping[str, torch.Tensor], environ: Mapping[str, str]) -> int:
     """Load ``uri`` in worker A, and from A in worker B and so on, one for each transport; print a table.
@@ -40,9 +44,11 @@ def show_peers(console: Console, uri: str, expected: Mapping[str, torch.Tensor],
     offered = {
         scheme for each in PluginManager.discover(environ).records(TRANSPORT) for scheme in each.provider.schemes
     }
+    if not any(importlib.util.find_spec(name) for name in _NIXL):
+        offered.discard("nixl")
     for scheme, package in _TRANSPORTS.items():
         if scheme not in offered:
-            console.print(f"{package} is not installed, so no worker reads over {scheme}://.")
+            console.print(f"{package}, or its library, is not installed, so no worker reads over {scheme}://.")
     table = Table(title="Read by workers, and compared by the SHA-256 of each tensor", title_justify="left", box=None)
     for column in ("worker", "served by", "over"):
         table.add_column(column, no_wrap=True)
@@ -80,7 +86,8 @@ def show_peers(console: Console, uri: str, expected: Mapping[str, torch.Tensor],
             return answers
 
         console.print("Starting a server, and worker A, which loads from S3 and offers its model ...")
-        answers = load("A", "s3", variables, "publish")
+        # Without RDMA, workers do not offer their memory over NIXL by themselves.
+        answers = load("A", "s3", {**variables, "MX_NIXL_OFFER": "1"}, "publish")
         if not answers.readline():  # it says so once others can find it
             return failures + 1
         for name, scheme in zip("BC", sorted(offered & _TRANSPORTS.keys(), reverse=True), strict=False):
