@@ -15,6 +15,7 @@ from devtools.azurite import Azurite
 from devtools.fake_gcs import FakeGcs
 from devtools.missing import ToolMissingError
 from devtools.seaweedfs import SeaweedFS
+from modelexpress_core.plugins import plugin_packages
 from tests.support.network import CLOSED_PORT
 from tests.support.tools import MISSING_TOOL, skip_without
 
@@ -107,16 +108,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+@pytest.fixture(scope="session")
+def our_loggers() -> list[logging.Logger]:
+    """Those of core and of the installed plugins."""
+    return [logging.getLogger(name) for name in ("modelexpress_core", *plugin_packages())]
+
+
 @pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
+def _logging_as_before(our_loggers: list[logging.Logger]) -> Iterator[None]:
     """Put back what a command that a test runs in this process changes: levels of our loggers, and where logs go."""
-    loggers = [
-        logging.getLogger(name)
-        for name in ("modelexpress_core", "mx_azure", "mx_gcs", "mx_s3", "mx_streamer", "mx_vllm")
-    ]
-    levels = [logger.level for logger in loggers]
+    levels = [logger.level for logger in our_loggers]
     yield
-    for logger, level in zip(loggers, levels, strict=True):
+    for logger, level in zip(our_loggers, levels, strict=True):
         logger.setLevel(level)
     for handler in logging.root.handlers[:]:
         if type(handler) is logging.StreamHandler:  # pytest's own handlers are subclasses
