@@ -20,7 +20,7 @@ import modelexpress_core as mx
 from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.errors import BackendError, IntegrityError
 from modelexpress_core.events import LoadFailed, LoadStarted
-from tests.integration.peer_worker import identity_of, tensors_of
+from tests.support.peers import identity_of, tensors_of
 from tests.support.serving import Serving
 from tests.support.waiting import eventually
 

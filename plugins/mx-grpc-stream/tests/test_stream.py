@@ -22,20 +22,7 @@ from modelexpress_core.sources.worker_client import WorkerClient
 from modelexpress_core.uri import ModelURI
 from modelexpress_core.wire.settings import TlsSettings
 from mx_grpc_stream._transport import GrpcSession, open_grpc
-from tests.support.peers import ServingWorker, serving_worker
-
-
-def empty_like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Destinations of the same layout, filled with other bytes; tied tensors share their memory."""
-    made: dict[int, torch.Tensor] = {}
-    for tensor in tensors.values():
-        if id(tensor) not in made:
-            span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-            memory = torch.full(((max(span, 0) + 1) * tensor.element_size(),), 0x5A, dtype=torch.uint8)
-            if tensor.dtype is torch.bool:
-                memory.zero_()
-            made[id(tensor)] = memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
-    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+from tests.support.peers import ServingWorker, empty_like, serving_worker
 
 
 def assert_equal(expected: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> None:

@@ -10,7 +10,6 @@ import signal
 import sys
 
 import torch
-from nixl_worker import identity_of, tensors_of
 
 from modelexpress_core.contracts.candidates import Peer
 from modelexpress_core.contracts.transport import PeerAccess, TensorRead
@@ -19,6 +18,7 @@ from modelexpress_core.sources.worker_client import WorkerClient
 from modelexpress_core.uri import ModelURI
 from mx_nixl._quarantine import QUARANTINE
 from mx_nixl._transport import open_nixl
+from tests.support.peers import identity_of, tensors_of
 
 
 def main() -> None:

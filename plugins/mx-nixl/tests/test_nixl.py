@@ -23,7 +23,7 @@ from mx_nixl._serving import NixlServed
 from mx_nixl._session import BUFFER_BYTES, NixlSession
 from mx_nixl._transport import NixlTransport, open_nixl
 from mx_nixl.settings import NixlSettings
-from tests.support.peers import ServingWorker, serving_worker
+from tests.support.peers import ServingWorker, empty_like, serving_worker
 
 pytestmark = [pytest.mark.usefixtures("nixl"), pytest.mark.xdist_group("nixl")]
 
@@ -37,19 +37,6 @@ _LANES = {"in place": "all", "through buffers": "tcp"}
 def lane(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("UCX_TLS", _LANES[request.param])
     return str(request.param)
-
-
-def empty_like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Destinations of the same layout, filled with other bytes; tied tensors share their memory."""
-    made: dict[int, torch.Tensor] = {}
-    for tensor in tensors.values():
-        if id(tensor) not in made:
-            span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-            memory = torch.full(((max(span, 0) + 1) * tensor.element_size(),), 0x5A, dtype=torch.uint8)
-            if tensor.dtype is torch.bool:
-                memory.zero_()
-            made[id(tensor)] = memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
-    return {name: made[id(tensor)] for name, tensor in tensors.items()}
 
 
 def bytes_table(**tensors: torch.Tensor) -> TensorTable:

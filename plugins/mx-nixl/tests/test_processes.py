@@ -26,11 +26,8 @@ from modelexpress_core.sources.worker_client import WorkerClient
 from mx_nixl._quarantine import QUARANTINE
 from mx_nixl._session import NixlSession
 from mx_nixl._transport import open_nixl
+from tests.support.peers import identity_of, tensors_of
 from tests.support.waiting import eventually
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from nixl_worker import identity_of, tensors_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("nixl-processes"), pytest.mark.usefixtures("nixl")]
 

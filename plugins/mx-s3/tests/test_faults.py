@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from devtools.network import full_port
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Fault, TcpProxy
 from modelexpress_core.errors import (
@@ -20,7 +21,7 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from mx_s3._storage import S3Storage
-from tests.support.network import CLOSED_PORT, full_port
+from tests.support.network import CLOSED_PORT
 
 CONTENT = bytes(range(256)) * 8192  # 2 MiB
 
