@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from devtools.azurite import Azurite
 from devtools.fake_gcs import FakeGcs
 from devtools.http_proxy import HttpProxy
+from devtools.network import full_port
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import Fault, TcpProxy
 from tests.support.scripted_http import Answer, Request, pass_on, serving
@@ -310,13 +311,8 @@ def _unknown_host(site: Site, slug: str) -> Iterator[Scene]:
 @contextlib.contextmanager
 def _deaf() -> Iterator[str]:
     """A port whose queue of connections is full, so that further ones wait."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(2):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    with full_port() as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import pytest
 import trustme
 
 from devtools.http_proxy import HttpProxy
+from devtools.network import full_port
 from modelexpress_core.storage.http import ConnectionPool, Origin, Proxies, Request
 from modelexpress_core.storage.http.failures import (
     AuthoritiesError,
@@ -26,7 +27,6 @@ from modelexpress_core.storage.http.failures import (
     connection_error,
 )
 from tests.support.http_servers import answering, server_context
-from tests.support.network import full_port
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"
 
