@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -58,7 +59,7 @@ def show_peers(console: Console, uri: str, expected: Mapping[str, torch.Tensor],
     raw = _raw_bytes_per_second(sum(tensor.nbytes for tensor in expected.values()))
     failures = 0
     with contextlib.ExitStack() as running:
-        directory = running.enter_context(_directory())
+        directory = Path(running.enter_context(tempfile.TemporaryDirectory()))
         layout = directory / "layout.json"
         layout.write_text(json.dumps({name: (str(t.dtype)[6:], list(t.shape)) for name, t in expected.items()}))
         url = running.enter_context(_server(environ))
@@ -97,14 +98,6 @@ def show_peers(console: Console, uri: str, expected: Mapping[str, torch.Tensor],
     console.print()
     console.print(table)
     return failures
-
-
-@contextlib.contextmanager
-def _directory() -> Iterator[Path]:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 @contextlib.contextmanager

@@ -56,8 +56,8 @@ class PeerLoad(Load):
         super().__init__(candidate, context, destination)
         self._peer = candidate.peer or _peer_named_by(candidate.uri, request)
         identity = request.identity
-        known = identity is not None and identity.source_id == self._peer.source_id
-        self._content_version = identity.content_version if identity is not None and known else ""
+        same = identity is not None and identity.source_id == self._peer.source_id
+        self._content_version = identity.content_version if identity and same else ""
         self._selector = from_env(DiscoverySettings, context.environ).selector
         self._leasing = contextlib.ExitStack()
         self._worker: WorkerClient

@@ -66,7 +66,7 @@ def installed_entry_points() -> list[PluginEntryPoint]:
 
 
 def plugin_packages() -> list[str]:
-    """The packages of installed plugins, after which their loggers are named: ``mx_s3`` of ``mx_s3.plugin``."""
+    """The packages of installed plugins, after which their loggers are named: ``mx_acme`` of ``mx_acme.plugin``."""
     modules = {found.entry_point.module for found in installed_entry_points() if found.error is None}
     return sorted(module.rpartition(".")[0] or module for module in modules)
 

@@ -95,12 +95,12 @@ class HttpAttacks:
     @pytest.fixture
     def open_at(self) -> Callable[[str], Any]:
         """Opens a storage on the server at a URL, with the read timeout of this module; closed by the fixture."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: the tests of each package open their own
 
     @pytest.fixture
     def open_with_credentials_from(self) -> Callable[[str], Any]:
         """Opens a storage whose credentials come from the server at a URL."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: the tests of each package open their own
 
     @pytest.fixture
     def attacked(self, open_at: Callable[[str], Any]) -> Iterator[Attacked]:
