@@ -28,6 +28,7 @@ from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
 from modelexpress_core.wire.rpc import HEALTH, P2P, STANDARD_HEALTH, stub
 from tests.support.plugins import core_and
 from tests.support.serving import Serving
+from tests.support.waiting import eventually
 
 Start = Callable[..., Serving]
 
@@ -160,7 +161,7 @@ def test_faults_of_the_server_make_a_span_an_error(spans: Any) -> None:
     assert grpc.StatusCode.NOT_FOUND.value[0] == check.attributes["rpc.grpc.status_code"]
 
 
-def test_a_client_that_goes_ends_the_span(spans: Any) -> None:
+def test_a_client_that_goes_ends_the_span(spans: Any, exporter: InMemorySpanExporter) -> None:
     """As CANCELLED, in the middle of a stream that nobody reads to its end."""
 
     def call(address: str) -> None:
@@ -168,6 +169,8 @@ def test_a_client_that_goes_ends_the_span(spans: Any) -> None:
             watch = stub(STANDARD_HEALTH, channel)["Watch"](health_pb2.HealthCheckRequest(), timeout=10)
             next(watch)
             watch.cancel()
+        # A server that stops before it hears of the cancellation ends the stream as OK.
+        eventually(exporter.get_finished_spans)
 
     span = spans(call)["grpc.health.v1.Health/Watch"]
 
