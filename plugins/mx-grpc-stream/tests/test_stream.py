@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,13 @@ import trustme
 import modelexpress_core as mx
 from devtools.tcp_proxy import Fault, TcpProxy
 from modelexpress_core.contracts.candidates import Peer
-from modelexpress_core.contracts.transport import PeerAccess, TensorRead
+from modelexpress_core.contracts.transport import PeerAccess, TensorRead, TensorTable
 from modelexpress_core.errors import AccessDeniedError, BackendError, DeadlineError, NotFoundError, UnavailableError
 from modelexpress_core.sources.worker_client import WorkerClient
 from modelexpress_core.uri import ModelURI
 from modelexpress_core.wire.settings import TlsSettings
 from mx_grpc_stream._transport import GrpcSession, open_grpc
-from tests.support.peers import ServingWorker, empty_like, serving_worker
+from tests.support.peers import ServingWorker, bulk_behind_proxy, empty_like, serving_worker
 
 
 def assert_equal(expected: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor]) -> None:
@@ -96,6 +97,107 @@ def test_only_bytes_of_its_tensors_are_sent(
     """Nothing beyond a tensor's end, and of no other memory."""
     with leased(worker, environ) as session, pytest.raises(BackendError, match="there is no tensor"):
         list(session.read([TensorRead(name, offset, torch.zeros(length, dtype=torch.uint8))]))
+
+
+@pytest.mark.parametrize("position", [20_000, 400_000, 3_000_000])
+def test_flipped_bits_are_read_again(worker: ServingWorker, tensors: Mapping[str, torch.Tensor], position: int) -> None:
+    """The digest of the chunk notices them on the bulk channel."""
+    flipped = 0
+
+    def faults(_number: int, _request: bytes) -> Fault | None:
+        nonlocal flipped
+        flipped += 1
+        return Fault("flip", after_bytes=position, of_body=True, bits=16) if flipped <= 2 else None
+
+    here = empty_like(tensors)
+    with bulk_behind_proxy(worker.served["grpc"], faults):
+        report = mx.load_into(here, worker.uri("grpc"))
+
+    assert_equal(tensors, here)
+    assert report.channel.startswith("bulk channel")
+    assert report.retries
+
+
+@pytest.mark.parametrize("kind", ["reset", "truncate", "unavailable"])
+@pytest.mark.parametrize("after_bytes", [0, 10, 5_000_000])
+def test_what_the_bulk_channel_does_not_deliver_comes_over_grpc(
+    worker: ServingWorker,
+    tensors: Mapping[str, torch.Tensor],
+    kind: Any,
+    after_bytes: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whenever it breaks, and every byte once; the log and the report say why."""
+
+    def faults(number: int, _request: bytes) -> Fault | None:
+        return Fault(kind, after_bytes=after_bytes, of_body=True) if number else None
+
+    here = empty_like(tensors)
+    with bulk_behind_proxy(worker.served["grpc"], faults):
+        report = mx.load_into(here, worker.uri("grpc"))
+
+    assert_equal(tensors, here)
+    assert report.bytes_needed == report.bytes_fetched
+    if kind != "unavailable" and after_bytes < 100:  # else what is left comes over a new connection, or is refused
+        assert report.channel.startswith("gRPC, since the bulk channel on 127.0.0.1:")
+        assert "over gRPC, which is slower" in caplog.text
+
+
+def test_a_port_that_cannot_be_reached_is_named(
+    worker: ServingWorker, tensors: Mapping[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, with the next step; the load goes on over gRPC."""
+    here = empty_like(tensors)
+    bulk = worker.served["grpc"]._bulk  # type: ignore[attr-defined]
+    bulk.server.close()
+
+    report = mx.load_into(here, worker.uri("grpc"))
+
+    assert_equal(tensors, here)
+    assert f"gRPC, since the bulk channel on 127.0.0.1:{bulk.server.port} cannot be read" in report.channel
+    assert "allow connections to this port between workers" in caplog.text
+
+
+def test_a_silent_bulk_channel_ends_the_load(worker: ServingWorker, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Within the time that is set, as a silent gRPC stream does."""
+
+    def faults(_number: int, request: bytes) -> Fault | None:
+        return Fault("stall", after_bytes=500_000) if b'"large"' in request else None
+
+    with (
+        bulk_behind_proxy(worker.served["grpc"], faults),
+        pytest.raises(DeadlineError, match="no chunk arrived") as caught,
+    ):
+        mx.load_into(empty_like(tensors), worker.uri("grpc"), environ={"MX_STALL_SECONDS": "0.5"})
+    assert caught.value.peer_at_fault
+
+
+def test_a_ticket_is_worth_nothing_after_its_lease(worker: ServingWorker) -> None:
+    """Whoever has it then: also on a connection that is open."""
+    with leased(worker, {}) as session:
+        assert session._bulk is not None
+        read = TensorRead("large", 0, torch.zeros(4, dtype=torch.uint8))
+        assert [0] == list(session.read([read]))
+        worker.leases.drain(0)
+        with pytest.raises(AccessDeniedError, match="HTTP 401"):
+            session._bulk.check()
+
+
+def test_where_readers_are_authenticated_plain_text_stays_here(tensors: Mapping[str, torch.Tensor]) -> None:
+    """The bulk channel then listens on loopback alone, unless a setting says otherwise."""
+    table = TensorTable("source", "worker", {}, lambda _lease: False)
+    for variables, host in (
+        ({}, "::"),
+        ({"MX_AUTH_MODE": "token"}, "127.0.0.1"),
+        ({"MX_AUTH_MODE": "token", "MX_BULK_PLAINTEXT": "1"}, "::"),
+    ):
+        served = open_grpc(ModelURI("grpc"), variables).serve(table)
+        with contextlib.closing(served):
+            assert served._bulk is not None
+            assert served._bulk.server._listening.getsockname()[0] in {host, "0.0.0.0" if host == "::" else host}
+    served = open_grpc(ModelURI("grpc"), {"MX_BULK_PORT": "0"}).serve(table)
+    with contextlib.closing(served):
+        assert served._bulk is None
 
 
 @pytest.mark.parametrize("position", [20_000, 400_000, 3_000_000])
