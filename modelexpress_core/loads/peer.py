@@ -248,7 +248,7 @@ class PeerLoad(Load):
             bytes_per_second=rate,
             eta_seconds=(planned - arrived) / rate if rate else None,
             retries=0 if reader is None else reader.read_again,
-            sources=0 if reader is None else reader.active,
+            sources=0 if reader is None else sum(each.arrived_bytes > 0 for each in reader.sources),
         )
 
     def _account(self) -> LoadReport:

@@ -615,9 +615,10 @@ class PeerReader:
         for reads in confirmed:
             reads.source.close()
         with self._lock:
-            self._changed.wait_for(lambda: all(each.stopped or each.ended is not None for each in self.sources), 2 * _STOP_SECONDS)
-            self._changed.wait_for(lambda: all(each.lease is not None for each in self.sources), _SETTLE_SECONDS)
-            return all(each.stopped for each in self.sources)
+            sources = self.sources
+            self._changed.wait_for(lambda: all(e.stopped or e.ended is not None for e in sources), 2 * _STOP_SECONDS)
+            self._changed.wait_for(lambda: all(each.lease is not None for each in sources), _SETTLE_SECONDS)
+            return all(each.stopped for each in sources)
 
     def fail(self, error: BaseException) -> None:
         """End the load with an error that is no source's."""
