@@ -44,12 +44,15 @@ __all__ = ["Loader"]
 _log = logging.getLogger(__name__)
 _R = TypeVar("_R")
 
-#: Errors after which the next candidate may succeed.
-_TRY_NEXT = (BackendError, CheckpointError, ResolveError)
-
 
 class Loader(LoadContext):
-    """Finds candidates and loads from them, with the settings and plugins of one call."""
+    """Finds candidates and loads from them, with the settings and plugins of one call.
+
+    Attributes:
+        try_next: Errors after which the next candidate may succeed.
+    """
+
+    try_next = (BackendError, CheckpointError, ResolveError)
 
     def request(
         self,
@@ -103,9 +106,8 @@ class Loader(LoadContext):
             candidate = left.popleft()
             try:
                 return attempt(candidate)
-            except _TRY_NEXT as exc:
-                if isinstance(exc, BackendError) and exc.peer_at_fault:  # over another transport it is the same worker
-                    left = deque(each for each in left if not _is_same_worker(candidate, each))
+            except self.try_next as exc:
+                left = deque(each for each in left if not self._fails_too(each, candidate, exc))
                 if not left:
                     raise
                 if destination is not None:
@@ -158,8 +160,15 @@ class Loader(LoadContext):
             reason = str(exc)
         if version is None:
             _log.info("no worker is asked for %s, since its content version cannot be told: %s", request.uri, reason)
+            hint = "give own_identity a content_version= of your own on both sides"
+            request.skip("other workers", f"the content version of {request.uri} cannot be told: {reason}", hint)
             return attrs.evolve(request, identity=None)
         return attrs.evolve(request, identity=identity.with_content_version(version))
+
+    @staticmethod
+    def _fails_too(other: Candidate, candidate: Candidate, exc: Exception) -> bool:
+        """Whether ``other`` needs no attempt after ``candidate`` failed: a worker at fault, over another transport."""
+        return isinstance(exc, BackendError) and exc.peer_at_fault and _is_same_worker(candidate, other)
 
     def _new_load(self, candidate: Candidate, request: LoadRequest, destination: Destination) -> Load:
         if candidate.is_peer:
