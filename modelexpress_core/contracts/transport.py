@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["PeerAccess", "PeerSession", "ServedTensors", "TensorLayout", "TensorRead", "TensorTable", "Transport"]
 
 
+def _ignore(_lease_id: str, _nbytes: int) -> None:
+    """Count nothing."""
+
+
 def _integers(values: Iterable[int]) -> tuple[int, ...]:
     return tuple(map(int, values))
 
@@ -67,12 +71,15 @@ class TensorTable:
             another one, and those without elements, are left out. Others may overlap.
         holds_lease: Whether a reader holds the lease with this id, so that the memory is unchanged. A transport whose
             own code sends the bytes asks it before each piece.
+        count_sent: A transport whose own code sends the bytes calls it with the lease and the number of bytes of each
+            piece, when it has sent them.
     """
 
     source_id: str
     worker_id: str
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
     holds_lease: Callable[[str], bool] = field(repr=False)
+    count_sent: Callable[[str, int], None] = field(default=_ignore, repr=False)
 
 
 @frozen

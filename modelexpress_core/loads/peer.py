@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import attrs
@@ -67,6 +67,7 @@ class PeerLoad(Load):
         self._chunks: list[ChunkRead] = []
         self._tensors = 0
         self._planned_bytes = 0
+        self._phase_seconds: dict[str, float] = {}
 
     def open(self) -> None:
         """Compare the layouts of both sides, lease the memory of the worker, and connect."""
@@ -93,7 +94,11 @@ class PeerLoad(Load):
         self._compare(own, described)
         self._plan(own, tensors, described)
         self._closing.push(self._leasing)
-        lease = self._leasing.enter_context(self._worker.lease(self._peer.source_id, self._peer.worker_id or None))
+        lease = self._leasing.enter_context(
+            self._worker.lease(
+                self._peer.source_id, self._peer.worker_id or None, read_bytes=lambda: self._figures()[0]
+            )
+        )
         self._lease_id = lease.lease_id
         access = PeerAccess(
             attrs.evolve(self._peer, worker_id=lease.manifest.worker_id),
@@ -167,10 +172,12 @@ class PeerLoad(Load):
         assert self._reader is not None  # noqa: S101 - for the type checker: the load is open
         self.destination.touch()
         self._worker.renew(self._lease_id)  # it is alive, right before the first read
-        self._reader.read(self._chunks)
+        with self._timed("read"):
+            self._reader.read(self._chunks)
         for place, staged in self._with_gaps:
             place.scatter(staged)
-        self._leasing.close()  # raises unless the lease lasted until now
+        with self._timed("release"):
+            self._leasing.close()  # raises unless the lease lasted until now
 
     def complete(self) -> LoadReport:
         """Complete the load, and count it."""
@@ -184,15 +191,32 @@ class PeerLoad(Load):
         super().abort(exc)
 
     def _count(self, error: str) -> None:
-        reader = self._reader
+        read_bytes, mismatches = self._figures()
+        phases = dict(self._phase_seconds)
+        if self._reader is not None:
+            phases |= {"open": self._opened - self._begun, "verify": self._reader.verify_seconds}
         source_metrics().transferred(
             self._selector,
             self._uri.scheme,
             error=error,
             seconds=time.monotonic() - self._begun,
-            read_bytes=0 if reader is None else reader.arrived_bytes + reader.reread_bytes,
-            mismatches=0 if reader is None else reader.mismatches,
+            read_bytes=read_bytes,
+            phases=phases,
         )
+        source_metrics().mismatched(self._uri.scheme, self._uri.authority, mismatches)
+
+    def _figures(self) -> tuple[int, int]:
+        """Bytes that arrived, also those with a wrong digest, and chunks with a wrong digest."""
+        reader = self._reader
+        return (0, 0) if reader is None else (reader.arrived_bytes + reader.reread_bytes, reader.mismatches)
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._phase_seconds[phase] = time.monotonic() - begun
 
     def _stop(self, exc: BaseException) -> bool:
         stopped = self._reader is None or self._reader.close()

@@ -73,6 +73,7 @@ class PeerReader:
         read_again: Chunks that were read once more, because their digest was wrong.
         reread_bytes: Their bytes.
         threads: How many threads read.
+        verify_seconds: Time for digests, of all threads together.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class PeerReader:
         on_arrival: Callable[[], None],
     ) -> None:
         self.arrived_bytes = self.mismatches = self.read_again = self.reread_bytes = self.threads = 0
+        self.verify_seconds = 0.0
         self._session = session
         self._uri = uri
         self._provider = provider
@@ -179,8 +181,10 @@ class PeerReader:
                 raise self._failure(BackendError, reason, hint="report it to the authors of the transport")
             open_positions.remove(position)
             chunk = batch[position]
+            begun = time.monotonic()
             right = not self._verify or chunk_digests(chunk.destination) == [chunk.digest]
             with self._changed:
+                self.verify_seconds += time.monotonic() - begun
                 self._progressed_at = time.monotonic()
                 if right:
                     self.arrived_bytes += len(chunk.destination)

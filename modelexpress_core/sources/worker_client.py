@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -99,6 +99,7 @@ class WorkerClient(Client):
         deadline_seconds: How long each call may take.
         security: Certificates; by default those of this system. A token among them is not sent.
         server: The server that grants reads, for workers that want a grant; closed with this connection.
+        most_answer_bytes: Longest answer that is taken.
 
     Raises:
         InvalidURIError: By the constructor, if ``url`` is no valid address.
@@ -114,23 +115,39 @@ class WorkerClient(Client):
         deadline_seconds: float = 10.0,
         security: Security | None = None,
         server: ServerClient | None = None,
+        most_answer_bytes: int | None = None,
     ) -> None:
         without_token = attrs.evolve(security or Security(), token=None)
         # No retries: if a worker does not answer, or drains, the next peer is the better choice.
         super().__init__(
-            url, (WORKER, LEASE, PEER), deadline_seconds=deadline_seconds, security=without_token, retries=False
+            url,
+            (WORKER, LEASE, PEER),
+            deadline_seconds=deadline_seconds,
+            security=without_token,
+            retries=False,
+            most_answer_bytes=most_answer_bytes,
         )
         self._server = server
         self._grants: dict[tuple[str, str], _Grant] = {}
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, *, url: str, server: str | None = None) -> WorkerClient:
+    def from_env(
+        cls,
+        environ: Mapping[str, str] | None = None,
+        *,
+        url: str,
+        server: str | None = None,
+        deadline_seconds: float | None = None,
+        most_answer_bytes: int | None = None,
+    ) -> WorkerClient:
         """Connect to the worker at ``url``, with deadline and certificates from the environment variables.
 
         Args:
             environ: Variables; by default the process's.
             url: The worker's ``worker_grpc_endpoint``.
             server: URL of the server that grants reads: ``Peer.server``. By default the one that variables name.
+            deadline_seconds: How long each call may take; by default what the variable says.
+            most_answer_bytes: Longest answer that is taken; by default that of all clients.
 
         Raises:
             SettingsError: Variables, or files that they name, cannot be used.
@@ -138,8 +155,9 @@ class WorkerClient(Client):
         """
         return cls(
             url,
-            deadline_seconds=from_env(ServerAddress, environ).deadline_seconds,
+            deadline_seconds=deadline_seconds or from_env(ServerAddress, environ).deadline_seconds,
             security=Security.from_env(environ),
+            most_answer_bytes=most_answer_bytes,
             server=ServerClient.from_env(environ, url=server or None),
         )
 
@@ -211,9 +229,27 @@ class WorkerClient(Client):
             )
         return response.description
 
+    def readers(self, source_id: str, worker_id: str) -> peer_pb2.ListReadersResponse:
+        """Return who reads from the worker now, and who has for a while.
+
+        Raises:
+            UnsupportedError: The worker is of another client of the protocol.
+            BackendError: The call failed.
+        """
+        request = peer_pb2.ListReadersRequest(mx_source_id=source_id, worker_id=worker_id)
+        response: peer_pb2.ListReadersResponse = self._call_granted(PEER, "ListReaders", request)
+        return response
+
     @contextlib.contextmanager
-    def lease(self, source_id: str, worker_id: str | None = None) -> Iterator[Lease]:
+    def lease(
+        self, source_id: str, worker_id: str | None = None, *, read_bytes: Callable[[], int] = lambda: 0
+    ) -> Iterator[Lease]:
         """Hold a lease during the ``with`` block. A thread renews it, if the worker takes renewals.
+
+        Args:
+            source_id: The source that the worker holds.
+            worker_id: The worker; None for any.
+            read_bytes: How many bytes have arrived, for a worker that does not see the reads.
 
         Raises:
             BackendError: The call failed; or, at the end of the block, the worker does not confirm that the lease
@@ -225,12 +261,14 @@ class WorkerClient(Client):
             mx_source_id=source_id, worker_id=worker_id, lease_id=response.lease_id
         )
         try:
-            with self._renewing(response.lease_id, response.renew_within_seconds):
+            with self._renewing(response.lease_id, response.renew_within_seconds, read_bytes):
                 yield Lease(response.lease_id, response.manifest)
         except BaseException:
+            release.read_bytes = read_bytes()
             with contextlib.suppress(BackendError):  # the error of the block is raised; the lease will expire
                 self._call(WORKER, "ReleaseTensorRead", release)
             raise
+        release.read_bytes = read_bytes()
         self._call(WORKER, "ReleaseTensorRead", release)
 
     def renew(self, lease_id: str) -> None:
@@ -243,17 +281,17 @@ class WorkerClient(Client):
         self._call(LEASE, "RenewLease", access_pb2.RenewLeaseRequest(lease_id=lease_id))
 
     @contextlib.contextmanager
-    def _renewing(self, lease_id: str, within_seconds: float) -> Iterator[None]:
+    def _renewing(self, lease_id: str, within_seconds: float, read_bytes: Callable[[], int]) -> Iterator[None]:
         """Renew a lease until the end of the block; 0 seconds mean that it needs no renewal."""
         if not within_seconds:
             yield
             return
         ended = threading.Event()
         interval_seconds = within_seconds / _RENEWALS_PER_TERM
-        request = access_pb2.RenewLeaseRequest(lease_id=lease_id)
 
         def renew() -> None:
             while not ended.wait(interval_seconds):
+                request = access_pb2.RenewLeaseRequest(lease_id=lease_id, read_bytes=read_bytes())
                 try:
                     self._call(LEASE, "RenewLease", request, deadline_seconds=interval_seconds)
                 except NotFoundError:
