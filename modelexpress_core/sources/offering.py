@@ -143,9 +143,13 @@ class Offer:
         self._offered = OfferedTensors(tensors)
 
         def table_for(scheme: str) -> TensorTable:
-            count_sent = functools.partial(leases.readers.count_sent, scheme)
             return TensorTable(
-                identity.source_id, self.worker_id, self._offered.memory, leases.holds, count_sent=count_sent
+                identity.source_id,
+                self.worker_id,
+                self._offered.memory,
+                leases.holds,
+                device,
+                functools.partial(leases.readers.count_sent, scheme),
             )
 
         self._digesting = threading.Thread(target=self._digest, name="mx-digests", daemon=True)
