@@ -18,7 +18,7 @@ import grpc
 from attrs import frozen
 
 from modelexpress_core.contracts.transport import TensorLayout
-from modelexpress_core.errors import AccessDeniedError, BackendError, NotFoundError
+from modelexpress_core.errors import AccessDeniedError, BackendError, DeadlineError, NotFoundError
 from modelexpress_core.messages import printable
 from modelexpress_core.resources import start_thread
 from modelexpress_core.settings import from_env
@@ -38,6 +38,9 @@ _RENEWALS_PER_TERM = 4
 
 #: What a transport may tell readers.
 _MAX_DESCRIPTION_BYTES = 16 << 20
+
+#: How long the descriptions of all tensors may take.
+_DESCRIBING_SECONDS = 60.0
 
 #: A grant is used up to this long before it expires.
 _GRANT_MARGIN_SECONDS = 30.0
@@ -171,9 +174,40 @@ class WorkerClient(Client):
         """Return the manifest of the worker's tensors."""
         request = p2p_pb2.GetTensorManifestRequest(mx_source_id=source_id, worker_id=worker_id)
         response: p2p_pb2.GetTensorManifestResponse = self._call_granted(WORKER, "GetTensorManifest", request)
+        self._check_ids(response, source_id, worker_id)
         return response
 
-    def describe(self, source_id: str, worker_id: str, *, most_tensors: int, most_bytes: int) -> list[Description]:
+    def _check_ids(self, manifest: p2p_pb2.GetTensorManifestResponse, source_id: str, worker_id: str | None) -> None:
+        """Raise if the answer is of another source or worker than the one that was asked for.
+
+        Raises:
+            NotFoundError: It is.
+        """
+        source_differs = manifest.mx_source_id not in {"", source_id}
+        worker_differs = bool(worker_id) and manifest.HasField("worker_id") and manifest.worker_id != worker_id
+        if source_differs or worker_differs:
+            reason = (
+                f"the worker answers as {printable(manifest.worker_id)[:200]!r} "
+                f"with source {printable(manifest.mx_source_id)[:200]!r}"
+            )
+            raise NotFoundError(
+                reason,
+                uri=self.url,
+                operation="ask for the manifest",
+                peer_at_fault=True,
+                cause="another program listens there, or it is not the worker that it was published as",
+                hint="find the workers that hold the model again",
+            )
+
+    def describe(
+        self,
+        source_id: str,
+        worker_id: str,
+        *,
+        most_tensors: int,
+        most_bytes: int,
+        most_seconds: float = _DESCRIBING_SECONDS,
+    ) -> list[Description]:
         """Return layouts and digests of the worker's tensors, in the order of their names.
 
         Args:
@@ -181,14 +215,27 @@ class WorkerClient(Client):
             worker_id: The worker; empty for any.
             most_tensors: How many tensors a worker with the same layout has: one with more is not read further.
             most_bytes: How many bytes their descriptions may have.
+            most_seconds: How long all pages may take. A worker decides how short a page is, and so how many there are.
 
         Raises:
+            DeadlineError: The pages took too long.
             NotFoundError: The worker holds other tensors than the reader needs: more, or such with longer descriptions.
             BackendError: A call failed.
         """
         found: list[Description] = []
         nbytes = 0
+        deadline = time.monotonic() + most_seconds
         while True:
+            if time.monotonic() > deadline:
+                reason = f"the worker described {len(found)} of {most_tensors} tensors in {most_seconds:.1f} s"
+                raise DeadlineError(
+                    reason,
+                    uri=self.url,
+                    operation="compare the tensors",
+                    peer_at_fault=True,
+                    cause="it answers slowly, with few tensors at a time",
+                    hint="check the worker, and the network to it",
+                )
             request = peer_pb2.DescribeTensorsRequest(mx_source_id=source_id, worker_id=worker_id, first=len(found))
             page: peer_pb2.DescribeTensorsResponse = self._call_granted(PEER, "DescribeTensors", request)
             nbytes += page.ByteSize()
@@ -261,6 +308,7 @@ class WorkerClient(Client):
             mx_source_id=source_id, worker_id=worker_id, lease_id=response.lease_id
         )
         try:
+            self._check_ids(response.manifest, source_id, worker_id)
             with self._renewing(response.lease_id, response.renew_within_seconds, read_bytes):
                 yield Lease(response.lease_id, response.manifest)
         except BaseException:
