@@ -19,7 +19,7 @@ from modelexpress_core.contracts.identity import CONTENT_KEY, SourceIdentity
 from modelexpress_core.errors import ModelExpressError, ResolveError
 from modelexpress_core.loader import Loader
 from modelexpress_core.messages import listed
-from modelexpress_core.plugins import TRANSPORT, PluginManager
+from modelexpress_core.plugins import STORAGE, TRANSPORT, PluginManager
 from modelexpress_core.sources.discovery import find_candidates
 from modelexpress_core.uri import ModelURI
 
@@ -239,7 +239,9 @@ class _Examiner(Loader):
                 checkpoint = self.open_headers(candidate)
                 if destination is not None:
                     destination.check_checkpoint(checkpoint)
-                return _place_with(checkpoint, candidate)
+                table = self.plugins.table(STORAGE)
+                version = table.lookup(candidate.uri.scheme).provider.capabilities.global_versions
+                return _place_with(checkpoint, candidate, (version and checkpoint.content_version) or "")
             if destination is None:
                 self._reach(candidate.uri, candidate.peer, request)
                 reason = "it answers; its tensors are not compared, because no model was given"
@@ -322,7 +324,7 @@ def _place_of(candidate: Candidate) -> Place:
     return attrs.evolve(place, worker_id=peer.worker_id, source_id=peer.source_id, worker_rank=peer.worker_rank)
 
 
-def _place_with(checkpoint: Checkpoint, candidate: Candidate) -> Place:
+def _place_with(checkpoint: Checkpoint, candidate: Candidate, content_version: str) -> Place:
     named = "it is the URI of the load" if candidate.origin == "caller" else f"{candidate.origin} names it"
     return attrs.evolve(
         _place_of(candidate),
@@ -330,7 +332,7 @@ def _place_with(checkpoint: Checkpoint, candidate: Candidate) -> Place:
         tensors=len(checkpoint.tensors),
         files=len(checkpoint.files),
         bytes=checkpoint.tensor_bytes,
-        content_version=checkpoint.content_version or "",
+        content_version=content_version,
     )
 
 

@@ -64,7 +64,11 @@ def _lines(place: Place) -> list[str]:
         lines.append("identity: " + ", ".join(f"{name} {value}" for name, value in place.identity.items()))
     if place.bytes is not None:
         size = f"{place.tensors} tensors, {format_bytes(place.bytes)} in {format_files(place.files or 0)}"
-        version = f"content version {place.content_version}" if place.content_version else "no content version"
+        version = (
+            f"content version {place.content_version}"
+            if place.content_version
+            else "no content version that other machines see"
+        )
         lines.append(f"{size}, {version}")
     if place.hint:
         lines.append(f"Next step: {place.hint}")

@@ -355,6 +355,15 @@ class WorkerClient(Client):
             ended.set()
             thread.join()
 
+    def _error(self, exc: Any, method: str, *, closed: bool = False) -> BackendError:  # noqa: ANN401 - as in the base
+        """The error, with next steps for a worker in place of those for a server."""
+        error = super()._error(exc, method, closed=closed)
+        if error.hint and "MODEL_EXPRESS_URL" in error.hint:
+            error.hint = "check that the worker runs, and that its port (MX_WORKER_GRPC_PORT) can be reached from here"
+        elif error.hint and "mx health" in error.hint:
+            error.hint = "read from another worker, or try again"
+        return error
+
     def _call_granted(self, service: Service, method: str, request: Any) -> Any:  # noqa: ANN401 - three messages
         """The response of ``method``; the worker gets a read grant if it wants one."""
         key = (request.mx_source_id, request.worker_id)

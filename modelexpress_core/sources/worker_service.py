@@ -28,6 +28,7 @@ from modelexpress_core.sources.offered_tensors import OfferedTensors
 from modelexpress_core.sources.readers import Readers
 from modelexpress_core.wire.admission import MessageLimits
 from modelexpress_core.wire.authentication import caller
+from modelexpress_core.wire.grants import ANONYMOUS
 from modelexpress_core.wire.peers import peer_host
 from modelexpress_core.wire.proto.modelexpress import access_pb2, health_pb2, p2p_pb2, peer_pb2
 from modelexpress_core.wire.rpc import LEASE, PEER, STANDARD_HEALTH, WORKER, Service, handler
@@ -245,7 +246,8 @@ class _WorkerService:
         await self._check(request, context)
         name, host = caller.get(), peer_host(context.peer())
         try:
-            lease = self._leases.grant(f"{name} at {host}" if name else host, renews=request.renews)
+            reader = host if name in {"", ANONYMOUS} else f"{name} at {host}"
+            lease = self._leases.grant(reader, renews=request.renews)
         except TooManyLeasesError as exc:
             await context.abort(_Code.RESOURCE_EXHAUSTED, f"{exc}; release leases, or read from another worker")
         if lease is None:

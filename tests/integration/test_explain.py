@@ -11,9 +11,11 @@ from pathlib import Path
 import attrs
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 import modelexpress_core as mx
+from devtools.seaweedfs import SeaweedFS
+from modelexpress_core import open_checkpoint
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import BackendError, InvalidURIError
 from modelexpress_core.explaining import Place
@@ -21,7 +23,9 @@ from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.identity import own_identity
 from modelexpress_core.sources.worker_service import Leases
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+from mx_grpc_stream import plugin as grpc_plugin
 from tests.support.peers import ServingWorker, serving_worker
+from tests.support.plugins import core_and
 from tests.support.serving import Serving
 
 Start = Callable[..., Serving]
@@ -95,6 +99,7 @@ def test_a_worker_is_chosen_and_the_checkpoint_is_next(lister: Lister, worker: S
         (each.status, each.place) for each in found.places
     ]
     assert "grants a lease" in found.places[0].reason
+    assert "" == found.places[1].content_version  # as in the report of a load of local files
     assert (2, 1, 4030) == (found.places[1].tensors, found.places[1].files, found.places[1].bytes)
     assert 0 == worker.leases.out()
     assert all((tensor == 1).all() for tensor in tensors.values())
@@ -159,10 +164,11 @@ def test_a_worker_that_cannot_be_used_is_named_with_the_reason(lister: Lister, c
         "other layout": "1 tensors in another layout, or not at all: b",
         "other content": "this worker holds source '0123456789abcdef'",
         "restarted": "this is worker 'its successor', not 'restarted'",
-        "gone": "127.0.0.1:1",
+        "gone": "no server listens there",
     }.items():
         assert words in reasons.pop(worker_id), found
     assert {} == reasons
+    assert "MX_WORKER_GRPC_PORT" in place_of(found, "gone").hint
     assert all(each.hint for each in found.places if each.status == "unusable")
 
 
@@ -173,12 +179,18 @@ def test_a_transport_that_is_not_installed_comes_with_its_command(
     lister.publish("w", f"127.0.0.1:{worker.port}", transports="nixl,grpc")
     lister.publish("without any", "127.0.0.1:1", transports="no scheme")
 
-    found = explained(checkpoint, {**lister.environ, "MX_PLUGINS": "mx-grpc-stream"})
+    tensors = {name: tensor.clone() for name, tensor in _TENSORS.items()}
+
+    found = mx.explain(
+        checkpoint, tensors, _IDENTITY, environ=lister.environ, plugins=core_and(mx_grpc_stream=grpc_plugin)
+    )
+    disabled = explained(checkpoint, {**lister.environ, "MX_PLUGINS": "mx-grpc-stream"})
 
     assert worker.uri("grpc") == (found.chosen and found.chosen.place)
     [over_nixl] = [each for each in found.places if each.place.startswith("nixl://")]
     assert ("unusable", "w") == (over_nixl.status, over_nixl.worker_id)
-    assert "mx-nixl" in over_nixl.reason + over_nixl.hint
+    assert "pip install " in over_nixl.hint
+    assert any("MX_PLUGINS does not name it" in each.reason for each in disabled.places)
     assert "names no transport" in place_of(found, "without any").reason
 
 
@@ -313,6 +325,26 @@ def test_the_command_shows_the_workers_of_a_model(
     assert f"1. {checkpoint}: chosen" in text.stdout
     assert f"{worker.uri('grpc')}: possible" in text.stdout
     assert 0 == worker.leases.out()
+
+
+def test_the_command_compares_the_content(mx: Run, lister: Lister, worker: ServingWorker, s3_server: SeaweedFS) -> None:
+    """That of the URI is known without a model in memory: a worker with another one is never read."""
+    with contextlib.closing(s3_server.client()) as client:
+        client.put_object(Bucket="models", Key="explained/model.safetensors", Body=save(_TENSORS))
+    environ = {**lister.environ, **s3_server.environ()}
+    version = open_checkpoint("s3://models/explained", environ=environ).content_version
+    assert version
+    lister.publish("other content", f"127.0.0.1:{worker.port}")
+    with serving_worker(_TENSORS, ["grpc"], source_id=_IDENTITY.with_content_version(version).source_id) as same:
+        lister.publish("w", f"127.0.0.1:{same.port}", _IDENTITY.with_content_version(version))
+
+        done = mx("explain", "s3://models/explained", "--model", "acme/model", "--json", environ=environ)
+
+    found = json.loads(done.stdout)
+    assert ("chosen", version) == (found["places"][0]["status"], found["places"][0]["content_version"])
+    places = {each["worker_id"]: each for each in found["places"] if each["worker_id"]}
+    assert ("possible", "unusable") == (places["w"]["status"], places["other content"]["status"])
+    assert [["content_version", "1", version]] == places["other content"]["differences"]
 
 
 def test_the_command_ends_with_the_code_of_the_error(mx: Run, tmp_path: Path) -> None:
