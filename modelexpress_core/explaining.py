@@ -35,6 +35,10 @@ __all__ = ["Explanation", "Place", "explain"]
 #: Workers that are opened, all at the same time. The others are listed as next.
 _MAX_OPENED_WORKERS = 8
 
+#: Workers that are asked whether they answer: how many at the same time, and for how long.
+_THREADS = 16
+_ANSWER_SECONDS = 3.0
+
 _IDENTITY_DEFAULTS = SourceIdentity("")
 
 
@@ -184,7 +188,8 @@ class _Examiner(Loader):
             error = exc
         else:
             places, error = self._attempts(ranked, resolved, destination)
-        places += [self._left_out(each, resolved, partial=partial) for each in skipped]
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="mx-explain") as threads:
+            places += threads.map(lambda each: self._left_out(each, resolved, partial=partial), tuple(skipped))
         name = "" if request.identity is None else request.identity.model_name
         return Explanation(str(request.uri), name, request.worker_rank, tuple(places), error)
 
@@ -269,7 +274,10 @@ class _Examiner(Loader):
         scheme = "https" if uri.query.get("tls") == "1" else "http"
         server = "" if peer is None else peer.server
         try:
-            with WorkerClient.from_env(self.environ, url=f"{scheme}://{uri.authority}", server=server) as worker:
+            worker = WorkerClient.from_env(
+                self.environ, url=f"{scheme}://{uri.authority}", server=server, deadline_seconds=_ANSWER_SECONDS
+            )
+            with worker:
                 worker.manifest(source_id, worker_id or None)
         except ModelExpressError as exc:
             exc.hint = exc.hint or "check that the worker runs"
@@ -305,15 +313,18 @@ class _Examiner(Loader):
         error: ModelExpressError | None = None
         for uri in skipped.uris:
             try:
-                self._reach(uri, skipped.peer, request)
+                self.plugins.table(TRANSPORT).lookup(uri.scheme)
             except ModelExpressError as exc:
                 error = error or exc
-            else:
-                reason = "it answers; a worker with an equal identity reads it"
-                return attrs.evolve(place, place=str(uri), status="possible", reason=reason)
-        if error is None:
-            return place
-        return attrs.evolve(place, place=str(skipped.uris[0]), reason=error.headline, hint=error.hint or "")
+                continue
+            place = attrs.evolve(place, place=str(uri))
+            try:
+                self._reach(uri, skipped.peer, request)
+            except ModelExpressError as exc:  # its other transports have the same address
+                error = exc
+                break
+            return attrs.evolve(place, status="possible", reason="it answers; a worker with an equal identity reads it")
+        return place if error is None else attrs.evolve(place, reason=error.headline, hint=error.hint or "")
 
 
 def _place_of(candidate: Candidate) -> Place:

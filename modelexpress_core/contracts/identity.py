@@ -118,7 +118,7 @@ class SourceIdentity:
         return {
             name: (ours.get(name, ""), theirs.get(name, ""))
             for name in dict.fromkeys((*ours, *theirs))
-            if ours.get(name, "") != theirs.get(name, "")
+            if ours.get(name) != theirs.get(name)
         }
 
     def _compared(self) -> Mapping[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,10 +21,10 @@ from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 
 __all__ = ["ReaderList", "ask_readers"]
 
-#: How many workers are asked, how many at the same time, how long each may take, and how long its answer may be.
-_MAX_WORKERS = 1024
+#: How many workers are asked at the same time, how long each may take and all of them, and how long an answer may be.
 _THREADS = 16
 _SECONDS = 3.0
+_ALL_SECONDS = 20.0
 _ANSWER_BYTES = 1 << 20
 
 
@@ -43,7 +44,11 @@ class ReaderList:
 
 
 def ask_readers(
-    listed: p2p_pb2.ListSourcesResponse, environ: Mapping[str, str], *, server: str
+    listed: p2p_pb2.ListSourcesResponse,
+    environ: Mapping[str, str],
+    *,
+    server: str,
+    seconds: float = _ALL_SECONDS,
 ) -> Sequence[ReaderList]:
     """Return the answer of each listed worker, in the order of the list.
 
@@ -53,10 +58,14 @@ def ask_readers(
         listed: The server's list.
         environ: Variables: certificates, tokens, trust.
         server: URL of the server, which grants reads.
+        seconds: No worker is asked after this time.
     """
     trust = from_env(TrustSettings, environ)
+    deadline = time.monotonic() + seconds
 
     def ask(source: p2p_pb2.SourceInstanceRef) -> ReaderList:
+        if time.monotonic() > deadline:
+            return ReaderList(problem=f"it is not asked: the others took {seconds:.0f} s")
         try:
             return _asked(source, listed.caller, trust, environ, server)
         except UnsupportedError:
@@ -65,9 +74,7 @@ def ask_readers(
             return ReaderList(problem=exc.headline)
 
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="mx-readers") as threads:
-        answers = [*threads.map(ask, listed.instances[:_MAX_WORKERS])]
-    not_asked = ReaderList(problem=f"it is not asked: at most {_MAX_WORKERS} workers are")
-    return [*answers, *([not_asked] * (len(listed.instances) - len(answers)))]
+        return [*threads.map(ask, listed.instances)]
 
 
 def _asked(

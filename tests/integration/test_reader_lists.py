@@ -190,8 +190,10 @@ def test_a_worker_that_does_not_answer_holds_up_none(start: Start) -> None:
         listed = client.listing()
 
         answers = ask_readers(listed, environ, server=client.url)
+        too_late = ask_readers(listed, environ, server=client.url, seconds=-1)
 
     problems = {source.worker_id: answer.problem for source, answer in zip(listed.instances, answers, strict=True)}
+    assert all("not asked" in each.problem for each in too_late)
     assert "" == problems["answers"]
     assert "127.0.0.1:1" in problems["gone"]
     assert "another client" in problems["other client"]
