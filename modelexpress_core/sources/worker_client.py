@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import attrs
 import grpc
 from attrs import frozen
 
@@ -120,13 +119,13 @@ class WorkerClient(Client):
         server: ServerClient | None = None,
         most_answer_bytes: int | None = None,
     ) -> None:
-        without_token = attrs.evolve(security or Security(), token=None)
+        security = (security or Security()).for_worker()
         # No retries: if a worker does not answer, or drains, the next peer is the better choice.
         super().__init__(
             url,
             (WORKER, LEASE, PEER),
             deadline_seconds=deadline_seconds,
-            security=without_token,
+            security=security,
             retries=False,
             most_answer_bytes=most_answer_bytes,
         )

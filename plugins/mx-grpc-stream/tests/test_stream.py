@@ -242,17 +242,20 @@ def test_tls(tensors: Mapping[str, torch.Tensor], tmp_path: Path, environ: Mappi
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     pair = tmp_path / "pair.pem"
-    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pair))
+    authority.issue_cert("workers.example").private_key_and_cert_chain_pem.write_to_path(str(pair))
     here = empty_like(tensors)
     files = {"MX_TLS_CERT_PATH": str(pair), "MX_TLS_KEY_PATH": str(pair)}
     tls = TlsSettings(certificate=str(pair), key=str(pair))
     with serving_worker(tensors, ["grpc"], tls=tls, environ=files) as worker:
         uri = worker.uri("grpc", tls="1")
-        report = mx.load_into(here, uri, environ={"MX_TLS_CA_PATH": str(tmp_path / "ca.pem"), **environ})
+        trusting = {"MX_TLS_CA_PATH": str(tmp_path / "ca.pem"), **environ}
+        report = mx.load_into(here, uri, environ={"MX_TLS_PEER_NAME": "workers.example", **trusting})
         assert_equal(tensors, here)
         assert report.channel.startswith("gRPC" if environ else "bulk channel on port ")
         with pytest.raises(AccessDeniedError, match="certificate is not trusted"):
             mx.load_into(here, uri, environ={})
+        with pytest.raises(AccessDeniedError, match=r"127\.0\.0\.1"):  # the name in the address
+            mx.load_into(here, uri, environ=trusting)
 
 
 def test_no_token_goes_to_a_worker(tensors: Mapping[str, torch.Tensor], tmp_path: Path) -> None:
