@@ -18,6 +18,7 @@ from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer,
 from modelexpress_core.contracts.identity import CONTENT_KEY, SourceIdentity
 from modelexpress_core.errors import ModelExpressError, ResolveError
 from modelexpress_core.loader import Loader
+from modelexpress_core.loads.candidate_queue import CandidateQueue
 from modelexpress_core.messages import listed
 from modelexpress_core.plugins import STORAGE, TRANSPORT, PluginManager
 from modelexpress_core.sources.discovery import find_candidates
@@ -203,36 +204,29 @@ class _Examiner(Loader):
             results = dict(
                 zip(opened, threads.map(lambda each: self._opened(each, request, destination), opened), strict=True)
             )
-        places: list[Place] = []
+        found: dict[Candidate, Place] = {}
         chosen = False
         error: ModelExpressError | None = None
-        ended = ""
-        at_fault: list[tuple[Candidate, ModelExpressError]] = []
-        for candidate in ranked:
-            place = _place_of(candidate)
+        left = CandidateQueue(ranked, request)
+        while left:
+            candidate = left.take()
             result = results.get(candidate)
-            failed = next((other for other, exc in at_fault if self._fails_too(candidate, other, exc)), None)
-            if ended:
-                place = attrs.evolve(place, reason=ended)
-            elif failed is not None:
-                place = attrs.evolve(place, reason=f"it is the worker of {failed.uri}, which was at fault")
-            elif isinstance(result, ModelExpressError):
-                place = attrs.evolve(place, reason=result.headline, hint=result.hint or "")
-                at_fault.append((candidate, result))
-                if not chosen:
-                    error = result
-                    ended = (
-                        "" if isinstance(result, self.try_next) else f"a load ends with the error of {candidate.uri}"
-                    )
+            if isinstance(result, Place):
+                found[candidate] = attrs.evolve(result, status="next" if chosen else "chosen")
+                chosen = True
+            elif result is None:
+                reason = f"it is not asked here: at most {_MAX_OPENED_WORKERS} workers are"
+                found[candidate] = attrs.evolve(_place_of(candidate), status="next", reason=reason)
             else:
-                status: Literal["chosen", "next"] = "next" if chosen else "chosen"
-                if result is None:
-                    reason = f"it is not asked here: at most {_MAX_OPENED_WORKERS} workers are"
-                    status = "next"
-                else:
-                    reason, chosen = result.reason, True
-                place = attrs.evolve(result or place, status=status, reason=reason)
-            places.append(place)
+                found[candidate] = attrs.evolve(_place_of(candidate), reason=result.headline, hint=result.hint or "")
+                self._drop_failed(left, candidate, result)
+                error = result
+                if not (chosen or isinstance(result, self.try_next)):
+                    break
+        rest = "it is a worker that was at fault, over another transport"
+        if left:
+            rest = f"a load ends before it, with {type(error).__name__}"
+        places = [found.get(each) or attrs.evolve(_place_of(each), reason=rest) for each in ranked]
         return places, None if chosen else error
 
     def _opened(
@@ -251,7 +245,7 @@ class _Examiner(Loader):
                 self._reach(candidate.uri, candidate.peer, request)
                 reason = "it answers; its tensors are not compared, because no model was given"
             else:
-                self._new_load(candidate, request, destination).probe()
+                self._new_load(candidate, request, destination, CandidateQueue((), request)).probe()
                 reason = "it answers, its tensors have the layout of the model, and it grants a lease"
         except ModelExpressError as exc:
             return exc

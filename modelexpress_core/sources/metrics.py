@@ -114,35 +114,40 @@ class SourceMetrics:
         self._peers: set[str] = set()
         self._peers_lock = threading.Lock()
 
-    def transferred(
-        self, policy: str, transport: str, *, error: str, seconds: float, read_bytes: int, phases: Mapping[str, float]
-    ) -> None:
-        """Count a load from a peer.
+    def loaded(self, policy: str, *, error: str, seconds: float, phases: Mapping[str, float]) -> None:
+        """Count a load from peers.
 
         Args:
-            policy: How the peer was chosen.
-            transport: Scheme of the transport.
+            policy: How the peers were chosen.
             error: Class of the error that ended it, or empty.
             seconds: How long it took.
-            read_bytes: Bytes that arrived.
             phases: How long ``"open"``, ``"read"``, ``"verify"`` and ``"release"`` took, those that were reached.
                 Digests are verified while other chunks are read.
         """
         if self._counts:
             self._attempts.labels(policy, error or "ok").inc()
             self._transfers.labels("error" if error else "ok").observe(seconds)
-            self._read.labels(transport).inc(read_bytes)
             for phase, taken in phases.items():
                 self._phases.labels(phase).observe(taken)
 
-    def mismatched(self, transport: str, peer: str, count: int) -> None:
-        """Count chunks with a wrong digest, by the ``host:port`` of the worker."""
-        if self._counts and count:
+    def read(self, transport: str, peer: str, *, read_bytes: int, mismatches: int) -> None:
+        """Count what one peer delivered to a load, and its chunks with a wrong digest.
+
+        Args:
+            transport: Scheme of the transport.
+            peer: The ``host:port`` of the worker.
+            read_bytes: Bytes that arrived.
+            mismatches: Chunks that arrived with a wrong digest.
+        """
+        if not self._counts:
+            return
+        self._read.labels(transport).inc(read_bytes)
+        if mismatches:
             with self._peers_lock:
                 if peer not in self._peers and len(self._peers) >= _MAX_PEERS:
                     peer = _OTHER_PEERS
                 self._peers.add(peer)
-            self._mismatches.labels(transport, peer).inc(count)
+            self._mismatches.labels(transport, peer).inc(mismatches)
 
     def listed(self, policy: str, result: str) -> None:
         """Count a request to a server, which ended with ``"ok"``, ``"empty"`` or ``"error"``."""

@@ -141,9 +141,9 @@ def test_labels_of_peers_are_bounded() -> None:
     registry = CollectorRegistry()
     metrics = SourceMetrics(registry)
     for number in range(70):
-        metrics.mismatched("grpc", f"host-{number}:1", 1)
-    metrics.mismatched("grpc", "host-3:1", 4)
-    metrics.mismatched("grpc", "host-99:1", 0)
+        metrics.read("grpc", f"host-{number}:1", read_bytes=1, mismatches=1)
+    metrics.read("grpc", "host-3:1", read_bytes=1, mismatches=4)
+    metrics.read("grpc", "host-99:1", read_bytes=1, mismatches=0)
 
     def wrong(peer: str) -> float | None:
         labels = {"transport": "grpc", "peer": peer}
