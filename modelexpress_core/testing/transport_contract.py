@@ -183,6 +183,10 @@ class OpenWorker:
         """A copy of the bytes of each tensor, in host memory."""
         return {name: memory.cpu().clone() for name, memory in self.worker.offered.memory.items()}
 
+    def counted(self) -> dict[str, int]:
+        """Bytes that ``count_sent`` was called for, by the name of the reader."""
+        return {each.name: each.read_bytes for each in self.worker.leases.readers.listed()}
+
     def lease(self) -> str:
         """A new lease."""
         lease_id = self.worker.leases.grant()
@@ -215,12 +219,14 @@ class TransportContract(CallingContract, contract=True):
         device: Where the tensors of both sides are, as torch names it.
         checks_leases: Whether the worker's side asks ``TensorTable.holds_lease`` before it sends. False where no code
             of the worker runs during a read: then closing the served tensors alone ends reads.
+        counts_sent: Whether the worker's side calls ``TensorTable.count_sent``. False if none of it sends.
         hang_seconds: How long one call may take before it counts as hanging.
         close_seconds: How long a stalled read may go on after ``close``.
     """
 
     device: ClassVar[str] = "cpu"
     checks_leases: ClassVar[bool] = True
+    counts_sent: ClassVar[bool] = True
     hang_seconds: ClassVar[float] = 30.0
     close_seconds: ClassVar[float] = 2.0
 
@@ -738,6 +744,22 @@ class TransportContract(CallingContract, contract=True):
                 violated(f"mx.load_into wrote outside the tensors in memory {number}: in gaps between elements")
         same(0, report.retries, "the load read chunks again, whose bytes were wrong:")
         same(0, worker.worker.leases.out(), "after the load, the number of leases is")
+
+    def test_what_is_sent_is_counted(self, serve: _Serve) -> None:
+        """``TensorTable.count_sent`` hears of every byte once, for the lease under which it was read."""
+        if not self.counts_sent:
+            pytest.skip("no code of the worker sends (counts_sent is False)")
+        size = 3 * _MIB + 5
+        worker = serve({"weight": random_bytes(size, device=self.device)})
+        wanted = {"first": size + 1, "second": 100}
+        for reader, ranges in (("first", [("weight", 0, size), ("weight", 9, 1)]), ("second", [("weight", 7, 100)])):
+            lease_id = worker.worker.leases.grant(reader)
+            self._read(worker, worker.connect(lease_id), ranges)
+        end = time.monotonic() + self.hang_seconds
+        while (found := worker.counted()) != wanted and time.monotonic() < end:  # a piece is counted once it is sent
+            time.sleep(0.02)
+        if found != wanted:
+            violated(f"count_sent was called for {found} bytes by reader, and {wanted} were read")
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 

@@ -265,6 +265,29 @@ class YieldsRanges(Session):
         yield from (reads[position] for position in super().read(reads))
 
 
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+@fails("what_is_sent_is_counted")
+class CountsNothing(Right):
+    hang_seconds = 2.0
+
+    def serve(self, table: TensorTable) -> Any:
+        return super().serve(attrs.evolve(table, count_sent=lambda _lease, _nbytes: None))
+
+
+@fails("what_is_sent_is_counted")
+class CountsRangesAndPieces(Right):
+    hang_seconds = 2.0
+
+    def serve(self, table: TensorTable) -> Any:
+        def twice(lease_id: str, nbytes: int) -> None:
+            table.count_sent(lease_id, nbytes)
+            table.count_sent(lease_id, nbytes)
+
+        return super().serve(attrs.evolve(table, count_sent=twice))
+
+
 # -- sessions ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from modelexpress_core import plugin as core
-from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer, Skipped
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import PluginLoadError, SettingsError, UnavailableError, UnknownSchemeError
 from modelexpress_core.hooks import hookimpl
@@ -283,6 +283,63 @@ def test_the_loader_finds_peers_for_requests_with_an_identity() -> None:
     assert ["nixl", "memory"] == [candidate.uri.scheme for candidate in with_identity]
     assert ["memory"] == [candidate.uri.scheme for candidate in without]
     assert [attrs.evolve(_REQUEST, identity=identity)] == discovering.requests
+
+
+# -- why places are left out -------------------------------------------------------------------------------------------
+
+
+def left_out(discovering: Any, request: LoadRequest = _REQUEST, **environ: str) -> dict[str, str]:
+    """Reasons and next steps by place."""
+    reported: list[Skipped] = []
+    environ = {"MX_DISCOVERY": "test://", **environ}
+    find_candidates(manager(discovering), environ, attrs.evolve(request, on_skipped=reported.append))
+    return {each.place: f"{'; '.join(each.reasons)}: {each.hint}" for each in reported}
+
+
+def test_a_transport_that_is_missing_is_the_reason() -> None:
+    """With the command that installs it; the requested URI is no place that is left out."""
+    others = [peer("w", "grpc"), peer("v")]
+
+    [(place, reason)] = left_out(Discovering(lambda _: others)).items()
+
+    assert "grpc://server:8001/id/w" == place
+    assert "no usable plugin handles the transport scheme 'grpc'" in reason
+    assert "pip install " in reason
+
+
+def test_a_discovery_that_fails_is_a_place() -> None:
+    """So that an empty list is not mistaken for a model that no worker holds."""
+    failing = Discovering(raising(UnavailableError("nobody there", hint="start it")))
+    defect = Discovering(raising(ZeroDivisionError("oops")))
+
+    assert {"test://": "nobody there: start it"} == left_out(failing)
+    assert "ZeroDivisionError: oops" in left_out(defect)["test://"]
+    assert "no usable plugin" in left_out(failing, MX_DISCOVERY="other://")["other://"]
+
+
+def test_a_discovery_says_what_it_leaves_out() -> None:
+    """In a load nobody asks."""
+
+    def answer(request: LoadRequest) -> list[Candidate]:
+        request.skip("row 7", "it is of another zone", "set ZONE")
+        return []
+
+    assert {"row 7": "it is of another zone: set ZONE"} == left_out(Discovering(answer))
+    assert ["memory://host/model"] == found(Discovering(answer))
+
+
+def test_what_a_plugin_drops_from_the_ranking_is_reported() -> None:
+    """It names the setting that disables plugins."""
+
+    class Dropping(Discovering):
+        @hookimpl
+        def mx_rank_candidates(self, request: LoadRequest, candidates: Sequence[Candidate]) -> list[Candidate]:
+            return [each for each in candidates if each.peer is None]
+
+    [(place, reason)] = left_out(Dropping(lambda _: [peer("w")])).items()
+
+    assert "nixl://server:8001/id/w" == place
+    assert "MX_DISABLED_PLUGINS" in reason
 
 
 # -- plugins -----------------------------------------------------------------------------------------------------------

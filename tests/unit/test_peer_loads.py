@@ -476,14 +476,16 @@ def test_loads_from_peers_are_counted(
             counted("mx_p2p_transfer_seconds_count", outcome="ok"),
             counted("mx_p2p_transfer_seconds_count", outcome="error"),
             counted("mx_p2p_read_bytes_total", transport="inproc"),
-            counted("mx_p2p_digest_mismatches_total", transport="odd"),
+            counted("mx_p2p_digest_mismatches_total", transport="odd", peer=f"127.0.0.1:{served.port}"),
+            *(counted("mx_p2p_phase_seconds_count", phase=phase) for phase in ("open", "read", "verify", "release")),
         ]
 
     before = figures()
     report = load(checkpoint[0], Plugin(served.uri("inproc")), new_model())
     load(checkpoint[0], Plugin(served.uri("odd"), session=Flips), new_model())
 
-    ok, failed, ok_seconds, failed_seconds, read, mismatches = map(operator.sub, figures(), before)
+    ok, failed, ok_seconds, failed_seconds, read, mismatches, *phases = map(operator.sub, figures(), before)
+    assert [2, 2, 2, 1] == phases  # the load that failed did not come to the end of its lease
     assert (1, 1, 1, 1, report.bytes_fetched) == (ok, failed, ok_seconds, failed_seconds, read)
     assert mismatches >= 2
 
