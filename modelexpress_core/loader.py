@@ -28,7 +28,7 @@ import attrs
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.contracts.identity import SourceIdentity
-from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, ResolveError
+from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, PluginLoadError, ResolveError
 from modelexpress_core.loads.checkpoint import CheckpointLoad
 from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.loads.destination import Destination, DestinationTouchedError
@@ -103,7 +103,9 @@ class Loader(LoadContext):
             candidate = left.popleft()
             try:
                 return attempt(candidate)
-            except _TRY_NEXT as exc:
+            except (*_TRY_NEXT, PluginLoadError) as exc:
+                if isinstance(exc, PluginLoadError) and candidate.origin == "caller":
+                    raise  # but a plugin that only a discovery needs ends no load
                 if isinstance(exc, BackendError) and exc.peer_at_fault:  # over another transport it is the same worker
                     left = deque(each for each in left if not _is_same_worker(candidate, each))
                 if not left:

@@ -17,7 +17,9 @@ from modelexpress_core.contracts.transport import PeerAccess, TensorRead, Tensor
 from modelexpress_core.errors import BackendError, IntegrityError, NotFoundError, UnavailableError, UnsupportedError
 from modelexpress_core.providers import TransportProvider
 from modelexpress_core.uri import ModelURI
+from mx_nixl._agent import Agent
 from mx_nixl._description import AgentDescription
+from mx_nixl._lanes import Lane
 from mx_nixl._quarantine import KeptMemory, Quarantine
 from mx_nixl._serving import NixlServed
 from mx_nixl._session import BUFFER_BYTES, NixlSession
@@ -104,6 +106,31 @@ def test_only_bytes_of_its_tensors_are_asked_for(name: str, offset: int, length:
         pytest.raises(NotFoundError, match=f"no tensor '{name}' with bytes {offset}"),
     ):
         list(session.read([TensorRead(name, offset, torch.zeros(length, dtype=torch.uint8))]))
+
+
+def test_a_read_that_is_too_slow_for_its_lane_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, when the session ends, with both rates."""
+    content = torch.zeros(130 << 20, dtype=torch.uint8)
+    with served(bytes_table(t=content)) as serving:
+        description = AgentDescription.from_bytes(serving.description)
+        for low, warnings in ((1e18, 1), (1.0, 0)):
+            agent = Agent("reader/slow", "UCX")
+            agent.connect(agent.add(description.metadata))
+            session = NixlSession(
+                agent,
+                description,
+                lane=Lane("the fabric x", on_host=True, low_bytes_per_second=low),
+                is_served=lambda: True,
+                timeout_seconds=60,
+                uri=_URI,
+                quarantine=Quarantine(),
+            )
+            caplog.clear()
+            list(session.read([TensorRead("t", 0, torch.ones_like(content))]))
+            session.close()
+            session.close()
+
+            assert warnings == caplog.text.count(f"reading {_URI} was slow: 0.14 GB came at ")
 
 
 def test_two_threads_share_a_session(lane: str) -> None:
