@@ -39,6 +39,7 @@ class LoadReport:
         peak_rss_bytes: Largest resident memory of the process so far.
         content_version: The same for every load of the same content, on any machine; empty where the storage cannot
             tell it, as for local files. ``own_identity`` takes it.
+        channel: The way of the bytes from another worker, where its transport has several; else empty.
     """
 
     uri: str
@@ -62,6 +63,7 @@ class LoadReport:
     meta_destinations: int
     peak_rss_bytes: int
     content_version: str = ""
+    channel: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""

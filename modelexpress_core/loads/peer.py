@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer
-from modelexpress_core.contracts.transport import PeerAccess, TensorLayout
+from modelexpress_core.contracts.transport import ChannelSession, PeerAccess, PeerSession, TensorLayout
 from modelexpress_core.errors import BackendError, InvalidURIError, NotFoundError, PlacementError, UnsupportedError
 from modelexpress_core.events import LoadProgress
 from modelexpress_core.loads.context import LoadContext
@@ -62,6 +62,7 @@ class PeerLoad(Load):
         self._leasing = contextlib.ExitStack()
         self._worker: WorkerClient
         self._lease_id = ""
+        self._session: PeerSession | None = None
         self._reader: PeerReader | None = None
         self._with_gaps: list[tuple[TensorBytes, torch.Tensor]] = []
         self._chunks: list[ChunkRead] = []
@@ -102,6 +103,7 @@ class PeerLoad(Load):
             digests_compared=self._context.settings.verify_digests,
         )
         session = transport.connect(access)
+        self._session = session
         self._reader = PeerReader(
             session,
             uri=str(self._uri),
@@ -246,6 +248,7 @@ class PeerLoad(Load):
             meta_destinations=0,
             peak_rss_bytes=peak_rss_bytes(),
             content_version=self._content_version,
+            channel=self._session.channel if isinstance(self._session, ChannelSession) else "",
         )
 
 

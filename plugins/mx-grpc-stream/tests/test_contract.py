@@ -40,5 +40,5 @@ class TestGrpcTransport(TransportContract):
         with TcpProxy("127.0.0.1", worker.worker.port, faults) as proxy:
             uri = ModelURI.parse(worker.uri.replace(f":{worker.worker.port}/", f":{proxy.port}/"))
             access = PeerAccess(Peer(worker.worker.source_id, worker.worker.worker_id), worker.lease())
-            with contextlib.closing(open_grpc(uri, {}).connect(access)) as session:
+            with contextlib.closing(open_grpc(uri, {"MX_BULK_PORT": "0"}).connect(access)) as session:
                 yield session, TensorRead("weight", 0, torch.zeros(1 << 20, dtype=torch.uint8))

@@ -29,14 +29,25 @@ def assert_equal(expected: Mapping[str, torch.Tensor], loaded: Mapping[str, torc
     assert [name for name in expected if not torch.equal(expected[name], loaded[name])] == []
 
 
+#: A reader that uses frames alone: what proxies in these tests pass on is gRPC.
+_FRAMES = {"MX_BULK_PORT": "0"}
+
+
+@pytest.fixture(params=[{}, _FRAMES], ids=["bulk", "frames"])
+def environ(request: pytest.FixtureRequest) -> Mapping[str, str]:
+    """The variables of a reader."""
+    found: Mapping[str, str] = request.param
+    return found
+
+
 @contextlib.contextmanager
-def leased(worker: ServingWorker) -> Iterator[GrpcSession]:
+def leased(worker: ServingWorker, environ: Mapping[str, str]) -> Iterator[GrpcSession]:
     """A session under a lease."""
     with contextlib.ExitStack() as opened:
         client = opened.enter_context(WorkerClient(f"127.0.0.1:{worker.port}"))
         opened.enter_context(contextlib.suppress(NotFoundError))  # of leases that the test ends
         lease = opened.enter_context(client.lease(worker.source_id))
-        transport = open_grpc(ModelURI.parse(worker.uri("grpc")), {})
+        transport = open_grpc(ModelURI.parse(worker.uri("grpc")), environ)
         session = transport.connect(PeerAccess(Peer(worker.source_id, worker.worker_id), lease.lease_id))
         try:
             yield session
@@ -44,29 +55,32 @@ def leased(worker: ServingWorker) -> Iterator[GrpcSession]:
             session.close()
 
 
-def test_every_tensor_is_in_place(worker: ServingWorker, tensors: Mapping[str, torch.Tensor]) -> None:
+def test_every_tensor_is_in_place(
+    worker: ServingWorker, tensors: Mapping[str, torch.Tensor], environ: Mapping[str, str]
+) -> None:
     """Whatever its size, dtype, strides and ties; each byte once."""
     here = empty_like(tensors)
 
-    report = mx.load_into(here, worker.uri("grpc"))
+    report = mx.load_into(here, worker.uri("grpc"), environ=environ)
 
     assert_equal(tensors, here)
     needed = sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name != "tied")
     assert needed == report.bytes_needed == report.bytes_fetched
     assert {"plugin": "mx-grpc-stream", "version": "0.1.0"} == report.storage
     assert 3 + 6 == report.verified["digests"]
+    assert report.channel.startswith("gRPC" if environ else "bulk channel on port ")
     assert 0 == worker.leases.out()
 
 
-def test_without_a_lease_there_is_nothing(worker: ServingWorker) -> None:
+def test_without_a_lease_there_is_nothing(worker: ServingWorker, environ: Mapping[str, str]) -> None:
     """Nor with one that has ended."""
-    transport = open_grpc(ModelURI.parse(worker.uri("grpc")), {})
+    transport = open_grpc(ModelURI.parse(worker.uri("grpc")), environ)
     read = [TensorRead("large", 0, torch.zeros(4, dtype=torch.uint8))]
     for lease_id in ("", "0" * 32):
         session = transport.connect(PeerAccess(Peer(worker.source_id, worker.worker_id), lease_id))
         with contextlib.closing(session), pytest.raises(NotFoundError, match="no such lease"):
             list(session.read(read))
-    with leased(worker) as session:
+    with leased(worker, environ) as session:
         worker.leases.drain(0)
         with pytest.raises(NotFoundError, match="no such lease"):
             list(session.read(read))
@@ -76,9 +90,11 @@ def test_without_a_lease_there_is_nothing(worker: ServingWorker) -> None:
 @pytest.mark.parametrize(
     ("name", "offset", "length"), [("large", 9 << 20, 14), ("large", 1 << 63, 4), ("other", 0, 1), ("empty", 0, 1)]
 )
-def test_only_bytes_of_its_tensors_are_sent(worker: ServingWorker, name: str, offset: int, length: int) -> None:
+def test_only_bytes_of_its_tensors_are_sent(
+    worker: ServingWorker, environ: Mapping[str, str], name: str, offset: int, length: int
+) -> None:
     """Nothing beyond a tensor's end, and of no other memory."""
-    with leased(worker) as session, pytest.raises(BackendError, match="there is no tensor"):
+    with leased(worker, environ) as session, pytest.raises(BackendError, match="there is no tensor"):
         list(session.read([TensorRead(name, offset, torch.zeros(length, dtype=torch.uint8))]))
 
 
@@ -93,7 +109,7 @@ def test_flipped_bits_never_pass(worker: ServingWorker, tensors: Mapping[str, to
     with TcpProxy("127.0.0.1", worker.port, faults) as proxy:
         uri = worker.uri("grpc").replace(f":{worker.port}/", f":{proxy.port}/")
         with contextlib.suppress(BackendError):
-            mx.load_into(here, uri, environ={"MX_STALL_SECONDS": "5"})
+            mx.load_into(here, uri, environ={"MX_STALL_SECONDS": "5", **_FRAMES})
             assert_equal(tensors, here)
 
 
@@ -115,21 +131,24 @@ def test_a_worker_that_falls_silent_ends_the_load(worker: ServingWorker, tensors
     with TcpProxy("127.0.0.1", worker.port, faults) as proxy:
         uri = worker.uri("grpc").replace(f":{worker.port}/", f":{proxy.port}/")
         with pytest.raises(DeadlineError, match="no chunk arrived") as caught:
-            mx.load_into(empty_like(tensors), uri, environ={"MX_STALL_SECONDS": "0.5"})
+            mx.load_into(empty_like(tensors), uri, environ={"MX_STALL_SECONDS": "0.5", **_FRAMES})
     assert caught.value.peer_at_fault
 
 
-def test_tls(tensors: Mapping[str, torch.Tensor], tmp_path: Path) -> None:
+def test_tls(tensors: Mapping[str, torch.Tensor], tmp_path: Path, environ: Mapping[str, str]) -> None:
     """The certificate is the worker's; readers that trust another authority are told so."""
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     pair = tmp_path / "pair.pem"
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(pair))
     here = empty_like(tensors)
-    with serving_worker(tensors, ["grpc"], tls=TlsSettings(certificate=str(pair), key=str(pair))) as worker:
+    files = {"MX_TLS_CERT_PATH": str(pair), "MX_TLS_KEY_PATH": str(pair)}
+    tls = TlsSettings(certificate=str(pair), key=str(pair))
+    with serving_worker(tensors, ["grpc"], tls=tls, environ=files) as worker:
         uri = worker.uri("grpc", tls="1")
-        mx.load_into(here, uri, environ={"MX_TLS_CA_PATH": str(tmp_path / "ca.pem")})
+        report = mx.load_into(here, uri, environ={"MX_TLS_CA_PATH": str(tmp_path / "ca.pem"), **environ})
         assert_equal(tensors, here)
+        assert report.channel.startswith("gRPC" if environ else "bulk channel on port ")
         with pytest.raises(AccessDeniedError, match="certificate is not trusted"):
             mx.load_into(here, uri, environ={})
 
