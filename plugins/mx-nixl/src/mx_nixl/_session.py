@@ -128,6 +128,9 @@ class NixlSession:
         timeout_seconds: How long one read may take.
         uri: Redacted URI of the worker, for messages.
         quarantine: Keeps the memory of reads that do not end.
+
+    Attributes:
+        channel: The lane, for the report.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class NixlSession:
     ) -> None:
         self._agent = agent
         self._description = description
+        self.channel = lane.name
         self._lane = lane
         self._is_served = is_served
         self._timeout_seconds = timeout_seconds
