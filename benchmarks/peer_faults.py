@@ -32,16 +32,16 @@ from benchmarks.measuring import Plan, Report, Target, median, print_report, wri
 from benchmarks.peer_fault_workers import Amid, Lane, Source, even_sizes, identity_of, sources, start_reader, tensors_of
 from modelexpress_core.plugins import TRANSPORT, PluginManager
 
-__all__ = ["LANES", "Counts", "Lane", "flips_in_memory", "flips_on_the_wire", "kills", "readers", "run", "stops"]
+__all__ = ["GRPC", "NIXL", "Counts", "Lane", "flips_in_memory", "flips_on_the_wire", "kills", "readers", "run", "stops"]
 
 
-_GRPC = Lane("grpc", "grpc")
+GRPC = Lane("grpc", "grpc")
 _FRAMES = Lane("grpc, no bulk channel", "grpc", {"MX_BULK_PORT": "0"})
-_NIXL = Lane("nixl, shared memory", "nixl")
+NIXL = Lane("nixl, shared memory", "nixl")
 _NIXL_TCP = Lane("nixl, TCP", "nixl", {}, "tcp")
 
 #: The ways that are measured. Over TCP, NIXL comes after other transports, and only stopped sources are of interest.
-LANES = (_GRPC, _FRAMES, _NIXL)
+LANES = (GRPC, _FRAMES, NIXL)
 
 #: How long a source may be silent, and a call may take.
 _STALL_SECONDS = 2.0
@@ -162,7 +162,7 @@ def kills(lane: Lane, count: int, mib: int, say: _Say = lambda _: None) -> dict[
     over the median of loads without a fault.
     """
     chance, scheme = random.Random(f"kills over {lane.name}"), lane.scheme
-    delays, right, errors = [], 0, Counter[str]()
+    delays, right, noticed, errors = [], 0, 0, Counter[str]()
     with tempfile.TemporaryDirectory() as directory, sources() as start:
         model = _Model.of(even_sizes(mib), Path(directory))
         alive = [start(model.sizes, lane) for _ in range(2)]
@@ -182,6 +182,7 @@ def kills(lane: Lane, count: int, mib: int, say: _Say = lambda _: None) -> dict[
                 delays.append(seconds - median(usual[1:]))
             except mx.ModelExpressError as exc:
                 errors[type(exc).__name__] += 1
+            noticed += bool(amid.failures)
             alive = [source if source.process.is_alive() else start(model.sizes, lane) for source in alive]
             say(f"{lane.name}: {number + 1} of {count} sources killed, {right} loads right")
     return {
@@ -194,7 +195,7 @@ def kills(lane: Lane, count: int, mib: int, say: _Say = lambda _: None) -> dict[
         "median s": median(delays) if delays else None,
         "longest s": max(delays, default=None),
         "notes": f"delay over {median(usual[1:]):.2f} s{_listed(errors)}",
-        "details": {"delays": delays, "usual": usual},
+        "details": {"delays": delays, "usual": usual, "noticed": noticed},
     }
 
 
@@ -243,7 +244,7 @@ def stops(lane: Lane, count: int, mib: int, say: _Say = lambda _: None) -> dict[
         "median s": median(seconds),
         "longest s": max(seconds),
         "notes": f"{overwritten} overwritten later, {unusable} said to end the process{_listed(errors)}",
-        "details": {"seconds": seconds},
+        "details": {"seconds": seconds, "unusable": unusable},
     }
 
 
@@ -280,9 +281,7 @@ def readers(lane: Lane, count: int, mib: int, say: _Say = lambda _: None) -> dic
 
         model.load(uri, _undisturbed())
         usual = min(model.load(uri, _undisturbed())[1] for _ in range(5))
-        killed = batch(min(4, count))
-        _settled(source)
-        before, done = source.held(), killed
+        before, killed, done = source.held(), 0, 0
         while done < count:
             number = min(4, count - done)
             killed, done = killed + batch(number), done + number

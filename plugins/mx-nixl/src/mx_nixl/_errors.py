@@ -242,10 +242,10 @@ def quarantine_full(nbytes: int, uri: str) -> UnavailableError:
     )
 
 
-def too_many_tensors(tensors: int, nbytes: int, limit: int) -> UnsupportedError:
+def too_many_tensors(tensors: int, nbytes: int, limit: int, most: int) -> UnsupportedError:
     """The description of the memory is too long."""
     return UnsupportedError(
-        f"the description of {tensors} tensors has {nbytes} bytes, and {limit} are allowed",
+        f"the description of {tensors} tensors has {nbytes} bytes; {limit} are allowed, for at most {most} tensors",
         operation="offer the tensors",
         provider=PROVIDER,
         hint="offer them over another transport",

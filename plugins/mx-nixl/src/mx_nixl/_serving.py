@@ -12,7 +12,7 @@ from typing import Any
 from modelexpress_core.contracts.transport import TensorTable
 from mx_nixl._agent import Agent, rows_of
 from mx_nixl._allocations import HOST, allocations_of, device_of, kind_of, merged
-from mx_nixl._description import LIMIT_BYTES, AgentDescription, Proof, TensorPlace
+from mx_nixl._description import LIMIT_BYTES, MAX_TENSORS, AgentDescription, Proof, TensorPlace
 from mx_nixl._errors import nixl_errors, too_many_tensors
 from mx_nixl._lanes import Location, here
 from mx_nixl.settings import NixlSettings
@@ -69,8 +69,8 @@ class NixlServed:
             metadata = self._agent.metadata()
         proof = Proof(os.getpid(), ctypes.addressof(self._nonce), self._nonce.raw)
         found = AgentDescription(self._agent.name, self._agent.backend, metadata, places, location, proof).to_bytes()
-        if len(found) > LIMIT_BYTES:
-            raise too_many_tensors(len(places), len(found), LIMIT_BYTES)
+        if len(found) > LIMIT_BYTES or len(places) > MAX_TENSORS:
+            raise too_many_tensors(len(places), len(found), LIMIT_BYTES, MAX_TENSORS)
         return found
 
     def _register(self) -> None:
