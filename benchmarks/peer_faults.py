@@ -251,12 +251,11 @@ def stops(lane: Lane, count: int, mib: int, say: _Say = lambda _: None) -> dict[
 def _wait_for_quarantine() -> None:
     """Wait until no read may write any more: for that, NIXL needs to be asked."""
     try:
-        from mx_nixl._quarantine import QUARANTINE
+        from mx_nixl._quarantine import quarantined_bytes
     except ImportError:
         return
     deadline = time.monotonic() + 30
-    while QUARANTINE.nbytes and time.monotonic() < deadline:
-        QUARANTINE.release_ended()
+    while quarantined_bytes() and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

@@ -284,6 +284,20 @@ def test_a_damaged_description_is_refused(
     assert caught.value.uri.startswith("nixl://")
 
 
+def test_a_worker_that_is_gone_or_was_replaced_is_named(tensors: Mapping[str, torch.Tensor]) -> None:
+    """The message says that nothing listens at its address, or which other worker does."""
+    with serving_worker(tensors, ["nixl"]) as gone:
+        uri = gone.uri("nixl")
+    with pytest.raises(UnavailableError, match="no server listens there"):
+        mx.load_into(empty_like(tensors), uri, environ={})
+
+    with (
+        serving_worker(tensors, ["nixl"], worker_id="another", port=gone.port),
+        pytest.raises(NotFoundError, match="this is worker 'another', not 'w'"),
+    ):
+        mx.load_into(empty_like(tensors), uri, environ={})
+
+
 def replaced_head(description: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
     """A description with another head. The rest stays, so that its numbers need not explain it any more."""
     magic, packed = description[:9], zlib.decompress(description[9:])

@@ -23,7 +23,7 @@ from modelexpress_core.errors import BackendError, DeadlineError, UnavailableErr
 from modelexpress_core.events import LoadFailed
 from modelexpress_core.providers import TransportProvider
 from modelexpress_core.sources.worker_client import WorkerClient
-from mx_nixl._quarantine import QUARANTINE
+from mx_nixl._quarantine import quarantined_bytes
 from mx_nixl._session import NixlSession
 from mx_nixl._transport import open_nixl
 from tests.support.peers import identity_of, tensors_of
@@ -171,7 +171,7 @@ def test_a_worker_that_is_killed_amid_a_load(checkpoint: str, lanes: str, monkey
 
     assert checkpoint == report.uri
     assert [True] == [isinstance(event.error, BackendError) for event in amid.failed]
-    assert eventually(lambda: QUARANTINE.release_ended() or QUARANTINE.nbytes == 0)
+    assert eventually(lambda: not quarantined_bytes())
 
 
 def test_a_worker_that_is_stopped_amid_a_load_writes_nothing_later(
@@ -185,11 +185,11 @@ def test_a_worker_that_is_stopped_amid_a_load_writes_nothing_later(
 
         report = load(tensors, checkpoint, peer, amid)
 
-        kept = QUARANTINE.nbytes
+        kept = quarantined_bytes()
         for tensor in tensors.values():
             tensor.fill_(0xA5)
         peer.process.send_signal(signal.SIGCONT)
-        ended = eventually(lambda: QUARANTINE.release_ended() or QUARANTINE.nbytes == 0)
+        ended = eventually(lambda: not quarantined_bytes())
 
     assert checkpoint == report.uri
     assert [True] == [isinstance(event.error, (DeadlineError, UnavailableError)) for event in amid.failed]
@@ -227,7 +227,7 @@ def test_a_worker_that_is_stopped_amid_reads_into_place(monkeypatch: pytest.Monk
             assert len(reads) == len(done)
 
         peer.process.send_signal(signal.SIGCONT)
-        assert eventually(lambda: QUARANTINE.release_ended() or QUARANTINE.nbytes == 0)
+        assert eventually(lambda: not quarantined_bytes())
 
     right = {number for number, read in enumerate(reads) if torch.equal(expected[read.name], read.destination)}
     assert done <= right

@@ -68,7 +68,10 @@ _MEANINGS: Mapping[str, _Meaning] = {
         UnavailableError, "the connection to the worker ended", peer_at_fault=True, hint="check whether it still runs"
     ),
     "nixlNotFoundError": _Meaning(
-        NotFoundError, "NIXL does not know the worker, or its memory is not registered", peer_at_fault=True
+        NotFoundError,
+        "NIXL does not know the worker, or its memory is not registered",
+        peer_at_fault=True,
+        hint=f"check whether the worker was started again, and start the load again; {_SHOW_LOG}",
     ),
     "nixlMismatchError": _Meaning(
         UnsupportedError,
