@@ -177,12 +177,12 @@ def kills(lane: Lane, count: int, mib: int, say: _Say = lambda _: None) -> dict[
             amid = Amid(int(share * model.nbytes), lambda uri, named=by_uri: named[uri].signal(signal.SIGKILL))
             model.fill(0)
             try:
-                _, seconds = model.load(model.checkpoint, amid, list(by_uri))
+                report, seconds = model.load(model.checkpoint, amid, list(by_uri))
                 right += model.has_arrived()
+                noticed += bool(amid.failures) or any(source.error for source in report.sources)
                 delays.append(seconds - median(usual[1:]))
             except mx.ModelExpressError as exc:
                 errors[type(exc).__name__] += 1
-            noticed += bool(amid.failures)
             alive = [source if source.process.is_alive() else start(model.sizes, lane) for source in alive]
             say(f"{lane.name}: {number + 1} of {count} sources killed, {right} loads right")
     return {
@@ -205,29 +205,37 @@ def kills(lane: Lane, count: int, mib: int, say: _Say = lambda _: None) -> dict[
 def stops(lane: Lane, count: int, mib: int, say: _Say = lambda _: None) -> dict[str, Any]:
     """Stop the source at a random point of each load, and let it go on when the load has ended elsewhere.
 
+    Behind it is another source in every other load, else a checkpoint on a disk.
     Then the destination has another content, which must stay.
     """
     chance, scheme, name = random.Random(f"stops over {lane.name}"), lane.scheme, lane.name
     seconds, right, unusable, overwritten, errors = [], 0, 0, 0, Counter[str]()
     with tempfile.TemporaryDirectory() as directory, sources() as start, _ucx(lane.ucx_tls):
         model = _Model.of(even_sizes(mib), Path(directory))
-        source = start(model.sizes, lane)
-        model.load(model.checkpoint, _undisturbed(), [source.uri(scheme)])
+        alive = [start(model.sizes, lane) for _ in range(2)]
+        model.load(model.checkpoint, _undisturbed(), [alive[0].uri(scheme)])
         for number in range(count):
-            after = int(chance.uniform(0.05, 0.95) * model.nbytes)
-            amid = Amid(after, lambda _: source.signal(signal.SIGSTOP))
+            by_uri = {source.uri(scheme): source for source in (alive if number % 2 else alive[:1])}
+            stopped: list[Source] = []
+
+            def stop(uri: str, named: Mapping[str, Source] = by_uri, stopped: list[Source] = stopped) -> None:
+                named[uri].signal(signal.SIGSTOP)
+                stopped.append(named[uri])
+
+            amid = Amid(int(chance.uniform(0.05, 0.95) * model.nbytes), stop)
             model.fill(0)
             begun = time.monotonic()
             try:
-                model.load(model.checkpoint, amid, [source.uri(scheme)], **_PATIENCE)
+                model.load(model.checkpoint, amid, list(by_uri), **_PATIENCE)
                 right += model.has_arrived()
             except mx.BackendError as exc:
                 unusable += "end this process" in str(exc)
                 errors[type(exc).__name__] += "end this process" not in str(exc)
             seconds.append(time.monotonic() - begun)
             model.fill(0xA5)
-            source.signal(signal.SIGCONT)
-            source.held()  # it runs again
+            for source in stopped:
+                source.signal(signal.SIGCONT)
+                source.held()  # it runs again
             _wait_for_quarantine()
             if not errors.total() and not unusable:
                 overwritten += any(bool((tensor != 0xA5).any()) for tensor in model.destination.values())

@@ -88,7 +88,8 @@ def test_every_tensor_is_in_place(
     needed = sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name != "tied")
     assert needed == report.bytes_needed == report.bytes_fetched
     assert "mx-nixl" == report.storage["plugin"]
-    assert {"in place": "shared memory (CMA)", "through buffers": "TCP or another lane"}[lane] == report.channel
+    (source,) = report.sources
+    assert {"in place": "shared memory (CMA)", "through buffers": "TCP or another lane"}[lane] == source.channel
     assert 0 == worker.leases.out()
     assert f"{lane}\n" in caplog.text
 

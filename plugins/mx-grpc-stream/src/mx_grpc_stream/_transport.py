@@ -7,7 +7,6 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
-import attrs
 import torch
 
 from modelexpress_core.bulk.reading import BulkOffer, BulkRead, BulkReader
@@ -45,13 +44,11 @@ class _TensorClient(Client):
     """Calls to the tensor service of one worker."""
 
     def __init__(self, url: str, security: Security, settings: GrpcStreamSettings) -> None:
-        # A worker asks for the lease alone: no token goes to it.
-        without_token = attrs.evolve(security, token=None)
         super().__init__(
             url,
             (TENSORS,),
             deadline_seconds=settings.read_timeout_seconds,
-            security=without_token,
+            security=security.for_worker(),
             retries=False,
         )
 
@@ -271,6 +268,7 @@ class GrpcTransport:
             connect_timeout_seconds=_CONNECT_SECONDS,
             patience_seconds=self._settings.read_timeout_seconds,
             tls_context=client_contexts(self._security.tls) if offer.origin.tls else None,
+            tls_name=self._security.tls.peer_name,
         )
         try:
             bulk.check()
