@@ -50,6 +50,8 @@ _PATIENCE = {"MX_STALL_SECONDS": "2", "MX_SERVER_DEADLINE_SECONDS": "2"}
 #: What readers that were killed held must be free after this time.
 _CLEAN_SECONDS = 15.0
 
+_READERS_AT_ONCE = 4
+
 #: The sizes of the tensors whose bits are flipped: single bytes, odd numbers, and the ends of chunks of 4 MiB.
 _ODD_SIZES = (1, 2, 7, 4095, 4097, 65_537, (4 << 20) - 1, 4 << 20, (4 << 20) + 1, (8 << 20) + 13)
 
@@ -278,20 +280,19 @@ def readers(lane: Lane, count: int, mib: int, say: _Say = lambda _: None) -> dic
         source = start(model.sizes, lane)
         uri = source.uri(lane.scheme)
 
-        def batch(number: int) -> int:
-            started = [
-                start_reader(uri, model.sizes, int(chance.uniform(0.05, 0.95) * model.nbytes)) for _ in range(number)
-            ]
+        def batch(points: Sequence[int]) -> int:
+            started = [start_reader(uri, model.sizes, point) for point in points]
             for process in started:
                 process.join()
             return sum(process.exitcode == -signal.SIGKILL for process in started)
 
         model.load(uri, _undisturbed())
         usual = min(model.load(uri, _undisturbed())[1] for _ in range(5))
-        before, killed, done = source.held(), 0, 0
-        while done < count:
-            number = min(4, count - done)
-            killed, done = killed + batch(number), done + number
+        batch([model.nbytes + 1] * _READERS_AT_ONCE)  # these are not killed: threads and their memory are made once
+        before, killed = _settled(source)[1], 0
+        points = [int(chance.uniform(0.05, 0.95) * model.nbytes) for _ in range(count)]
+        for number in range(0, count, _READERS_AT_ONCE):
+            killed += batch(points[number : number + _READERS_AT_ONCE])
             say(f"{lane.name}: {killed} readers killed")
         most = source.held()
         seconds, after = _settled(source)
@@ -327,7 +328,7 @@ def _settled(source: Source) -> tuple[float, Any]:
     """Wait until no lease is left and nothing has changed for a second, or the time is over; return what is held."""
     begun, since, last = time.monotonic(), time.monotonic(), source.held()
     while (now := time.monotonic()) - begun < _CLEAN_SECONDS and (last.leases or now - since < 1.0):
-        time.sleep(0.1)
+        time.sleep(min(0.1, max(0.0, begun + _CLEAN_SECONDS - now)))
         held = source.held()
         if attrs.evolve(held, private_bytes=0) != attrs.evolve(last, private_bytes=0):
             since = time.monotonic()
