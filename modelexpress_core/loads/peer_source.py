@@ -16,7 +16,7 @@ from modelexpress_core.loads.candidate_queue import peer_of
 from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.plugins import TRANSPORT
 from modelexpress_core.sources.worker_client import WorkerClient
-from modelexpress_core.uri import ModelURI
+from modelexpress_core.uri import worker_endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -67,7 +67,7 @@ class PeerSource:
         self._closing.callback(self._transport.close)
         try:
             self._worker = self._closing.enter_context(
-                WorkerClient.from_env(context.environ, url=_endpoint(candidate.uri), server=self._peer.server)
+                WorkerClient.from_env(context.environ, url=worker_endpoint(candidate.uri), server=self._peer.server)
             )
         except BaseException:
             self._closing.close()
@@ -168,8 +168,3 @@ def _result_of(call: Callable[[], object]) -> tuple[LeaseEnd, BackendError | Non
     except BackendError as exc:
         return LeaseEnd.UNKNOWN, exc
     return LeaseEnd.CONFIRMED, None
-
-
-def _endpoint(uri: ModelURI) -> str:
-    scheme = "https" if uri.query.get("tls") == "1" else "http"
-    return f"{scheme}://{uri.authority}"
