@@ -41,7 +41,7 @@ NIXL = Lane("nixl, shared memory", "nixl")
 _NIXL_TCP = Lane("nixl, TCP", "nixl", {}, "tcp")
 
 #: The ways that are measured. Over TCP, NIXL comes after other transports, and only stopped sources are of interest.
-LANES = (GRPC, _FRAMES, NIXL)
+LANES = (NIXL, GRPC, _FRAMES)
 
 #: How long a source may be silent, and a call may take.
 _STALL_SECONDS = 2.0
@@ -519,15 +519,26 @@ def run(plan: Plan, counts: Counts | None = None) -> Report:
     counts = counts or plan.pick(Counts(), _QUICK)
     lanes = [lane for lane in LANES if _is_installed(lane.scheme)]
     stopped = [*lanes, *(lane for lane in (_NIXL_TCP,) if _is_installed(lane.scheme))]
-    rows = [
-        *(kills(lane, counts.kills, counts.mib, plan.say) for lane in lanes if counts.kills),
-        *(stops(lane, counts.stops, counts.mib, plan.say) for lane in stopped if counts.stops),
-        *(readers(lane, counts.readers, counts.mib, plan.say) for lane in lanes if counts.readers),
-    ]
+    rows: list[dict[str, Any]] = []
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        plan.say(", ".join(f"{key}: {value}" for key, value in row.items() if key != "details"))
+
+    if counts.kills:
+        for lane in lanes:
+            add(kills(lane, counts.kills, counts.mib, plan.say))
     if counts.flips:
         of_each = -(-counts.flips // (len(lanes) + 1))
-        rows += [flips_in_memory(lane, of_each, plan.say) for lane in lanes]
-        rows.append(flips_on_the_wire(of_each, plan.say))
+        for lane in lanes:
+            add(flips_in_memory(lane, of_each, plan.say))
+        add(flips_on_the_wire(of_each, plan.say))
+    if counts.readers:
+        for lane in lanes:
+            add(readers(lane, counts.readers, counts.mib, plan.say))
+    if counts.stops:
+        for lane in stopped:
+            add(stops(lane, counts.stops, counts.mib, plan.say))
     return Report(
         "peer_faults",
         f"a model of {counts.mib} MiB in host memory of another process, over loopback; flipped bits: a model of "
