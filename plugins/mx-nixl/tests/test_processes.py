@@ -17,8 +17,10 @@ from attrs import frozen
 from safetensors.torch import save_file
 
 import modelexpress_core as mx
+from devtools.missing import ToolMissingError
 from modelexpress_core.contracts.candidates import Peer, Tier
 from modelexpress_core.contracts.transport import PeerAccess, TensorRead
+from modelexpress_core.doctor import diagnose
 from modelexpress_core.errors import BackendError, DeadlineError, UnavailableError
 from modelexpress_core.events import LoadFailed
 from modelexpress_core.providers import TransportProvider
@@ -50,11 +52,11 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker(**environ: str) -> Iterator[Worker]:
-    """Start a worker, and end it."""
+def worker(*prefix: str, **environ: str) -> Iterator[Worker]:
+    """Start a worker, by the command ``prefix`` if there is one, and end it."""
     program = Path(__file__).with_name("nixl_worker.py")
     process = subprocess.Popen(
-        [sys.executable, str(program), str(_MIB)],
+        [*prefix, sys.executable, str(program), str(_MIB)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environ},
@@ -158,6 +160,28 @@ def test_another_process_is_read(checkpoint: str, lanes: str, monkeypatch: pytes
         report = load(zeros(), checkpoint, peer, Amid())
 
     assert report.uri.startswith(peer.uri)
+
+
+def test_mx_doctor_says_why_shared_memory_is_not_used() -> None:
+    """Of a worker in another PID namespace, as in another pod of the same node; its bytes come over TCP."""
+    namespace = ("unshare", "--pid", "--fork", "--kill-child", *(("--user",) if os.geteuid() else ()))
+    try:
+        allowed = subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        allowed = False
+    if not allowed:
+        reason = "unshare, and the right to make PID namespaces: apt-get install util-linux"
+        raise ToolMissingError(reason)
+    source = identity_of(tensors_of(_MIB)).source_id
+    seen = []
+    for prefix in ((), namespace):
+        with worker(*prefix) as peer:
+            steps = {step.name: step for step in diagnose(f"{peer.uri}/{source}/w", environ={}, timeout_seconds=20)}
+        assert "ok" == steps["read"].status, steps
+        seen.append(steps["read"].seen.partition("way of the bytes: ")[2])
+
+    assert "shared memory (CMA)" == seen[0]
+    assert "TCP or another lane: the worker runs in another PID namespace of this host" == seen[1]
 
 
 @pytest.mark.parametrize("lanes", ["all", "tcp"])

@@ -95,16 +95,23 @@ class Lane:
     """The way that bytes are meant to take between two workers. UCX chooses it in fact.
 
     Attributes:
-        name: For logs and reports.
+        name: For logs.
+        reason: Why it is not a faster one; empty for those that are fast.
         on_host: Whether reads go straight into memory of the host.
         on_device: Whether they go straight into memory of devices.
         low_bytes_per_second: A rate below it is far less than the lane can carry; 0 if nothing is known of it.
     """
 
     name: str
+    reason: str = ""
     on_host: bool = False
     on_device: bool = False
     low_bytes_per_second: float = 0.0
+
+    @property
+    def channel(self) -> str:
+        """For reports: the name, and the reason."""
+        return f"{self.name}: {self.reason}" if self.reason else self.name
 
     def explain_slowness(self, nbytes: int, seconds: float) -> str:
         """Why ``nbytes`` in ``seconds`` is far less than the lane can carry; empty if it is not, or not measurable."""
@@ -112,7 +119,7 @@ class Lane:
             return ""
         rate, low = nbytes / seconds / 1e9, self.low_bytes_per_second / 1e9
         return (
-            f"{nbytes / 1e9:.2f} GB came at {rate:.3f} GB/s, and {self.name} carries more than {low:.1f} GB/s; UCX may "
+            f"{nbytes / 1e9:.2f} GB came at {rate:.3f} GB/s, and {self.name} carries more than {low:.2f} GB/s; UCX may "
             "have taken another lane (UCX_PROTO_INFO=y shows which), or the machine or the network is busy"
         )
 
@@ -121,7 +128,7 @@ class Lane:
 _MEASURABLE_BYTES = 128 << 20
 
 #: Far below what was measured of CMA (1.6 to 3.2 GB/s on two cores), and of any fabric of RDMA (100 Gbit/s and more).
-_LOW_CMA = 0.4e9
+_LOW_CMA = 0.25e9
 _LOW_FABRIC = 1.0e9
 
 
@@ -139,7 +146,18 @@ def lane_between(theirs: Location, ours: Location, *, proven: bool) -> Lane:
         return Lane(f"the fabric {common[0]}", on_host=True, on_device=True, low_bytes_per_second=_LOW_FABRIC)
     if cma:
         return Lane("shared memory (CMA)", on_host=True, low_bytes_per_second=_LOW_CMA)
-    return Lane("TCP or another lane")
+    return Lane("TCP or another lane", _why_neither(theirs, ours))
+
+
+def _why_neither(theirs: Location, ours: Location) -> str:
+    """Why two workers have neither a fabric in common nor shared memory."""
+    if theirs.host != ours.host:
+        return "the worker runs on another host, and they have no RDMA fabric in common"
+    if theirs.pid_namespace != ours.pid_namespace:
+        return "the worker runs in another PID namespace of this host"
+    if not (theirs.cma and ours.cma):
+        return "UCX_TLS or MX_NIXL_BACKEND of one of them leaves out shared memory (CMA)"
+    return "this process may not read the memory of the worker's process"
 
 
 def shares_memory(theirs: Location, ours: Location) -> bool:

@@ -130,7 +130,7 @@ class NixlSession:
         quarantine: Keeps the memory of reads that do not end.
 
     Attributes:
-        channel: The lane, for the report.
+        channel: The lane, and why it is not a faster one, for the report.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class NixlSession:
     ) -> None:
         self._agent = agent
         self._description = description
-        self.channel = lane.name
+        self.channel = lane.channel
         self._lane = lane
         self._is_served = is_served
         self._timeout_seconds = timeout_seconds

@@ -69,7 +69,7 @@ class NixlTransport:
         theirs, ours = description.location, here(self._settings)
         proven = shares_memory(theirs, ours) and _proves(description.proof)
         lane = lane_between(theirs, ours, proven=proven)
-        _log.info("reading %s over %s, %s", uri, lane.name, "in place" if lane.on_host else "through buffers")
+        _log.info("reading %s %s, over %s", uri, "in place" if lane.on_host else "through buffers", lane.channel)
         agent = Agent(f"reader/{secrets.token_hex(8)}", self._settings.backend)
         with nixl_errors("connect", uri, peer_at_fault=True):
             name = agent.add(description.metadata)
