@@ -28,7 +28,7 @@ import attrs
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.contracts.identity import SourceIdentity
-from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, ResolveError
+from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, PluginLoadError, ResolveError
 from modelexpress_core.loads.candidate_queue import CandidateQueue
 from modelexpress_core.loads.checkpoint import CheckpointLoad
 from modelexpress_core.loads.context import LoadContext
@@ -53,7 +53,7 @@ class Loader(LoadContext):
         try_next: Errors after which the next candidate may succeed.
     """
 
-    try_next = (BackendError, CheckpointError, ResolveError)
+    try_next = (BackendError, CheckpointError, ResolveError, PluginLoadError)
 
     def request(
         self,
@@ -117,6 +117,8 @@ class Loader(LoadContext):
             try:
                 return attempt(candidate, left)
             except self.try_next as exc:
+                if isinstance(exc, PluginLoadError) and candidate.origin == "caller":
+                    raise  # but a plugin that only a discovery needs ends no load
                 self._drop_failed(left, candidate, exc)
                 if not left:
                     raise

@@ -61,6 +61,9 @@ _MAX_DESCRIPTION_BYTES = 16 << 20
 #: A model with many experts has so many tensors.
 _MOST_TENSORS = 100_000
 
+#: A worker may publish any of these in place of what its transport publishes.
+_STRANGE_VALUES = ("", "0", "-1", "1e9", "9" * 5000, ",", ",x" * 5000, "a\0b\n", "\u0663", "\U0001f600")
+
 #: An engine of a large model has as many tensors, with names of such a length.
 _MANY_TENSORS = 5000
 
@@ -317,6 +320,18 @@ class TransportContract(CallingContract, contract=True):
         if not isinstance(served.services, Mapping):
             violated(f"services is {type(served.services).__name__}; return a mapping, which may be empty")
         self._read(worker, worker.connect(), [(names[number], 0, 16) for number in (0, 1, _MANY_TENSORS - 1)])
+
+    def test_any_worker_can_be_ranked(
+        self, provider: TransportProvider, settings: Mapping[str, str], serve: _Serve
+    ) -> None:
+        """``tier``, if it is a function, returns a tier of transports, whatever a worker publishes."""
+        published = serve({"weight": random_bytes(1, device=self.device)}).served.topology
+        for topology in ({}, *(dict.fromkeys(published, value) for value in _STRANGE_VALUES)):
+            try:
+                provider.tier_of(Peer("source", "worker", topology=topology), settings)
+            except Exception as exc:  # noqa: BLE001 - whatever a plugin raises
+                shown = repr(topology)[:200]
+                violated(f"tier of a worker that publishes {shown} raised {type(exc).__name__}: {str(exc)[:200]}")
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

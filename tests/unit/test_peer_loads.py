@@ -461,6 +461,33 @@ def test_a_worker_at_fault_is_not_tried_over_another_transport(
     assert [served.uri("odd")] == [event.uri for event in plugin.events if isinstance(event, LoadFailed)]
 
 
+def test_a_transport_whose_sdk_is_missing_does_not_end_a_load(
+    checkpoint: tuple[str, Mapping[str, torch.Tensor]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """If a discovery found its worker: the checkpoint follows, with a warning. One that was asked for raises."""
+    uri, state = checkpoint
+
+    class Missing(Plugin):
+        @mx.hookimpl
+        def mx_register_transports(self) -> list[TransportProvider]:
+            def opened(uri: mx.ModelURI, settings: Mapping[str, str]) -> Any:
+                raise ModuleNotFoundError(name="pigeons")
+
+            return [TransportProvider("mx-pigeon", ("pigeon",), opened, tier=Tier.FABRIC_PEER)]
+
+    target = new_model(fill=7)
+    peer = f"pigeon://127.0.0.1:1/{_IDENTITY.source_id}/w"
+
+    report = load(uri, Missing(peer), target)
+
+    assert uri == report.uri
+    assert_equal(state, target)
+    assert f"loading from {peer} failed: " in caplog.text
+    assert "the package pigeons is missing" in caplog.text
+    with pytest.raises(mx.PluginLoadError, match="the package pigeons is missing"):
+        load(peer, Missing(), target)
+
+
 def test_loads_from_peers_are_counted(
     source: nn.Module, served: ServingWorker, checkpoint: tuple[str, Mapping[str, torch.Tensor]]
 ) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import attrs
 
-from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Skipped
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Skipped, Tier
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
+from modelexpress_core.messages import printable
 from modelexpress_core.plugins import DISCOVERY, STORAGE, TRANSPORT, Kind, PluginManager
+from modelexpress_core.providers import TransportProvider
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.metrics import source_metrics
 from modelexpress_core.sources.settings import DiscoverySettings
@@ -24,6 +26,9 @@ _log = logging.getLogger(__name__)
 
 #: If one of these is set and no discovery is, ``server://`` is used.
 _SERVER_VARIABLES = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
+
+#: A plugin's error may quote what a worker published.
+_MAX_REASON_LENGTH = 200
 
 
 def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request: LoadRequest) -> tuple[Candidate, ...]:
@@ -42,7 +47,7 @@ def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request:
         SettingsError: A variable, or a URI in it, is not valid.
         PluginError: The ranking of a plugin failed.
     """
-    own = _with_tier(plugins, Candidate(request.uri), request) or Candidate(request.uri)
+    own = _with_tier(plugins, environ, Candidate(request.uri), request) or Candidate(request.uri)
     if request.identity is None:
         return plugins.rank_candidates(request, (own,))
     settings = from_env(DiscoverySettings, environ)
@@ -58,7 +63,7 @@ def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request:
         readable
         for text in _discovery_uris(settings, environ, request)
         for candidate in _candidates_of(plugins, environ, request, text)
-        if (readable := _with_tier(plugins, candidate, request)) is not None
+        if (readable := _with_tier(plugins, environ, candidate, request)) is not None
     ]
     candidates: dict[ModelURI, Candidate] = {}
     for candidate in (*found, own):
@@ -136,17 +141,20 @@ def _is_candidate(candidate: object, uri: ModelURI) -> bool:
     return False
 
 
-def _with_tier(plugins: PluginManager, candidate: Candidate, request: LoadRequest) -> Candidate | None:
+def _with_tier(
+    plugins: PluginManager, environ: Mapping[str, str], candidate: Candidate, request: LoadRequest
+) -> Candidate | None:
     """Return ``candidate`` with the tier of the plugin that reads it; None if no installed plugin does."""
     scheme = candidate.uri.scheme
     kinds: tuple[Kind[Any, Any], ...] = (STORAGE, TRANSPORT) if candidate.peer is None else (TRANSPORT,)
     for kind in kinds:
         if scheme in plugins.table(kind).schemes:
             try:
-                record = plugins.table(kind).lookup(scheme)
+                provider = plugins.table(kind).lookup(scheme).provider
             except ModelExpressError:  # for example a conflict: the load that tries the candidate reports it
                 return candidate
-            return attrs.evolve(candidate, tier=record.provider.tier)
+            tier = provider.tier if kind is STORAGE else _peer_tier(provider, candidate, environ)
+            return attrs.evolve(candidate, tier=tier)
     _log.debug("skipping %s, because no installed plugin handles %s", candidate.uri, scheme)
     if request.on_skipped is not None and candidate.uri != request.uri:
         try:
@@ -154,3 +162,20 @@ def _with_tier(plugins: PluginManager, candidate: Candidate, request: LoadReques
         except ModelExpressError as exc:
             request.on_skipped(Skipped(str(candidate.uri), (exc.headline,), exc.hint or "", candidate.peer))
     return None
+
+
+def _peer_tier(provider: TransportProvider, candidate: Candidate, environ: Mapping[str, str]) -> Tier:
+    """Return the tier of a worker. One with a record that its plugin cannot use comes last among the workers."""
+    try:
+        return provider.tier_of(candidate.peer, environ)
+    except SettingsError:
+        raise
+    except Exception as exc:  # noqa: BLE001 - what one worker publishes must not end the loads of others
+        _log.warning(
+            "%s is tried after other workers, because %s cannot rank it: %s: %s",
+            candidate.uri,
+            provider.name,
+            type(exc).__name__,
+            printable(str(exc))[:_MAX_REASON_LENGTH],
+        )
+        return Tier.OTHER_PEER
