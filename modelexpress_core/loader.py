@@ -117,8 +117,8 @@ class Loader(LoadContext):
             try:
                 return attempt(candidate, left)
             except self.try_next as exc:
-                if isinstance(exc, PluginLoadError) and candidate.origin == "caller":
-                    raise  # but a plugin that only a discovery needs ends no load
+                if self._ends_load(candidate, exc):
+                    raise
                 self._drop_failed(left, candidate, exc)
                 if not left:
                     raise
@@ -176,6 +176,12 @@ class Loader(LoadContext):
             request.skip("other workers", f"the content version of {request.uri} cannot be told: {reason}", hint)
             return attrs.evolve(request, identity=None)
         return attrs.evolve(request, identity=identity.with_content_version(version))
+
+    def _ends_load(self, candidate: Candidate, exc: Exception) -> bool:
+        """Whether no other candidate is tried: a defect that every place would have, or a plugin that the user named."""
+        if isinstance(exc, PluginLoadError):  # one that only a discovery needs ends no load
+            return candidate.origin == "caller"
+        return not isinstance(exc, self.try_next)
 
     @staticmethod
     def _drop_failed(left: CandidateQueue, candidate: Candidate, exc: Exception) -> None:
