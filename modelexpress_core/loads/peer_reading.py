@@ -53,7 +53,7 @@ _LAST_CHECK_SECONDS = 0.02
 _STOP_SECONDS = 60.0
 
 #: How long a load waits for what a worker that failed says about its lease.
-_SETTLE_SECONDS = 2.0
+_SETTLE_SECONDS = 1.0
 
 
 @define(eq=False)
