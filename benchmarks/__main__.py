@@ -30,8 +30,8 @@ BENCHMARKS = (
     "p2p",
     "errors",
 )
-#: Benchmarks that run only if named: they take long, and need another environment.
-_NAMED = ("vllm",)
+#: Benchmarks that run only if named: they need another environment, or root.
+_NAMED = ("p2p_sources", "vllm")
 
 _RESULTS = Path(__file__).parent / "results"
 
