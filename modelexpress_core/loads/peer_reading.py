@@ -221,10 +221,13 @@ class PeerReader:
                 self.threads += 1
             try:
                 self._start(lambda: self._run(reads), "read the tensors of another worker")
-            except BaseException:
+            except ModelExpressError:
                 with self._lock:
                     reads.threads -= 1
                     self.threads -= 1
+                    if reads.threads:
+                        return True  # it is read by one thread
+                    self.sources.remove(reads)
                 raise
         return True
 
