@@ -29,6 +29,7 @@ class Endpoint:
         tls: Whether the connection is encrypted.
         ca_bundle: File with the authorities that are trusted; None for those of the client's library.
         proxy: URL of the proxy that connections go through, without credentials; None for a direct connection.
+        tls_name: The name that its certificate has to have; None for that of the host.
     """
 
     host: str
@@ -36,6 +37,7 @@ class Endpoint:
     tls: bool = False
     ca_bundle: str | None = None
     proxy: str | None = None
+    tls_name: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Endpoint:

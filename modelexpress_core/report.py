@@ -20,12 +20,14 @@ class SourceReport:
         bytes: Bytes that it delivered and that were used.
         seconds: Time from its first read to its last byte.
         error: Class of the error because of which the load went on without it; empty if there was none.
+        channel: The way of the bytes, where the transport has several, and why it is not a faster one; else empty.
     """
 
     uri: str
     bytes: int
     seconds: float
     error: str = ""
+    channel: str = ""
 
 
 @frozen

@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     import torch
 
 
-__all__ = ["PeerAccess", "PeerSession", "ServedTensors", "TensorLayout", "TensorRead", "TensorTable", "Transport"]
+__all__ = [
+    "ChannelSession",
+    "PeerAccess",
+    "PeerSession",
+    "ServedTensors",
+    "TensorLayout",
+    "TensorRead",
+    "TensorTable",
+    "Transport",
+]
 
 
 def _integers(values: Iterable[int]) -> tuple[int, ...]:
@@ -67,12 +76,14 @@ class TensorTable:
             another one, and those without elements, are left out. Others may overlap.
         holds_lease: Whether a reader holds the lease with this id, so that the memory is unchanged. A transport whose
             own code sends the bytes asks it before each piece.
+        device: Number of the worker's device, which is added to the port of a transport that has its own.
     """
 
     source_id: str
     worker_id: str
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
     holds_lease: Callable[[str], bool] = field(repr=False)
+    device: int = 0
 
 
 @frozen
@@ -154,6 +165,17 @@ class PeerSession(Protocol):
         raises ``BackendError``: the memory is then not used again.
         """
         ...
+
+
+@runtime_checkable
+class ChannelSession(PeerSession, Protocol):
+    """A session whose transport has several ways for the bytes. Optional.
+
+    Attributes:
+        channel: The way of this session, and why it is not a better one, for the log and the report.
+    """
+
+    channel: str
 
 
 @runtime_checkable

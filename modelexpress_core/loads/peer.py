@@ -301,4 +301,5 @@ def _report_of(reads: SourceReads) -> SourceReport:
         bytes=reads.arrived_bytes,
         seconds=reads.progressed - reads.begun,
         error=type(reads.error).__name__ if reads.error is not None else "",
+        channel=reads.source.channel,
     )

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import attrs
 
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
-from modelexpress_core.contracts.transport import PeerAccess, PeerSession
+from modelexpress_core.contracts.transport import ChannelSession, PeerAccess, PeerSession
 from modelexpress_core.errors import BackendError, ModelExpressError, NotFoundError
 from modelexpress_core.loads.candidate_queue import peer_of
 from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.plugins import TRANSPORT
 from modelexpress_core.sources.worker_client import WorkerClient
-from modelexpress_core.uri import ModelURI
+from modelexpress_core.uri import worker_endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -67,7 +67,7 @@ class PeerSource:
         self._closing.callback(self._transport.close)
         try:
             self._worker = self._closing.enter_context(
-                WorkerClient.from_env(context.environ, url=_endpoint(candidate.uri), server=self._peer.server)
+                WorkerClient.from_env(context.environ, url=worker_endpoint(candidate.uri), server=self._peer.server)
             )
         except BaseException:
             self._closing.close()
@@ -87,6 +87,12 @@ class PeerSource:
     def plugin(self) -> dict[str, str]:
         """The plugin with the transport, as a report has it."""
         return {"plugin": self._registered.plugin.name, "version": self._registered.plugin.version}
+
+    @property
+    def channel(self) -> str:
+        """The way of the bytes, where the transport has several; else empty."""
+        session = getattr(self, "session", None)
+        return session.channel if isinstance(session, ChannelSession) else ""
 
     def describe(self, plan: ReadPlan) -> Sequence[Description]:
         """Return layouts and digests of the worker's tensors, which have the layouts of ``plan``.
@@ -162,8 +168,3 @@ def _result_of(call: Callable[[], object]) -> tuple[LeaseEnd, BackendError | Non
     except BackendError as exc:
         return LeaseEnd.UNKNOWN, exc
     return LeaseEnd.CONFIRMED, None
-
-
-def _endpoint(uri: ModelURI) -> str:
-    scheme = "https" if uri.query.get("tls") == "1" else "http"
-    return f"{scheme}://{uri.authority}"

@@ -140,7 +140,7 @@ class Offer:
         )
         leases = Leases(settings.lease_seconds)
         self._offered = OfferedTensors(tensors)
-        table = TensorTable(identity.source_id, self.worker_id, self._offered.memory, leases.holds)
+        table = TensorTable(identity.source_id, self.worker_id, self._offered.memory, leases.holds, device)
         self._digesting = threading.Thread(target=self._digest, name="mx-digests", daemon=True)
         self._digest_error: BaseException | None = None
         self._ready = threading.Event()

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import attrs
 import grpc
 from attrs import frozen
 
@@ -115,10 +114,10 @@ class WorkerClient(Client):
         security: Security | None = None,
         server: ServerClient | None = None,
     ) -> None:
-        without_token = attrs.evolve(security or Security(), token=None)
+        security = (security or Security()).for_worker()
         # No retries: if a worker does not answer, or drains, the next peer is the better choice.
         super().__init__(
-            url, (WORKER, LEASE, PEER), deadline_seconds=deadline_seconds, security=without_token, retries=False
+            url, (WORKER, LEASE, PEER), deadline_seconds=deadline_seconds, security=security, retries=False
         )
         self._server = server
         self._grants: dict[tuple[str, str], _Grant] = {}

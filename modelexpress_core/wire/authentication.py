@@ -31,6 +31,7 @@ __all__ = [
     "CertificateAuthenticator",
     "TokenAuthenticator",
     "caller",
+    "certificate_names",
     "open_authenticator",
 ]
 
@@ -200,7 +201,7 @@ class AuthInterceptor(Interceptor):
         @contextlib.asynccontextmanager
         async def authenticated(context: RpcContext) -> AsyncIterator[None]:
             try:
-                caller.set(await self._authenticate(Call(token, _names(context.auth_context()))))
+                caller.set(await self._authenticate(Call(token, certificate_names(context.auth_context()))))
             except _NotAnsweredError as exc:
                 await context.abort(exc.code, exc.reason)
             yield
@@ -254,7 +255,7 @@ def _token(metadata: Any) -> str | None:  # noqa: ANN401 - pairs, in a class of 
     return None
 
 
-def _names(proven: Mapping[str, Iterable[bytes]]) -> Sequence[str]:
+def certificate_names(proven: Mapping[str, Iterable[bytes]]) -> Sequence[str]:
     """The names in a client's certificate: alternative ones first, then the common name, then the whole subject."""
     keys = ("x509_subject_alternative_name", "x509_common_name", "x509_subject")
     found = (name.decode("utf-8", "replace") for key in keys for name in proven.get(key, ()))

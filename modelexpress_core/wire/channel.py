@@ -210,6 +210,8 @@ def open_channel(
     if endpoint.tls:
         # Channels with equal credentials would share a connection, also one from before the credentials changed.
         options.append(("grpc.use_local_subchannel_pool", 1))
+        if endpoint.tls_name:
+            options.append(("grpc.ssl_target_name_override", endpoint.tls_name))
         known = credentials or grpc.ssl_channel_credentials()
         return with_trace_context(grpc.secure_channel(endpoint.target, known, options=options))
     return with_trace_context(grpc.insecure_channel(endpoint.target, options=options))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import attrs
 import grpc
 from attrs import field, frozen
 from google.protobuf.message import Message
@@ -106,15 +107,21 @@ class Security:
     Attributes:
         tls: Files of TLS, for servers that speak it.
         token: The file with the token that is sent; None to send none.
+        tls_name: The name that the certificate of the server has to have; None for that of its host.
     """
 
     tls: TlsSettings = field(factory=TlsSettings)
     token: TokenSettings | None = field(factory=TokenSettings)
+    tls_name: str | None = None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Security:
         """From variables."""
         return cls(from_env(TlsSettings, environ), from_env(TokenSettings, environ))
+
+    def for_worker(self) -> Security:
+        """The same for a worker: the token goes to the server alone, and the certificate may have a name of its own."""
+        return Security(self.tls, None, self.tls.peer_name)
 
 
 class Client:
@@ -142,7 +149,7 @@ class Client:
         security: Security,
         retries: bool = True,
     ) -> None:
-        self._endpoint = Endpoint.parse(url)
+        self._endpoint = attrs.evolve(Endpoint.parse(url), tls_name=security.tls_name)
         self._deadline_seconds = deadline_seconds
         self._security = security
         self._connection = Connection(self._endpoint, services, tls=security.tls, token=security.token, retries=retries)

@@ -70,7 +70,7 @@ def _probe(endpoint: Endpoint, tls: TlsSettings) -> None:
     with sock:
         try:
             if endpoint.tls:
-                _probe_tls(sock, endpoint.host, tls)
+                _probe_tls(sock, endpoint.tls_name or endpoint.host, tls)
             else:
                 _probe_plain(sock, endpoint)
         except TimeoutError as exc:

@@ -27,6 +27,12 @@ class TlsSettings:
         "a client shows it to servers that ask.",
     )
     key: str | None = env("MX_TLS_KEY_PATH", default=None, help="Private key of that certificate (PEM, not encrypted).")
+    peer_name: str | None = env(
+        "MX_TLS_PEER_NAME",
+        default=None,
+        help="Name that the certificates of workers have to have, instead of that in their address: for workers that "
+        "are reached by addresses which no certificate can list, as pods are.",
+    )
 
     def __attrs_post_init__(self) -> None:
         if (self.certificate is None) != (self.key is None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from modelexpress_core.errors import SettingsError
 from modelexpress_core.wire.files import WatchedFiles, read_bytes
 from modelexpress_core.wire.settings import TlsSettings
 
-__all__ = ["ClientTls", "client_context", "server_credentials"]
+__all__ = ["ClientTls", "client_context", "client_contexts", "server_contexts", "server_credentials"]
 
 
 @frozen(repr=False)
@@ -150,3 +151,47 @@ def server_credentials(settings: TlsSettings, *, require_client_certificate: boo
     return grpc.dynamic_ssl_server_credentials(
         files.value(), newer, require_client_authentication=require_client_certificate
     )
+
+
+# -- the same files for Python's own TLS -------------------------------------------------------------------------------
+
+
+def client_contexts(settings: TlsSettings) -> Callable[[], ssl.SSLContext]:
+    """A function that returns a client's present context: another one when the files have changed.
+
+    Raises:
+        SettingsError: The files cannot be used.
+    """
+
+    def read() -> ssl.SSLContext:
+        context = client_context(settings)
+        # As gRPC: private authorities often do not keep to every rule of RFC 5280, which Python 3.13 asks for.
+        context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+        return context
+
+    return WatchedFiles(settings.files, read).value
+
+
+def server_contexts(settings: TlsSettings, *, ask_for_certificates: bool) -> Callable[[], ssl.SSLContext]:
+    """A function that returns a server's present context: another one when the files have changed.
+
+    Args:
+        settings: The files, with a certificate.
+        ask_for_certificates: Whether clients are asked for a certificate of one of the authorities. They need not show
+            one: the server looks at its names.
+
+    Raises:
+        SettingsError: The files cannot be used.
+    """
+
+    def read() -> ssl.SSLContext:
+        _read(settings)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        if settings.certificate is not None:
+            context.load_cert_chain(settings.certificate, settings.key, password=_no_password)
+        if ask_for_certificates and settings.authorities is not None:
+            context.load_verify_locations(settings.authorities)
+            context.verify_mode = ssl.CERT_OPTIONAL
+        return context
+
+    return WatchedFiles(settings.files, read).value

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import attrs
 import torch
 
 import modelexpress_core as mx
+from devtools.tcp_proxy import Fault, TcpProxy
 from modelexpress_core.testing import ServingWorker, serving_worker
 
-__all__ = ["ServingWorker", "empty_like", "every_layout", "identity_of", "serving_worker", "tensors_of"]
+__all__ = [
+    "ServingWorker",
+    "bulk_behind_proxy",
+    "empty_like",
+    "every_layout",
+    "identity_of",
+    "serving_worker",
+    "tensors_of",
+]
 
 _TENSORS = 40
+
+
+@contextlib.contextmanager
+def bulk_behind_proxy(served: Any, faults: Callable[[int, bytes], Fault | None]) -> Iterator[TcpProxy]:
+    """What a worker serves over ``grpc``, with a proxy before its bulk channel."""
+    bulk = served._bulk
+    with TcpProxy("127.0.0.1", bulk.server.port, faults) as proxy:
+
+        class Proxied:
+            port = proxy.port
+            close = bulk.server.close
+
+        served._bulk = attrs.evolve(bulk, server=Proxied)
+        try:
+            yield proxy
+        finally:
+            served._bulk = bulk
 
 
 def every_layout() -> dict[str, torch.Tensor]:

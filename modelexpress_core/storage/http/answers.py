@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from attrs import field, frozen
 
 from modelexpress_core.storage.http.failures import BadAnswerError
 
-__all__ = ["Answer", "ByteStream", "Head", "read_head"]
+__all__ = ["Answer", "ByteStream", "Head", "read_head", "read_headers", "read_lines"]
 
 _MAX_HEAD_BYTES = 64 << 10
 _MAX_HEADERS = 200
@@ -76,15 +76,7 @@ class Head:
         match = _STATUS_LINE.fullmatch(first)
         if match is None:
             raise BadAnswerError("what was received is not an answer in HTTP/1.1")
-        if len(lines) > _MAX_HEADERS:
-            raise BadAnswerError(f"the answer has more than {_MAX_HEADERS} headers")
-        headers: dict[str, str] = {}
-        for line in lines:
-            header = _HEADER_LINE.fullmatch(line)
-            if header is None:
-                raise BadAnswerError("the answer has a line that is not a header")
-            name, value = header[1].decode("latin-1").lower(), header[2].decode("latin-1").rstrip(" \t")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        headers = read_headers(lines, "answer")
         return cls(int(match[1]), int(match[2]), (match[3] or b"").decode("latin-1"), headers)
 
     @property
@@ -138,27 +130,65 @@ def read_head(receive: Callable[[memoryview], int], deadline: float) -> tuple[He
 
     Args:
         receive: Puts the next bytes into memory; returns their number, or 0 at the end.
-        deadline: When the head has to be complete, by ``time.monotonic``: a server that sends byte after byte would
-            never exceed the wait for the next one.
+        deadline: When the head has to be complete, by ``time.monotonic``.
 
     Raises:
         BadAnswerError: It is no head, or a larger one than HTTP servers send.
         TimeoutError: It was not complete in time.
         OSError: The connection broke.
     """
-    received, part = bytearray(), memoryview(bytearray(_HEAD_PIECE_BYTES))
+    head, rest = read_lines(receive, deadline, "answer")
+    return Head.parse(head), rest
+
+
+def read_lines(
+    receive: Callable[[memoryview], int], deadline: float, what: str, begun: bytes = b""
+) -> tuple[bytes, bytes]:
+    """The lines before the first empty one, without it, and the bytes after it that came along.
+
+    Args:
+        receive: Puts the next bytes into memory; returns their number, or 0 at the end.
+        deadline: When they have to be complete, by ``time.monotonic``: a sender of byte after byte would never exceed
+            the wait for the next one.
+        what: Whose head they are, for messages.
+        begun: What has been received of them.
+
+    Raises:
+        BadAnswerError: They are longer than any program sends, or the connection ended amid them.
+        TimeoutError: They were not complete in time.
+        OSError: The connection broke.
+    """
+    received, part = bytearray(begun), memoryview(bytearray(_HEAD_PIECE_BYTES))
     searched = 0
     while (end := received.find(b"\r\n\r\n", searched)) < 0:
         if len(received) > _MAX_HEAD_BYTES:
-            raise BadAnswerError("the head of the answer does not end")
+            raise BadAnswerError(f"the head of the {what} does not end")
         if time.monotonic() > deadline:
-            raise TimeoutError("the head of the answer is not complete")
+            raise TimeoutError(f"the head of the {what} is not complete")
         searched = max(0, len(received) - 3)
         count = receive(part)
         if not count:
-            raise BadAnswerError("the connection was closed before the answer")
+            raise BadAnswerError(f"the connection was closed before the {what}")
         received += part[:count]
-    return Head.parse(bytes(received[:end])), bytes(received[end + 4 :])
+    return bytes(received[:end]), bytes(received[end + 4 :])
+
+
+def read_headers(lines: Sequence[bytes], what: str) -> dict[str, str]:
+    """The headers of a head, by lower-case name; those that come more than once are joined with commas.
+
+    Raises:
+        BadAnswerError: There are too many, or a line is none.
+    """
+    if len(lines) > _MAX_HEADERS:
+        raise BadAnswerError(f"the {what} has more than {_MAX_HEADERS} headers")
+    headers: dict[str, str] = {}
+    for line in lines:
+        header = _HEADER_LINE.fullmatch(line)
+        if header is None:
+            raise BadAnswerError(f"the {what} has a line that is not a header")
+        name, value = header[1].decode("latin-1").lower(), header[2].decode("latin-1").rstrip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
 
 
 class ByteStream(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import select
 import socket
 import ssl
@@ -10,8 +11,8 @@ import sys
 import threading
 import time
 import weakref
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
@@ -33,6 +34,9 @@ _MAX_IDLE_CONNECTIONS = 256
 
 #: A wait of zero would be none at all.
 _MIN_WAIT_SECONDS = 0.001
+
+#: Parts that are sent with one system call: every system takes so many.
+_MAX_GATHERED = 512
 
 #: Systems where the layout of a socket's own timeout is known.
 _KERNEL_WAITS = sys.platform == "linux" and sys.maxsize > 2**32
@@ -123,10 +127,42 @@ class Connection:
         Raises:
             OSError: The connection broke, or took nothing in time.
         """
+        self.send_all(request.encoded(through_proxy=self._through_proxy, proxy_lines=self._proxy_lines))
+
+    def send_all(self, content: bytes | memoryview) -> None:
+        """Send ``content``.
+
+        Raises:
+            OSError: The connection broke, or took nothing in time.
+        """
         try:
-            self._sock.sendall(request.encoded(through_proxy=self._through_proxy, proxy_lines=self._proxy_lines))
+            self._sock.sendall(content)
         except BlockingIOError as exc:  # from the kernel's timeout
             raise TimeoutError("timed out") from exc
+
+    def send_gathered(self, parts: Sequence[bytes | memoryview], seconds: float) -> None:
+        """Send ``parts``, one after another, in one system call where the system can do that.
+
+        Raises:
+            OSError: The connection broke, or did not take everything in ``seconds``.
+        """
+        if not self._kernel_waits or not isinstance(self._sock, socket.socket):
+            for part in parts:
+                self.send_all(part)
+            return
+        deadline = time.monotonic() + seconds
+        left = deque(memoryview(part) for part in parts if part)
+        while left:
+            try:
+                count = self._sock.sendmsg(itertools.islice(left, _MAX_GATHERED))
+            except BlockingIOError as exc:  # from the kernel's timeout
+                raise TimeoutError("timed out") from exc
+            while left and count >= len(left[0]):
+                count -= len(left.popleft())
+            if count:
+                left[0] = left[0][count:]
+            if left and time.monotonic() > deadline:
+                raise TimeoutError("the other side takes bytes too slowly")
 
     def receive(self, view: memoryview, *, whole: bool = False) -> int:
         """Put the next bytes into ``view``.
@@ -187,10 +223,18 @@ class ConnectionPool:
         connect_timeout_seconds: How long each step to a connection may take: TCP (per address), tunnel, TLS.
         proxies: Which proxy leads where.
         ca_bundle: File with the authorities to trust; None for those of this system.
+        tls_context: Returns the context of each TLS connection, instead of one with ``ca_bundle``.
+        tls_name: The name that certificates of servers have to have; None for that in the request's origin.
     """
 
     def __init__(
-        self, *, connect_timeout_seconds: float, proxies: Proxies | None = None, ca_bundle: str | None = None
+        self,
+        *,
+        connect_timeout_seconds: float,
+        proxies: Proxies | None = None,
+        ca_bundle: str | None = None,
+        tls_context: Callable[[], ssl.SSLContext] | None = None,
+        tls_name: str | None = None,
     ) -> None:
         self.proxies = proxies or Proxies()
         self._connect_timeout_seconds = connect_timeout_seconds
@@ -200,6 +244,8 @@ class ConnectionPool:
         self._idle: defaultdict[Origin, list[Connection]] = defaultdict(list)
         self._tls_lock = threading.Lock()
         self._tls: ssl.SSLContext | None = None
+        self._tls_of_caller = tls_context
+        self._tls_name = tls_name
 
     @property
     def closed(self) -> bool:
@@ -339,7 +385,8 @@ class ConnectionPool:
     def _encrypted(self, sock: socket.socket, host: str) -> ssl.SSLSocket:
         """``sock`` with TLS; the certificate has to be for ``host``."""
         try:
-            secure = self._tls_context().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+            name = self._tls_name or host
+            secure = self._tls_context().wrap_socket(sock, server_hostname=name, do_handshake_on_connect=False)
         except BaseException:
             sock.close()
             raise
@@ -360,6 +407,8 @@ class ConnectionPool:
         return secure
 
     def _tls_context(self) -> ssl.SSLContext:
+        if self._tls_of_caller is not None:
+            return self._tls_of_caller()
         with self._tls_lock:
             if self._tls is None:
                 try:

@@ -42,7 +42,7 @@ class NestedTls:
         except ssl.SSLZeroReturnError:
             return 0
 
-    def sendall(self, data: bytes) -> None:
+    def sendall(self, data: bytes | memoryview) -> None:
         """As of a socket."""
         view = memoryview(data)
         while view:

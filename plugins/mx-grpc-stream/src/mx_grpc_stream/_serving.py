@@ -1,4 +1,7 @@
-"""The worker's side: a gRPC service that streams ranges of tensors to readers that hold a lease."""
+"""The worker's side: a gRPC service that streams ranges of tensors to readers with a lease, and opens the bulk channel.
+
+It is the place where a reader learns what is wrong with its request, since the bulk channel says little to strangers.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,26 @@ import torch
 
 from modelexpress_core.contracts.transport import TensorTable
 from modelexpress_core.transport.tensor_bytes import host_memory
+from modelexpress_core.wire.authentication import certificate_names
 from modelexpress_core.wire.proto.modelexpress import peer_pb2
 from modelexpress_core.wire.rpc import Method, RpcContext, Service
+from mx_grpc_stream._bulk import ServedBulk
 from mx_grpc_stream._frames import FRAME_BYTES, frame_of
 
 __all__ = ["TENSORS", "StreamedTensors"]
 
 TENSORS = Service(
     "modelexpress.peer.TensorService",
-    {"ReadTensors": Method(peer_pb2.ReadTensorsRequest, bytes, response_streaming=True)},
+    {
+        "ReadTensors": Method(peer_pb2.ReadTensorsRequest, bytes, response_streaming=True),
+        "OpenBulk": Method(peer_pb2.OpenBulkRequest, peer_pb2.OpenBulkResponse),
+    },
 )
 
 #: Ranges that one call may ask for.
 _MAX_RANGES = 1024
+
+_NO_LEASE = "no such lease: it has ended, and the memory may have changed since then"
 
 #: Threads that copy tensors into frames, of all readers together.
 _THREADS = 4
@@ -36,6 +46,7 @@ class StreamedTensors:
 
     Args:
         table: The tensors.
+        bulk: The bulk channel, closed with this; None if there is none.
 
     Attributes:
         description: Empty: readers need nothing but the worker's address.
@@ -46,13 +57,28 @@ class StreamedTensors:
     description = b""
     topology: Mapping[str, str] = {}
 
-    def __init__(self, table: TensorTable) -> None:
+    def __init__(self, table: TensorTable, bulk: ServedBulk | None) -> None:
         self._table = table
+        self._bulk = bulk
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="mx-frames")
         self._copying = threading.Condition()
         self._copies = 0
         self._closed = False
         self.services: Mapping[Any, object] = {TENSORS: self}
+
+    async def open_bulk(self, request: peer_pb2.OpenBulkRequest, context: RpcContext) -> peer_pb2.OpenBulkResponse:
+        """Give the holder of a lease a ticket."""
+        if not self._table.holds_lease(request.lease_id):
+            await context.abort(grpc.StatusCode.NOT_FOUND, _NO_LEASE)
+        if self._bulk is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "the worker offers no bulk channel")
+        names = certificate_names(context.auth_context())
+        return peer_pb2.OpenBulkResponse(
+            port=self._bulk.server.port,
+            ticket=self._bulk.ticket(request.lease_id, names[0] if names else ""),
+            content=self._bulk.content,
+            version=self._bulk.version,
+        )
 
     async def read_tensors(self, request: peer_pb2.ReadTensorsRequest, context: RpcContext) -> AsyncIterator[bytes]:
         """Stream the ranges in the order of the request."""
@@ -88,8 +114,7 @@ class StreamedTensors:
     async def _made(making: Awaitable[bytes | None], context: RpcContext) -> bytes:
         frame = await making
         if frame is None:
-            reason = "no such lease: it has ended, and the memory may have changed since then"
-            await context.abort(grpc.StatusCode.NOT_FOUND, reason)
+            await context.abort(grpc.StatusCode.NOT_FOUND, _NO_LEASE)
         return frame
 
     def _make_frame(
@@ -115,7 +140,9 @@ class StreamedTensors:
                 self._copying.notify_all()
 
     def close(self) -> None:
-        """Stop serving, when the copies under way have ended."""
+        """Stop serving, when the copies and sends under way have ended."""
+        if self._bulk is not None:
+            self._bulk.server.close()
         with self._copying:
             self._closed = True
             self._copying.wait_for(lambda: not self._copies)
