@@ -52,8 +52,10 @@ _LAST_CHECK_SECONDS = 0.02
 #: Reads that still run this long after their session was closed are reported.
 _STOP_SECONDS = 60.0
 
-#: How long a load waits for what a worker that failed says about its lease.
+#: How long a load waits for what a worker that failed says about its lease; and for what any worker says at the end, if
+#: digests prove the bytes.
 _SETTLE_SECONDS = 1.0
+_CONFIRM_SECONDS = 2.0
 
 
 @define(eq=False)
@@ -422,7 +424,8 @@ class PeerReader:
         """
         with self._lock:
             delivering = [each for each in self.sources if each.delivered and not each.stopping]
-        if len(delivering) > 1 and not all(self._settle(each, *each.source.check_lease()) for each in delivering):
+        patience = _CONFIRM_SECONDS if self._verify else None
+        if not all(self._settle(each, *each.source.check_lease(patience)) for each in delivering):
             return False
         for reads in delivering:
             if reads.stopping:

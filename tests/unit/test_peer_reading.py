@@ -101,7 +101,7 @@ class Source:
         self.releases = 0
         self._end = end
 
-    def check_lease(self) -> tuple[LeaseEnd, BackendError | None]:
+    def check_lease(self, deadline_seconds: float | None = None) -> tuple[LeaseEnd, BackendError | None]:
         if self._end is LeaseEnd.CONFIRMED:
             return self._end, None
         kind = NotFoundError if self._end is LeaseEnd.DENIED else UnavailableError
