@@ -14,8 +14,9 @@ from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.loads.destination import Destination
 from modelexpress_core.loads.load import Load, peak_rss_bytes
 from modelexpress_core.loads.peer_chunks import COMPARE, ReadPlan
-from modelexpress_core.loads.peer_reading import PeerReader, SourceReads
+from modelexpress_core.loads.peer_reading import PeerReader
 from modelexpress_core.loads.peer_source import PeerSource
+from modelexpress_core.loads.source_reads import SourceReads
 from modelexpress_core.report import LoadReport, SourceReport
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.metrics import source_metrics

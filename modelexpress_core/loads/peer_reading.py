@@ -19,17 +19,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from attrs import Factory, define, field
-
 from modelexpress_core.contracts.transport import TensorRead
 from modelexpress_core.errors import BackendError, DeadlineError, IntegrityError, ModelExpressError
-from modelexpress_core.loads.pace import Pace, batch_bytes, is_too_slow
+from modelexpress_core.loads.pace import batch_bytes, is_too_slow
 from modelexpress_core.loads.peer_chunks import ChunkRead
 from modelexpress_core.loads.peer_source import LeaseEnd, PeerSource
+from modelexpress_core.loads.source_reads import SourceReads
 from modelexpress_core.messages import byte_range
 from modelexpress_core.resources import start_thread
 
-__all__ = ["PeerReader", "SourceReads"]
+__all__ = ["PeerReader"]
 
 _log = logging.getLogger(__name__)
 _E = TypeVar("_E", bound=BackendError)
@@ -56,54 +55,6 @@ _STOP_SECONDS = 60.0
 #: digests prove the bytes.
 _SETTLE_SECONDS = 1.0
 _CONFIRM_SECONDS = 2.0
-
-
-@define(eq=False)
-class SourceReads:
-    """What one source reads. The lock of its reader guards it.
-
-    Attributes:
-        source: The worker.
-        pace: How fast it delivers.
-        again: Chunks that it reads once more, because their digests were wrong.
-        held: Chunks that it reads now.
-        delivered: Chunks that it delivered.
-        threads: How many threads read from it.
-        unverified: How many of its chunks wait for their digests.
-        stopping: Whether it gets no more work.
-        stopped: Whether nothing of it writes to a destination any more.
-        error: Why it was stopped; None if it was slow, or is not needed any more.
-        lease: What it says at the end of its lease.
-        begun: When it began; on the clock of the reader, as the next two.
-        progressed: When its last chunk arrived, or it took chunks after it had none.
-        ended: When its session was closed; None before.
-        arrived_bytes: Bytes in place, with the right digests.
-        reread_bytes: Bytes that arrived with wrong digests.
-        mismatches: Chunks that did.
-    """
-
-    source: PeerSource
-    begun: float
-    pace: Pace = field(init=False, default=Factory(lambda self: Pace(self.begun), takes_self=True))
-    progressed: float = field(init=False, default=Factory(lambda self: self.begun, takes_self=True))
-    ended: float | None = field(init=False, default=None)
-    again: deque[ChunkRead] = field(init=False, factory=deque)
-    held: set[ChunkRead] = field(init=False, factory=set)
-    delivered: list[ChunkRead] = field(init=False, factory=list)
-    threads: int = field(init=False, default=0)
-    unverified: int = field(init=False, default=0)
-    stopping: bool = field(init=False, default=False)
-    stopped: bool = field(init=False, default=False)
-    error: BackendError | None = field(init=False, default=None)
-    lease: LeaseEnd | None = field(init=False, default=None)
-    arrived_bytes: int = field(init=False, default=0)
-    reread_bytes: int = field(init=False, default=0)
-    mismatches: int = field(init=False, default=0)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the chunks that it reads now."""
-        return sum(len(chunk.destination) for chunk in self.held)
 
 
 class PeerReader:
@@ -398,6 +349,7 @@ class PeerReader:
             self.read_again += 1
             self._queue(chunk)
         reads.delivered.clear()
+        reads.reread_bytes += reads.arrived_bytes
         reads.arrived_bytes = 0
 
     def _queue(self, chunk: ChunkRead) -> None:
@@ -524,7 +476,6 @@ class PeerReader:
             reads.pace.arrived(len(chunk.destination), now)
             reads.held.discard(chunk)
             if self._verify:
-                reads.unverified += 1
                 self._unverified.append((reads, chunk))
                 self._to_verify.notify()
                 while len(self._unverified) > _MAX_UNVERIFIED and not (reads.stopping or self._ends):
@@ -554,7 +505,6 @@ class PeerReader:
                 return
             error = None
             with self._lock:
-                reads.unverified -= 1
                 if right:
                     self._deliver(reads, chunk)
                 else:

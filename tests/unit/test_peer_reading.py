@@ -23,8 +23,9 @@ from modelexpress_core.errors import (
     UnavailableError,
 )
 from modelexpress_core.loads.peer_chunks import ChunkRead
-from modelexpress_core.loads.peer_reading import PeerReader, SourceReads
+from modelexpress_core.loads.peer_reading import PeerReader
 from modelexpress_core.loads.peer_source import LeaseEnd, PeerSource
+from modelexpress_core.loads.source_reads import SourceReads
 from modelexpress_core.transport.chunk_digests import chunk_digests
 from tests.support.properties import examples
 
