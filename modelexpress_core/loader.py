@@ -45,15 +45,12 @@ __all__ = ["Loader"]
 _log = logging.getLogger(__name__)
 _R = TypeVar("_R")
 
+#: Errors after which the next candidate may succeed.
+_TRY_NEXT = (BackendError, CheckpointError, ResolveError)
+
 
 class Loader(LoadContext):
-    """Finds candidates and loads from them, with the settings and plugins of one call.
-
-    Attributes:
-        try_next: Errors after which the next candidate may succeed.
-    """
-
-    try_next = (BackendError, CheckpointError, ResolveError, PluginLoadError)
+    """Finds candidates and loads from them, with the settings and plugins of one call."""
 
     def request(
         self,
@@ -116,9 +113,9 @@ class Loader(LoadContext):
             candidate = left.take()
             try:
                 return attempt(candidate, left)
-            except self.try_next as exc:
-                if isinstance(exc, PluginLoadError) and candidate.origin == "caller":
-                    raise  # but a plugin that only a discovery needs ends no load
+            except ModelExpressError as exc:
+                if self._ends_load(candidate, exc):
+                    raise
                 self._drop_failed(left, candidate, exc)
                 if not left:
                     raise
@@ -176,6 +173,13 @@ class Loader(LoadContext):
             request.skip("other workers", f"the content version of {request.uri} cannot be told: {reason}", hint)
             return attrs.evolve(request, identity=None)
         return attrs.evolve(request, identity=identity.with_content_version(version))
+
+    @staticmethod
+    def _ends_load(candidate: Candidate, exc: Exception) -> bool:
+        """Whether no other candidate is tried after ``candidate`` failed: the error is of the caller's own making."""
+        if isinstance(exc, PluginLoadError):
+            return candidate.origin == "caller"  # a plugin that only a discovery needs ends no load
+        return not isinstance(exc, _TRY_NEXT)
 
     @staticmethod
     def _drop_failed(left: CandidateQueue, candidate: Candidate, exc: Exception) -> None:
