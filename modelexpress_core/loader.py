@@ -117,8 +117,8 @@ class Loader(LoadContext):
             try:
                 return attempt(candidate, left)
             except self.try_next as exc:
-                if isinstance(exc, PluginLoadError) and candidate.origin == "caller":
-                    raise  # but a plugin that only a discovery needs ends no load
+                if self._ends_load(candidate, exc):
+                    raise
                 self._drop_failed(left, candidate, exc)
                 if not left:
                     raise
@@ -191,6 +191,12 @@ class Loader(LoadContext):
                 uri, registered, storage, self.new_budget(), on_read=lambda taken, _whole: seconds.append(taken)
             )
         return Headers(checkpoint, min(seconds, default=None))
+
+    def _ends_load(self, candidate: Candidate, exc: Exception) -> bool:
+        """Whether no other candidate is tried: what fails is a plugin that the user named, or no place at all."""
+        if isinstance(exc, PluginLoadError):  # one that only a discovery needs ends no load
+            return candidate.origin == "caller"
+        return not isinstance(exc, self.try_next)
 
     @staticmethod
     def _drop_failed(left: CandidateQueue, candidate: Candidate, exc: Exception) -> None:
