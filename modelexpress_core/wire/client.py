@@ -203,11 +203,20 @@ class Client:
         """
         requests = RequestStream(cast("Iterable[Any]", request)) if service.methods[method].request_streaming else None
         try:
-            return self._begin(service, method, requests or request, deadline_seconds, credential)
+            response = self._begin(service, method, requests or request, deadline_seconds, credential)
         except grpc.RpcError as exc:
             if requests is not None and requests.error is not None:
                 raise requests.error from None
             raise self._error(exc, method) from exc
+        if response is None:  # gRPC returns it for a call that succeeded, according to its status, without a message
+            raise UnavailableError(
+                "the call ended without a response",
+                uri=str(self._endpoint),
+                operation=f"call {method}",
+                cause="bytes were lost or changed on the way, or a proxy answered",
+                hint="check the network, and proxies, between both; TLS notices changed bytes",
+            )
+        return response
 
     def _stream(
         self,

@@ -47,6 +47,26 @@ def client(server: WorkerServer, **options: Security) -> WorkerClient:
     return WorkerClient(f"127.0.0.1:{server.port}", deadline_seconds=20, **options)
 
 
+def test_a_call_that_succeeds_without_a_response_is_an_error() -> None:
+    """As if its bytes were changed on the way: gRPC then gives no message, and no error either."""
+
+    class Silent(grpc.GenericRpcHandler):
+        def service(self, _: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            return grpc.unary_stream_rpc_method_handler(lambda request, context: iter(()))
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Silent()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with (
+            WorkerClient(f"127.0.0.1:{port}", deadline_seconds=20) as reader,
+            pytest.raises(UnavailableError, match=r"call GetAccess .*: the call ended without a response"),
+        ):
+            reader.access("lease", "grpc")
+    finally:
+        server.stop(None).wait()
+
+
 def test_the_manifest_comes_back_whole() -> None:
     """Whether the worker is named or not, and with 200,000 tensors in it."""
     said = manifest(200_000)
