@@ -201,6 +201,11 @@ class FakeHub:
         self._commit(name, {path.relative_to(root).as_posix(): path.read_bytes() for path in files}, branch)
         return f"hf://{name}"
 
+    def digest_of(self, name: str, path: str, *, branch: str = "main") -> str:
+        """SHA-256 of a file."""
+        repository = self.repositories[name]
+        return repository.commits[repository.branches[branch]][path].sha256
+
     def revoke_signatures(self) -> None:
         """Make all URLs that were signed so far as good as expired."""
         self._key = secrets.token_bytes(16)

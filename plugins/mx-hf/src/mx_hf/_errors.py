@@ -151,7 +151,7 @@ _DISABLED_WORDS = "Access to this resource is disabled"
 _TOKEN_PATTERN = r"\bhf_\w+|\bBearer\s+\S+"  # noqa: S105 - a pattern
 
 #: https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers: what is left (r), and when it is renewed (t).
-_RATE_LIMIT = re.compile(r'"([^"]{1,40})"\s*;\s*r\s*=\s*([0-9]{1,9})\s*;\s*t\s*=\s*([0-9]{1,9})')
+_RATE_LIMIT = re.compile(r'"([^"]{1,40})"\s*;\s*r\s*=\s*([0-9]{1,9})\s*;\s*t\s*=\s*([0-9]{1,9})(?![0-9])')
 
 _REDIRECT = Meaning(
     UnsupportedError,
