@@ -184,6 +184,11 @@ class FakeHub:
         """URL of the Hub."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def cdn_url(self) -> str:
+        """URL of the CDN. It has another host, since huggingface_hub 1 takes another port for the same server."""
+        return f"http://localhost:{self.cdn_port}"
+
     def environ(self) -> dict[str, str]:
         """Variables that lead to it."""
         return {"HF_ENDPOINT": self.url}
@@ -320,7 +325,7 @@ class FakeHub:
         target = (
             f"/cdn/{file.sha256}?{urlencode({'Expires': deadline, 'Signature': self._sign(file.sha256, deadline)})}"
         )
-        location = f"http://127.0.0.1:{self.cdn_port}{target}" if self._own_cdn else target
+        location = f"{self.cdn_url}{target}" if self._own_cdn else target
         return 302, {**headers, **linked, "Location": location}, b""
 
     def _sign(self, digest: str, deadline: str) -> str:

@@ -17,6 +17,7 @@ from modelexpress_core.errors import (
     UnavailableError,
 )
 from mx_hf._storage import HfStorage
+from tests.support.network import CLOSED_PORT
 
 TOKEN = "hf_aVeryGoodTokenForTheTests"
 WEIGHTS = "model.safetensors"
@@ -216,7 +217,7 @@ def test_a_cdn_that_refuses_each_signature(hub: FakeHub, on_hub: Callable[..., H
 
     _, text = refused(on_hub(HF_TOKEN=TOKEN))
 
-    assert f"the CDN http://127.0.0.1:{hub.cdn_port} answered HTTP {status}" in text
+    assert f"the CDN {hub.cdn_url} answered HTTP {status}" in text
     assert "Signature" not in text
     assert 2 == len([request for request in hub.requests if "/resolve/" in request.path])
 
@@ -230,6 +231,17 @@ def test_a_cdn_with_a_passing_fault(hub: FakeHub, on_hub: Callable[..., HfStorag
 
     assert error.retryable
     assert 1 == len([request for request in hub.requests if "/resolve/" in request.path])
+
+
+def test_a_cdn_that_cannot_be_reached(hub: FakeHub, on_hub: Callable[..., HfStorage]) -> None:
+    """The error names it, and not the Hub, which answered: a firewall may let only that pass."""
+    location = {"Location": f"http://127.0.0.1:{CLOSED_PORT}/x", "X-Linked-Etag": hub.digest_of("org/model", WEIGHTS)}
+    hub.before = lambda request: (302, location, b"") if "/resolve/" in request.path else None
+
+    error, text = refused(on_hub())
+
+    assert isinstance(error, UnavailableError)
+    assert f"the endpoint http://127.0.0.1:{CLOSED_PORT} refused the connection" in text
 
 
 def test_a_server_that_is_no_hub(hub: FakeHub, on_hub: Callable[..., HfStorage]) -> None:

@@ -243,7 +243,7 @@ def test_a_mirror_with_another_content_than_it_lists_is_noticed(
     given = {"X-Linked-Etag": f'"{hashlib.sha256(b"weights").hexdigest()}"', header: value}
 
     def before(request: HubRequest) -> HubAnswer | None:
-        location = {"Location": f"http://127.0.0.1:{hub.cdn_port}/cdn/x"}
+        location = {"Location": f"{hub.cdn_url}/cdn/x"}
         return (302, {**given, **location}, b"") if "/resolve/" in request.path else None
 
     hub.before = before

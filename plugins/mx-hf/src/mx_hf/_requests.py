@@ -142,6 +142,13 @@ class HubRequests:
         self._read_timeout_seconds = read_timeout_seconds
         self._lock = threading.Lock()
         self._locations: dict[tuple[str, str], _Location] = {}
+        self._of_thread = threading.local()
+
+    @property
+    def latest(self) -> Origin:
+        """The server of the latest request of this thread: the Hub, or a server that it named."""
+        origin: Origin = getattr(self._of_thread, "origin", self._origin)
+        return origin
 
     # -- the downloads of ranges --------------------------------------------------------------------------------------
 
@@ -152,17 +159,18 @@ class HubRequests:
             if location.request is None:
                 location.request = self._located(path, Version.parse(headers[VERSIONS.condition]))
             request = location.request
-        return request.with_headers({"Range": headers["Range"]})
+        return self._ranged(request, headers)
 
     def renewed(self, path: str, headers: Mapping[str, str], refusals: Sequence[Refusal]) -> Request | None:
         """The same from another URL: after a redirect, or where a signed URL has run out, or a token."""
         last = refusals[-1]
         location = self._location(path, headers)
         if last.status in _REDIRECTS:
-            target = self._target(str(last.request.origin) + last.request.target, last.headers)
+            target = self._target(_url_of(last.request), last.headers)
+            request = self._prepared("GET", target)
             with location.lock:
-                location.request = self._download(target)
-            return location.request.with_headers({"Range": headers["Range"]})
+                location.request = request
+            return self._ranged(request, headers)
         if last.status not in _EXPIRED or any(each.status in _EXPIRED for each in refusals[:-1]):
             return None
         if last.request.origin == self._origin and not self._may_renew(last):
@@ -199,12 +207,12 @@ class HubRequests:
             reason = f"the server has another version of it: {etag[:80]} in the commit {commit[:80]}"
             raise self._failures.described(_CHANGED, reason, path, operation)
         if answer.status in _REDIRECTS:
-            return self._download(self._target(_url_of(request), answer.headers))
+            return self._prepared("GET", self._target(_url_of(request), answer.headers))
         return Request("GET", request.origin, request.target, request.headers)
 
-    def _download(self, url: str) -> Request:
-        """A GET of ``url``, with the token if it is the Hub's."""
-        return self._prepared("GET", url)
+    def _ranged(self, request: Request, headers: Mapping[str, str]) -> Request:
+        self._of_thread.origin = request.origin
+        return request.with_headers({"Range": headers["Range"]})
 
     # -- the API ------------------------------------------------------------------------------------------------------
 
@@ -293,6 +301,7 @@ class HubRequests:
         refused = False
         for _ in range(_MAX_REDIRECTS + 2):  # besides the redirects: the answer, and once a token that was refused
             request = self._prepared(method, url)
+            self._of_thread.origin = request.origin
             answer = exchange(
                 self._pool, request, read_timeout_seconds=self._read_timeout_seconds, max_bytes=_MAX_CONTENT_BYTES
             )
@@ -308,6 +317,7 @@ class HubRequests:
         raise RedirectError(f"more than {_MAX_REDIRECTS} redirects follow each other")
 
     def _prepared(self, method: str, url: str) -> Request:
+        """A request to ``url``, with the token if that is the Hub's."""
         try:
             origin = Origin.of_url(url)
             headers = self._identity.headers() if origin == self._origin else ()

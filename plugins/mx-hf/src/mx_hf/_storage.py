@@ -22,7 +22,6 @@ from modelexpress_core.storage.http import (
     check_uri,
     endpoint_of,
 )
-from modelexpress_core.storage.http.service_errors import shown_origin
 from modelexpress_core.uri import ModelURI
 from mx_hf._errors import NAMES, PROVIDER, HfFailures
 from mx_hf._repositories import ORGANISATION, RESERVED, Place, PlaceError
@@ -87,7 +86,7 @@ class HfStorage(HttpStorage):
         failures = HfFailures(
             PROVIDER,
             uri,
-            endpoint=lambda: shown_origin(settings.endpoint),
+            endpoint=lambda: str(self._requests.latest),
             names=NAMES,
             closed=lambda: pool.closed,
         )
