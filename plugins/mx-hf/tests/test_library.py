@@ -152,7 +152,7 @@ def test_the_library_and_the_plugin_agree(
     on_hub: Callable[..., HfStorage],
 ) -> None:
     """Commit, names, sizes, ids of contents, and the contents; private, gated, renamed and missing ones."""
-    printed, environ = used()
+    printed, _ = used()
     storage = on_hub()
 
     infos = list(storage.list("model"))

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qs, quote, urlencode, urljoin, urlsplit
 
@@ -195,11 +195,13 @@ class HubRequests:
         operation = "find the content"
         place = Place.of(self._organisation, path)
         url = f"{self._endpoint}/{place.repository}/resolve/{version.commit}/{quote(place.inside)}"
-        request, answer = self._followed("HEAD", url)
+        request, answer, passed = self._followed("HEAD", url)
         if answer.status != 200 and answer.status not in _REDIRECTS:
             raise self._failures.of_answer(answer.as_refusal(request), path, operation)
-        etag = (answer.headers.get("x-linked-etag") or answer.headers.get("etag", "")).removeprefix("W/").strip('"')
-        commit = answer.headers.get("x-repo-commit", version.commit)
+        # The Hub's own redirect has them; where a mirror serves the bytes itself, the last answer may have others.
+        heads = [*passed, answer.headers]
+        etag = (_first("x-linked-etag", heads) or answer.headers.get("etag", "")).removeprefix("W/").strip('"')
+        commit = _first("x-repo-commit", heads) or version.commit
         if not etag:
             reason = "the server does not tell the version of the file: its answer has no ETag"
             raise self._failures.described(_NO_COMMIT, reason, path, operation)
@@ -226,7 +228,7 @@ class HubRequests:
         """
         revision = quote(place.revision, safe="")
         url = f"{self._endpoint}/api/models/{place.repository}/revision/{revision}?expand=sha"
-        request, answer = self._followed("GET", url)
+        request, answer, _ = self._followed("GET", url)
         described = self._content(request, answer, path, operation)
         commit = described.get("sha") if isinstance(described, dict) else None
         if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
@@ -256,7 +258,7 @@ class HubRequests:
             **({} if cursor is None else {"cursor": cursor}),
         }
         url = f"{self._endpoint}/api/models/{place.repository}/tree/{commit}{folder}?{urlencode(query)}"
-        request, answer = self._followed("GET", url)
+        request, answer, _ = self._followed("GET", url)
         if answer.status == 404 and error_code(answer.headers) == ENTRY_NOT_FOUND:
             return ListingPage((), None)
         entries = self._content(request, answer, path, operation)
@@ -290,8 +292,8 @@ class HubRequests:
 
     # -- redirects ----------------------------------------------------------------------------------------------------
 
-    def _followed(self, method: str, url: str) -> tuple[Request, WholeAnswer]:
-        """The first answer that is no redirect within the Hub, and its request.
+    def _followed(self, method: str, url: str) -> tuple[Request, WholeAnswer, Sequence[Mapping[str, str]]]:
+        """The first answer that is no redirect within the Hub: its request, itself, the headers of those before it.
 
         Raises:
             RedirectError: There are too many, or one that must not be followed.
@@ -299,6 +301,7 @@ class HubRequests:
             OSError: As for ``exchange``.
         """
         refused = False
+        passed: list[Mapping[str, str]] = []
         for _ in range(_MAX_REDIRECTS + 2):  # besides the redirects: the answer, and once a token that was refused
             request = self._prepared(method, url)
             self._of_thread.origin = request.origin
@@ -309,10 +312,11 @@ class HubRequests:
                 refused = True
                 continue
             if answer.status not in _REDIRECTS:
-                return request, answer
+                return request, answer, passed
             target = self._target(url, answer.headers)
             if Origin.of_url(target) != self._origin:
-                return request, answer
+                return request, answer, passed
+            passed.append(answer.headers)
             url = target
         raise RedirectError(f"more than {_MAX_REDIRECTS} redirects follow each other")
 
@@ -343,6 +347,11 @@ class HubRequests:
         if origin != self._origin and not origin.tls and not local:
             raise RedirectError(f"a redirect leads to a server without TLS, {origin}")
         return target
+
+
+def _first(name: str, heads: Iterable[Mapping[str, str]]) -> str:
+    """The value of a header in the first head that has it; empty if none has."""
+    return next((head[name] for head in heads if name in head), "")
 
 
 def _url_of(request: Request) -> str:
