@@ -142,6 +142,23 @@ def test_words_of_the_hub_are_quoted_without_secrets(hub: FakeHub, on_hub: Calla
     assert "abcdef" not in text
 
 
+@pytest.mark.parametrize("server", ["hub", "cdn"])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 407, 408, 410, 412, 416, 418, 429, 451, 500, 501, 503, 505])
+def test_every_refusal_has_its_points(hub: FakeHub, on_hub: Callable[..., HfStorage], server: str, status: int) -> None:
+    """Object, operation, what came back, likely cause and next step, whatever the status."""
+    hub.before = lambda request: (status, {}, b"") if request.server == server else None
+
+    error, text = refused(on_hub(HF_TOKEN=TOKEN))
+
+    assert error.uri.startswith("hf://org/model")
+    assert "mx-hf" == error.provider
+    assert error.operation in {"list the files", "find the content", "read bytes 0-99"}
+    assert f"HTTP {status}" in text
+    assert error.cause
+    assert error.hint
+    assert TOKEN not in text
+
+
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,7 @@ def test_the_token_goes_to_the_hub_alone(private: FakeHub, on_hub: Callable[...,
     assert CONTENT == read(storage)
     assert b"a model" == read(storage, "model/README.md", 7)
     assert {("hub", TOKEN), ("cdn", "")} == {(request.server, request.token) for request in private.requests}
+    assert all(request.headers["User-Agent"].startswith("mx-hf/") for request in private.requests)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,11 @@ _SIGNATURE = Meaning(
     "between the Hub and the CDN",
     "check HTTPS_PROXY and what is between this machine and the CDN",
 )
+_UNEXPECTED = Meaning(
+    BackendError,
+    "something in front of the server answers, or the server is none of the Hub",
+    "check HF_ENDPOINT and HTTPS_PROXY",
+)
 _NO_CONTENT = Meaning(UnavailableError, "the CDN does not have the content of the file, or not yet", "try again later")
 
 #: Code in the header ``X-Error-Code``, or HTTP status where there is none that is known here -> what it means.
@@ -186,10 +191,12 @@ class HfFailures(Failures):
         """The error for an answer of the Hub, whose headers have its own code and words, or of its CDN."""
         if self.hub is not None and refusal.request.origin != self.hub:
             meaning = meaning_of_answer(refusal.status, own=_CDN_ANSWERS)
+            meaning = meaning if meaning.cause else _UNEXPECTED
             told = f"the CDN {refusal.request.origin} answered {status_line(refusal.status)}"
             return self.described(meaning, told, path, operation, retry_after=_wait(refusal.headers))
         code, words = error_code(refusal.headers), refusal.headers.get("x-error-message", "")
         meaning = meaning_of_answer(refusal.status, code, _ANSWERS)
+        meaning = meaning if meaning.cause else _UNEXPECTED
         if words.startswith(_DISABLED_WORDS):
             meaning = _DISABLED
         if not any(name.lower() == "authorization" for name, _ in refusal.request.headers):

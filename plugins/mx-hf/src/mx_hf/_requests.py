@@ -7,6 +7,7 @@ and used for its ranges until it is refused. A token goes to the Hub alone.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import re
@@ -56,6 +57,9 @@ _MAX_CONTENT_BYTES = 8 << 20
 
 #: With these statuses a CDN refuses a signature that ran out, or content that was moved.
 _EXPIRED = frozenset({400, 401, 403, 404, 410})
+
+#: Firewalls of web servers refuse requests without it.
+_USER_AGENT = (("User-Agent", f"mx-hf/{importlib.metadata.version('mx-hf')}"),)
 
 _NEXT_PAGE = re.compile(r'<([^<>]{1,16384})>\s*;\s*rel="?next"?')
 
@@ -325,7 +329,7 @@ class HubRequests:
         try:
             origin = Origin.of_url(url)
             headers = self._identity.headers() if origin == self._origin else ()
-            return Request.to_url(method, url, headers)
+            return Request.to_url(method, url, (*headers, *_USER_AGENT))
         except ValueError:
             raise RedirectError("a redirect leads to what is no URL") from None
 
