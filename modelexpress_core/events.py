@@ -50,6 +50,7 @@ class LoadProgress:
         limiter: What limits the load now: ``"source"`` (the storage throttles or fails), ``"network"`` (the network, or
             the disk or server behind it), ``"cpu"``, ``"destination"`` (copies to the destination), ``"planning"`` (the
             code that loads); empty while it is unknown.
+        sources: Workers that have delivered bytes so far; 0 for a checkpoint.
     """
 
     load_id: str
@@ -62,6 +63,7 @@ class LoadProgress:
     eta_seconds: float | None
     retries: int
     limiter: str = ""
+    sources: int = 0
 
 
 @frozen

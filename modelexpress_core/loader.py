@@ -5,8 +5,9 @@
    plugin.
 2. **Open.** A checkpoint: headers only, in parallel. A peer: the layouts of its tensors, and a lease. The load compares
    either with the destination. No weight byte has moved.
-3. **Fetch.** From here on the destination is *touched*. Bytes go straight into place.
-4. **Complete.** Every planned byte has arrived, digests are right, the peer confirms its lease, and every destination
+3. **Fetch.** From here on the destination is *touched*. Bytes go straight into place. A load from a peer takes more
+   peers of the same tensors from the candidates, reads from several at once, and goes on while one of them is left.
+4. **Complete.** Every planned byte has arrived, digests are right, peers confirm their leases, and every destination
    was written; otherwise the load raises.
 5. **Abort.** Nothing writes to the destination any more. If it is untouched, or can be initialized again, the next
    candidate follows; otherwise the caller gets the error.
@@ -19,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, ResolveError
+from modelexpress_core.loads.candidate_queue import CandidateQueue
 from modelexpress_core.loads.checkpoint import CheckpointLoad
 from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.loads.destination import Destination, DestinationTouchedError
@@ -98,14 +99,24 @@ class Loader(LoadContext):
             destination: Destination of the attempt, prepared for the next candidate after a failure; None if the
                 attempt only reads.
         """
-        left = deque(self.candidates(request))
+        return self._first(request, lambda candidate, _: attempt(candidate), destination)
+
+    def _first(
+        self,
+        request: LoadRequest,
+        attempt: Callable[[Candidate, CandidateQueue], _R],
+        destination: Destination | None,
+    ) -> _R:
+        """As ``first``, for an attempt that may take more workers from the other candidates."""
+        left = CandidateQueue(self.candidates(request), request)
         while True:
-            candidate = left.popleft()
+            candidate = left.take()
             try:
-                return attempt(candidate)
+                return attempt(candidate, left)
             except _TRY_NEXT as exc:
-                if isinstance(exc, BackendError) and exc.peer_at_fault:  # over another transport it is the same worker
-                    left = deque(each for each in left if not _is_same_worker(candidate, each))
+                at_fault = isinstance(exc, BackendError) and exc.peer_at_fault
+                if at_fault and candidate.is_peer:
+                    left.drop_worker(candidate)  # over another transport it is the same worker
                 if not left:
                     raise
                 if destination is not None:
@@ -116,13 +127,13 @@ class Loader(LoadContext):
         """Load into ``destination`` from the first candidate that succeeds."""
         request = self._with_content_version(request)
 
-        def attempt(candidate: Candidate) -> LoadReport:
-            with self._new_load(candidate, request, destination) as load:
+        def attempt(candidate: Candidate, left: CandidateQueue) -> LoadReport:
+            with self._new_load(candidate, request, destination, left) as load:
                 load.open()
                 load.fetch()
                 return load.complete()
 
-        return self.first(request, attempt, destination)
+        return self._first(request, attempt, destination)
 
     def open_checkpoint(self, request: LoadRequest, destination: Destination) -> CheckpointLoad:
         """Return a load of the first candidate that opens, for code that copies from it in a ``with`` block."""
@@ -161,14 +172,12 @@ class Loader(LoadContext):
             return attrs.evolve(request, identity=None)
         return attrs.evolve(request, identity=identity.with_content_version(version))
 
-    def _new_load(self, candidate: Candidate, request: LoadRequest, destination: Destination) -> Load:
+    def _new_load(
+        self, candidate: Candidate, request: LoadRequest, destination: Destination, left: CandidateQueue
+    ) -> Load:
         if candidate.is_peer:
-            return PeerLoad(candidate, self, destination, request)
+            return PeerLoad(candidate, self, destination, request, left)
         return CheckpointLoad(candidate, self, destination)
-
-
-def _is_same_worker(one: Candidate, other: Candidate) -> bool:
-    return one.peer is not None and other.peer is not None and one.peer.worker_id == other.peer.worker_id != ""
 
 
 def _prepare_for_next(destination: Destination, exc: Exception) -> None:

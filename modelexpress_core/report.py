@@ -8,7 +8,26 @@ from typing import Any, Literal
 import attrs
 from attrs import frozen
 
-__all__ = ["LoadReport", "PullReport", "PulledFile", "format_bytes", "format_files"]
+__all__ = ["LoadReport", "PullReport", "PulledFile", "SourceReport", "format_bytes", "format_files"]
+
+
+@frozen
+class SourceReport:
+    """What one worker delivered to a load.
+
+    Attributes:
+        uri: Redacted URI of the worker; its scheme is the transport.
+        bytes: Bytes that it delivered and that were used.
+        seconds: Time from its first read to its last byte.
+        error: Class of the error because of which the load went on without it; empty if there was none.
+        channel: The way of the bytes, where the transport has several, and why it is not a faster one; else empty.
+    """
+
+    uri: str
+    bytes: int
+    seconds: float
+    error: str = ""
+    channel: str = ""
 
 
 @frozen
@@ -16,7 +35,7 @@ class LoadReport:
     """Figures of one load.
 
     Attributes:
-        uri: Redacted URI of the checkpoint.
+        uri: Redacted URI of the checkpoint, or of the worker that delivered most.
         storage: Plugin that read it: ``{"plugin": distribution, "version": ...}``.
         tensors: Tensors of the checkpoint that were used, in whole or in part.
         tensors_in_checkpoint: Tensors in the checkpoint.
@@ -39,7 +58,7 @@ class LoadReport:
         peak_rss_bytes: Largest resident memory of the process so far.
         content_version: The same for every load of the same content, on any machine; empty where the storage cannot
             tell it, as for local files. ``own_identity`` takes it.
-        channel: The way of the bytes from another worker, where its transport has several; else empty.
+        sources: Each worker that the load read from; empty for a checkpoint.
     """
 
     uri: str
@@ -63,15 +82,17 @@ class LoadReport:
     meta_destinations: int
     peak_rss_bytes: int
     content_version: str = ""
-    channel: str = ""
+    sources: Sequence[SourceReport] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
         return attrs.asdict(self)
 
     def __str__(self) -> str:
+        others = len(self.sources) - 1
         return (
-            f"{self.tensors} tensors from {self.uri}: {format_bytes(self.bytes_needed)} needed, "
+            f"{self.tensors} tensors from {self.uri}{f' and {others} more' if others > 0 else ''}: "
+            f"{format_bytes(self.bytes_needed)} needed, "
             f"{format_bytes(self.bytes_fetched)} fetched in {self.requests} reads, {self.seconds:.2f} s, "
             f"{format_bytes(self.goodput_bytes_per_second)}/s, {self.retries} retries"
         )

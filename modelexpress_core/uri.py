@@ -14,7 +14,7 @@ from modelexpress_core.errors import InvalidURIError
 from modelexpress_core.immutable import unmodifiable
 from modelexpress_core.messages import PUBLIC_QUERY, without_credentials
 
-__all__ = ["SCHEME_PATTERN", "ModelURI", "host_and_port", "redacted"]
+__all__ = ["SCHEME_PATTERN", "ModelURI", "host_and_port", "redacted", "worker_endpoint"]
 
 #: RFC 3986 section 3.1, lower case.
 SCHEME_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*")
@@ -190,3 +190,9 @@ def _refuse_slips(text: str) -> None:
         message = f"the text is neither a URI nor a file: {without_credentials(text)!r}"
         cause = "a URI starts with its scheme: a letter, then letters, digits, + . -"
         raise InvalidURIError(message, cause=cause, hint="look for quotes, spaces or a misspelt scheme before ://")
+
+
+def worker_endpoint(uri: ModelURI) -> str:
+    """Address of the worker that ``<transport>://<host>:<port>/...`` names: with ``?tls=1``, one that speaks TLS."""
+    scheme = "https" if uri.query.get("tls") == "1" else "http"
+    return f"{scheme}://{uri.authority}"

@@ -40,6 +40,9 @@ _FIRST_REQUEST_SECONDS = 10.0
 _IDLE_SECONDS = 75.0
 _SEND_SECONDS = 60.0
 
+#: How long a new connection waits until there is room.
+_ROOM_SECONDS = 1.0
+
 #: Connections that the kernel keeps until they are accepted.
 _BACKLOG = 128
 
@@ -159,7 +162,7 @@ class BulkServer:
 
     def _begin(self, sock: socket.socket) -> None:
         with self._changed:
-            if self._closed or not self._has_room():
+            if not self._has_room():
                 sock.close()
                 return
             self._connections[sock] = False
@@ -171,13 +174,16 @@ class BulkServer:
             self._forget(sock)
 
     def _has_room(self) -> bool:
-        """Whether there is room for one more connection, for which the oldest stranger may have to go."""
+        """Whether there is room for one more connection, for which the oldest stranger may have to go.
+
+        The lock is held; it is given up while a connection that was shut down ends.
+        """
         strangers = [sock for sock, known in self._connections.items() if not known]
-        full = len(self._connections) >= _MAX_CONNECTIONS
-        if strangers and (full or len(strangers) >= _MAX_STRANGERS):
+        if strangers and (len(self._connections) >= _MAX_CONNECTIONS or len(strangers) >= _MAX_STRANGERS):
             _shut_down(strangers[0])
             self._connections[strangers[0]] = True  # it ends by itself, and is not chosen again
-        return not full
+        self._changed.wait_for(lambda: self._closed or len(self._connections) < _MAX_CONNECTIONS, _ROOM_SECONDS)
+        return not self._closed and len(self._connections) < _MAX_CONNECTIONS
 
     def _forget(self, sock: socket.socket) -> None:
         with self._changed:

@@ -21,7 +21,10 @@ _NAME_COLUMNS = max(map(len, STEPS))
 
 def doctor(
     uri: Annotated[
-        str, typer.Argument(help="A directory, an index, or one safetensors file: a URI or a path.", metavar="URI")
+        str,
+        typer.Argument(
+            help="A directory, an index, or one safetensors file: a URI or a path. Or a worker.", metavar="URI"
+        ),
     ],
     json_output: JsonOption = False,
     timeout: Annotated[

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from modelexpress_core.doctor.examination import diagnose
-from modelexpress_core.doctor.step import STEPS, Step, can_load
+from modelexpress_core.doctor.diagnosis import diagnose
+from modelexpress_core.doctor.step import PEER_STEPS, STEPS, Step, can_load
 
-__all__ = ["STEPS", "Step", "can_load", "diagnose"]
+__all__ = ["PEER_STEPS", "STEPS", "Step", "can_load", "diagnose"]

@@ -257,7 +257,7 @@ class NetworkRoute:
             return Handshake(error=self._tls_error(ProbeError(fault, exc)))
 
     def _begin_tls(self, context: ssl.SSLContext, sock: socket.socket) -> ssl.SSLSocket:
-        return begin_tls(sock, context, self.endpoint.host)
+        return begin_tls(sock, context, self.endpoint.tls_name or self.endpoint.host)
 
     def _unverified(self, address: str) -> tuple[str, Certificate | None]:
         """Version and certificate of a server that is not trusted.

@@ -1,178 +1,203 @@
-"""A load from the memory of a worker that holds the same tensors in the same layout."""
+"""A load from the memory of workers that hold the same tensors in the same layout."""
 
 from __future__ import annotations
 
-import contextlib
+import logging
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-import attrs
-
-from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer
-from modelexpress_core.contracts.transport import ChannelSession, PeerAccess, PeerSession, TensorLayout
-from modelexpress_core.errors import BackendError, InvalidURIError, NotFoundError, PlacementError, UnsupportedError
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest
+from modelexpress_core.errors import BackendError, ModelExpressError, UnsupportedError
 from modelexpress_core.events import LoadProgress
+from modelexpress_core.loads.candidate_queue import CandidateQueue, peer_of
 from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.loads.destination import Destination
 from modelexpress_core.loads.load import Load, peak_rss_bytes
-from modelexpress_core.loads.peer_reading import ChunkRead, PeerReader
-from modelexpress_core.messages import listed
-from modelexpress_core.plugins import TRANSPORT
-from modelexpress_core.report import LoadReport
+from modelexpress_core.loads.peer_chunks import COMPARE, ReadPlan
+from modelexpress_core.loads.peer_reading import PeerReader, SourceReads
+from modelexpress_core.loads.peer_source import PeerSource
+from modelexpress_core.report import LoadReport, SourceReport
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.metrics import source_metrics
 from modelexpress_core.sources.settings import DiscoverySettings
-from modelexpress_core.sources.worker_client import Description, WorkerClient
-from modelexpress_core.transport.layouts import tensor_layouts
-from modelexpress_core.uri import ModelURI
-
-if TYPE_CHECKING:
-    import torch
-
-    from modelexpress_core.transport.tensor_bytes import TensorBytes
 
 __all__ = ["PeerLoad"]
 
-_COMPARE = "compare the tensors"
-
-#: What a description of a tensor may have beyond the texts and numbers in it.
-_DESCRIPTION_BYTES = 256
+_log = logging.getLogger(__name__)
 
 
 class PeerLoad(Load):
-    """Tensors are compared, leased and read into place, their digests verified, and the lease confirmed by the worker.
+    """Tensors are compared, leased and read into place, their digests verified, and leases confirmed by the workers.
+
+    The load opens the first worker, and begins to read from it; others with the same tensors join while it reads. As
+    long as one of them is left, the load goes on: chunks that are verified stay, others are read from those that are
+    left, or from the next worker.
 
     Args:
-        candidate: The worker.
+        candidate: The first worker.
         context: Settings and plugins.
         destination: A destination with run-time tensors.
         request: The request; the worker must hold its identity.
+        left: The other candidates, from which the load takes more workers. Those that fail are dropped.
     """
 
     def __init__(
-        self, candidate: Candidate, context: LoadContext, destination: Destination, request: LoadRequest
+        self,
+        candidate: Candidate,
+        context: LoadContext,
+        destination: Destination,
+        request: LoadRequest,
+        left: CandidateQueue,
     ) -> None:
         super().__init__(candidate, context, destination)
-        self._peer = candidate.peer or _peer_named_by(candidate.uri, request)
+        self._candidate = candidate
+        self._peer = peer_of(candidate, request)
+        self._request = request
+        self._candidates = left
         identity = request.identity
         same = identity is not None and identity.source_id == self._peer.source_id
         self._content_version = identity.content_version if identity and same else ""
-        self._selector = from_env(DiscoverySettings, context.environ).selector
-        self._leasing = contextlib.ExitStack()
-        self._worker: WorkerClient
-        self._lease_id = ""
-        self._session: PeerSession | None = None
+        settings = from_env(DiscoverySettings, context.environ)
+        self._selector = settings.selector
+        self._most_sources = settings.sources
+        self._choosing = threading.Lock()
+        self._in_use: list[Candidate] = [candidate]
+        self._slow: list[Candidate] = []
+        self._unlike: list[Candidate] = []
         self._reader: PeerReader | None = None
-        self._with_gaps: list[tuple[TensorBytes, torch.Tensor]] = []
-        self._chunks: list[ChunkRead] = []
-        self._tensors = 0
-        self._planned_bytes = 0
+        self._first: PeerSource
+        self._plan: ReadPlan
 
     def open(self) -> None:
-        """Compare the layouts of both sides, lease the memory of the worker, and connect."""
+        """Compare the layouts of both sides, lease the memory of the first worker, and connect."""
         tensors = self.destination.run_time_tensors()
         if tensors is None:
             reason = "the destination takes tensors of a checkpoint, but a worker holds those of an engine"
-            raise UnsupportedError(reason, uri=str(self._uri), operation=_COMPARE)
-        self._registered, transport = self._plugins.open(TRANSPORT, self._uri, self._context.environ)
-        self._closing.callback(transport.close)
-        self._worker = self._closing.enter_context(
-            WorkerClient.from_env(self._context.environ, url=_endpoint(self._uri), server=self._peer.server)
-        )
-        own = sorted(tensor_layouts(tensors))
-        try:
-            described = self._worker.describe(
-                self._peer.source_id,
-                self._peer.worker_id,
-                most_tensors=len(own),
-                most_bytes=_most_bytes(own, tensors),
-            )
-        except BackendError as exc:
-            exc.uri = str(self._uri)
-            raise
-        self._compare(own, described)
-        self._plan(own, tensors, described)
-        self._closing.push(self._leasing)
-        lease = self._leasing.enter_context(self._worker.lease(self._peer.source_id, self._peer.worker_id or None))
-        self._lease_id = lease.lease_id
-        access = PeerAccess(
-            attrs.evolve(self._peer, worker_id=lease.manifest.worker_id),
-            lease.lease_id,
-            self._worker.access(lease.lease_id, self._uri.scheme),
-            digests_compared=self._context.settings.verify_digests,
-        )
-        session = transport.connect(access)
-        self._session = session
-        self._reader = PeerReader(
-            session,
-            uri=str(self._uri),
-            provider=self._registered.provider.name,
-            stall_seconds=self._context.settings.stall_seconds,
-            verify=self._context.settings.verify_digests,
-            on_arrival=self._progress.arrived,
-        )
-        self._closing.callback(self._reader.close)
+            raise UnsupportedError(reason, uri=str(self._uri), operation=COMPARE)
+        self._first = PeerSource(self._candidate, self._request, self._context)
+        self._closing.callback(self._close_first)
+        self._plan = ReadPlan(tensors, self._first.uri)
+        self._plan.cut(self._first.describe(self._plan))
+        self._first.connect()
         self._planning_done = True
         self._announce(
-            provider=self._registered.provider.name, files=0, tensors=len(own), size_bytes=self._planned_bytes
+            provider=self._first.provider,
+            files=0,
+            tensors=len(self._plan.layouts),
+            size_bytes=self._plan.nbytes,
         )
-
-    def _compare(self, own: Sequence[TensorLayout], described: Sequence[Description]) -> None:
-        theirs = {each.layout.name: each.layout.canonical for each in described}
-        ours = {layout.name: layout.canonical for layout in own}
-        if ours == theirs and len(described) == len(own):
-            return
-        differing = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
-        raise NotFoundError(
-            f"the worker holds {len(differing)} tensors in another layout, or not at all: {listed(differing)}",
-            uri=str(self._uri),
-            operation=_COMPARE,
-            provider=self._registered.provider.name,
-            cause="it runs another model, or another version of the engine",
-            hint="compare the identities of both workers",
-        )
-
-    def _plan(
-        self, own: Sequence[TensorLayout], tensors: Mapping[str, torch.Tensor], described: Sequence[Description]
-    ) -> None:
-        """Cut each tensor into chunks. Tied tensors share memory, and are read once."""
-        import torch
-
-        from modelexpress_core.transport.chunk_digests import CHUNK_BYTES, chunk_count
-        from modelexpress_core.transport.tensor_bytes import bytes_of
-
-        digests = {each.layout.name: each.digests for each in described}
-        for layout in own:
-            try:
-                place = bytes_of(layout.name, tensors[layout.name])
-            except PlacementError as exc:  # a checkpoint may be copied to it all the same
-                raise UnsupportedError(exc.message, uri=str(self._uri), operation=_COMPARE, hint=exc.hint) from exc
-            expected = 0 if layout.same_memory_as else chunk_count(place.nbytes)
-            if len(digests[layout.name]) != expected:
-                reason = f"the worker gives {len(digests[layout.name])} digests of {layout.name}, not {expected}"
-                raise NotFoundError(reason, uri=str(self._uri), operation=_COMPARE, peer_at_fault=True)
-            if not expected:
-                continue
-            self._tensors += 1
-            self._planned_bytes += place.nbytes
-            memory = place.memory
-            if memory is None:
-                memory = torch.empty(place.nbytes, dtype=torch.uint8, device=tensors[layout.name].device)
-                self._with_gaps.append((place, memory))
-            for number, digest in enumerate(digests[layout.name]):
-                start = number * CHUNK_BYTES
-                self._chunks.append(ChunkRead(layout.name, start, memory[start : start + CHUNK_BYTES], digest))
 
     def fetch(self) -> None:
-        """Read every tensor into place; afterwards the worker confirms that its memory did not change."""
-        assert self._reader is not None  # noqa: S101 - for the type checker: the load is open
+        """Read every tensor into place; afterwards each worker confirms that its memory did not change."""
         self.destination.touch()
-        self._worker.renew(self._lease_id)  # it is alive, right before the first read
-        self._reader.read(self._chunks)
-        for place, staged in self._with_gaps:
-            place.scatter(staged)
-        self._leasing.close()  # raises unless the lease lasted until now
+        self._first.renew()  # it is alive, right before the first read
+        settings = self._context.settings
+        self._reader = reader = PeerReader(
+            self._plan.chunks,
+            stall_seconds=settings.stall_seconds,
+            verify=settings.verify_digests,
+            on_arrival=self._progress.arrived,
+            on_loss=self._lost,
+        )
+        self._closing.callback(reader.close)
+        reader.add(self._first)
+        for _ in range(min(self._most_sources, len(self._plan.chunks)) - 1):
+            self._add_source(reader)
+        reader.read()
+        self._plan.scatter()
+
+    # -- more workers -------------------------------------------------------------------------------------------------
+
+    def _add_source(self, reader: PeerReader) -> None:
+        """Let the next worker join, if there is one, in a thread of its own."""
+        candidate = self._next_worker()
+        if candidate is not None:
+            reader.open_more(lambda: self._join(reader, candidate))
+
+    def _next_worker(self) -> Candidate | None:
+        """Take the best worker that holds the same tensors, and that the load does not read already.
+
+        One that was stopped because it was slow is taken again if no other is left.
+        """
+        with self._choosing:
+            workers = {self._first.worker_id, *(peer_of(each, self._request).worker_id for each in self._in_use)} - {""}
+
+            def is_wanted(candidate: Candidate) -> bool:
+                peer = peer_of(candidate, self._request)
+                return (
+                    peer.source_id == self._peer.source_id
+                    and peer.worker_rank == self._peer.worker_rank
+                    and peer.worker_id not in workers
+                )
+
+            candidate = self._candidates.take_worker(is_wanted)
+            if candidate is None and self._slow and self._reader is not None and not self._reader.active:
+                candidate = self._slow.pop()
+            if candidate is not None:
+                self._in_use.append(candidate)
+            return candidate
+
+    def _join(self, reader: PeerReader, candidate: Candidate | None) -> None:
+        """Open the first worker that can be opened, from ``candidate`` on, and read from it too."""
+        while candidate is not None and not reader.closed:
+            try:
+                source = self._open_source(candidate)
+                if source is not None:
+                    if not reader.add(source):
+                        source.close()
+                    return
+            except ModelExpressError as exc:
+                _log.warning("%s is not read, because it could not be opened: %s", candidate.uri, exc)
+                self._dismiss(candidate, exc)
+            except Exception as exc:  # noqa: BLE001 - of a plugin; others read on
+                _log.warning("%s is not read, because its plugin failed", candidate.uri, exc_info=exc)
+                self._dismiss(candidate, exc)
+            candidate = self._next_worker()
+
+    def _open_source(self, candidate: Candidate) -> PeerSource | None:
+        """Return a connected source; None if its bytes differ from those of the first."""
+        source = PeerSource(candidate, self._request, self._context)
+        try:
+            if self._plan.has_digests_of(source.describe(self._plan)):
+                source.connect()
+                return source
+        except BaseException:
+            source.close()
+            raise
+        source.close()
+        _log.info("%s is not read: its tensors have other bytes than those of %s", candidate.uri, self._uri)
+        with self._choosing:
+            self._in_use.remove(candidate)
+            self._unlike.append(candidate)
+        return None
+
+    def _lost(self, reads: SourceReads) -> None:
+        """Another worker replaces one that failed."""
+        assert self._reader is not None  # noqa: S101 - for the type checker: the load reads
+        if reads.error is None:
+            _log.info("%s is read no further: others have its last ranges sooner", reads.source.uri)
+            with self._choosing:
+                self._in_use.remove(reads.source.candidate)
+                self._slow.append(reads.source.candidate)
+            return
+        self._dismiss(reads.source.candidate, reads.error)
+        self._add_source(self._reader)
+        if self._reader.active or self._reader.joining:
+            _log.warning("the load goes on without %s, because it failed: %s", reads.source.uri, reads.error)
+
+    def _dismiss(self, candidate: Candidate, error: Exception) -> None:
+        """Note that a worker failed. If it was at fault, it is not read over another transport either."""
+        with self._choosing:
+            self._in_use.remove(candidate)
+        if isinstance(error, BackendError) and error.peer_at_fault:
+            self._candidates.drop_worker(candidate)
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def _close_first(self) -> None:
+        """Close the first source, unless its reader does."""
+        if self._reader is None:
+            self._first.close()
 
     def complete(self) -> LoadReport:
         """Complete the load, and count it."""
@@ -181,100 +206,88 @@ class PeerLoad(Load):
         return report
 
     def abort(self, exc: BaseException) -> None:
-        """Abort the load, and count it."""
+        """Abort the load, and count it. After the failure of a worker, those that did not fail may be tried again."""
         self._count(type(exc).__name__)
         super().abort(exc)
+        if self._reader is None or not any(each.error for each in self._reader.sources):
+            return  # each load drops at least one candidate
+        with self._choosing:
+            for candidate in (*self._in_use, *self._slow, *self._unlike):
+                self._candidates.put_back(candidate)
 
     def _count(self, error: str) -> None:
-        reader = self._reader
-        source_metrics().transferred(
-            self._selector,
-            self._uri.scheme,
-            error=error,
-            seconds=time.monotonic() - self._begun,
-            read_bytes=0 if reader is None else reader.arrived_bytes + reader.reread_bytes,
-            mismatches=0 if reader is None else reader.mismatches,
-        )
+        metrics = source_metrics()
+        metrics.loaded(self._selector, error=error, seconds=time.monotonic() - self._begun)
+        for reads in self._reader.sources if self._reader else ():
+            metrics.read(
+                reads.source.candidate.uri.scheme,
+                read_bytes=reads.arrived_bytes + reads.reread_bytes,
+                mismatches=reads.mismatches,
+            )
 
-    def _stop(self, exc: BaseException) -> bool:
-        stopped = self._reader is None or self._reader.close()
-        with contextlib.suppress(BackendError):
-            self._leasing.__exit__(type(exc), exc, exc.__traceback__)
-        return stopped
+    def _stop(self, exc: BaseException) -> bool:  # noqa: ARG002 - signature of the base class
+        if self._reader is not None:
+            return self._reader.close()
+        if hasattr(self, "_first"):
+            self._first.close()
+        return True
 
     def _progress_event(self) -> LoadProgress:
         seconds = time.monotonic() - self._begun
-        arrived = 0 if self._reader is None else self._reader.arrived_bytes
+        reader = self._reader
+        arrived = 0 if reader is None else reader.arrived_bytes
+        planned = self._plan.nbytes
         rate = arrived / seconds if seconds else 0.0
         return LoadProgress(
             load_id=self._id,
             uri=str(self._uri),
             bytes_done=arrived,
-            bytes_planned=self._planned_bytes,
+            bytes_planned=planned,
             planning_done=self._planning_done,
             seconds=seconds,
             bytes_per_second=rate,
-            eta_seconds=(self._planned_bytes - arrived) / rate if rate else None,
-            retries=0 if self._reader is None else self._reader.read_again,
+            eta_seconds=(planned - arrived) / rate if rate else None,
+            retries=0 if reader is None else reader.read_again,
+            sources=0 if reader is None else sum(each.arrived_bytes > 0 for each in reader.sources),
         )
 
     def _account(self) -> LoadReport:
         assert self._reader is not None  # noqa: S101 - as above
         ended = time.monotonic()
-        reader = self._reader
+        reader, plan = self._reader, self._plan
+        verified = len(plan.chunks) if self._context.settings.verify_digests else 0
+        best = max(reader.sources, key=lambda each: each.arrived_bytes)
         return LoadReport(
-            uri=str(self._uri),
-            storage={"plugin": self._registered.plugin.name, "version": self._registered.plugin.version},
-            tensors=self._tensors,
+            uri=best.source.uri,
+            storage=best.source.plugin,
+            tensors=plan.tensors,
             tensors_in_checkpoint=0,
             files=0,
-            bytes_needed=self._planned_bytes,
+            bytes_needed=plan.nbytes,
             bytes_fetched=reader.arrived_bytes,
             bytes_reread=reader.reread_bytes,
             bytes_materialised=0,
             header_bytes=0,
             seconds=ended - self._begun,
             phase_seconds={"open": self._opened - self._begun, "load": ended - self._opened},
-            goodput_bytes_per_second=self._planned_bytes / (ended - self._begun),
-            requests=len(self._chunks) + reader.read_again,
+            goodput_bytes_per_second=plan.nbytes / (ended - self._begun),
+            requests=len(plan.chunks) + reader.read_again,
             retries=reader.read_again,
             concurrency=reader.threads,
-            verified={
-                "versions": 0,
-                "sizes": 0,
-                "digests": len(self._chunks) if self._context.settings.verify_digests else 0,
-            },
+            verified={"versions": 0, "sizes": 0, "digests": verified},
             materialised_operations={},
             meta_destinations=0,
             peak_rss_bytes=peak_rss_bytes(),
             content_version=self._content_version,
-            channel=self._session.channel if isinstance(self._session, ChannelSession) else "",
+            sources=tuple(map(_report_of, reader.sources)),
         )
 
 
-def _peer_named_by(uri: ModelURI, request: LoadRequest) -> Peer:
-    """Return the peer that a URI names: ``<transport>://<endpoint>/<source id>/<worker id>``."""
-    source_id, _, worker_id = uri.path.partition("/")
-    if not source_id:
-        if request.identity is None:
-            message = f"{uri} does not name the source and the worker to read"
-            raise InvalidURIError(
-                message, hint="write <transport>://<host>:<port>/<source id>/<worker id>; `mx sources` shows both"
-            )
-        source_id = request.identity.source_id
-    return Peer(source_id=source_id, worker_id=worker_id, worker_rank=request.worker_rank)
-
-
-def _endpoint(uri: ModelURI) -> str:
-    scheme = "https" if uri.query.get("tls") == "1" else "http"
-    return f"{scheme}://{uri.authority}"
-
-
-def _most_bytes(own: Sequence[TensorLayout], tensors: Mapping[str, torch.Tensor]) -> int:
-    """Return how many bytes the descriptions of a worker with the same layout can have."""
-    from modelexpress_core.transport.chunk_digests import chunk_count
-
-    def texts(layout: TensorLayout) -> int:
-        return 4 * (len(layout.name) + len(layout.same_memory_as)) + 20 * len(layout.shape)
-
-    return sum(_DESCRIPTION_BYTES + texts(layout) + 8 * chunk_count(tensors[layout.name].nbytes) for layout in own)
+def _report_of(reads: SourceReads) -> SourceReport:
+    return SourceReport(
+        uri=reads.source.uri,
+        bytes=reads.arrived_bytes,
+        seconds=reads.progressed - reads.begun,
+        error=type(reads.error).__name__ if reads.error is not None else "",
+        channel=reads.source.channel,
+    )

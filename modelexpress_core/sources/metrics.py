@@ -94,13 +94,15 @@ class SourceMetrics:
             "mx_p2p_digest_mismatches", "Chunks from peers with a wrong digest.", ["transport"], registry=registry
         )
 
-    def transferred(
-        self, policy: str, transport: str, *, error: str, seconds: float, read_bytes: int, mismatches: int
-    ) -> None:
-        """Count a load from a peer; ``error`` is the class of the error that ended it, or empty."""
+    def loaded(self, policy: str, *, error: str, seconds: float) -> None:
+        """Count a load from peers; ``error`` is the class of the error that ended it, or empty."""
         if self._counts:
             self._attempts.labels(policy, error or "ok").inc()
             self._transfers.labels("error" if error else "ok").observe(seconds)
+
+    def read(self, transport: str, *, read_bytes: int, mismatches: int) -> None:
+        """Count what one peer delivered to a load."""
+        if self._counts:
             self._read.labels(transport).inc(read_bytes)
             self._mismatches.labels(transport).inc(mismatches)
 

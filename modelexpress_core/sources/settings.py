@@ -7,7 +7,7 @@ import re
 
 from attrs import frozen
 
-from modelexpress_core.settings import env, names, seconds, tcp_port
+from modelexpress_core.settings import env, names, positive_integer, seconds, tcp_port
 from modelexpress_core.uri import redacted
 
 __all__ = [
@@ -131,7 +131,7 @@ class WorkerSettings:
 
 @frozen
 class DiscoverySettings:
-    """Which discoveries find peers, and how one of the peers is chosen."""
+    """Which discoveries find peers, and how those to read are chosen."""
 
     uris: tuple[str, ...] = env(
         "MX_DISCOVERY",
@@ -152,6 +152,12 @@ class DiscoverySettings:
         default="load_aware",
         converter=_selector,
         help="How one of several peers is chosen: load_aware, rendezvous_hash or random.",
+    )
+    sources: int = env(
+        "MX_P2P_SOURCES",
+        default=4,
+        converter=positive_integer,
+        help="Most workers that one load reads from at the same time; 1 reads from one after the other.",
     )
 
 

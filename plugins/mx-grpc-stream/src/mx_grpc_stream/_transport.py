@@ -16,7 +16,7 @@ from modelexpress_core.errors import BackendError, IntegrityError, UnavailableEr
 from modelexpress_core.settings import from_env
 from modelexpress_core.storage.http.requests import Origin
 from modelexpress_core.transport.tensor_bytes import host_memory
-from modelexpress_core.uri import ModelURI
+from modelexpress_core.uri import ModelURI, worker_endpoint
 from modelexpress_core.wire.client import Client, Security
 from modelexpress_core.wire.proto.modelexpress import peer_pb2
 from modelexpress_core.wire.settings import AuthSettings
@@ -244,8 +244,7 @@ class GrpcTransport:
 
     def connect(self, access: PeerAccess) -> GrpcSession:
         """Connect to the bulk channel of the worker; without one, to its server with the first call."""
-        scheme = "https" if self._uri.query.get("tls") == "1" else "http"
-        client = _TensorClient(f"{scheme}://{self._uri.authority}", self._security, self._settings)
+        client = _TensorClient(worker_endpoint(self._uri), self._security, self._settings)
         try:
             bulk, channel = self._open_bulk(client, access.lease_id)
         except BaseException:
