@@ -184,6 +184,7 @@ def test_a_file_in_lfs_has_a_digest(hub: FakeHub, on_hub: Callable[..., HfStorag
         {"size": "7"},
         {"size": -1},
         {"size": True},
+        {"size": 1 << 63},
         {"size": None},
         {"oid": "../../x", "lfs": None},
         {"oid": 7, "lfs": None},
@@ -218,6 +219,37 @@ def test_unusable_metadata_fails_a_listing_only_for_what_a_load_needs(
         return
     with pytest.raises(UnsupportedError, match="no usable name, size or version"):
         list(on_hub().list("model"))
+
+
+@pytest.mark.parametrize("link", ["http://[::1", "https://hub.example/tree", "https://hub.example/?cursor=a&cursor=b"])
+def test_a_next_page_without_a_beginning_is_refused(hub: FakeHub, on_hub: Callable[..., HfStorage], link: str) -> None:
+    """Files could be missing from the listing."""
+    headers = {"Link": f'<{link}>; rel="next"'}
+    hub.before = lambda request: (200, headers, b"[]") if "/tree/" in request.path else None
+
+    with pytest.raises(UnsupportedError, match="where its next page begins"):
+        list(on_hub().list("model"))
+
+
+def test_the_next_page_is_asked_of_the_endpoint(hub: FakeHub, on_hub: Callable[..., HfStorage]) -> None:
+    """Whatever server its URL names: a mirror may pass on those of the Hub."""
+    links = iter([{"Link": '<https://elsewhere.invalid/api?cursor=x%2B1>; rel="next"'}])
+    hub.before = lambda request: (200, next(links, {}), b"[]") if "/tree/" in request.path else None
+
+    assert [] == list(on_hub().list("model"))
+    assert [None, "x+1"] == [request.query.get("cursor") for request in sent(hub, "tree")]
+
+
+@pytest.mark.parametrize("path", ["", "a..b/file", "model@v1/file"])
+def test_paths_that_name_no_repository(on_hub: Callable[..., HfStorage], path: str) -> None:
+    """Or another revision than that of the storage: no request is sent, and the error is one of a storage."""
+    storage = on_hub("hf://org/model?revision=main")
+    for version in (None, f"{'1' * 40}/{'2' * 40}"):
+        with pytest.raises(NotFoundError):
+            storage.read_into(path, 0, memoryview(bytearray(1)), version=version)
+    for call in (lambda: list(storage.list(path)), lambda: storage.stat(path)):
+        with pytest.raises(NotFoundError):
+            call()
 
 
 def test_files_of_another_directory_are_refused(hub: FakeHub, on_hub: Callable[..., HfStorage]) -> None:

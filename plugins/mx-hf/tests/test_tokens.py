@@ -172,6 +172,15 @@ def test_an_endpoint_with_credentials_is_refused(opened: Callable[..., HfStorage
     assert "s3cret" not in f"{caught.value} {caught.value.hint}"
 
 
+@pytest.mark.parametrize(
+    "endpoint", ["hub.example", "ftp://hub.example", "https://hüb.example", "https://a b", "https://[::1"]
+)
+def test_an_endpoint_that_is_no_url_is_refused(opened: Callable[..., HfStorage], endpoint: str) -> None:
+    """With the name of the variable, and examples."""
+    with pytest.raises(SettingsError, match="HF_ENDPOINT"):
+        opened(HF_ENDPOINT=endpoint)
+
+
 def test_settings_hide_the_token() -> None:
     """In ``repr``, and in ``mx settings``."""
     identity = Identity(HfSettings(token=TOKEN))  # type: ignore[call-arg]  # attrs

@@ -275,7 +275,10 @@ class HubRequests:
         match = _NEXT_PAGE.search(headers.get("link", ""))
         if match is None:
             return None
-        cursors = parse_qs(urlsplit(match[1]).query).get("cursor", [])
+        try:
+            cursors = parse_qs(urlsplit(match[1]).query).get("cursor", [])
+        except ValueError:
+            cursors = []
         if len(cursors) != 1:
             reason = "the listing does not tell where its next page begins"
             raise self._failures.described(_NO_COMMIT, reason, path, operation)

@@ -37,6 +37,9 @@ _NEEDED = (".safetensors", ".safetensors.index.json")
 #: Files whose metadata is kept; core lists no more for one checkpoint.
 _MAX_KNOWN_FILES = 100_000
 
+#: Sizes are 64-bit numbers.
+_MAX_FILE_BYTES = (1 << 63) - 1
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _NO_PLACE = Meaning(NotFoundError, hint="write hf://org/name, or hf://org/name/directory")
@@ -152,12 +155,12 @@ class HfStorage(HttpStorage):
 
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read into ``buffer`` with one GET of the range, of the commit in ``version``, or of the storage's."""
+        operation = "find the content"
+        place = self._place(path, operation)
         if version is None or "/" not in version:  # a version of another plugin is compared as the content's
-            operation = "find the content"
-            commit = self._commit(self._place(path, operation), path, operation)
-            version = str(Version(commit, version or ""))
+            version = str(Version(self._commit(place, path, operation), version or ""))
         elif self._settings.offline:
-            raise self._offline(self._place(path, "find the content"), path, "find the content")
+            raise self._offline(place, path, operation)
         return super().read_into(path, offset, buffer, version=version)
 
     # -- revisions ----------------------------------------------------------------------------------------------------
@@ -260,7 +263,7 @@ class HfStorage(HttpStorage):
         if (
             _is_path(name)
             and type(size) is int
-            and size >= 0
+            and 0 <= size <= _MAX_FILE_BYTES
             and COMMIT.fullmatch(etag)
             and (not digest or _SHA256.fullmatch(digest))
         ):

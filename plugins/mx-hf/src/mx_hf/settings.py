@@ -11,11 +11,21 @@ from modelexpress_core.settings.http import (
     ca_bundle,
     connect_timeout,
     http_url,
+    is_http_url,
     read_timeout,
     refuse_credentials_in_urls,
 )
+from modelexpress_core.storage.http.requests import Origin
 
 __all__ = ["HfSettings"]
+
+
+def _is_usable(url: str) -> bool:
+    try:
+        Origin.of_url(url)
+    except ValueError:
+        return False
+    return is_http_url(url)
 
 
 @frozen
@@ -62,7 +72,7 @@ class HfSettings:
     endpoint: str = env(
         "HF_ENDPOINT",
         default="https://huggingface.co",
-        converter=http_url("https://huggingface.co", "http://127.0.0.1:8080"),
+        converter=http_url("https://huggingface.co", "http://127.0.0.1:8080", accepts=_is_usable),
         help="URL of the Hub, or of a mirror. It gets the token.",
     )
     offline: bool = env(
