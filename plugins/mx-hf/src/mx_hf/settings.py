@@ -15,12 +15,13 @@ from modelexpress_core.settings.http import (
     read_timeout,
     refuse_credentials_in_urls,
 )
-from modelexpress_core.storage.http.requests import Origin
 
 __all__ = ["HfSettings"]
 
 
 def _is_usable(url: str) -> bool:
+    from modelexpress_core.storage.http.requests import Origin  # costs much of an import of the plugin
+
     try:
         Origin.of_url(url)
     except ValueError:
