@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         UnknownSchemeError,
         UnsupportedError,
     )
+    from modelexpress_core.explaining import Explanation, explain
     from modelexpress_core.hooks import hookimpl
     from modelexpress_core.plugins import PluginManager
     from modelexpress_core.report import LoadReport, PullReport
@@ -55,6 +56,7 @@ _MODULES = {
     "Checkpoint": "checkpoint",
     "CheckpointFile": "checkpoint",
     "DeferredWeights": "api",
+    "Explanation": "explaining",
     "LoadReport": "report",
     "ModelURI": "uri",
     "PluginManager": "plugins",
@@ -62,6 +64,7 @@ _MODULES = {
     "SourceIdentity": "contracts.identity",
     "TensorInfo": "checkpoint",
     "deferred_weights": "api",
+    "explain": "explaining",
     "hookimpl": "hooks",
     "load_into": "api",
     "load_state_dict": "api",
@@ -79,6 +82,7 @@ __all__ = [
     "CheckpointFile",
     "DeadlineError",
     "DeferredWeights",
+    "Explanation",
     "IncompleteLoadError",
     "IntegrityError",
     "InvalidURIError",
@@ -104,6 +108,7 @@ __all__ = [
     "UnknownSchemeError",
     "UnsupportedError",
     "deferred_weights",
+    "explain",
     "hookimpl",
     "load_into",
     "load_state_dict",

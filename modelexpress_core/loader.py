@@ -28,7 +28,7 @@ import attrs
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.contracts.identity import SourceIdentity
-from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, ResolveError
+from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, PluginLoadError, ResolveError
 from modelexpress_core.loads.candidate_queue import CandidateQueue
 from modelexpress_core.loads.checkpoint import CheckpointLoad
 from modelexpress_core.loads.context import LoadContext
@@ -45,12 +45,15 @@ __all__ = ["Loader"]
 _log = logging.getLogger(__name__)
 _R = TypeVar("_R")
 
-#: Errors after which the next candidate may succeed.
-_TRY_NEXT = (BackendError, CheckpointError, ResolveError)
-
 
 class Loader(LoadContext):
-    """Finds candidates and loads from them, with the settings and plugins of one call."""
+    """Finds candidates and loads from them, with the settings and plugins of one call.
+
+    Attributes:
+        try_next: Errors after which the next candidate may succeed.
+    """
+
+    try_next = (BackendError, CheckpointError, ResolveError, PluginLoadError)
 
     def request(
         self,
@@ -113,10 +116,10 @@ class Loader(LoadContext):
             candidate = left.take()
             try:
                 return attempt(candidate, left)
-            except _TRY_NEXT as exc:
-                at_fault = isinstance(exc, BackendError) and exc.peer_at_fault
-                if at_fault and candidate.is_peer:
-                    left.drop_worker(candidate)  # over another transport it is the same worker
+            except self.try_next as exc:
+                if isinstance(exc, PluginLoadError) and candidate.origin == "caller":
+                    raise  # but a plugin that only a discovery needs ends no load
+                self._drop_failed(left, candidate, exc)
                 if not left:
                     raise
                 if destination is not None:
@@ -169,8 +172,16 @@ class Loader(LoadContext):
             reason = str(exc)
         if version is None:
             _log.info("no worker is asked for %s, since its content version cannot be told: %s", request.uri, reason)
+            hint = "give own_identity a content_version= of your own on both sides"
+            request.skip("other workers", f"the content version of {request.uri} cannot be told: {reason}", hint)
             return attrs.evolve(request, identity=None)
         return attrs.evolve(request, identity=identity.with_content_version(version))
+
+    @staticmethod
+    def _drop_failed(left: CandidateQueue, candidate: Candidate, exc: Exception) -> None:
+        """Drop those that need no attempt after ``candidate`` failed: over another transport it is the same worker."""
+        if isinstance(exc, BackendError) and exc.peer_at_fault and candidate.is_peer:
+            left.drop_worker(candidate)
 
     def _new_load(
         self, candidate: Candidate, request: LoadRequest, destination: Destination, left: CandidateQueue

@@ -6,13 +6,13 @@ Records are frozen. Creating one does no I/O and imports no SDK; its factory doe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 from attrs import field, frozen
 
 from modelexpress_core.contracts.authenticator import Authenticator
-from modelexpress_core.contracts.candidates import Tier
+from modelexpress_core.contracts.candidates import Peer, Tier
 from modelexpress_core.contracts.discovery import Discovery
 from modelexpress_core.contracts.metadata_store import MetadataStore
 from modelexpress_core.contracts.service import ServiceContext
@@ -26,6 +26,7 @@ __all__ = [
     "CommandProvider",
     "DiscoveryProvider",
     "MetadataStoreProvider",
+    "PeerTier",
     "SchemeProvider",
     "ServerServiceProvider",
     "StorageCapabilities",
@@ -67,8 +68,12 @@ def _check_factory(_record: object, _attribute: attrs.Attribute[Any], factory: o
         raise TypeError(message)
 
 
-def _check_peer_tier(_record: object, _attribute: attrs.Attribute[Tier], tier: Tier) -> None:
-    if tier >= Tier.CACHE:
+def _tier_or_function(tier: Any) -> Any:  # noqa: ANN401 - a tier, its number, or a function
+    return tier if callable(tier) else Tier(tier)
+
+
+def _check_peer_tier(_record: object, _attribute: attrs.Attribute[Any], tier: Tier | PeerTier) -> None:
+    if isinstance(tier, Tier) and tier >= Tier.CACHE:
         message = f"the tier of a transport is FABRIC_PEER, PEER or OTHER_PEER, not {tier.name}"
         raise ValueError(message)
 
@@ -162,25 +167,52 @@ class StorageProvider(SchemeProvider):
             raise ValueError(message)
 
 
+#: Called with a peer and the environment variables of the load; returns ``FABRIC_PEER``, ``PEER`` or ``OTHER_PEER``.
+PeerTier: TypeAlias = Callable[[Peer, Mapping[str, str]], Tier]
+
+
 @frozen
 class TransportProvider(SchemeProvider):
     """Reads tensors from the memory of a worker: a ``SchemeProvider`` whose factory returns a ``Transport``.
 
     Attributes:
-        tier: Position of its peers in the order of attempts: ``FABRIC_PEER``, ``PEER`` or ``OTHER_PEER``.
+        tier: Position of its peers in the order of attempts: ``FABRIC_PEER``, ``PEER`` or ``OTHER_PEER``; or a function
+            that returns the position of one peer, by what that worker publishes and by this host. It is called before
+            each load, for every peer that a discovery lists, so it must be fast and open no connection. What it gets
+            comes from strangers.
         assumed: Whether it reads workers that do not publish which transports they support.
         offered: Whether workers offer their tensors over it unless their program names the transports; or a function
             that is called with the environment variables of the offer, and returns this.
     """
 
     factory: Callable[[ModelURI, Mapping[str, str]], Transport] = field(validator=_check_factory)
-    tier: Tier = field(default=Tier.OTHER_PEER, converter=Tier, validator=_check_peer_tier, kw_only=True)
+    tier: Tier | PeerTier = field(
+        default=Tier.OTHER_PEER, converter=_tier_or_function, validator=_check_peer_tier, kw_only=True
+    )
     assumed: bool = field(default=False, kw_only=True)
     offered: bool | Callable[[Mapping[str, str]], bool] = field(default=True, kw_only=True)
 
     def is_offered(self, environ: Mapping[str, str]) -> bool:
         """Whether workers with these environment variables offer their tensors over it by default."""
         return self.offered(environ) if callable(self.offered) else self.offered
+
+    def tier_of(self, peer: Peer | None, environ: Mapping[str, str]) -> Tier:
+        """Position of one peer in the order of attempts; ``OTHER_PEER`` if only its facts tell, and they are unknown.
+
+        Args:
+            peer: The worker; None if nothing but its address is known.
+            environ: Variables of the load.
+
+        Raises:
+            ValueError: The function of the plugin returned something else. Whatever it raises is raised as well.
+        """
+        if isinstance(self.tier, Tier):
+            return self.tier
+        if peer is None:
+            return Tier.OTHER_PEER
+        found = Tier(self.tier(peer, environ))
+        _check_peer_tier(self, attrs.fields(TransportProvider).tier, found)
+        return found
 
 
 @frozen

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from modelexpress_core.cli import doctor, inspect, load, plugins, pull, settings
+from modelexpress_core.cli import doctor, explain, inspect, load, plugins, pull, settings
 from modelexpress_core.cli.output import errors_reported, set_log_level
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.messages import hide_credentials, hide_credentials_of_urls, printable_lines
@@ -74,6 +74,7 @@ def build_app() -> typer.Typer:
     app.callback()(_begin)
     app.command("load")(errors_reported(load.load))
     app.command("inspect")(errors_reported(inspect.inspect))
+    app.command("explain")(errors_reported(explain.explain))
     app.command("doctor")(errors_reported(doctor.doctor))
     app.command("pull")(errors_reported(pull.pull))
     app.command("plugins")(errors_reported(plugins.plugins))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 
 import attrs
@@ -12,7 +12,7 @@ from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.immutable import unmodifiable
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["Candidate", "LoadRequest", "Peer", "Tier"]
+__all__ = ["Candidate", "LoadRequest", "Peer", "Skipped", "Tier"]
 
 
 class Tier(IntEnum):
@@ -37,6 +37,7 @@ class LoadRequest:
         reader: Id of the reading worker, or another text that identifies it. Readers are spread over peers by it.
         selector: How one of several peers is chosen: ``"random"``, ``"rendezvous_hash"`` or ``"load_aware"``.
         assumed_transports: Schemes of the transports that read workers that do not publish which they support.
+        on_skipped: Called for each place that is left out; None if nobody asks, as in a load.
     """
 
     uri: ModelURI
@@ -45,6 +46,12 @@ class LoadRequest:
     reader: str = ""
     selector: str = "load_aware"
     assumed_transports: tuple[str, ...] = ()
+    on_skipped: Callable[[Skipped], None] | None = field(default=None, eq=False, repr=False)
+
+    def skip(self, place: str, reason: str, hint: str = "") -> None:
+        """Say why a place is left out, if somebody asks."""
+        if self.on_skipped is not None:
+            self.on_skipped(Skipped(place, (reason,), hint))
 
 
 @frozen
@@ -92,3 +99,24 @@ class Candidate:
     def is_peer(self) -> bool:
         """Whether a transport reads it from the memory of a worker; else a storage reads files."""
         return self.peer is not None or self.tier < Tier.CACHE
+
+
+@frozen
+class Skipped:
+    """A place that a load does not try, with the reasons; ``mx explain`` shows it.
+
+    Attributes:
+        place: Redacted URI of the place, or a text that names it.
+        reasons: Why it is left out: clauses whose subject is the place. Empty if ``identity`` alone is the reason.
+        hint: What to do about it; empty if nothing can be done.
+        peer: The worker, if it is one that published a record.
+        identity: The identity that the worker published, if it differs from the request's.
+        uris: Where the worker would be read.
+    """
+
+    place: str
+    reasons: tuple[str, ...]
+    hint: str = ""
+    peer: Peer | None = None
+    identity: SourceIdentity | None = None
+    uris: tuple[ModelURI, ...] = ()

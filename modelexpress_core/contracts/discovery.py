@@ -20,6 +20,8 @@ class Discovery(Protocol):
     def candidates(self, request: LoadRequest) -> Sequence[Candidate]:
         """The places that may serve ``request``, in any order; an empty list is no error.
 
+        ``request.skip(place, reason)`` tells ``mx explain`` of a place that is left out.
+
         Raises:
             BackendError: The discovery has no answer. Core logs the error and continues with other places.
         """

@@ -109,6 +109,28 @@ class SourceIdentity:
         """The identity of ``version`` of the same model."""
         return attrs.evolve(self, extra_parameters={**self.extra_parameters, CONTENT_KEY: version})
 
+    def differences(self, other: SourceIdentity) -> Mapping[str, tuple[str, str]]:
+        """The fields that make the ids of two identities differ, by name, each with the value here and in ``other``.
+
+        Those of ``extra_parameters`` have their own names.
+        """
+        ours, theirs = self._compared(), other._compared()
+        return {
+            name: (ours.get(name, ""), theirs.get(name, ""))
+            for name in dict.fromkeys((*ours, *theirs))
+            if ours.get(name) != theirs.get(name)
+        }
+
+    def _compared(self) -> Mapping[str, str]:
+        """What ``source_id`` is derived from, as texts by name."""
+        named = {
+            name: str(int(value) if isinstance(value, int) else value).lower()
+            for name, value in attrs.asdict(self, recurse=False).items()
+            if name != "extra_parameters"
+        }
+        extra = _lowered(self.extra_parameters)
+        return {**named, **{name if name not in named else f"{name} (extra)": extra[name] for name in extra}}
+
     @property
     def source_id(self) -> str:
         """The ``mx_source_id``: 16 lower-case hex digits; sources with equal ids are interchangeable.

@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 
+def _ignore(_lease_id: str, _nbytes: int) -> None:
+    """Count nothing."""
+
+
 def _integers(values: Iterable[int]) -> tuple[int, ...]:
     return tuple(map(int, values))
 
@@ -77,6 +81,8 @@ class TensorTable:
         holds_lease: Whether a reader holds the lease with this id, so that the memory is unchanged. A transport whose
             own code sends the bytes asks it before each piece.
         device: Number of the worker's device, which is added to the port of a transport that has its own.
+        count_sent: A transport whose own code sends the bytes calls it with the lease and the number of bytes of each
+            piece, when it has sent them.
     """
 
     source_id: str
@@ -84,6 +90,7 @@ class TensorTable:
     tensors: Mapping[str, torch.Tensor] = field(repr=False)
     holds_lease: Callable[[str], bool] = field(repr=False)
     device: int = 0
+    count_sent: Callable[[str, int], None] = field(default=_ignore, repr=False)
 
 
 @frozen

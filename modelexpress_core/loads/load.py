@@ -117,6 +117,15 @@ class Load(ABC):
             message = f"reads of {self._uri} continue after the load has failed, so its destination must not be used"
             raise ModelExpressError(message, hint="end this process") from exc
 
+    def probe(self) -> None:
+        """Open, and close again: no byte moves, and a lease is released at once.
+
+        Raises:
+            ModelExpressError: As ``open`` does, or the worker does not confirm the lease.
+        """
+        with self._closing:
+            self.open()
+
     # -- what subclasses implement ------------------------------------------------------------------------------------
 
     @abstractmethod

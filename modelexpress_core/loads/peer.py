@@ -217,10 +217,18 @@ class PeerLoad(Load):
 
     def _count(self, error: str) -> None:
         metrics = source_metrics()
-        metrics.loaded(self._selector, error=error, seconds=time.monotonic() - self._begun)
-        for reads in self._reader.sources if self._reader else ():
+        reader = self._reader
+        phases = {}
+        if reader is not None:
+            phases = {"open": self._opened - self._begun, "read": reader.read_seconds, "verify": reader.verify_seconds}
+            if reader.release_seconds:
+                phases["release"] = reader.release_seconds
+        metrics.loaded(self._selector, error=error, seconds=time.monotonic() - self._begun, phases=phases)
+        for reads in reader.sources if reader else ():
+            uri = reads.source.candidate.uri
             metrics.read(
-                reads.source.candidate.uri.scheme,
+                uri.scheme,
+                uri.authority,
                 read_bytes=reads.arrived_bytes + reads.reread_bytes,
                 mismatches=reads.mismatches,
             )

@@ -122,6 +122,9 @@ class PeerReader:
         read_again: Chunks that were read once more: wrong digests, failed or slow sources, leases that had ended.
         reread_bytes: Bytes of those that had arrived before.
         threads: How many threads read.
+        read_seconds: How long reading took.
+        verify_seconds: How long one thread took for digests meanwhile.
+        release_seconds: How long the workers took to confirm their leases; 0 if they were not asked.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class PeerReader:
     ) -> None:
         self.sources: list[SourceReads] = []
         self.arrived_bytes = self.read_again = self.reread_bytes = self.threads = 0
+        self.read_seconds = self.verify_seconds = self.release_seconds = 0.0
         self._stall_seconds = stall_seconds
         self._verify = verify
         self._on_arrival = on_arrival
@@ -240,9 +244,17 @@ class PeerReader:
             self._verifies = True
             self._start(self._verify_all, "verify digests")
         while True:
-            self._read_missing()
-            if self._confirm_leases():
-                return
+            begun = self._clock()
+            try:
+                self._read_missing()
+            finally:
+                arrived = self._clock()
+                self.read_seconds += arrived - begun
+            try:
+                if self._confirm_leases():
+                    return
+            finally:
+                self.release_seconds += self._clock() - arrived
 
     def _read_missing(self) -> None:
         while True:
@@ -517,6 +529,7 @@ class PeerReader:
             reads.progressed = now = self._clock()
             reads.pace.arrived(len(chunk.destination), now)
             reads.held.discard(chunk)
+            reads.source.read_bytes += len(chunk.destination)
             if self._verify:
                 reads.unverified += 1
                 self._unverified.append((reads, chunk))
@@ -542,7 +555,9 @@ class PeerReader:
                 reads, chunk = self._unverified.popleft()
                 self._room_to_verify.notify()
             try:
+                begun = self._clock()
                 right = chunk_digests(chunk.destination) == [chunk.digest]
+                self.verify_seconds += self._clock() - begun
             except Exception as exc:  # noqa: BLE001 - the load must not wait for a digest that never comes
                 self.fail(exc)
                 return

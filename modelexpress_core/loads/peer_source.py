@@ -48,6 +48,7 @@ class PeerSource:
         uri: Redacted URI of the worker.
         worker_id: Id of the worker; empty until ``connect`` if the URI does not name it.
         session: The connection, once ``connect`` has returned.
+        read_bytes: Bytes that the session has delivered so far; the reader counts them, and the worker is told.
     """
 
     session: PeerSession
@@ -57,6 +58,7 @@ class PeerSource:
         self.uri = str(candidate.uri)
         self._peer = peer_of(candidate, request)
         self.worker_id = self._peer.worker_id
+        self.read_bytes = 0
         self._context = context
         self._closing = contextlib.ExitStack()
         self._leasing = contextlib.ExitStack()
@@ -120,7 +122,10 @@ class PeerSource:
         Raises:
             BackendError: One of the calls failed.
         """
-        lease = self._leasing.enter_context(self._worker.lease(self._peer.source_id, self._peer.worker_id or None))
+        leased = self._worker.lease(
+            self._peer.source_id, self._peer.worker_id or None, read_bytes=lambda: self.read_bytes
+        )
+        lease = self._leasing.enter_context(leased)
         self._lease_id = lease.lease_id
         self.worker_id = lease.manifest.worker_id
         access = PeerAccess(

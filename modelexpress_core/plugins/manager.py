@@ -7,6 +7,7 @@ and registers each alone, in order of name. It removes a plugin that fails, keep
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import os
@@ -55,6 +56,9 @@ class PluginManager:
     Args:
         settings: Which plugins may be used; by default all.
         clock: Time in seconds, which limits how often failures of observers are logged.
+
+    Attributes:
+        observed: Whether observers hear of loads.
     """
 
     def __init__(self, settings: PluginSettings | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -66,6 +70,7 @@ class PluginManager:
         self._records: dict[str, dict[str, tuple[Any, ...]]] = {}
         self._tables: dict[str, SchemeTable[Any]] = {}
         self._observer_logged: dict[str, float] = {}
+        self.observed = True
 
     @classmethod
     def discover(
@@ -292,6 +297,12 @@ class PluginManager:
         """
         return open_product(kind, self.named(kind, name), *arguments)
 
+    def without_observers(self) -> PluginManager:
+        """The same plugins, for loads that only try: no observer hears of them."""
+        silent = copy.copy(self)
+        silent.observed = False
+        return silent
+
     # -- one typed method per hook ------------------------------------------------------------------------------------
 
     def rewrite_uri(self, uri: ModelURI) -> ModelURI:
@@ -351,6 +362,8 @@ class PluginManager:
         return PluginError(message, plugin=names, hint=f"fix it, or disable it: MX_DISABLED_PLUGINS={names}")
 
     def _observe(self, hook: str, event: object) -> None:
+        if not self.observed:
+            return
         for implementation in getattr(self._pluggy.hook, hook).get_hookimpls():
             try:
                 implementation.function(*(event for _ in implementation.argnames))

@@ -61,6 +61,11 @@ class OfferedTensors:
             self.memory[layout.name] = found.gathered()
 
     @property
+    def nbytes(self) -> int:
+        """How many bytes readers need."""
+        return sum(memory.nbytes for memory in self.memory.values())
+
+    @property
     def digested(self) -> bool:
         """Whether the digests are there."""
         return self._digested.is_set()

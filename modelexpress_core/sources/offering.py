@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -140,13 +141,23 @@ class Offer:
         )
         leases = Leases(settings.lease_seconds)
         self._offered = OfferedTensors(tensors)
-        table = TensorTable(identity.source_id, self.worker_id, self._offered.memory, leases.holds, device)
+
+        def table_for(scheme: str) -> TensorTable:
+            return TensorTable(
+                identity.source_id,
+                self.worker_id,
+                self._offered.memory,
+                leases.holds,
+                device,
+                functools.partial(leases.readers.count_sent, scheme),
+            )
+
         self._digesting = threading.Thread(target=self._digest, name="mx-digests", daemon=True)
         self._digest_error: BaseException | None = None
         self._ready = threading.Event()
         self._pid = os.getpid()
         with contextlib.ExitStack() as opened:
-            served = _serve(table, _schemes(plugins, transports, environ), plugins, environ, opened)
+            served = _serve(table_for, _schemes(plugins, transports, environ), plugins, environ, opened)
             client = opened.enter_context(ServerClient.from_env(environ))
             port = _port(settings, device)
             self._server = opened.enter_context(
@@ -271,18 +282,18 @@ def _schemes(plugins: PluginManager, transports: Sequence[str] | None, environ: 
 
 
 def _serve(
-    table: TensorTable,
+    table_for: Callable[[str], TensorTable],
     schemes: Sequence[str],
     plugins: PluginManager,
     environ: Mapping[str, str],
     opened: contextlib.ExitStack,
 ) -> Mapping[str, ServedTensors]:
-    """Make ``table`` readable over the transports of ``schemes``, until ``opened`` is closed."""
+    """Make tensors readable over the transports of ``schemes``, until ``opened`` is closed."""
     served = {}
     for scheme in schemes:
         _, transport = plugins.open(TRANSPORT, ModelURI(scheme), environ)
         opened.callback(transport.close)
-        served[scheme] = transport.serve(table)
+        served[scheme] = transport.serve(table_for(scheme))
         opened.callback(served[scheme].close)
     return served
 

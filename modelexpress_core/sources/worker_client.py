@@ -10,14 +10,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
 from attrs import frozen
 
 from modelexpress_core.contracts.transport import TensorLayout
-from modelexpress_core.errors import AccessDeniedError, BackendError, NotFoundError
+from modelexpress_core.errors import AccessDeniedError, BackendError, DeadlineError, NotFoundError
 from modelexpress_core.messages import printable
 from modelexpress_core.resources import start_thread
 from modelexpress_core.settings import from_env
@@ -37,6 +37,9 @@ _RENEWALS_PER_TERM = 4
 
 #: What a transport may tell readers.
 _MAX_DESCRIPTION_BYTES = 16 << 20
+
+#: How long the descriptions of all tensors may take.
+_DESCRIBING_SECONDS = 60.0
 
 #: A grant is used up to this long before it expires.
 _GRANT_MARGIN_SECONDS = 30.0
@@ -98,6 +101,7 @@ class WorkerClient(Client):
         deadline_seconds: How long each call may take.
         security: Certificates; by default those of this system. A token among them is not sent.
         server: The server that grants reads, for workers that want a grant; closed with this connection.
+        most_answer_bytes: Longest answer that is taken.
 
     Raises:
         InvalidURIError: By the constructor, if ``url`` is no valid address.
@@ -113,23 +117,39 @@ class WorkerClient(Client):
         deadline_seconds: float = 10.0,
         security: Security | None = None,
         server: ServerClient | None = None,
+        most_answer_bytes: int | None = None,
     ) -> None:
         security = (security or Security()).for_worker()
         # No retries: if a worker does not answer, or drains, the next peer is the better choice.
         super().__init__(
-            url, (WORKER, LEASE, PEER), deadline_seconds=deadline_seconds, security=security, retries=False
+            url,
+            (WORKER, LEASE, PEER),
+            deadline_seconds=deadline_seconds,
+            security=security,
+            retries=False,
+            most_answer_bytes=most_answer_bytes,
         )
         self._server = server
         self._grants: dict[tuple[str, str], _Grant] = {}
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str] | None = None, *, url: str, server: str | None = None) -> WorkerClient:
+    def from_env(
+        cls,
+        environ: Mapping[str, str] | None = None,
+        *,
+        url: str,
+        server: str | None = None,
+        deadline_seconds: float | None = None,
+        most_answer_bytes: int | None = None,
+    ) -> WorkerClient:
         """Connect to the worker at ``url``, with deadline and certificates from the environment variables.
 
         Args:
             environ: Variables; by default the process's.
             url: The worker's ``worker_grpc_endpoint``.
             server: URL of the server that grants reads: ``Peer.server``. By default the one that variables name.
+            deadline_seconds: How long each call may take; by default what the variable says.
+            most_answer_bytes: Longest answer that is taken; by default that of all clients.
 
         Raises:
             SettingsError: Variables, or files that they name, cannot be used.
@@ -137,8 +157,9 @@ class WorkerClient(Client):
         """
         return cls(
             url,
-            deadline_seconds=from_env(ServerAddress, environ).deadline_seconds,
+            deadline_seconds=deadline_seconds or from_env(ServerAddress, environ).deadline_seconds,
             security=Security.from_env(environ),
+            most_answer_bytes=most_answer_bytes,
             server=ServerClient.from_env(environ, url=server or None),
         )
 
@@ -152,9 +173,40 @@ class WorkerClient(Client):
         """Return the manifest of the worker's tensors."""
         request = p2p_pb2.GetTensorManifestRequest(mx_source_id=source_id, worker_id=worker_id)
         response: p2p_pb2.GetTensorManifestResponse = self._call_granted(WORKER, "GetTensorManifest", request)
+        self._check_ids(response, source_id, worker_id)
         return response
 
-    def describe(self, source_id: str, worker_id: str, *, most_tensors: int, most_bytes: int) -> list[Description]:
+    def _check_ids(self, manifest: p2p_pb2.GetTensorManifestResponse, source_id: str, worker_id: str | None) -> None:
+        """Raise if the answer is of another source or worker than the one that was asked for.
+
+        Raises:
+            NotFoundError: It is.
+        """
+        source_differs = manifest.mx_source_id not in {"", source_id}
+        worker_differs = bool(worker_id) and manifest.HasField("worker_id") and manifest.worker_id != worker_id
+        if source_differs or worker_differs:
+            reason = (
+                f"the worker answers as {printable(manifest.worker_id)[:200]!r} "
+                f"with source {printable(manifest.mx_source_id)[:200]!r}"
+            )
+            raise NotFoundError(
+                reason,
+                uri=self.url,
+                operation="ask for the manifest",
+                peer_at_fault=True,
+                cause="another program listens there, or it is not the worker that it was published as",
+                hint="find the workers that hold the model again",
+            )
+
+    def describe(
+        self,
+        source_id: str,
+        worker_id: str,
+        *,
+        most_tensors: int,
+        most_bytes: int,
+        most_seconds: float = _DESCRIBING_SECONDS,
+    ) -> list[Description]:
         """Return layouts and digests of the worker's tensors, in the order of their names.
 
         Args:
@@ -162,14 +214,27 @@ class WorkerClient(Client):
             worker_id: The worker; empty for any.
             most_tensors: How many tensors a worker with the same layout has: one with more is not read further.
             most_bytes: How many bytes their descriptions may have.
+            most_seconds: How long all pages may take. A worker decides how short a page is, and so how many there are.
 
         Raises:
+            DeadlineError: The pages took too long.
             NotFoundError: The worker holds other tensors than the reader needs: more, or such with longer descriptions.
             BackendError: A call failed.
         """
         found: list[Description] = []
         nbytes = 0
+        deadline = time.monotonic() + most_seconds
         while True:
+            if time.monotonic() > deadline:
+                reason = f"the worker described {len(found)} of {most_tensors} tensors in {most_seconds:.1f} s"
+                raise DeadlineError(
+                    reason,
+                    uri=self.url,
+                    operation="compare the tensors",
+                    peer_at_fault=True,
+                    cause="it answers slowly, with few tensors at a time",
+                    hint="check the worker, and the network to it",
+                )
             request = peer_pb2.DescribeTensorsRequest(mx_source_id=source_id, worker_id=worker_id, first=len(found))
             page: peer_pb2.DescribeTensorsResponse = self._call_granted(PEER, "DescribeTensors", request)
             nbytes += page.ByteSize()
@@ -210,9 +275,27 @@ class WorkerClient(Client):
             )
         return response.description
 
+    def readers(self, source_id: str, worker_id: str) -> peer_pb2.ListReadersResponse:
+        """Return who reads from the worker now, and who has for a while.
+
+        Raises:
+            UnsupportedError: The worker is of another client of the protocol.
+            BackendError: The call failed.
+        """
+        request = peer_pb2.ListReadersRequest(mx_source_id=source_id, worker_id=worker_id)
+        response: peer_pb2.ListReadersResponse = self._call_granted(PEER, "ListReaders", request)
+        return response
+
     @contextlib.contextmanager
-    def lease(self, source_id: str, worker_id: str | None = None) -> Iterator[Lease]:
+    def lease(
+        self, source_id: str, worker_id: str | None = None, *, read_bytes: Callable[[], int] = lambda: 0
+    ) -> Iterator[Lease]:
         """Hold a lease during the ``with`` block. A thread renews it, if the worker takes renewals.
+
+        Args:
+            source_id: The source that the worker holds.
+            worker_id: The worker; None for any.
+            read_bytes: How many bytes have arrived, for a worker that does not see the reads.
 
         Raises:
             BackendError: The call failed; or, at the end of the block, the worker does not confirm that the lease
@@ -224,12 +307,15 @@ class WorkerClient(Client):
             mx_source_id=source_id, worker_id=worker_id, lease_id=response.lease_id
         )
         try:
-            with self._renewing(response.lease_id, response.renew_within_seconds):
+            self._check_ids(response.manifest, source_id, worker_id)
+            with self._renewing(response.lease_id, response.renew_within_seconds, read_bytes):
                 yield Lease(response.lease_id, response.manifest)
         except BaseException:
+            release.read_bytes = read_bytes()
             with contextlib.suppress(BackendError):  # the error of the block is raised; the lease will expire
                 self._call(WORKER, "ReleaseTensorRead", release)
             raise
+        release.read_bytes = read_bytes()
         self._call(WORKER, "ReleaseTensorRead", release)
 
     def renew(self, lease_id: str) -> None:
@@ -242,17 +328,17 @@ class WorkerClient(Client):
         self._call(LEASE, "RenewLease", access_pb2.RenewLeaseRequest(lease_id=lease_id))
 
     @contextlib.contextmanager
-    def _renewing(self, lease_id: str, within_seconds: float) -> Iterator[None]:
+    def _renewing(self, lease_id: str, within_seconds: float, read_bytes: Callable[[], int]) -> Iterator[None]:
         """Renew a lease until the end of the block; 0 seconds mean that it needs no renewal."""
         if not within_seconds:
             yield
             return
         ended = threading.Event()
         interval_seconds = within_seconds / _RENEWALS_PER_TERM
-        request = access_pb2.RenewLeaseRequest(lease_id=lease_id)
 
         def renew() -> None:
             while not ended.wait(interval_seconds):
+                request = access_pb2.RenewLeaseRequest(lease_id=lease_id, read_bytes=read_bytes())
                 try:
                     self._call(LEASE, "RenewLease", request, deadline_seconds=interval_seconds)
                 except NotFoundError:
@@ -267,6 +353,15 @@ class WorkerClient(Client):
         finally:
             ended.set()
             thread.join()
+
+    def _error(self, exc: Any, method: str, *, closed: bool = False) -> BackendError:  # noqa: ANN401 - as in the base
+        """The error, with next steps for a worker in place of those for a server."""
+        error = super()._error(exc, method, closed=closed)
+        if error.hint and "MODEL_EXPRESS_URL" in error.hint:
+            error.hint = "check that the worker runs, and that its port (MX_WORKER_GRPC_PORT) can be reached from here"
+        elif error.hint and "mx health" in error.hint:
+            error.hint = "read from another worker, or try again"
+        return error
 
     def _call_granted(self, service: Service, method: str, request: Any) -> Any:  # noqa: ANN401 - three messages
         """The response of ``method``; the worker gets a read grant if it wants one."""

@@ -20,12 +20,15 @@ import grpc
 import grpc.aio
 from attrs import frozen
 
-from modelexpress_core.contracts.authenticator import Authenticator
+from modelexpress_core.contracts.authenticator import Authenticator, Call, RefusedError
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.resources import start_thread
+from modelexpress_core.sources.metrics import worker_metrics
 from modelexpress_core.sources.offered_tensors import OfferedTensors
+from modelexpress_core.sources.readers import Readers
 from modelexpress_core.wire.admission import MessageLimits
 from modelexpress_core.wire.authentication import caller
+from modelexpress_core.wire.grants import ANONYMOUS
 from modelexpress_core.wire.peers import peer_host
 from modelexpress_core.wire.proto.modelexpress import access_pb2, health_pb2, p2p_pb2, peer_pb2
 from modelexpress_core.wire.rpc import LEASE, PEER, STANDARD_HEALTH, WORKER, Service, handler
@@ -81,9 +84,13 @@ class Leases:
     Args:
         seconds: A lease expires after this time, in case its reader has died, also if it is renewed.
         clock: A monotonic clock, in seconds.
+
+    Attributes:
+        readers: Who holds them, and what was read under each.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.readers = Readers(clock)
         self._seconds = seconds
         self._clock = clock
         self._active: dict[str, _Lease] = {}
@@ -93,6 +100,7 @@ class Leases:
         self._released_of: Counter[str] = Counter()
         self._draining = False
         self._changed = threading.Condition()
+        worker_metrics().watch_leases(self)
 
     @property
     def draining(self) -> bool:
@@ -111,12 +119,15 @@ class Leases:
         """
         with self._changed:
             if self._draining:
+                worker_metrics().lease_refused("draining")
                 return None
             self._remove_expired()
             if self._active_of[reader] >= _MAX_OF_READER:
+                worker_metrics().lease_refused("reader_limit")
                 message = f"the reader {reader} holds {_MAX_OF_READER} leases, which is the limit for a reader"
                 raise TooManyLeasesError(message)
             if len(self._active) >= _MAX_LEASES:
+                worker_metrics().lease_refused("worker_limit")
                 message = f"readers hold {_MAX_LEASES} leases, which is the limit for a worker"
                 raise TooManyLeasesError(message)
             lease = secrets.token_hex(16)
@@ -124,6 +135,7 @@ class Leases:
             latest = now + self._seconds
             self._active[lease] = _Lease(reader, min(latest, now + RENEWAL_SECONDS) if renews else latest, latest)
             self._active_of[reader] += 1
+            self.readers.begin(lease, reader)
             return lease
 
     def release(self, lease: str) -> bool:
@@ -135,6 +147,7 @@ class Leases:
             self._remove_expired()
             active = _pop(self._active, self._active_of, lease)
             if active is not None:
+                self.readers.end(lease)
                 self._remember(lease, active)
                 self._changed.notify_all()
             return lease in self._released
@@ -171,6 +184,8 @@ class Leases:
             while self._remove_expired():
                 now = self._clock()
                 if now >= deadline:
+                    for lease in self._active:
+                        self.readers.end(lease)
                     self._active.clear()
                     self._active_of.clear()
                     return False
@@ -194,6 +209,7 @@ class Leases:
         now = self._clock()
         for lease in [each for each, active in self._active.items() if active.until <= now]:
             _pop(self._active, self._active_of, lease)
+            self.readers.end(lease)
         for lease in [each for each, released in self._released.items() if released.latest <= now]:
             _pop(self._released, self._released_of, lease)
         return len(self._active)
@@ -230,7 +246,8 @@ class _WorkerService:
         await self._check(request, context)
         name, host = caller.get(), peer_host(context.peer())
         try:
-            lease = self._leases.grant(f"{name} at {host}" if name else host, renews=request.renews)
+            reader = host if name in {"", ANONYMOUS} else f"{name} at {host}"
+            lease = self._leases.grant(reader, renews=request.renews)
         except TooManyLeasesError as exc:
             await context.abort(_Code.RESOURCE_EXHAUSTED, f"{exc}; release leases, or read from another worker")
         if lease is None:
@@ -244,6 +261,7 @@ class _WorkerService:
     ) -> p2p_pb2.ReleaseTensorReadResponse:
         """Release a lease, also while the worker drains."""
         await self._check_ids(request, context)
+        self._leases.readers.told(request.lease_id, request.read_bytes)
         if not self._leases.release(request.lease_id):
             await context.abort(_Code.NOT_FOUND, _NO_LEASE)
         return p2p_pb2.ReleaseTensorReadResponse()
@@ -270,6 +288,7 @@ class _LeaseService:
         """Renew a lease, also while the worker drains."""
         if not self._leases.renew(request.lease_id):
             await context.abort(_Code.NOT_FOUND, _NO_LEASE)
+        self._leases.readers.told(request.lease_id, request.read_bytes)
         return access_pb2.RenewLeaseResponse()
 
 
@@ -315,7 +334,29 @@ class _PeerService:
             offered = ", ".join(self._descriptions) or "none"
             reason = f"this worker does not offer its tensors over {request.transport!r}, but over {offered}"
             await context.abort(_Code.FAILED_PRECONDITION, reason)
+        self._leases.readers.connected(request.lease_id, request.transport)
         return peer_pb2.GetAccessResponse(description=description)
+
+    async def list_readers(
+        self, request: peer_pb2.ListReadersRequest, context: _Context
+    ) -> peer_pb2.ListReadersResponse:
+        """Return who reads, to callers that may read; also while the worker drains, which waits for them."""
+        await _check_ids(self._manifest, request.mx_source_id, request.worker_id or None, context)
+        readers = self._leases.readers.listed()
+        return peer_pb2.ListReadersResponse(
+            readers=[
+                peer_pb2.Reader(
+                    name=each.name[:_MAX_NAME],
+                    transport=each.transport,
+                    read_bytes=each.read_bytes,
+                    counted=each.counted,
+                    seconds=each.seconds,
+                    ended_seconds=each.ended_seconds,
+                )
+                for each in readers[:_MAX_LISTED_READERS]
+            ],
+            left_out=max(0, len(readers) - _MAX_LISTED_READERS),
+        )
 
 
 async def _check_ids(
@@ -337,6 +378,10 @@ _MAX_REQUEST_BYTES = 64 << 10
 _RECEIVING_BYTES = 8 << 20
 _ANSWER_BYTES = 256 << 20
 
+#: Readers in one answer, and characters of the name of each.
+_MAX_LISTED_READERS = 256
+_MAX_NAME = 200
+
 #: How long a reader may keep a lease.
 _LEASE_SECONDS = 600.0
 
@@ -346,6 +391,27 @@ _BY_LEASE = (WORKER.path("ReleaseTensorRead"), LEASE.path("RenewLease"), PEER.pa
 _NO_LEASE = "no such lease: it has ended, and the memory may have changed since then"
 
 _DRAINING = "the worker is draining: its memory is about to change"
+
+
+class _CountedRefusals:
+    """An authenticator that counts the grants that it refuses.
+
+    Args:
+        authenticator: Decides.
+    """
+
+    def __init__(self, authenticator: Authenticator) -> None:
+        self.by_certificate = authenticator.by_certificate
+        self._authenticator = authenticator
+
+    async def authenticate(self, call: Call) -> str:
+        """The name of the reader."""
+        try:
+            return await self._authenticator.authenticate(call)
+        except RefusedError as exc:
+            if call.token is not None:  # readers send none at first: the refusal tells them that they need one
+                worker_metrics().grant_refused(exc.refusal.name.lower())
+            raise
 
 
 class _WorkerHealth:
@@ -409,7 +475,9 @@ class WorkerServer:
         self._manifest = manifest
         self._address = address
         self._tls = tls or TlsSettings()
-        self._authenticator = authenticator
+        self._authenticator = None if authenticator is None else _CountedRefusals(authenticator)
+        if offered is not None:
+            self.leases.readers.offered_bytes = offered.nbytes
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="mx-worker-service", daemon=True)
         try:

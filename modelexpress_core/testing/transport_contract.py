@@ -61,6 +61,9 @@ _MAX_DESCRIPTION_BYTES = 16 << 20
 #: A model with many experts has so many tensors.
 _MOST_TENSORS = 100_000
 
+#: A worker may publish any of these in place of what its transport publishes.
+_STRANGE_VALUES = ("", "0", "-1", "1e9", "9" * 5000, ",", ",x" * 5000, "a\0b\n", "\u0663", "\U0001f600")
+
 #: An engine of a large model has as many tensors, with names of such a length.
 _MANY_TENSORS = 5000
 
@@ -183,6 +186,10 @@ class OpenWorker:
         """A copy of the bytes of each tensor, in host memory."""
         return {name: memory.cpu().clone() for name, memory in self.worker.offered.memory.items()}
 
+    def counted(self) -> dict[str, int]:
+        """Bytes that ``count_sent`` was called for, by the name of the reader."""
+        return {each.name: each.read_bytes for each in self.worker.leases.readers.listed()}
+
     def lease(self) -> str:
         """A new lease."""
         lease_id = self.worker.leases.grant()
@@ -215,12 +222,14 @@ class TransportContract(CallingContract, contract=True):
         device: Where the tensors of both sides are, as torch names it.
         checks_leases: Whether the worker's side asks ``TensorTable.holds_lease`` before it sends. False where no code
             of the worker runs during a read: then closing the served tensors alone ends reads.
+        counts_sent: Whether the worker's side calls ``TensorTable.count_sent``. False if none of it sends.
         hang_seconds: How long one call may take before it counts as hanging.
         close_seconds: How long a stalled read may go on after ``close``.
     """
 
     device: ClassVar[str] = "cpu"
     checks_leases: ClassVar[bool] = True
+    counts_sent: ClassVar[bool] = True
     hang_seconds: ClassVar[float] = 30.0
     close_seconds: ClassVar[float] = 2.0
 
@@ -311,6 +320,18 @@ class TransportContract(CallingContract, contract=True):
         if not isinstance(served.services, Mapping):
             violated(f"services is {type(served.services).__name__}; return a mapping, which may be empty")
         self._read(worker, worker.connect(), [(names[number], 0, 16) for number in (0, 1, _MANY_TENSORS - 1)])
+
+    def test_any_worker_can_be_ranked(
+        self, provider: TransportProvider, settings: Mapping[str, str], serve: _Serve
+    ) -> None:
+        """``tier``, if it is a function, returns a tier of transports, whatever a worker publishes."""
+        published = serve({"weight": random_bytes(1, device=self.device)}).served.topology
+        for topology in ({}, *(dict.fromkeys(published, value) for value in _STRANGE_VALUES)):
+            try:
+                provider.tier_of(Peer("source", "worker", topology=topology), settings)
+            except Exception as exc:  # noqa: BLE001 - whatever a plugin raises
+                shown = repr(topology)[:200]
+                violated(f"tier of a worker that publishes {shown} raised {type(exc).__name__}: {str(exc)[:200]}")
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -738,6 +759,22 @@ class TransportContract(CallingContract, contract=True):
                 violated(f"mx.load_into wrote outside the tensors in memory {number}: in gaps between elements")
         same(0, report.retries, "the load read chunks again, whose bytes were wrong:")
         same(0, worker.worker.leases.out(), "after the load, the number of leases is")
+
+    def test_what_is_sent_is_counted(self, serve: _Serve) -> None:
+        """``TensorTable.count_sent`` hears of every byte once, for the lease under which it was read."""
+        if not self.counts_sent:
+            pytest.skip("no code of the worker sends (counts_sent is False)")
+        size = 3 * _MIB + 5
+        worker = serve({"weight": random_bytes(size, device=self.device)})
+        wanted = {"first": size + 1, "second": 100}
+        for reader, ranges in (("first", [("weight", 0, size), ("weight", 9, 1)]), ("second", [("weight", 7, 100)])):
+            lease_id = worker.worker.leases.grant(reader)
+            self._read(worker, worker.connect(lease_id), ranges)
+        end = time.monotonic() + self.hang_seconds
+        while (found := worker.counted()) != wanted and time.monotonic() < end:  # a piece is counted once it is sent
+            time.sleep(0.02)
+        if found != wanted:
+            violated(f"count_sent was called for {found} bytes by reader, and {wanted} were read")
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 

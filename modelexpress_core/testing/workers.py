@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import attrs
 from attrs import field, frozen
 
 from modelexpress_core.contracts.authenticator import Authenticator
@@ -95,7 +97,8 @@ def serving_worker(
         for scheme in transports:
             _, transport = manager.open(TRANSPORT, ModelURI(scheme), environ or {})
             opened.callback(transport.close)
-            served[scheme] = transport.serve(table)
+            counting = functools.partial(leases.readers.count_sent, scheme)
+            served[scheme] = transport.serve(attrs.evolve(table, count_sent=counting))
             opened.callback(served[scheme].close)
         server = opened.enter_context(
             WorkerServer(

@@ -52,6 +52,7 @@ class InprocServed:
         try:
             length = len(read.destination)
             read.destination.copy_(self.table.tensors[read.name][read.offset : read.offset + length])
+            self.table.count_sent(lease_id, length)
         finally:
             with self._copying:
                 self._copies -= 1

@@ -51,6 +51,9 @@ _OPTIONS = (
 )
 
 
+_MOST_ANSWER_BYTES = "grpc.max_receive_message_length"
+
+
 class Connection:
     """A channel to one server, which is opened again when certificates have changed. Thread-safe.
 
@@ -63,6 +66,7 @@ class Connection:
         token: The file with the token that is sent; None to send none. It goes over TLS, which verifies the name of the
             server, or over loopback; beyond these only if its settings say so.
         retries: Whether calls that find no server are repeated, within their deadline.
+        most_answer_bytes: Longest answer that is taken; by default 100 MiB.
 
     Attributes:
         closed: Whether ``close`` was called.
@@ -79,7 +83,9 @@ class Connection:
         tls: TlsSettings | None = None,
         token: TokenSettings | None = None,
         retries: bool = True,
+        most_answer_bytes: int | None = None,
     ) -> None:
+        self._most_answer_bytes = most_answer_bytes
         self.endpoint = endpoint
         self._services = tuple(services)
         self._retries = retries
@@ -137,7 +143,9 @@ class Connection:
             credentials, changed = (None, False) if self._tls is None else self._tls.credentials()
             if self._channel is None or changed:
                 # Calls in flight keep the former channel.
-                self._channel = open_channel(self.endpoint, credentials, retries=self._retries)
+                self._channel = open_channel(
+                    self.endpoint, credentials, retries=self._retries, most_answer_bytes=self._most_answer_bytes
+                )
                 self._stubs = {each.name: stub(each, self._channel) for each in self._services}
             return self._stubs[service.name]
 
@@ -195,7 +203,11 @@ class TokenFile:
 
 
 def open_channel(
-    endpoint: Endpoint, credentials: grpc.ChannelCredentials | None = None, *, retries: bool = True
+    endpoint: Endpoint,
+    credentials: grpc.ChannelCredentials | None = None,
+    *,
+    retries: bool = True,
+    most_answer_bytes: int | None = None,
 ) -> grpc.Channel:
     """A channel to ``endpoint``; nothing is sent before the first call.
 
@@ -203,8 +215,12 @@ def open_channel(
         endpoint: The server.
         credentials: Credentials for TLS, if the endpoint speaks it; by default gRPC's own.
         retries: Whether calls that find no server are repeated, within their deadline.
+        most_answer_bytes: Longest answer that is taken; by default 100 MiB.
     """
     options = [*_OPTIONS, ("grpc.enable_retries", int(retries))]
+    if most_answer_bytes is not None:
+        options = [each for each in options if each[0] != _MOST_ANSWER_BYTES]
+        options.append((_MOST_ANSWER_BYTES, most_answer_bytes))
     if endpoint.is_loopback:  # a proxy would be another host
         options.append(("grpc.enable_http_proxy", 0))
     if endpoint.tls:

@@ -133,6 +133,7 @@ class Client:
         deadline_seconds: Default deadline of a call, retries and streams included.
         security: Certificates and token.
         retries: Whether calls that find no server are repeated, within their deadline.
+        most_answer_bytes: Longest answer that is taken; by default 100 MiB.
 
     Raises:
         InvalidURIError: By the constructor, if ``url`` is no address.
@@ -148,11 +149,19 @@ class Client:
         deadline_seconds: float,
         security: Security,
         retries: bool = True,
+        most_answer_bytes: int | None = None,
     ) -> None:
         self._endpoint = attrs.evolve(Endpoint.parse(url), tls_name=security.tls_name)
         self._deadline_seconds = deadline_seconds
         self._security = security
-        self._connection = Connection(self._endpoint, services, tls=security.tls, token=security.token, retries=retries)
+        self._connection = Connection(
+            self._endpoint,
+            services,
+            tls=security.tls,
+            token=security.token,
+            retries=retries,
+            most_answer_bytes=most_answer_bytes,
+        )
         self._diagnosed_at = -math.inf  # monotonic
 
     def __enter__(self) -> Self:

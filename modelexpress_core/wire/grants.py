@@ -22,7 +22,10 @@ from google.protobuf.message import DecodeError
 from modelexpress_core.contracts.authenticator import Call, Refusal, RefusedError
 from modelexpress_core.wire.proto.modelexpress import access_pb2
 
-__all__ = ["GRANT_SECONDS", "GrantAuthenticator", "ReadGrant", "new_grant_key", "sign_grant"]
+__all__ = ["ANONYMOUS", "GRANT_SECONDS", "GrantAuthenticator", "ReadGrant", "new_grant_key", "sign_grant"]
+
+#: Name of a reader where no grants are needed.
+ANONYMOUS = "anonymous"
 
 #: How long a grant is valid.
 GRANT_SECONDS = 300
@@ -110,14 +113,14 @@ class GrantAuthenticator:
             self._server_time_offset_ms = server_time_ms - self._clock() * 1000
 
     async def authenticate(self, call: Call) -> str:
-        """The name of the reader; ``"anonymous"`` where no grants are needed."""
+        """The name of the reader; ``ANONYMOUS`` where no grants are needed."""
         with self._lock:
             keys = tuple(self._keys)
         if not keys:
             if self._required:
                 reason = "this worker has not yet been published, so it cannot verify read grants"
                 raise RefusedError(Refusal.UNAVAILABLE, reason)
-            return _ANONYMOUS
+            return ANONYMOUS
         if call.token is None:
             raise RefusedError(Refusal.UNAUTHENTICATED, "a read grant of the server is needed, and none was sent")
         grant = _verified(call.token, keys)
@@ -131,9 +134,6 @@ class GrantAuthenticator:
         if not now_ms < grant.expires_at_ms <= latest_ms:
             raise RefusedError(Refusal.UNAUTHENTICATED, "the read grant has expired")
         return grant.reader
-
-
-_ANONYMOUS = "anonymous"
 
 
 def _verified(text: str, keys: tuple[bytes, ...]) -> ReadGrant | None:

@@ -136,6 +136,7 @@ PEER = Service(
     {
         "DescribeTensors": Method(peer_pb2.DescribeTensorsRequest, peer_pb2.DescribeTensorsResponse),
         "GetAccess": Method(peer_pb2.GetAccessRequest, peer_pb2.GetAccessResponse),
+        "ListReaders": Method(peer_pb2.ListReadersRequest, peer_pb2.ListReadersResponse),
     },
 )
 

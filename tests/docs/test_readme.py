@@ -51,7 +51,7 @@ def test_python_examples_use_public_names() -> None:
 
 def test_commands_exist() -> None:
     """Every ``mx command`` in the README exists, and every command is in the README."""
-    used = set(re.findall(r"^mx ([a-z]+)", README, re.MULTILINE))
+    used = set(re.findall(r"^mx ([a-z-]+)", README, re.MULTILINE))
 
     assert used == {command.name for command in build_app().registered_commands}
 

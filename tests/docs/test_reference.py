@@ -31,7 +31,7 @@ from modelexpress_core.fetch import limiter
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import LoadReport
 from modelexpress_core.server.metrics import ServerMetrics, SourceServiceMetrics
-from modelexpress_core.sources.metrics import SourceMetrics
+from modelexpress_core.sources.metrics import SourceMetrics, WorkerMetrics
 from modelexpress_core.sources.settings import SELECTORS
 from modelexpress_core.storage.memory import store
 from tests.support.checkpoints import safetensors_file, tensor
@@ -539,6 +539,14 @@ def test_every_metric_of_the_search_for_peers_is_explained() -> None:
 
     text = page("server.md").partition("\n## Choosing a source\n")[2].partition("\n## ")[0]
     assert registered(registry) == explained_metrics(text)
+
+
+def test_every_metric_of_a_worker_that_is_read_is_explained() -> None:
+    """In the page on reading from other workers, with its labels."""
+    registry = CollectorRegistry()
+    WorkerMetrics(registry)
+
+    assert registered(registry) == explained_metrics(page("peers.md"))
 
 
 def test_every_selector_is_explained() -> None:

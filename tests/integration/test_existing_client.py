@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import modelexpress_core as mx
+from modelexpress_core.contracts.identity import Engine
 from modelexpress_core.sources.worker_service import WorkerServer
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from tests.support.tools import skip_without
+from tests.support.waiting import eventually
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SOURCE_ID = "5a5f555570065064"
@@ -44,14 +48,33 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_it_publishes_lists_gets_and_updates(python: str, start: Callable[..., Any], tmp_path: Path) -> None:
     """With its token, and the ids that it computes elsewhere; what either client publishes, the other finds.
 
-    And it reads what a worker of ours offers, under a lease.
+    And it reads what a worker of ours offers, under a lease. Neither is offered the other's tensors of the same model.
     """
     (tmp_path / "token").write_text(_TOKEN)
     (tmp_path / "tokens").write_text(f"workers:{_TOKEN}\n")
     serving = start(MX_AUTH_MODE="token", MX_AUTH_TOKENS_PATH=str(tmp_path / "tokens"))
     tensors = [p2p_pb2.TensorDescriptor(name=name, addr=1, size=2) for name in ("a", "b")]
     manifest = p2p_pb2.GetTensorManifestResponse(tensors=tensors, mx_source_id=_SOURCE_ID, worker_id="w-1")
-    with WorkerServer(manifest, "127.0.0.1:0") as worker:
+    environ = {
+        "MODEL_EXPRESS_URL": serving.url,
+        "MX_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        "MX_WORKER_HOST": "127.0.0.1",
+        "MX_WORKER_GRPC_PORT": "0",
+    }
+    weights = {"w": torch.zeros(2048, dtype=torch.bfloat16)}
+    identity = mx.own_identity(
+        "deepseek-ai/DeepSeek-V3",
+        weights,
+        engine=Engine.VLLM,
+        content_version="1",
+        tensor_parallel_size=8,
+        dtype="bfloat16",
+    )
+    with (
+        WorkerServer(manifest, "127.0.0.1:0") as worker,
+        mx.publish(weights, identity=identity, worker_rank=3, environ=environ) as offer,
+    ):
+        assert eventually(lambda: offer.state.status == "ready")
         done = subprocess.run(
             [python, str(_PROGRAM), serving.url, f"127.0.0.1:{worker.port}"],
             env={**os.environ, "PYTHONPATH": str(_ROOT), "MX_AUTH_TOKEN_PATH": str(tmp_path / "token")},
@@ -61,6 +84,7 @@ def test_it_publishes_lists_gets_and_updates(python: str, start: Callable[..., A
             check=False,
         )
         assert 0 == worker.leases.out()
+        found = mx.explain("memory://nowhere/model", weights, identity, worker_rank=3, environ=environ)
 
     assert done.returncode == 0, done.stderr
     assert {
@@ -72,8 +96,13 @@ def test_it_publishes_lists_gets_and_updates(python: str, start: Callable[..., A
         "found all": True,
         "found another": False,
         "seen by us": ["w-1"],
-        "seen by them": ["w-1", "w-2"],
+        "seen by them": ["w-1", "w-2"],  # and not what ``offer`` published
         "read from a worker": ["a", "b"],
         "manifest": 2,
         "another source": "FAILED_PRECONDITION",
     } == json.loads(done.stdout)
+    ours, *others = [place for place in found.places if place.worker_id]
+    assert ("chosen", offer.worker_id) == (ours.status, ours.worker_id)
+    assert {("w-1", "unusable"), ("w-2", "unusable")} == {(each.worker_id, each.status) for each in others}
+    for place in others:
+        assert {"content_version", "layout_signature", "mx_version"} <= {name for name, _, _ in place.differences}

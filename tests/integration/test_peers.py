@@ -155,9 +155,13 @@ def test_a_published_model_is_read_while_the_block_lasts(start: Start, checkpoin
     assert checkpoint == load(checkpoint, variables).uri
 
 
-def test_nixl_is_offered_if_the_user_says_so(start: Start, checkpoint: str) -> None:
-    """Because a reader gets access to the whole process. Without a fabric in common, ``grpc`` comes first."""
+@pytest.mark.parametrize(("ucx_tls", "first"), [("all", "nixl://"), ("tcp", "grpc://")])
+def test_nixl_is_offered_if_the_user_says_so(
+    start: Start, checkpoint: str, monkeypatch: pytest.MonkeyPatch, ucx_tls: str, first: str
+) -> None:
+    """Because a reader gets access to the whole process. It comes first through shared memory, and last over TCP."""
     pytest.importorskip("nixl_cu12", reason="the wheel exists for x86-64")
+    monkeypatch.setenv("UCX_TLS", ucx_tls)
     serving = start()
     variables = environ(serving)
     without_grpc = {**variables, "MX_DISABLED_PLUGINS": "mx-grpc-stream"}
@@ -167,7 +171,7 @@ def test_nixl_is_offered_if_the_user_says_so(start: Start, checkpoint: str) -> N
         with mx.publish(tensors, identity=identity_of(tensors), environ=wanted) as offer:
             assert eventually(lambda: offer.state.status == "ready")
 
-            assert load(checkpoint, variables).uri.startswith("grpc://")
+            assert load(checkpoint, variables).uri.startswith(first if offered == "1" else "grpc://")
             assert load(checkpoint, without_grpc).uri.startswith("nixl://" if offered == "1" else checkpoint)
 
 

@@ -15,7 +15,7 @@ import attrs
 import pytest
 import torch
 
-from modelexpress_core.contracts.candidates import Tier
+from modelexpress_core.contracts.candidates import Peer, Tier
 from modelexpress_core.contracts.transport import PeerAccess, PeerSession, TensorRead, TensorTable
 from modelexpress_core.errors import BackendError, NotFoundError, UnavailableError
 from modelexpress_core.providers import TransportProvider
@@ -68,6 +68,7 @@ class Right(InprocTransport):
     session: type[Any] = Session
     served: type[Any] = InprocServed
     stalled: type[Any] = StalledSession
+    tier: Any = Tier.PEER
     hang_seconds = 30.0
 
     def connect(self, access: PeerAccess) -> Any:
@@ -263,6 +264,29 @@ class CountsFromOne(Session):
 class YieldsRanges(Session):
     def read(self, reads: Sequence[TensorRead]) -> Iterator[Any]:
         yield from (reads[position] for position in super().read(reads))
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+@fails("what_is_sent_is_counted")
+class CountsNothing(Right):
+    hang_seconds = 2.0
+
+    def serve(self, table: TensorTable) -> Any:
+        return super().serve(attrs.evolve(table, count_sent=lambda _lease, _nbytes: None))
+
+
+@fails("what_is_sent_is_counted")
+class CountsRangesAndPieces(Right):
+    hang_seconds = 2.0
+
+    def serve(self, table: TensorTable) -> Any:
+        def twice(lease_id: str, nbytes: int) -> None:
+            table.count_sent(lease_id, nbytes)
+            table.count_sent(lease_id, nbytes)
+
+        return super().serve(attrs.evolve(table, count_sent=twice))
 
 
 # -- sessions ----------------------------------------------------------------------------------------------------------
@@ -622,6 +646,13 @@ class WaitsForTheWorker(Right):
             raise
 
 
+@fails("any_worker_can_be_ranked")
+class BelievesWhatWorkersPublish(Right):
+    @staticmethod
+    def tier(peer: Peer, environ: Mapping[str, str]) -> Tier:
+        return Tier.FABRIC_PEER if peer.topology["mx_wrong_rail"] == "7" else Tier.OTHER_PEER
+
+
 @fails("it_is_a_transport")
 class HasNoClose(Right):
     def __getattribute__(self, name: str) -> Any:
@@ -637,7 +668,7 @@ class Base(TransportContract):
 
     @pytest.fixture
     def provider(self) -> TransportProvider:
-        return TransportProvider("mx-wrong", ("wrong",), lambda uri, _: self.kind(uri), tier=Tier.PEER)
+        return TransportProvider("mx-wrong", ("wrong",), lambda uri, _: self.kind(uri), tier=self.kind.tier)
 
     @pytest.fixture
     def stalled(

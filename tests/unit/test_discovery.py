@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from modelexpress_core import plugin as core
-from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Peer, Skipped, Tier
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import PluginLoadError, SettingsError, UnavailableError, UnknownSchemeError
 from modelexpress_core.hooks import hookimpl
@@ -283,6 +283,155 @@ def test_the_loader_finds_peers_for_requests_with_an_identity() -> None:
     assert ["nixl", "memory"] == [candidate.uri.scheme for candidate in with_identity]
     assert ["memory"] == [candidate.uri.scheme for candidate in without]
     assert [attrs.evolve(_REQUEST, identity=identity)] == discovering.requests
+
+
+# -- why places are left out -------------------------------------------------------------------------------------------
+
+
+def left_out(discovering: Any, request: LoadRequest = _REQUEST, **environ: str) -> dict[str, str]:
+    """Reasons and next steps by place."""
+    reported: list[Skipped] = []
+    environ = {"MX_DISCOVERY": "test://", **environ}
+    find_candidates(manager(discovering), environ, attrs.evolve(request, on_skipped=reported.append))
+    return {each.place: f"{'; '.join(each.reasons)}: {each.hint}" for each in reported}
+
+
+def test_a_transport_that_is_missing_is_the_reason() -> None:
+    """With the command that installs it; the requested URI is no place that is left out."""
+    others = [peer("w", "grpc"), peer("v")]
+
+    [(place, reason)] = left_out(Discovering(lambda _: others)).items()
+
+    assert "grpc://server:8001/id/w" == place
+    assert "no usable plugin handles the transport scheme 'grpc'" in reason
+    assert "pip install " in reason
+
+
+def test_a_discovery_that_fails_is_a_place() -> None:
+    """So that an empty list is not mistaken for a model that no worker holds."""
+    failing = Discovering(raising(UnavailableError("nobody there", hint="start it")))
+    defect = Discovering(raising(ZeroDivisionError("oops")))
+
+    assert {"test://": "nobody there: start it"} == left_out(failing)
+    assert "ZeroDivisionError: oops" in left_out(defect)["test://"]
+    assert "no usable plugin" in left_out(failing, MX_DISCOVERY="other://")["other://"]
+
+
+def test_a_discovery_says_what_it_leaves_out() -> None:
+    """In a load nobody asks."""
+
+    def answer(request: LoadRequest) -> list[Candidate]:
+        request.skip("row 7", "it is of another zone", "set ZONE")
+        return []
+
+    assert {"row 7": "it is of another zone: set ZONE"} == left_out(Discovering(answer))
+    assert ["memory://host/model"] == found(Discovering(answer))
+
+
+def test_what_a_plugin_drops_from_the_ranking_is_reported() -> None:
+    """It names the setting that disables plugins."""
+
+    class Dropping(Discovering):
+        @hookimpl
+        def mx_rank_candidates(self, request: LoadRequest, candidates: Sequence[Candidate]) -> list[Candidate]:
+            return [each for each in candidates if each.peer is None]
+
+    [(place, reason)] = left_out(Dropping(lambda _: [peer("w")])).items()
+
+    assert "nixl://server:8001/id/w" == place
+    assert "MX_DISABLED_PLUGINS" in reason
+
+
+# -- tiers that depend on the worker -----------------------------------------------------------------------------------
+
+
+class Ranking:
+    """A discovery that finds the workers of ``topologies``, over two transports.
+
+    ``ranked`` ranks them by the function ``tier``, and ``even`` has the tier PEER.
+    """
+
+    def __init__(
+        self, topologies: Mapping[str, Mapping[str, str]], tier: Callable[[Peer, Mapping[str, str]], Any]
+    ) -> None:
+        self._topologies = topologies
+        self._tier = tier
+
+    def candidates(self, request: LoadRequest) -> list[Candidate]:
+        return [
+            Candidate(ModelURI(scheme, name, f"id/{name}"), "test", Peer("id", name, topology=topology))
+            for name, topology in self._topologies.items()
+            for scheme in ("ranked", "even")
+        ]
+
+    def close(self) -> None:
+        pass
+
+    def open(self, uri: ModelURI, settings: Mapping[str, str]) -> Any:
+        return self
+
+    @hookimpl
+    def mx_register_discoveries(self) -> list[DiscoveryProvider]:
+        return [DiscoveryProvider("test", ("test",), self.open)]
+
+    @hookimpl
+    def mx_register_transports(self) -> list[TransportProvider]:
+        return [
+            TransportProvider("mx-ranked", ("ranked",), self.open, tier=self._tier),
+            TransportProvider("mx-even", ("even",), self.open, tier=Tier.PEER),
+        ]
+
+
+def test_a_transport_ranks_each_worker_by_what_it_publishes() -> None:
+    """And by the variables of the load; a worker of which nothing is known comes after the others."""
+
+    def tier(peer: Peer, environ: Mapping[str, str]) -> Tier:
+        return Tier.FABRIC_PEER if peer.topology.get("rail") == environ["RAIL"] else Tier.OTHER_PEER
+
+    ranking = Ranking({"near": {"rail": "1"}, "far": {"rail": "2"}}, tier)
+
+    uris = found(ranking, MX_DISCOVERY="test://", RAIL="1", MX_P2P_SOURCE_SELECTOR="rendezvous_hash")
+
+    assert "ranked://near/id/near" == uris[0]
+    assert {"even://near/id/near", "even://far/id/far"} == set(uris[1:3])
+    assert ["ranked://far/id/far", "memory://host/model"] == uris[3:]
+    (record, _) = ranking.mx_register_transports()
+    assert Tier.OTHER_PEER is record.tier_of(None, {"RAIL": "1"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda: 1 // 0, "ZeroDivisionError: "),
+        (lambda: "best", "ValueError: 'best' is not a valid Tier"),
+        (lambda: None, "ValueError: None is not a valid Tier"),
+        (lambda: Tier.ORIGIN, "ValueError: the tier of a transport is FABRIC_PEER, PEER or OTHER_PEER, not ORIGIN"),
+        (lambda: int("\n" * 999), "ValueError: invalid literal"),
+    ],
+)
+def test_a_worker_that_cannot_be_ranked_is_the_last_one(
+    answer: Callable[[], Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a stranger publishes ends no load; the warning is short, in one line, and names worker and plugin."""
+    uris = found(Ranking({"odd": {}}, lambda peer, environ: answer()))
+
+    assert ["even://odd/id/odd", "ranked://odd/id/odd", "memory://host/model"] == uris
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("ranked://odd/id/odd is tried after other workers, because mx-ranked cannot rank it: ")
+    assert said in warning
+    assert len(warning) < 400
+    assert warning.isprintable()
+
+
+def test_settings_of_a_ranking_that_are_wrong_are_reported() -> None:
+    """They are the user's, not those of the worker."""
+
+    def tier(peer: Peer, environ: Mapping[str, str]) -> Tier:
+        message = "RAIL is wrong"
+        raise SettingsError(message)
+
+    with pytest.raises(SettingsError, match="RAIL is wrong"):
+        found(Ranking({"w": {}}, tier))
 
 
 # -- plugins -----------------------------------------------------------------------------------------------------------

@@ -105,6 +105,26 @@ def test_every_field_makes_a_difference(identity: SourceIdentity, name: str) -> 
     assert identity.source_id != attrs.evolve(identity, **{name: changed}).source_id
 
 
+@given(_IDENTITIES, _IDENTITIES, st.sampled_from([field.name for field in attrs.fields(SourceIdentity)]))
+def test_ids_differ_if_and_only_if_a_field_does(one: SourceIdentity, other: SourceIdentity, name: str) -> None:
+    """Explanations name the fields; two that differ in nothing, in one field, and in many."""
+    for second in (one, attrs.evolve(one, **{name: getattr(other, name)}), other):
+        assert bool(one.differences(second)) is (one.source_id != second.source_id)
+        assert one.differences(second) == {key: (here, there) for key, (there, here) in second.differences(one).items()}
+
+
+def test_differences_have_the_names_of_their_fields() -> None:
+    """Those of further parameters have their own, also if a field has the same one."""
+    one = SourceIdentity("acme/model", dtype="bfloat16", extra_parameters={"content_version": "1", "dtype": "x"})
+    other = SourceIdentity("ACME/Model", dtype="float16", extra_parameters={"content_version": "2"})
+
+    assert {
+        "dtype": ("bfloat16", "float16"),
+        "content_version": ("1", "2"),
+        "dtype (extra)": ("x", ""),
+    } == one.differences(other)
+
+
 @given(_IDENTITIES)
 def test_a_message_holds_all_of_it(identity: SourceIdentity) -> None:
     """There and back, over the wire."""

@@ -461,6 +461,33 @@ def test_a_worker_at_fault_is_not_tried_over_another_transport(
     assert [served.uri("odd")] == [event.uri for event in plugin.events if isinstance(event, LoadFailed)]
 
 
+def test_a_transport_whose_sdk_is_missing_does_not_end_a_load(
+    checkpoint: tuple[str, Mapping[str, torch.Tensor]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """If a discovery found its worker: the checkpoint follows, with a warning. One that was asked for raises."""
+    uri, state = checkpoint
+
+    class Missing(Plugin):
+        @mx.hookimpl
+        def mx_register_transports(self) -> list[TransportProvider]:
+            def opened(uri: mx.ModelURI, settings: Mapping[str, str]) -> Any:
+                raise ModuleNotFoundError(name="pigeons")
+
+            return [TransportProvider("mx-pigeon", ("pigeon",), opened, tier=Tier.FABRIC_PEER)]
+
+    target = new_model(fill=7)
+    peer = f"pigeon://127.0.0.1:1/{_IDENTITY.source_id}/w"
+
+    report = load(uri, Missing(peer), target)
+
+    assert uri == report.uri
+    assert_equal(state, target)
+    assert f"loading from {peer} failed: " in caplog.text
+    assert "the package pigeons is missing" in caplog.text
+    with pytest.raises(mx.PluginLoadError, match="the package pigeons is missing"):
+        load(peer, Missing(), target)
+
+
 def test_loads_from_peers_are_counted(
     source: nn.Module, served: ServingWorker, checkpoint: tuple[str, Mapping[str, torch.Tensor]]
 ) -> None:
@@ -476,14 +503,16 @@ def test_loads_from_peers_are_counted(
             counted("mx_p2p_transfer_seconds_count", outcome="ok"),
             counted("mx_p2p_transfer_seconds_count", outcome="error"),
             counted("mx_p2p_read_bytes_total", transport="inproc"),
-            counted("mx_p2p_digest_mismatches_total", transport="odd"),
+            counted("mx_p2p_digest_mismatches_total", transport="odd", peer=f"127.0.0.1:{served.port}"),
+            *(counted("mx_p2p_phase_seconds_count", phase=phase) for phase in ("open", "read", "verify", "release")),
         ]
 
     before = figures()
     report = load(checkpoint[0], Plugin(served.uri("inproc")), new_model())
     load(checkpoint[0], Plugin(served.uri("odd"), session=Flips), new_model())
 
-    ok, failed, ok_seconds, failed_seconds, read, mismatches = map(operator.sub, figures(), before)
+    ok, failed, ok_seconds, failed_seconds, read, mismatches, *phases = map(operator.sub, figures(), before)
+    assert [2, 2, 2, 1] == phases  # the load that failed did not come to the end of its lease
     assert (1, 1, 1, 1, report.bytes_fetched) == (ok, failed, ok_seconds, failed_seconds, read)
     assert mismatches >= 2
 

@@ -98,7 +98,7 @@ class Source:
     def __init__(self, name: str, session: Session, end: LeaseEnd = LeaseEnd.CONFIRMED) -> None:
         self.uri = f"test://{name}"
         self.session = session
-        self.releases = 0
+        self.releases = self.read_bytes = 0
         self._end = end
 
     def check_lease(self) -> tuple[LeaseEnd, BackendError | None]:

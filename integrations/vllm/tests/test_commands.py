@@ -1,4 +1,4 @@
-"""``mx vllm`` and ``mx explain`` without vLLM: which source they choose, the command they run, and what they refuse."""
+"""``mx vllm`` and ``mx explain-vllm`` without vLLM: which source they choose, what they run, and what they refuse."""
 
 from __future__ import annotations
 
@@ -143,8 +143,8 @@ def test_settings_that_cannot_be_used_are_refused(run: Run, model: Path) -> None
 
 def test_explain_chooses_mx_model_uri(run: Run, model: Path, tmp_path: Path) -> None:
     """The place in MX_MODEL_URI is chosen, with its size. With MX_FALLBACK=1 vLLM's own loader is next."""
-    alone = run("explain", "some/model", "--json", MX_MODEL_URI=str(model))
-    done = run("explain", "some/model", "--json", MX_MODEL_URI=str(model), MX_FALLBACK="1")
+    alone = run("explain-vllm", "some/model", "--json", MX_MODEL_URI=str(model))
+    done = run("explain-vllm", "some/model", "--json", MX_MODEL_URI=str(model), MX_FALLBACK="1")
 
     result = json.loads(done.stdout)
     first, second = result["places"]
@@ -159,8 +159,8 @@ def test_explain_chooses_mx_model_uri(run: Run, model: Path, tmp_path: Path) -> 
 
 def test_explain_gives_the_reason_of_an_unusable_place(run: Run, model: Path) -> None:
     """An unusable place is shown with the reason; the exit code is 1 if no place is usable."""
-    with_fallback = run("explain", "tiny", MX_MODEL_URI="/nowhere", MX_FALLBACK="1")
-    without = run("explain", "tiny", MX_MODEL_URI="/nowhere")
+    with_fallback = run("explain-vllm", "tiny", MX_MODEL_URI="/nowhere", MX_FALLBACK="1")
+    without = run("explain-vllm", "tiny", MX_MODEL_URI="/nowhere")
 
     assert 0 == with_fallback.returncode
     assert "1. file:///nowhere: unusable" in with_fallback.stdout
@@ -172,11 +172,11 @@ def test_explain_gives_the_reason_of_an_unusable_place(run: Run, model: Path) ->
 
 def test_explain_without_mx_model_uri(run: Run, model: Path) -> None:
     """Shows a directory, a name on the Hub, a directory without weights, and a URI."""
-    directory = run("explain", "tiny")
-    hub = run("explain", "some/model")
+    directory = run("explain-vllm", "tiny")
+    hub = run("explain-vllm", "some/model")
     (model / "model.safetensors").unlink()
-    bare = run("explain", "tiny")
-    uri = run("explain", "memory://tiny")
+    bare = run("explain-vllm", "tiny")
+    uri = run("explain-vllm", "memory://tiny")
 
     assert f"1. {model.as_uri()}: chosen" in directory.stdout
     assert "1 tensors, 4 B in 1 file" in directory.stdout

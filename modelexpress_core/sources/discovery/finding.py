@@ -10,9 +10,11 @@ from typing import Any
 
 import attrs
 
-from modelexpress_core.contracts.candidates import Candidate, LoadRequest
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Skipped, Tier
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, SettingsError
+from modelexpress_core.messages import printable
 from modelexpress_core.plugins import DISCOVERY, STORAGE, TRANSPORT, Kind, PluginManager
+from modelexpress_core.providers import TransportProvider
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.metrics import source_metrics
 from modelexpress_core.sources.settings import DiscoverySettings
@@ -25,12 +27,16 @@ _log = logging.getLogger(__name__)
 #: If one of these is set and no discovery is, ``server://`` is used.
 _SERVER_VARIABLES = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
 
+#: A plugin's error may quote what a worker published.
+_MAX_REASON_LENGTH = 200
+
 
 def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request: LoadRequest) -> tuple[Candidate, ...]:
     """Return the candidates for a load, best first: those that discoveries find, and the requested URI.
 
     Without an identity no discovery is used. A discovery that fails is skipped with a warning; the requested URI always
-    remains. A candidate that no installed plugin reads is skipped with a debug message.
+    remains. A candidate that no installed plugin reads is skipped with a debug message. ``request.on_skipped`` gets the
+    reason of each place that is left out.
 
     Args:
         plugins: Plugins that find, read and rank candidates.
@@ -41,7 +47,7 @@ def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request:
         SettingsError: A variable, or a URI in it, is not valid.
         PluginError: The ranking of a plugin failed.
     """
-    own = _with_tier(plugins, Candidate(request.uri)) or Candidate(request.uri)
+    own = _with_tier(plugins, environ, Candidate(request.uri), request) or Candidate(request.uri)
     if request.identity is None:
         return plugins.rank_candidates(request, (own,))
     settings = from_env(DiscoverySettings, environ)
@@ -55,9 +61,9 @@ def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request:
     )
     found = [
         readable
-        for text in _discovery_uris(settings, environ)
+        for text in _discovery_uris(settings, environ, request)
         for candidate in _candidates_of(plugins, environ, request, text)
-        if (readable := _with_tier(plugins, candidate)) is not None
+        if (readable := _with_tier(plugins, environ, candidate, request)) is not None
     ]
     candidates: dict[ModelURI, Candidate] = {}
     for candidate in (*found, own):
@@ -69,16 +75,21 @@ def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request:
         ranked = plugins.rank_candidates(request, tuple(candidates.values()))
     if ranked and ranked[0].peer is not None:
         metrics.selected(request.selector)
+    for uri in candidates.keys() - {candidate.uri for candidate in ranked}:
+        request.skip(str(uri), "a plugin's mx_rank_candidates left it out", "disable the plugin: MX_DISABLED_PLUGINS")
     return ranked
 
 
-def _discovery_uris(settings: DiscoverySettings, environ: Mapping[str, str]) -> Sequence[str]:
+def _discovery_uris(settings: DiscoverySettings, environ: Mapping[str, str], request: LoadRequest) -> Sequence[str]:
     """Return the URIs of the discoveries to use."""
     if settings.uris:
         return settings.uris
     if settings.backend is not None:
         return (settings.backend,)
-    return ("server://",) if any(environ.get(name, "").strip() for name in _SERVER_VARIABLES) else ()
+    if any(environ.get(name, "").strip() for name in _SERVER_VARIABLES):
+        return ("server://",)
+    request.skip("other workers", "no server is named that lists them", "set MODEL_EXPRESS_URL, or MX_DISCOVERY")
+    return ()
 
 
 def _candidates_of(
@@ -99,12 +110,14 @@ def _candidates_of(
         raise
     except ModelExpressError as exc:
         _log.warning("skipping the discovery %s, because it failed: %s", uri, exc)
+        request.skip(str(uri), exc.headline, exc.hint or "")
         return
     try:
         candidates = tuple(discovery.candidates(request))
         yield from (candidate for candidate in candidates if _is_candidate(candidate, uri))
     except ModelExpressError as exc:
         _log.warning("skipping the discovery %s, because it failed: %s", uri, exc)
+        request.skip(str(uri), exc.headline, exc.hint or "")
     except Exception as exc:  # noqa: BLE001 - a plugin's error must not prevent the load from the requested URI
         _log.warning(
             "skipping the discovery %s, because its plugin failed: %s: %s",
@@ -113,6 +126,7 @@ def _candidates_of(
             exc,
             exc_info=exc,
         )
+        request.skip(str(uri), f"its plugin failed: {type(exc).__name__}: {exc}", "report it to the plugin's authors")
     finally:
         try:
             discovery.close()
@@ -127,16 +141,41 @@ def _is_candidate(candidate: object, uri: ModelURI) -> bool:
     return False
 
 
-def _with_tier(plugins: PluginManager, candidate: Candidate) -> Candidate | None:
+def _with_tier(
+    plugins: PluginManager, environ: Mapping[str, str], candidate: Candidate, request: LoadRequest
+) -> Candidate | None:
     """Return ``candidate`` with the tier of the plugin that reads it; None if no installed plugin does."""
     scheme = candidate.uri.scheme
     kinds: tuple[Kind[Any, Any], ...] = (STORAGE, TRANSPORT) if candidate.peer is None else (TRANSPORT,)
     for kind in kinds:
         if scheme in plugins.table(kind).schemes:
             try:
-                record = plugins.table(kind).lookup(scheme)
+                provider = plugins.table(kind).lookup(scheme).provider
             except ModelExpressError:  # for example a conflict: the load that tries the candidate reports it
                 return candidate
-            return attrs.evolve(candidate, tier=record.provider.tier)
+            tier = provider.tier if kind is STORAGE else _peer_tier(provider, candidate, environ)
+            return attrs.evolve(candidate, tier=tier)
     _log.debug("skipping %s, because no installed plugin handles %s", candidate.uri, scheme)
+    if request.on_skipped is not None and candidate.uri != request.uri:
+        try:
+            plugins.table(kinds[-1]).lookup(scheme)
+        except ModelExpressError as exc:
+            request.on_skipped(Skipped(str(candidate.uri), (exc.headline,), exc.hint or "", candidate.peer))
     return None
+
+
+def _peer_tier(provider: TransportProvider, candidate: Candidate, environ: Mapping[str, str]) -> Tier:
+    """Return the tier of a worker. One with a record that its plugin cannot use comes last among the workers."""
+    try:
+        return provider.tier_of(candidate.peer, environ)
+    except SettingsError:
+        raise
+    except Exception as exc:  # noqa: BLE001 - what one worker publishes must not end the loads of others
+        _log.warning(
+            "%s is tried after other workers, because %s cannot rank it: %s: %s",
+            candidate.uri,
+            provider.name,
+            type(exc).__name__,
+            printable(str(exc))[:_MAX_REASON_LENGTH],
+        )
+        return Tier.OTHER_PEER

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import json
+import mmap
+import random
+import struct
 import threading
 import time
+import weakref
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import attrs
 import pytest
@@ -17,7 +25,9 @@ from modelexpress_core.contracts.transport import PeerAccess, TensorRead, Tensor
 from modelexpress_core.errors import BackendError, IntegrityError, NotFoundError, UnavailableError, UnsupportedError
 from modelexpress_core.providers import TransportProvider
 from modelexpress_core.uri import ModelURI
+from mx_nixl._agent import Agent
 from mx_nixl._description import AgentDescription
+from mx_nixl._lanes import Lane
 from mx_nixl._quarantine import KeptMemory, Quarantine
 from mx_nixl._serving import NixlServed
 from mx_nixl._session import BUFFER_BYTES, NixlSession
@@ -78,8 +88,11 @@ def test_every_tensor_is_in_place(
     needed = sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name != "tied")
     assert needed == report.bytes_needed == report.bytes_fetched
     assert "mx-nixl" == report.storage["plugin"]
+    (source,) = report.sources
+    expected = {"in place": "shared memory (CMA)", "through buffers": "TCP or another lane: UCX_TLS or MX_NIXL_BACKEND"}
+    assert source.channel.startswith(expected[lane])
     assert 0 == worker.leases.out()
-    assert f"{lane}\n" in caplog.text
+    assert f"{lane}, over {source.channel}\n" in caplog.text
 
 
 def test_ranges_of_any_offset_and_length(lane: str) -> None:
@@ -104,6 +117,31 @@ def test_only_bytes_of_its_tensors_are_asked_for(name: str, offset: int, length:
         pytest.raises(NotFoundError, match=f"no tensor '{name}' with bytes {offset}"),
     ):
         list(session.read([TensorRead(name, offset, torch.zeros(length, dtype=torch.uint8))]))
+
+
+def test_a_read_that_is_too_slow_for_its_lane_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, when the session ends, with both rates."""
+    content = torch.zeros(130 << 20, dtype=torch.uint8)
+    with served(bytes_table(t=content)) as serving:
+        description = AgentDescription.from_bytes(serving.description)
+        for low, warnings in ((1e18, 1), (1.0, 0)):
+            agent = Agent("reader/slow", "UCX")
+            agent.connect(agent.add(description.metadata))
+            session = NixlSession(
+                agent,
+                description,
+                lane=Lane("the fabric x", on_host=True, low_bytes_per_second=low),
+                is_served=lambda: True,
+                timeout_seconds=60,
+                uri=_URI,
+                quarantine=Quarantine(),
+            )
+            caplog.clear()
+            list(session.read([TensorRead("t", 0, torch.ones_like(content))]))
+            session.close()
+            session.close()
+
+            assert warnings == caplog.text.count(f"reading {_URI} was slow: 0.14 GB came at ")
 
 
 def test_two_threads_share_a_session(lane: str) -> None:
@@ -246,6 +284,161 @@ def test_a_damaged_description_is_refused(
 
     assert caught.value.peer_at_fault
     assert caught.value.uri.startswith("nixl://")
+
+
+def test_a_worker_that_is_gone_or_was_replaced_is_named(tensors: Mapping[str, torch.Tensor]) -> None:
+    """The message says that nothing listens at its address, or which other worker does."""
+    with serving_worker(tensors, ["nixl"]) as gone:
+        uri = gone.uri("nixl")
+    with pytest.raises(UnavailableError, match="no server listens there"):
+        mx.load_into(empty_like(tensors), uri, environ={})
+
+    with (
+        serving_worker(tensors, ["nixl"], worker_id="another", port=gone.port),
+        pytest.raises(NotFoundError, match="this is worker 'another', not 'w'"),
+    ):
+        mx.load_into(empty_like(tensors), uri, environ={})
+
+
+def replaced_head(description: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """A description with another head. The rest stays, so that its numbers need not explain it any more."""
+    magic, packed = description[:9], zlib.decompress(description[9:])
+    length = int.from_bytes(packed[:4], "little")
+    head = json.loads(packed[4 : 4 + length])
+    change(head)
+    text = json.dumps(head).encode()
+    return magic + zlib.compress(len(text).to_bytes(4, "little") + text + packed[4 + length :])
+
+
+def huge_count(description: bytes) -> bytes:
+    """A description of ten million tensors."""
+    return replaced_head(description, lambda head: head.update(tensors=10_000_000))
+
+
+def long_head(description: bytes) -> bytes:
+    """A description whose head has eight million numbers."""
+    return replaced_head(description, lambda head: head.update(fabrics=[1] * 8_000_000))
+
+
+def many_names(description: bytes) -> bytes:
+    """A description of ten million tensors, with their names and places: one mebibyte that becomes 300."""
+    packing = zlib.compressobj(9)
+    head = {"agent": "a", "backend": "UCX", "metadata": 0, "names": 60_000_000, "tensors": 10_000_000}
+    text = json.dumps(head).encode()
+    parts = [packing.compress(len(text).to_bytes(4, "little") + text)]
+    parts += [packing.compress(bytes(1 << 20)) for _ in range(300)]
+    return description[:9] + b"".join(parts) + packing.flush()
+
+
+def too_long(field: str, value: int) -> Callable[[bytes], bytes]:
+    """Alters the place of the tensor ``large``."""
+
+    def alter(description: bytes) -> bytes:
+        found = AgentDescription.from_bytes(description)
+        place = attrs.evolve(found.tensors["large"], **{field: value})
+        return attrs.evolve(found, tensors={**found.tensors, "large": place}).to_bytes()
+
+    return alter
+
+
+@pytest.mark.parametrize(
+    ("alter", "reason"),
+    [
+        (huge_count, "tensors is no number up to 250000"),
+        (many_names, "cut off, or too long"),
+        (long_head, r"its head has \d+ bytes"),
+        (too_long("nbytes", (1 << 63) - 1), "'large' has 9223372036854775807 bytes at"),
+        (too_long("nbytes", -1), "'large' has -1 bytes at"),
+        (too_long("address", (1 << 63) - 1), "bytes at 9223372036854775807 on device -1"),
+        (too_long("address", -8), "bytes at -8 on device"),
+        (too_long("device", 1 << 40), "on device 1099511627776"),
+    ],
+    ids=["count", "names", "head", "length that overflows", "negative length", "address", "negative", "device"],
+)
+def test_a_description_that_cannot_be_true_is_refused(
+    altered: Callable[[Callable[[bytes], bytes]], mx.LoadReport], alter: Callable[[bytes], bytes], reason: str
+) -> None:
+    """In little time and memory, with the reason; the worker is at fault."""
+    with pytest.raises(IntegrityError, match=reason) as caught:
+        altered(alter)
+
+    assert caught.value.peer_at_fault
+
+
+@pytest.mark.parametrize("distance", [1 << 20, -(1 << 32), 1 << 32])
+def test_memory_that_the_worker_has_not_registered_is_not_read(
+    lane: str, altered: Callable[[Callable[[bytes], bytes]], mx.LoadReport], distance: int
+) -> None:
+    """Where a description points beyond it, NIXL refuses the read before a byte moves."""
+
+    def shifted(description: bytes) -> bytes:
+        found = AgentDescription.from_bytes(description)
+        place = found.tensors["large"]
+        moved = {**found.tensors, "large": attrs.evolve(place, address=place.address + distance)}
+        return attrs.evolve(found, tensors=moved).to_bytes()
+
+    with pytest.raises(NotFoundError, match="its memory is not registered") as caught:
+        altered(shifted)
+
+    assert caught.value.peer_at_fault
+
+
+def test_memory_that_does_not_exist_ends_the_read() -> None:
+    """Where the agent's metadata claims it too. Over TCP a worker reads it by itself, and ends by its own lie."""
+    content = torch.zeros(1 << 20, dtype=torch.uint8)
+    first = content.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = -(-(content.data_ptr() + len(content)) // mmap.PAGESIZE) * mmap.PAGESIZE - first
+    with served(bytes_table(t=content)) as serving:
+        found = AgentDescription.from_bytes(serving.description)
+        lying = found.metadata.replace(struct.pack("<Q", length), struct.pack("<Q", 1 << 46))
+        place = attrs.evolve(found.tensors["t"], address=first + (1 << 38))
+        altered = attrs.evolve(found, metadata=lying, tensors={"t": place}).to_bytes()
+        with connected(altered) as session, pytest.raises(UnavailableError, match="connection to the worker ended"):
+            list(session.read([TensorRead("t", 0, torch.zeros(1 << 20, dtype=torch.uint8))]))
+
+    assert lying != found.metadata
+
+
+def test_metadata_of_any_bytes_ends_no_process() -> None:
+    """Cut off, with a bit or a number changed, or at random: NIXL refuses it, or knows the same agent as before."""
+    chance = random.Random(1)
+    with served(bytes_table(t=torch.zeros(1 << 20, dtype=torch.uint8))) as serving:
+        found = AgentDescription.from_bytes(serving.description)
+        for number in range(40):
+            spoilt = bytearray(found.metadata)
+            start = chance.randrange(len(spoilt) - 8)
+            if number % 4 == 0:
+                del spoilt[start:]
+            elif number % 4 == 1:
+                spoilt[start] ^= 1 << chance.randrange(8)
+            elif number % 4 == 2:
+                spoilt[start : start + 8] = struct.pack("<Q", chance.choice([0, 1 << 40, 1 << 63, (1 << 64) - 1]))
+            else:
+                spoilt = bytearray(chance.randbytes(start))
+            with contextlib.suppress(BackendError), connected(attrs.evolve(found, metadata=bytes(spoilt)).to_bytes()):
+                pass
+
+
+def test_destinations_that_nobody_else_holds_stay_until_their_reads_have_ended(lane: str) -> None:
+    """A caller that drops its tensors amid a read does not have their memory written by others, nor freed."""
+    content = torch.arange(8 << 20, dtype=torch.int64).view(torch.uint8)
+    reads = [
+        TensorRead("t", start, torch.zeros(4 << 20, dtype=torch.uint8)) for start in range(0, len(content), 4 << 20)
+    ]
+    with served(bytes_table(t=content)) as serving, connected(serving.description) as session:
+        reading = session.read(tuple(reads))
+        count, dropped = len(reads), weakref.ref(reads[-1].destination)
+        done = [next(reading)]
+        reads.clear()
+        gc.collect()
+        others = [torch.full((4 << 20,), 7, dtype=torch.uint8) for _ in range(count)]
+        done += reading
+        del reading
+        gc.collect()
+
+        assert [*range(count)] == sorted(done)
+        assert all(bool((other == 7).all()) for other in others)
+    assert dropped() is None
 
 
 def test_an_agent_with_another_name_is_refused(altered: Callable[[Callable[[bytes], bytes]], mx.LoadReport]) -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from modelexpress_core.contracts.candidates import Tier
+from modelexpress_core.contracts.candidates import Peer, Tier
 from modelexpress_core.errors import PluginLoadError, SettingsError
 from modelexpress_core.plugins import TRANSPORT, PluginManager
 from modelexpress_core.settings import variables
@@ -31,12 +31,13 @@ class TestNixlPlugin(PluginContract):
 
 
 def test_is_found_and_handles_nixl() -> None:
-    """Its peers come after those of the bulk channel, which is faster without a fabric."""
+    """Workers of which nothing is known come after those of the bulk channel, which is faster without a fabric."""
     registered = PluginManager.discover({"MX_STRICT_PLUGINS": "1"}).table(TRANSPORT).lookup("nixl")
 
     assert "mx-nixl" == registered.plugin.name
     assert NixlSettings is registered.provider.settings
-    assert Tier.OTHER_PEER is registered.provider.tier
+    assert Tier.OTHER_PEER is registered.provider.tier_of(None, {})
+    assert Tier.OTHER_PEER is registered.provider.tier_of(Peer("id", "w"), {})
 
 
 @pytest.mark.parametrize(("environ", "offered"), [({"MX_NIXL_OFFER": "1"}, True), ({"MX_NIXL_OFFER": "0"}, False)])

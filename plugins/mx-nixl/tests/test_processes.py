@@ -17,13 +17,15 @@ from attrs import frozen
 from safetensors.torch import save_file
 
 import modelexpress_core as mx
+from devtools.missing import ToolMissingError
 from modelexpress_core.contracts.candidates import Peer, Tier
 from modelexpress_core.contracts.transport import PeerAccess, TensorRead
+from modelexpress_core.doctor import diagnose
 from modelexpress_core.errors import BackendError, DeadlineError, UnavailableError
 from modelexpress_core.events import LoadFailed
 from modelexpress_core.providers import TransportProvider
 from modelexpress_core.sources.worker_client import WorkerClient
-from mx_nixl._quarantine import QUARANTINE
+from mx_nixl._quarantine import quarantined_bytes
 from mx_nixl._session import NixlSession
 from mx_nixl._transport import open_nixl
 from tests.support.peers import identity_of, tensors_of
@@ -50,11 +52,11 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker(**environ: str) -> Iterator[Worker]:
-    """Start a worker, and end it."""
+def worker(*prefix: str, **environ: str) -> Iterator[Worker]:
+    """Start a worker, by the command ``prefix`` if there is one, and end it."""
     program = Path(__file__).with_name("nixl_worker.py")
     process = subprocess.Popen(
-        [sys.executable, str(program), str(_MIB)],
+        [*prefix, sys.executable, str(program), str(_MIB)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environ},
@@ -160,6 +162,28 @@ def test_another_process_is_read(checkpoint: str, lanes: str, monkeypatch: pytes
     assert report.uri.startswith(peer.uri)
 
 
+def test_mx_doctor_says_why_shared_memory_is_not_used() -> None:
+    """Of a worker in another PID namespace, as in another pod of the same node; its bytes come over TCP."""
+    namespace = ("unshare", "--pid", "--fork", "--kill-child", *(("--user",) if os.geteuid() else ()))
+    try:
+        allowed = subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        allowed = False
+    if not allowed:
+        reason = "unshare, and the right to make PID namespaces: apt-get install util-linux"
+        raise ToolMissingError(reason)
+    source = identity_of(tensors_of(_MIB)).source_id
+    seen = []
+    for prefix in ((), namespace):
+        with worker(*prefix) as peer:
+            steps = {step.name: step for step in diagnose(f"{peer.uri}/{source}/w", environ={}, timeout_seconds=20)}
+        assert "ok" == steps["read"].status, steps
+        seen.append(steps["read"].seen.partition("way of the bytes: ")[2])
+
+    assert "shared memory (CMA)" == seen[0]
+    assert "TCP or another lane: the worker runs in another PID namespace of this host" == seen[1]
+
+
 @pytest.mark.parametrize("lanes", ["all", "tcp"])
 def test_a_worker_that_is_killed_amid_a_load(checkpoint: str, lanes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The load goes on from the checkpoint, and nothing is kept."""
@@ -171,7 +195,7 @@ def test_a_worker_that_is_killed_amid_a_load(checkpoint: str, lanes: str, monkey
 
     assert checkpoint == report.uri
     assert [True] == [isinstance(event.error, BackendError) for event in amid.failed]
-    assert eventually(lambda: QUARANTINE.release_ended() or QUARANTINE.nbytes == 0)
+    assert eventually(lambda: not quarantined_bytes())
 
 
 def test_a_worker_that_is_stopped_amid_a_load_writes_nothing_later(
@@ -185,11 +209,11 @@ def test_a_worker_that_is_stopped_amid_a_load_writes_nothing_later(
 
         report = load(tensors, checkpoint, peer, amid)
 
-        kept = QUARANTINE.nbytes
+        kept = quarantined_bytes()
         for tensor in tensors.values():
             tensor.fill_(0xA5)
         peer.process.send_signal(signal.SIGCONT)
-        ended = eventually(lambda: QUARANTINE.release_ended() or QUARANTINE.nbytes == 0)
+        ended = eventually(lambda: not quarantined_bytes())
 
     assert checkpoint == report.uri
     assert [True] == [isinstance(event.error, (DeadlineError, UnavailableError)) for event in amid.failed]
@@ -227,7 +251,7 @@ def test_a_worker_that_is_stopped_amid_reads_into_place(monkeypatch: pytest.Monk
             assert len(reads) == len(done)
 
         peer.process.send_signal(signal.SIGCONT)
-        assert eventually(lambda: QUARANTINE.release_ended() or QUARANTINE.nbytes == 0)
+        assert eventually(lambda: not quarantined_bytes())
 
     right = {number for number, read in enumerate(reads) if torch.equal(expected[read.name], read.destination)}
     assert done <= right

@@ -1,4 +1,4 @@
-"""``mx explain``: shows where vLLM's weights would come from and why, without loading any."""
+"""``mx explain-vllm``: shows where vLLM's weights would come from and why, without loading any."""
 
 from __future__ import annotations
 

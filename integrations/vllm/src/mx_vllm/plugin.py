@@ -1,4 +1,4 @@
-"""Registers ``mx explain`` and ``mx vllm``; imports neither vLLM nor torch."""
+"""Registers ``mx explain-vllm`` and ``mx vllm``; imports neither vLLM nor torch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def _vllm() -> Callable[..., None]:
 
 @hookimpl
 def mx_register_commands() -> list[CommandProvider]:
-    """Register ``mx explain`` and ``mx vllm``."""
+    """Register ``mx explain-vllm`` and ``mx vllm``."""
     return [
         CommandProvider(
-            "explain", _explain, help="Show where vLLM's weights would come from, and why.", settings=VllmSettings
+            "explain-vllm", _explain, help="Show where vLLM's weights would come from, and why.", settings=VllmSettings
         ),
         CommandProvider("vllm", _vllm, help="Serve the model at a URI with vLLM.", settings=VllmSettings),
     ]

@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n6modelexpress_core/wire/proto/modelexpress/access.proto\x12\x13modelexpress.access\">\n\x13GetReadGrantRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\"@\n\x14GetReadGrantResponse\x12\r\n\x05grant\x18\x01 \x01(\t\x12\x19\n\x11valid_for_seconds\x18\x02 \x01(\r\"[\n\tReadGrant\x12\x0e\n\x06reader\x18\x01 \x01(\t\x12\x14\n\x0cmx_source_id\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x15\n\rexpires_at_ms\x18\x04 \x01(\x03\"%\n\x11RenewLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x14\n\x12RenewLeaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n6modelexpress_core/wire/proto/modelexpress/access.proto\x12\x13modelexpress.access\">\n\x13GetReadGrantRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\"@\n\x14GetReadGrantResponse\x12\r\n\x05grant\x18\x01 \x01(\t\x12\x19\n\x11valid_for_seconds\x18\x02 \x01(\r\"[\n\tReadGrant\x12\x0e\n\x06reader\x18\x01 \x01(\t\x12\x14\n\x0cmx_source_id\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x15\n\rexpires_at_ms\x18\x04 \x01(\x03\"9\n\x11RenewLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x12\n\nread_bytes\x18\x02 \x01(\x04\"\x14\n\x12RenewLeaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -29,7 +29,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_READGRANT']._serialized_start=209
   _globals['_READGRANT']._serialized_end=300
   _globals['_RENEWLEASEREQUEST']._serialized_start=302
-  _globals['_RENEWLEASEREQUEST']._serialized_end=339
-  _globals['_RENEWLEASERESPONSE']._serialized_start=341
-  _globals['_RENEWLEASERESPONSE']._serialized_end=361
+  _globals['_RENEWLEASEREQUEST']._serialized_end=359
+  _globals['_RENEWLEASERESPONSE']._serialized_start=361
+  _globals['_RENEWLEASERESPONSE']._serialized_end=381
 # @@protoc_insertion_point(module_scope)

@@ -363,14 +363,16 @@ class PrepareTensorReadResponse(_message.Message):
     def __init__(self, lease_id: _Optional[str] = ..., manifest: _Optional[_Union[GetTensorManifestResponse, _Mapping]] = ..., renew_within_seconds: _Optional[int] = ...) -> None: ...
 
 class ReleaseTensorReadRequest(_message.Message):
-    __slots__ = ("mx_source_id", "worker_id", "lease_id")
+    __slots__ = ("mx_source_id", "worker_id", "lease_id", "read_bytes")
     MX_SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
     mx_source_id: str
     worker_id: str
     lease_id: str
-    def __init__(self, mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., lease_id: _Optional[str] = ...) -> None: ...
+    read_bytes: int
+    def __init__(self, mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., lease_id: _Optional[str] = ..., read_bytes: _Optional[int] = ...) -> None: ...
 
 class ReleaseTensorReadResponse(_message.Message):
     __slots__ = ()

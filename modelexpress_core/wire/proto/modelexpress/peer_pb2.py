@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n4modelexpress_core/wire/proto/modelexpress/peer.proto\x12\x11modelexpress.peer\"P\n\x16\x44\x65scribeTensorsRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x66irst\x18\x03 \x01(\r\"_\n\x17\x44\x65scribeTensorsResponse\x12\r\n\x05total\x18\x01 \x01(\r\x12\x35\n\x07tensors\x18\x02 \x03(\x0b\x32$.modelexpress.peer.TensorDescription\"x\n\x11TensorDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06stride\x18\x03 \x03(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x16\n\x0esame_memory_as\x18\x05 \x01(\t\x12\x0f\n\x07\x64igests\x18\x06 \x03(\x06\"7\n\x10GetAccessRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\"(\n\x11GetAccessResponse\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\x0c\"i\n\x12ReadTensorsRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12.\n\x06ranges\x18\x02 \x03(\x0b\x32\x1e.modelexpress.peer.TensorRange\x12\x11\n\tchecksums\x18\x03 \x01(\x08\";\n\x0bTensorRange\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"#\n\x0fOpenBulkRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"R\n\x10OpenBulkResponse\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n4modelexpress_core/wire/proto/modelexpress/peer.proto\x12\x11modelexpress.peer\"P\n\x16\x44\x65scribeTensorsRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x66irst\x18\x03 \x01(\r\"_\n\x17\x44\x65scribeTensorsResponse\x12\r\n\x05total\x18\x01 \x01(\r\x12\x35\n\x07tensors\x18\x02 \x03(\x0b\x32$.modelexpress.peer.TensorDescription\"x\n\x11TensorDescription\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x06stride\x18\x03 \x03(\x03\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x16\n\x0esame_memory_as\x18\x05 \x01(\t\x12\x0f\n\x07\x64igests\x18\x06 \x03(\x06\"7\n\x10GetAccessRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\"(\n\x11GetAccessResponse\x12\x13\n\x0b\x64\x65scription\x18\x01 \x01(\x0c\"=\n\x12ListReadersRequest\x12\x14\n\x0cmx_source_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\"S\n\x13ListReadersResponse\x12*\n\x07readers\x18\x01 \x03(\x0b\x32\x19.modelexpress.peer.Reader\x12\x10\n\x08left_out\x18\x02 \x01(\r\"\x8d\x01\n\x06Reader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x12\n\nread_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07\x63ounted\x18\x04 \x01(\x08\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x1a\n\rended_seconds\x18\x06 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_ended_seconds\"i\n\x12ReadTensorsRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12.\n\x06ranges\x18\x02 \x03(\x0b\x32\x1e.modelexpress.peer.TensorRange\x12\x11\n\tchecksums\x18\x03 \x01(\x08\";\n\x0bTensorRange\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"#\n\x0fOpenBulkRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"R\n\x10OpenBulkResponse\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,12 +32,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETACCESSREQUEST']._serialized_end=431
   _globals['_GETACCESSRESPONSE']._serialized_start=433
   _globals['_GETACCESSRESPONSE']._serialized_end=473
-  _globals['_READTENSORSREQUEST']._serialized_start=475
-  _globals['_READTENSORSREQUEST']._serialized_end=580
-  _globals['_TENSORRANGE']._serialized_start=582
-  _globals['_TENSORRANGE']._serialized_end=641
-  _globals['_OPENBULKREQUEST']._serialized_start=643
-  _globals['_OPENBULKREQUEST']._serialized_end=678
-  _globals['_OPENBULKRESPONSE']._serialized_start=680
-  _globals['_OPENBULKRESPONSE']._serialized_end=762
+  _globals['_LISTREADERSREQUEST']._serialized_start=475
+  _globals['_LISTREADERSREQUEST']._serialized_end=536
+  _globals['_LISTREADERSRESPONSE']._serialized_start=538
+  _globals['_LISTREADERSRESPONSE']._serialized_end=621
+  _globals['_READER']._serialized_start=624
+  _globals['_READER']._serialized_end=765
+  _globals['_READTENSORSREQUEST']._serialized_start=767
+  _globals['_READTENSORSREQUEST']._serialized_end=872
+  _globals['_TENSORRANGE']._serialized_start=874
+  _globals['_TENSORRANGE']._serialized_end=933
+  _globals['_OPENBULKREQUEST']._serialized_start=935
+  _globals['_OPENBULKREQUEST']._serialized_end=970
+  _globals['_OPENBULKRESPONSE']._serialized_start=972
+  _globals['_OPENBULKRESPONSE']._serialized_end=1054
 # @@protoc_insertion_point(module_scope)

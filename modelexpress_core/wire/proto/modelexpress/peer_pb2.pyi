@@ -53,6 +53,38 @@ class GetAccessResponse(_message.Message):
     description: bytes
     def __init__(self, description: _Optional[bytes] = ...) -> None: ...
 
+class ListReadersRequest(_message.Message):
+    __slots__ = ("mx_source_id", "worker_id")
+    MX_SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    mx_source_id: str
+    worker_id: str
+    def __init__(self, mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
+
+class ListReadersResponse(_message.Message):
+    __slots__ = ("readers", "left_out")
+    READERS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    readers: _containers.RepeatedCompositeFieldContainer[Reader]
+    left_out: int
+    def __init__(self, readers: _Optional[_Iterable[_Union[Reader, _Mapping]]] = ..., left_out: _Optional[int] = ...) -> None: ...
+
+class Reader(_message.Message):
+    __slots__ = ("name", "transport", "read_bytes", "counted", "seconds", "ended_seconds")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    transport: str
+    read_bytes: int
+    counted: bool
+    seconds: float
+    ended_seconds: float
+    def __init__(self, name: _Optional[str] = ..., transport: _Optional[str] = ..., read_bytes: _Optional[int] = ..., counted: bool = ..., seconds: _Optional[float] = ..., ended_seconds: _Optional[float] = ...) -> None: ...
+
 class ReadTensorsRequest(_message.Message):
     __slots__ = ("lease_id", "ranges", "checksums")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]

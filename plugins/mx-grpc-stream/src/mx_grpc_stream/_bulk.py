@@ -42,7 +42,8 @@ class _TensorSource:
         return self._contents.get(name)
 
     def count_sent(self, ticket: Ticket, nbytes: int) -> None:
-        """Count nothing."""
+        """Count bytes for the lease of the ticket."""
+        self._table.count_sent(ticket.lease_id, nbytes)
 
 
 @frozen

@@ -92,6 +92,7 @@ class StreamedTensors:
                 reason = f"there is no tensor {each.name[:200]!r} with bytes {each.offset} to {end - 1}"
                 await context.abort(grpc.StatusCode.OUT_OF_RANGE, reason)
         making: Awaitable[bytes | None] | None = None
+        part_bytes = 0
         for position, part in self._parts(request):
             begun = self._make_frame(request, position, part)
             if begun is None:
@@ -99,9 +100,11 @@ class StreamedTensors:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
             if making is not None:
                 yield await self._made(making, context)  # and the next one is made while it is sent
-            making = begun
+                self._table.count_sent(request.lease_id, part_bytes)
+            making, part_bytes = begun, len(part)
         if making is not None:
             yield await self._made(making, context)
+            self._table.count_sent(request.lease_id, part_bytes)
 
     def _parts(self, request: peer_pb2.ReadTensorsRequest) -> Iterator[tuple[int, torch.Tensor]]:
         """What each frame holds: the position of the range, and a part of the tensor."""

@@ -18,14 +18,18 @@ from attrs import frozen
 from mx_nixl._allocations import HOST
 from mx_nixl._lanes import Location
 
-__all__ = ["LIMIT_BYTES", "AgentDescription", "Proof", "TensorPlace"]
+__all__ = ["LIMIT_BYTES", "MAX_TENSORS", "AgentDescription", "Proof", "TensorPlace"]
 
 #: The limit of ``ServedTensors.description``.
 LIMIT_BYTES = 1 << 20
 
+#: How many tensors a description may have: a stranger's may be short, and name many that are alike.
+MAX_TENSORS = 250_000
+
 _FORMAT = 1
 _MAGIC = b"mx-nixl\n"
 _MAX_PLAIN_BYTES = 64 << 20
+_MAX_HEAD_BYTES = 64 << 10
 _MAX_ADDRESS = (1 << 63) - 1
 _MAX_PID = (1 << 31) - 1
 _NONCE_BYTES = 16
@@ -123,11 +127,14 @@ class AgentDescription:
     @classmethod
     def _parsed(cls, plain: bytes) -> AgentDescription:
         end = 4 + int.from_bytes(plain[:4], "little")
+        if end > _MAX_HEAD_BYTES:
+            reason = f"its head has {end} bytes"
+            raise ValueError(reason)
         head = json.loads(plain[4:end])
         metadata = plain[end : end + _number(head, "metadata", len(plain))]
         begin = end + len(metadata)
         encoded = plain[begin : begin + _number(head, "names", len(plain))]
-        count = _number(head, "tensors", len(plain))
+        count = _number(head, "tensors", MAX_TENSORS)
         shuffled = plain[begin + len(encoded) :]
         if len(metadata) != head["metadata"] or len(encoded) != head["names"] or len(shuffled) != count * 24:
             reason = f"it has {len(plain)} bytes, which its head does not explain"

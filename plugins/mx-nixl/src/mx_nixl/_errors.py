@@ -68,7 +68,10 @@ _MEANINGS: Mapping[str, _Meaning] = {
         UnavailableError, "the connection to the worker ended", peer_at_fault=True, hint="check whether it still runs"
     ),
     "nixlNotFoundError": _Meaning(
-        NotFoundError, "NIXL does not know the worker, or its memory is not registered", peer_at_fault=True
+        NotFoundError,
+        "NIXL does not know the worker, or its memory is not registered",
+        peer_at_fault=True,
+        hint=f"check whether the worker was started again, and start the load again; {_SHOW_LOG}",
     ),
     "nixlMismatchError": _Meaning(
         UnsupportedError,
@@ -242,10 +245,10 @@ def quarantine_full(nbytes: int, uri: str) -> UnavailableError:
     )
 
 
-def too_many_tensors(tensors: int, nbytes: int, limit: int) -> UnsupportedError:
+def too_many_tensors(tensors: int, nbytes: int, limit: int, most: int) -> UnsupportedError:
     """The description of the memory is too long."""
     return UnsupportedError(
-        f"the description of {tensors} tensors has {nbytes} bytes, and {limit} are allowed",
+        f"the description of {tensors} tensors has {nbytes} bytes; {limit} are allowed, for at most {most} tensors",
         operation="offer the tensors",
         provider=PROVIDER,
         hint="offer them over another transport",

@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import define
 
-__all__ = ["QUARANTINE", "KeptMemory", "Quarantine"]
+__all__ = ["QUARANTINE", "KeptMemory", "Quarantine", "quarantined_bytes"]
 
 _log = logging.getLogger(__name__)
 
@@ -79,3 +79,9 @@ class Quarantine:
 
 #: That of this process.
 QUARANTINE = Quarantine()
+
+
+def quarantined_bytes() -> int:
+    """How many bytes of this process are kept now, after those were freed whose reads have ended; for metrics."""
+    QUARANTINE.release_ended()
+    return QUARANTINE.nbytes

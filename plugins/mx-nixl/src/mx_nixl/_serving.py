@@ -12,9 +12,10 @@ from typing import Any
 from modelexpress_core.contracts.transport import TensorTable
 from mx_nixl._agent import Agent, rows_of
 from mx_nixl._allocations import HOST, allocations_of, device_of, kind_of, merged
-from mx_nixl._description import LIMIT_BYTES, AgentDescription, Proof, TensorPlace
+from mx_nixl._description import LIMIT_BYTES, MAX_TENSORS, AgentDescription, Proof, TensorPlace
 from mx_nixl._errors import nixl_errors, too_many_tensors
 from mx_nixl._lanes import Location, here
+from mx_nixl.settings import NixlSettings
 
 __all__ = ["NixlServed"]
 
@@ -31,7 +32,7 @@ class NixlServed:
 
     Args:
         table: The tensors.
-        backend: The backend of NIXL.
+        settings: The backend of NIXL, and the name of the fabric.
 
     Attributes:
         description: The agent's metadata, and where each tensor lies.
@@ -44,13 +45,14 @@ class NixlServed:
 
     services: Mapping[Any, object] = {}
 
-    def __init__(self, table: TensorTable, backend: str) -> None:
+    def __init__(self, table: TensorTable, settings: NixlSettings) -> None:
         self._table = table  # keeps the memory alive
         self._closing = threading.Lock()
         self._nonce = ctypes.create_string_buffer(secrets.token_bytes(_NONCE_BYTES), _NONCE_BYTES)
-        location = here(backend)
-        self.topology = location.topology
-        self._agent = Agent(f"{table.worker_id[:64]}/{secrets.token_hex(8)}", backend, answers=True)
+        location = here(settings)
+        on_host = all(device_of(memory) == HOST for memory in table.tensors.values())
+        self.topology = location.topology(os.getpid() if on_host else None)
+        self._agent = Agent(f"{table.worker_id[:64]}/{secrets.token_hex(8)}", settings.backend, answers=True)
         try:
             self._register()
             self.description = self._describe(location)
@@ -67,8 +69,8 @@ class NixlServed:
             metadata = self._agent.metadata()
         proof = Proof(os.getpid(), ctypes.addressof(self._nonce), self._nonce.raw)
         found = AgentDescription(self._agent.name, self._agent.backend, metadata, places, location, proof).to_bytes()
-        if len(found) > LIMIT_BYTES:
-            raise too_many_tensors(len(places), len(found), LIMIT_BYTES)
+        if len(found) > LIMIT_BYTES or len(places) > MAX_TENSORS:
+            raise too_many_tensors(len(places), len(found), LIMIT_BYTES, MAX_TENSORS)
         return found
 
     def _register(self) -> None:

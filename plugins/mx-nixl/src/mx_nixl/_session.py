@@ -33,6 +33,7 @@ from mx_nixl._errors import (
     session_closed,
     withdrawn,
 )
+from mx_nixl._lanes import Lane
 from mx_nixl._quarantine import KeptMemory, Quarantine
 
 __all__ = ["BUFFER_BYTES", "NixlSession"]
@@ -121,13 +122,15 @@ class NixlSession:
     Args:
         agent: An agent of this session's own, which knows the worker's.
         description: What the worker tells.
-        in_place_on_host: Whether reads go straight into memory of the host.
-        in_place_on_device: Whether they do on devices.
+        lane: The way that bytes are meant to take. It says whether reads go straight into place.
         is_served: Whether the worker still serves its tensors, as far as this can be told; called before each read
             into place. Over CMA the worker has no part in a read, and could not refuse it.
         timeout_seconds: How long one read may take.
         uri: Redacted URI of the worker, for messages.
         quarantine: Keeps the memory of reads that do not end.
+
+    Attributes:
+        channel: The lane, and why it is not a faster one, for the report.
     """
 
     def __init__(
@@ -135,8 +138,7 @@ class NixlSession:
         agent: Agent,
         description: AgentDescription,
         *,
-        in_place_on_host: bool,
-        in_place_on_device: bool,
+        lane: Lane,
         is_served: Callable[[], bool],
         timeout_seconds: float,
         uri: str,
@@ -144,8 +146,8 @@ class NixlSession:
     ) -> None:
         self._agent = agent
         self._description = description
-        self._in_place_on_host = in_place_on_host
-        self._in_place_on_device = in_place_on_device
+        self.channel = lane.channel
+        self._lane = lane
         self._is_served = is_served
         self._timeout_seconds = timeout_seconds
         self._uri = uri
@@ -157,6 +159,9 @@ class NixlSession:
         self._registered: set[Allocation] = set()
         self._buffers: dict[int, _Buffers] = {}
         self._under_way: set[_Transfer] = set()
+        self._read_bytes = 0
+        self._read_seconds = 0.0
+        self._reading_since = 0.0
         self._moving = 0
         self._copying = 0
         self._disconnected = False
@@ -189,7 +194,7 @@ class NixlSession:
             yield _Piece(position, place.address + read.offset + start, place.device, destination)
 
     def _is_in_place(self, destination: torch.Tensor) -> bool:
-        return self._in_place_on_host if device_of(destination) == HOST else self._in_place_on_device
+        return self._lane.on_host if device_of(destination) == HOST else self._lane.on_device
 
     @staticmethod
     def _first_batch(pieces: Sequence[_Piece]) -> Sequence[_Piece]:
@@ -281,6 +286,8 @@ class NixlSession:
         with self._changed:
             if self._closed:
                 raise session_closed(self._uri)
+            if not self._under_way:
+                self._reading_since = time.monotonic()
             self._under_way.add(transfer)
         try:
             with nixl_errors(_READ, self._uri):
@@ -290,6 +297,8 @@ class NixlSession:
                 self._forget(transfer)
             raise
         self._forget(transfer)
+        with self._changed:
+            self._read_bytes += sum(map(len, into))
 
     def _wait(self, handle: Any) -> None:  # noqa: ANN401 - NIXL has no annotations
         sleep = _MIN_SLEEP_SECONDS
@@ -327,7 +336,10 @@ class NixlSession:
     def _forget(self, transfer: _Transfer) -> None:
         """Forget a read that has ended."""
         with self._changed:
-            self._under_way.discard(transfer)
+            if transfer in self._under_way:
+                self._under_way.remove(transfer)
+                if not self._under_way:
+                    self._read_seconds += time.monotonic() - self._reading_since
         with contextlib.suppress(Exception):  # the agent frees it later
             transfer.handle.release()
 
@@ -370,6 +382,8 @@ class NixlSession:
             first, self._ended = not self._ended, True
         if first:
             self._end()
+            if slow := self._lane.explain_slowness(self._read_bytes, self._read_seconds):
+                _log.warning("reading %s was slow: %s", self._uri, slow)
         if self._unsafe_bytes:
             raise close_unsafe(self._unsafe_bytes, self._uri)
 

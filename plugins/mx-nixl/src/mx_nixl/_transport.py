@@ -13,7 +13,7 @@ from modelexpress_core.uri import ModelURI
 from mx_nixl._agent import Agent, library
 from mx_nixl._description import AgentDescription, Proof
 from mx_nixl._errors import description_unreadable, nixl_errors, other_agent, other_backend, quarantine_full
-from mx_nixl._lanes import Location, here, reads_memory_of
+from mx_nixl._lanes import here, lane_between, reads_memory_of, shares_memory
 from mx_nixl._quarantine import QUARANTINE, Quarantine
 from mx_nixl._serving import NixlServed
 from mx_nixl._session import BUFFER_BYTES, NixlSession
@@ -52,7 +52,7 @@ class NixlTransport:
 
     def serve(self, table: TensorTable) -> NixlServed:
         """Register the tensors with an agent of their own."""
-        return NixlServed(table, self._settings.backend)
+        return NixlServed(table, self._settings)
 
     def connect(self, access: PeerAccess) -> NixlSession:
         """Make an agent for this session, and connect it to the one of the worker."""
@@ -66,10 +66,10 @@ class NixlTransport:
         self._quarantine.release_ended()
         if self._quarantine.nbytes + BUFFER_BYTES > self._quarantine_bytes:
             raise quarantine_full(self._quarantine.nbytes, uri)
-        cma, fabric = _lanes_to(description, here(self._settings.backend))
-        lane = f"the fabric {fabric}" if fabric else "shared memory (CMA)" if cma else "TCP or another lane"
-        where = "in place" if cma or fabric else "through buffers"
-        _log.info("reading %s over %s, %s", uri, lane, where)
+        theirs, ours = description.location, here(self._settings)
+        proven = shares_memory(theirs, ours) and _proves(description.proof)
+        lane = lane_between(theirs, ours, proven=proven)
+        _log.info("reading %s %s, over %s", uri, "in place" if lane.on_host else "through buffers", lane.channel)
         agent = Agent(f"reader/{secrets.token_hex(8)}", self._settings.backend)
         with nixl_errors("connect", uri, peer_at_fault=True):
             name = agent.add(description.metadata)
@@ -80,9 +80,8 @@ class NixlTransport:
         return NixlSession(
             agent,
             description,
-            in_place_on_host=cma or bool(fabric),
-            in_place_on_device=bool(fabric),
-            is_served=partial(_proves, description.proof) if cma else lambda: True,
+            lane=lane,
+            is_served=partial(_proves, description.proof) if proven else lambda: True,
             timeout_seconds=self._settings.read_timeout_seconds,
             uri=uri,
             quarantine=self._quarantine,
@@ -90,15 +89,6 @@ class NixlTransport:
 
     def close(self) -> None:
         """Do nothing: sessions and served tensors have the agents."""
-
-
-def _lanes_to(description: AgentDescription, ours: Location) -> tuple[bool, str]:
-    """Whether this process reads the worker's memory through CMA, and the fabric in common, or ""."""
-    theirs, proof = description.location, description.proof
-    common = sorted({*theirs.fabrics} & {*ours.fabrics})
-    near = (theirs.host, theirs.pid_namespace) == (ours.host, ours.pid_namespace)
-    cma = near and theirs.cma and ours.cma and _proves(proof)
-    return cma, common[0] if common else ""
 
 
 def _proves(proof: Proof) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from modelexpress_core.contracts.candidates import Tier
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.providers import TransportProvider
 from mx_nixl.settings import NixlSettings
 
 if TYPE_CHECKING:
+    from modelexpress_core.contracts.candidates import Peer, Tier
     from modelexpress_core.contracts.transport import Transport
     from modelexpress_core.uri import ModelURI
 
@@ -27,16 +27,21 @@ def _is_offered(settings: Mapping[str, str]) -> bool:
     return is_offered(settings)
 
 
+def _tier_of(peer: Peer, settings: Mapping[str, str]) -> Tier:
+    from mx_nixl._lanes import tier_of
+
+    return tier_of(peer, settings)
+
+
 @hookimpl
 def mx_register_transports() -> list[TransportProvider]:
     """``nixl``."""
-    # Without a fabric in common, the bulk channel is faster; a record cannot say this of single workers.
     return [
         TransportProvider(
             "mx-nixl",
             ("nixl",),
             _open_nixl,
-            tier=Tier.OTHER_PEER,
+            tier=_tier_of,
             offered=_is_offered,
             install_hint="mx-nixl[cu12]",
             settings=NixlSettings,
