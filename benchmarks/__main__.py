@@ -30,8 +30,8 @@ BENCHMARKS = (
     "p2p",
     "errors",
 )
-#: Benchmarks that run only if named: they take long, or need another environment.
-_NAMED = ("peer_faults", "vllm")
+#: Benchmarks that run only if named: they take long, or need another environment, or root.
+_NAMED = ("p2p_sources", "peer_faults", "vllm")
 
 _RESULTS = Path(__file__).parent / "results"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.contenders import Contender, in_threads
 from benchmarks.peer_source import BARE_METHOD, REQUEST, tensors_of
 
-__all__ = ["BareGrpc", "PeerInto", "PeerSockets"]
+__all__ = ["BareGrpc", "PeerInto", "PeerSockets", "PeersInto"]
 
 #: Size of the requests over plain sockets.
 _PIECE_BYTES = 4 << 20
@@ -42,6 +42,27 @@ class PeerInto(_Reader):
             "requests": report.requests,
             "verified": dict(report.verified),
             "peak_rss_bytes": report.peak_rss_bytes,
+        }
+
+
+class PeersInto(_Reader):
+    """``load_into`` from the first of several workers."""
+
+    def __init__(self, mib: int, uris: Sequence[str]) -> None:
+        import modelexpress_core as mx
+
+        super().__init__(mib)
+        self.uris = uris
+        self.identity = mx.own_identity("benchmark", self.tensors, content_version="1")
+
+    def run(self, *, sources: int) -> Mapping[str, Any]:  # type: ignore[override]
+        import modelexpress_core as mx
+
+        environ = {"MX_DISCOVERY": "static://", "MX_STATIC_SOURCES": ",".join(self.uris[:sources])}
+        report = mx.load_into(self.tensors, "memory://nowhere/model", identity=self.identity, environ=environ)
+        return {
+            "phase_seconds": dict(report.phase_seconds),
+            "sources": [(each.uri, each.bytes, round(each.seconds, 3), each.error) for each in report.sources],
         }
 
 

@@ -1,7 +1,8 @@
-"""The worker that is read in the benchmark ``p2p``, in a process of its own: ``python -m benchmarks.peer_source MIB``.
+"""The worker that is read in the benchmarks ``p2p`` and ``p2p_sources``, in a process of its own.
 
-It offers one set of tensors over every transport that is installed, over plain sockets, and over bare gRPC with
-serialisers that do nothing. It prints one line of JSON with the addresses, and ends when its standard input does.
+``python -m benchmarks.peer_source MIB [ADDRESS]``; the address is 127.0.0.1 by default. It offers one set of tensors
+over every transport that is installed, over plain sockets, and over bare gRPC with serialisers that do nothing. It
+prints one line of JSON with the addresses, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def _serve_bare_grpc(total: int) -> int:
 def main() -> None:
     """Serve."""
     mib = int(sys.argv[1])
+    host = sys.argv[2] if len(sys.argv) > 2 else "127.0.0.1"
     tensors = tensors_of(mib, seed=1)
     memory = [host_memory(tensor.view(torch.uint8)) for tensor in tensors.values()]
     identity = mx.own_identity("benchmark", tensors, content_version="1")
@@ -107,7 +109,7 @@ def main() -> None:
     environ: Mapping[str, str] = {
         **os.environ,
         "MODEL_EXPRESS_URL": nowhere,
-        "MX_WORKER_HOST": "127.0.0.1",
+        "MX_WORKER_HOST": host,
         "MX_WORKER_GRPC_PORT": "0",
     }
     with mx.publish(tensors, identity=identity, environ=environ) as offer:

@@ -63,11 +63,19 @@ class Worker:
             ``digest()`` of the tensors of the last run, and ``release()``.
         arguments: Arguments of its constructor.
         environ: Additional environment variables of its process.
+        before: Start of the command that runs it, for example in a network namespace.
     """
 
-    def __init__(self, contender: str, arguments: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        contender: str,
+        arguments: Mapping[str, Any],
+        environ: Mapping[str, str] | None = None,
+        *,
+        before: Sequence[str] = (),
+    ) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.workers", contender, json.dumps(arguments)],
+            [*before, sys.executable, "-m", "benchmarks.workers", contender, json.dumps(arguments)],
             env={**os.environ, **(environ or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

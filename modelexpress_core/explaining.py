@@ -221,7 +221,7 @@ class _Examiner(Loader):
                 found[candidate] = attrs.evolve(_place_of(candidate), reason=result.headline, hint=result.hint or "")
                 self._drop_failed(left, candidate, result)
                 error = result
-                if not (chosen or isinstance(result, self.try_next)):
+                if not chosen and self._ends_load(candidate, result):
                     break
         rest = "it is a worker that was at fault, over another transport"
         if left:

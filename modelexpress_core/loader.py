@@ -30,7 +30,7 @@ from modelexpress_core.contracts.candidates import Candidate, LoadRequest
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, PluginLoadError, ResolveError
 from modelexpress_core.loads.candidate_queue import CandidateQueue
-from modelexpress_core.loads.checkpoint import CheckpointLoad
+from modelexpress_core.loads.checkpoint import CheckpointLoad, Headers
 from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.loads.destination import Destination, DestinationTouchedError
 from modelexpress_core.loads.load import Load
@@ -117,8 +117,8 @@ class Loader(LoadContext):
             try:
                 return attempt(candidate, left)
             except self.try_next as exc:
-                if isinstance(exc, PluginLoadError) and candidate.origin == "caller":
-                    raise  # but a plugin that only a discovery needs ends no load
+                if self._ends_load(candidate, exc):
+                    raise
                 self._drop_failed(left, candidate, exc)
                 if not left:
                     raise
@@ -128,10 +128,10 @@ class Loader(LoadContext):
 
     def load(self, request: LoadRequest, destination: Destination) -> LoadReport:
         """Load into ``destination`` from the first candidate that succeeds."""
-        request = self._with_content_version(request)
+        request, headers = self._identified(request)
 
         def attempt(candidate: Candidate, left: CandidateQueue) -> LoadReport:
-            with self._new_load(candidate, request, destination, left) as load:
+            with self._new_load(candidate, request, destination, left, headers) as load:
                 load.open()
                 load.fetch()
                 return load.complete()
@@ -157,25 +157,46 @@ class Loader(LoadContext):
             return self.read_headers(candidate.uri, registered, storage, self.new_budget())
 
     def _with_content_version(self, request: LoadRequest) -> LoadRequest:
+        return self._identified(request)[0]
+
+    def _identified(self, request: LoadRequest) -> tuple[LoadRequest, Headers | None]:
         """``request`` with the version of the checkpoint in its identity; without identity if it cannot be told.
 
-        A worker whose content is unknown must not be read.
+        A worker whose content is unknown must not be read. If the headers of the checkpoint were read, a load of it
+        need not read them again.
         """
         identity, table = request.identity, self.plugins.table(STORAGE)
         if identity is None or identity.content_version or request.uri.scheme not in table.schemes:
-            return request
-        version, reason = None, "its storage has no versions that other machines see too"
+            return request, None
+        version, headers = None, None
+        reason = "its storage has no versions that other machines see too"
         try:
             if table.lookup(request.uri.scheme).provider.capabilities.global_versions:
-                version = self.open_headers(Candidate(request.uri)).content_version
+                headers = self._read_headers(request.uri)
+                version = headers.checkpoint.content_version
         except ModelExpressError as exc:  # the load that tries the candidate reports it
             reason = str(exc)
         if version is None:
             _log.info("no worker is asked for %s, since its content version cannot be told: %s", request.uri, reason)
             hint = "give own_identity a content_version= of your own on both sides"
             request.skip("other workers", f"the content version of {request.uri} cannot be told: {reason}", hint)
-            return attrs.evolve(request, identity=None)
-        return attrs.evolve(request, identity=identity.with_content_version(version))
+            return attrs.evolve(request, identity=None), headers
+        return attrs.evolve(request, identity=identity.with_content_version(version)), headers
+
+    def _read_headers(self, uri: ModelURI) -> Headers:
+        registered, storage = self.plugins.open(STORAGE, uri, self.environ)
+        seconds: list[float] = []
+        with contextlib.closing(storage):
+            checkpoint = self.read_headers(
+                uri, registered, storage, self.new_budget(), on_read=lambda taken, _whole: seconds.append(taken)
+            )
+        return Headers(checkpoint, min(seconds, default=None))
+
+    def _ends_load(self, candidate: Candidate, exc: Exception) -> bool:
+        """Whether no other candidate is tried: what fails is a plugin that the user named, or no place at all."""
+        if isinstance(exc, PluginLoadError):  # one that only a discovery needs ends no load
+            return candidate.origin == "caller"
+        return not isinstance(exc, self.try_next)
 
     @staticmethod
     def _drop_failed(left: CandidateQueue, candidate: Candidate, exc: Exception) -> None:
@@ -184,11 +205,16 @@ class Loader(LoadContext):
             left.drop_worker(candidate)
 
     def _new_load(
-        self, candidate: Candidate, request: LoadRequest, destination: Destination, left: CandidateQueue
+        self,
+        candidate: Candidate,
+        request: LoadRequest,
+        destination: Destination,
+        left: CandidateQueue,
+        headers: Headers | None,
     ) -> Load:
         if candidate.is_peer:
             return PeerLoad(candidate, self, destination, request, left)
-        return CheckpointLoad(candidate, self, destination)
+        return CheckpointLoad(candidate, self, destination, headers if candidate.uri == request.uri else None)
 
 
 def _prepare_for_next(destination: Destination, exc: Exception) -> None:

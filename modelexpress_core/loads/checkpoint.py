@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from attrs import frozen
+
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.contracts.candidates import Candidate
+from modelexpress_core.contracts.storage import Storage
 from modelexpress_core.events import LoadProgress
-from modelexpress_core.fetch import FetchEngine, concurrency_for
+from modelexpress_core.fetch import FetchEngine, RetryBudget, concurrency_for
 from modelexpress_core.loads.context import LoadContext, redacted_uris
 from modelexpress_core.loads.destination import Destination
 from modelexpress_core.loads.load import Load, peak_rss_bytes
@@ -19,11 +22,31 @@ from modelexpress_core.resources import allocating
 if TYPE_CHECKING:
     from modelexpress_core.placement import Recorder
 
-__all__ = ["CheckpointLoad"]
+__all__ = ["CheckpointLoad", "Headers"]
+
+
+@frozen
+class Headers:
+    """The headers of a checkpoint that were read to tell its content version.
+
+    Attributes:
+        checkpoint: What they say; each file is pinned to its version of that moment.
+        answer_seconds: How long the fastest read of them took; None if there was none.
+    """
+
+    checkpoint: Checkpoint
+    answer_seconds: float | None
 
 
 class CheckpointLoad(Load):
     """Copies to the destination become reads of the files, which go straight into place.
+
+    Args:
+        candidate: The checkpoint.
+        context: Settings and plugins.
+        destination: The destination.
+        headers: Its headers, if they were read already. They are read again where a load compares digests for which
+            the storage is asked file by file.
 
     Attributes:
         checkpoint: The checkpoint, once the load is open.
@@ -33,8 +56,11 @@ class CheckpointLoad(Load):
     checkpoint: Checkpoint
     recorder: Recorder
 
-    def __init__(self, candidate: Candidate, context: LoadContext, destination: Destination) -> None:
+    def __init__(
+        self, candidate: Candidate, context: LoadContext, destination: Destination, headers: Headers | None = None
+    ) -> None:
         super().__init__(candidate, context, destination)
+        self._headers = headers
         self._engine: FetchEngine | None = None
 
     def open(self) -> None:
@@ -42,23 +68,18 @@ class CheckpointLoad(Load):
         self._registered, storage = self._plugins.open(STORAGE, self._uri, self._context.environ)
         self._closing.callback(storage.close)
         budget = self._context.new_budget()
-        seconds: list[float] = []
-        self.checkpoint = self._context.read_headers(
-            self._uri,
-            self._registered,
-            storage,
-            budget,
-            to_load=True,
-            on_read=lambda taken, _whole: seconds.append(taken),
-        )
         provider, settings = self._registered.provider, self._context.settings
+        headers = self._headers
+        if headers is None or self._context.asks_digests(provider):
+            headers = self._read_headers(storage, budget)
+        self.checkpoint = headers.checkpoint
         self.engine = self._engine = FetchEngine(
             storage,
             settings,
             provider.capabilities,
             on_arrival=self._progress.arrived,
             budget=budget,
-            limit=concurrency_for(provider.capabilities, settings, answer_seconds=min(seconds, default=None)),
+            limit=concurrency_for(provider.capabilities, settings, answer_seconds=headers.answer_seconds),
             uri_of=redacted_uris(self._uri),
         )
         self._announce(
@@ -69,6 +90,18 @@ class CheckpointLoad(Load):
         )
         self.destination.check_checkpoint(self.checkpoint)
         self.recorder = self.destination.new_recorder(self.checkpoint, self.engine)
+
+    def _read_headers(self, storage: Storage, budget: RetryBudget) -> Headers:
+        seconds: list[float] = []
+        checkpoint = self._context.read_headers(
+            self._uri,
+            self._registered,
+            storage,
+            budget,
+            to_load=True,
+            on_read=lambda taken, _whole: seconds.append(taken),
+        )
+        return Headers(checkpoint, min(seconds, default=None))
 
     def fetch(self) -> None:
         """Record the copies, and read while later ones are still being recorded."""

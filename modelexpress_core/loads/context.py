@@ -60,6 +60,10 @@ class LoadContext:
         """Return the retry budget of one load."""
         return RetryBudget(self.settings.retry_budget_seconds)
 
+    def asks_digests(self, provider: StorageProvider) -> bool:
+        """Whether a load asks the storage for the digest of each file, besides listing them."""
+        return self.settings.verify_digests and provider.capabilities.stat_digests
+
     def read_headers(
         self,
         uri: ModelURI,
@@ -84,5 +88,5 @@ class LoadContext:
         retrying = RetryingStorage(storage, policy, budget, on_read=on_read, uri_of=redacted_uris(uri))
         provider = registered.provider
         _log.debug("reading the headers below %s with %s", uri, registered.label)
-        ask_digests = to_load and self.settings.verify_digests and provider.capabilities.stat_digests
+        ask_digests = to_load and self.asks_digests(provider)
         return open_files(retrying, uri, provider=provider.name, ask_digests=ask_digests)

@@ -14,8 +14,9 @@ from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.loads.destination import Destination
 from modelexpress_core.loads.load import Load, peak_rss_bytes
 from modelexpress_core.loads.peer_chunks import COMPARE, ReadPlan
-from modelexpress_core.loads.peer_reading import PeerReader, SourceReads
+from modelexpress_core.loads.peer_reading import PeerReader
 from modelexpress_core.loads.peer_source import PeerSource
+from modelexpress_core.loads.source_reads import SourceReads
 from modelexpress_core.report import LoadReport, SourceReport
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.metrics import source_metrics
@@ -89,8 +90,8 @@ class PeerLoad(Load):
 
     def fetch(self) -> None:
         """Read every tensor into place; afterwards each worker confirms that its memory did not change."""
-        self.destination.touch()
         self._first.renew()  # it is alive, right before the first read
+        self.destination.touch()
         settings = self._context.settings
         self._reader = reader = PeerReader(
             self._plan.chunks,
@@ -120,7 +121,7 @@ class PeerLoad(Load):
         One that was stopped because it was slow is taken again if no other is left.
         """
         with self._choosing:
-            workers = {self._first.worker_id, *(peer_of(each, self._request).worker_id for each in self._in_use)} - {""}
+            workers = {self._worker_of(each) for each in self._in_use} - {""}
 
             def is_wanted(candidate: Candidate) -> bool:
                 peer = peer_of(candidate, self._request)
@@ -137,14 +138,17 @@ class PeerLoad(Load):
                 self._in_use.append(candidate)
             return candidate
 
+    def _worker_of(self, candidate: Candidate) -> str:
+        """The id of a worker; the first one's is known although its URI may not name it."""
+        return self._first.worker_id if candidate is self._candidate else peer_of(candidate, self._request).worker_id
+
     def _join(self, reader: PeerReader, candidate: Candidate | None) -> None:
         """Open the first worker that can be opened, from ``candidate`` on, and read from it too."""
         while candidate is not None and not reader.closed:
             try:
                 source = self._open_source(candidate)
                 if source is not None:
-                    if not reader.add(source):
-                        source.close()
+                    self._add(reader, source)
                     return
             except ModelExpressError as exc:
                 _log.warning("%s is not read, because it could not be opened: %s", candidate.uri, exc)
@@ -153,6 +157,15 @@ class PeerLoad(Load):
                 _log.warning("%s is not read, because its plugin failed", candidate.uri, exc_info=exc)
                 self._dismiss(candidate, exc)
             candidate = self._next_worker()
+
+    @staticmethod
+    def _add(reader: PeerReader, source: PeerSource) -> None:
+        added = False
+        try:
+            added = reader.add(source)
+        finally:
+            if not added:
+                source.close()
 
     def _open_source(self, candidate: Candidate) -> PeerSource | None:
         """Return a connected source; None if its bytes differ from those of the first."""
@@ -196,7 +209,7 @@ class PeerLoad(Load):
 
     def _close_first(self) -> None:
         """Close the first source, unless its reader does."""
-        if self._reader is None:
+        if self._reader is None or not any(each.source is self._first for each in self._reader.sources):
             self._first.close()
 
     def complete(self) -> LoadReport:

@@ -19,17 +19,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from attrs import Factory, define, field
-
 from modelexpress_core.contracts.transport import TensorRead
 from modelexpress_core.errors import BackendError, DeadlineError, IntegrityError, ModelExpressError
-from modelexpress_core.loads.pace import Pace, batch_bytes, is_too_slow
+from modelexpress_core.loads.pace import batch_bytes, is_too_slow
 from modelexpress_core.loads.peer_chunks import ChunkRead
 from modelexpress_core.loads.peer_source import LeaseEnd, PeerSource
+from modelexpress_core.loads.source_reads import SourceReads
 from modelexpress_core.messages import byte_range
 from modelexpress_core.resources import start_thread
 
-__all__ = ["PeerReader", "SourceReads"]
+__all__ = ["PeerReader"]
 
 _log = logging.getLogger(__name__)
 _E = TypeVar("_E", bound=BackendError)
@@ -52,56 +51,10 @@ _LAST_CHECK_SECONDS = 0.02
 #: Reads that still run this long after their session was closed are reported.
 _STOP_SECONDS = 60.0
 
-#: How long a load waits for what a worker that failed says about its lease.
-_SETTLE_SECONDS = 2.0
-
-
-@define(eq=False)
-class SourceReads:
-    """What one source reads. The lock of its reader guards it.
-
-    Attributes:
-        source: The worker.
-        pace: How fast it delivers.
-        again: Chunks that it reads once more, because their digests were wrong.
-        held: Chunks that it reads now.
-        delivered: Chunks that it delivered.
-        threads: How many threads read from it.
-        unverified: How many of its chunks wait for their digests.
-        stopping: Whether it gets no more work.
-        stopped: Whether nothing of it writes to a destination any more.
-        error: Why it was stopped; None if it was slow, or is not needed any more.
-        lease: What it says at the end of its lease.
-        begun: When it began; on the clock of the reader, as the next two.
-        progressed: When its last chunk arrived, or it took chunks after it had none.
-        ended: When its session was closed; None before.
-        arrived_bytes: Bytes in place, with the right digests.
-        reread_bytes: Bytes that arrived with wrong digests.
-        mismatches: Chunks that did.
-    """
-
-    source: PeerSource
-    begun: float
-    pace: Pace = field(init=False, default=Factory(lambda self: Pace(self.begun), takes_self=True))
-    progressed: float = field(init=False, default=Factory(lambda self: self.begun, takes_self=True))
-    ended: float | None = field(init=False, default=None)
-    again: deque[ChunkRead] = field(init=False, factory=deque)
-    held: set[ChunkRead] = field(init=False, factory=set)
-    delivered: list[ChunkRead] = field(init=False, factory=list)
-    threads: int = field(init=False, default=0)
-    unverified: int = field(init=False, default=0)
-    stopping: bool = field(init=False, default=False)
-    stopped: bool = field(init=False, default=False)
-    error: BackendError | None = field(init=False, default=None)
-    lease: LeaseEnd | None = field(init=False, default=None)
-    arrived_bytes: int = field(init=False, default=0)
-    reread_bytes: int = field(init=False, default=0)
-    mismatches: int = field(init=False, default=0)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of the chunks that it reads now."""
-        return sum(len(chunk.destination) for chunk in self.held)
+#: How long a load waits for what a worker that failed says about its lease; and for what any worker says at the end, if
+#: digests prove the bytes.
+_SETTLE_SECONDS = 1.0
+_CONFIRM_SECONDS = 2.0
 
 
 class PeerReader:
@@ -225,10 +178,13 @@ class PeerReader:
                 self.threads += 1
             try:
                 self._start(lambda: self._run(reads), "read the tensors of another worker")
-            except BaseException:
+            except ModelExpressError:
                 with self._lock:
                     reads.threads -= 1
                     self.threads -= 1
+                    if reads.threads:
+                        return True  # it is read by one thread
+                    self.sources.remove(reads)
                 raise
         return True
 
@@ -405,6 +361,7 @@ class PeerReader:
             self.read_again += 1
             self._queue(chunk)
         reads.delivered.clear()
+        reads.reread_bytes += reads.arrived_bytes
         reads.arrived_bytes = 0
 
     def _queue(self, chunk: ChunkRead) -> None:
@@ -431,7 +388,8 @@ class PeerReader:
         """
         with self._lock:
             delivering = [each for each in self.sources if each.delivered and not each.stopping]
-        if len(delivering) > 1 and not all(self._settle(each, *each.source.check_lease()) for each in delivering):
+        patience = _CONFIRM_SECONDS if self._verify else None
+        if not all(self._settle(each, *each.source.check_lease(patience)) for each in delivering):
             return False
         for reads in delivering:
             if reads.stopping:
@@ -531,7 +489,6 @@ class PeerReader:
             reads.held.discard(chunk)
             reads.source.read_bytes += len(chunk.destination)
             if self._verify:
-                reads.unverified += 1
                 self._unverified.append((reads, chunk))
                 self._to_verify.notify()
                 while len(self._unverified) > _MAX_UNVERIFIED and not (reads.stopping or self._ends):
@@ -563,7 +520,6 @@ class PeerReader:
                 return
             error = None
             with self._lock:
-                reads.unverified -= 1
                 if right:
                     self._deliver(reads, chunk)
                 else:

@@ -144,9 +144,13 @@ class PeerSource:
         """
         self._worker.renew(self._lease_id)
 
-    def check_lease(self) -> tuple[LeaseEnd, BackendError | None]:
-        """Return whether the lease has lasted until now, and the error if that is not sure."""
-        return _result_of(self.renew)
+    def check_lease(self, deadline_seconds: float | None) -> tuple[LeaseEnd, BackendError | None]:
+        """Return whether the lease has lasted until now, and the error if that is not sure.
+
+        Args:
+            deadline_seconds: How long the answer may take; None for the deadline of all calls.
+        """
+        return _result_of(lambda: self._worker.renew(self._lease_id, deadline_seconds=deadline_seconds))
 
     def release(self) -> tuple[LeaseEnd, BackendError | None]:
         """End the lease; return as ``check_lease`` does. Further calls return the same."""

@@ -318,14 +318,19 @@ class WorkerClient(Client):
         release.read_bytes = read_bytes()
         self._call(WORKER, "ReleaseTensorRead", release)
 
-    def renew(self, lease_id: str) -> None:
+    def renew(self, lease_id: str, *, deadline_seconds: float | None = None) -> None:
         """Renew a lease, which proves that the worker is alive and that its memory is unchanged.
+
+        Args:
+            lease_id: The lease.
+            deadline_seconds: How long the call may take; by default as long as any other.
 
         Raises:
             NotFoundError: The lease has ended.
             BackendError: The call failed.
         """
-        self._call(LEASE, "RenewLease", access_pb2.RenewLeaseRequest(lease_id=lease_id))
+        request = access_pb2.RenewLeaseRequest(lease_id=lease_id)
+        self._call(LEASE, "RenewLease", request, deadline_seconds=deadline_seconds)
 
     @contextlib.contextmanager
     def _renewing(self, lease_id: str, within_seconds: float, read_bytes: Callable[[], int]) -> Iterator[None]:

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 
 import modelexpress_core as mx
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest
+from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadStarted
 from modelexpress_core.fetch import concurrency
 from modelexpress_core.loader import Loader
@@ -433,3 +434,40 @@ def test_a_load_begins_with_as_many_reads_as_the_latency_asks_for(
 
     assert most_reading == storage.most_reading
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+class Counting(MemoryStorage):
+    """Counts lists of files, and reads of headers."""
+
+    def __init__(self) -> None:
+        super().__init__("counting")
+        self.lists = self.headers = 0
+
+    def list(self, prefix: str) -> Iterable[ObjectInfo]:
+        self.lists += 1
+        return super().list(prefix)
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        self.headers += offset == 0
+        return super().read_into(path, offset, buffer, version=version)
+
+
+@pytest.mark.parametrize(("stat_digests", "reads"), [(False, 1), (True, 2)])
+def test_headers_that_told_the_content_version_are_not_read_again(stat_digests: bool, reads: int) -> None:
+    """Unless a load has to ask for the digest of each file, which a load from a worker does not need."""
+    storage = Counting()
+    storage.put("model.safetensors", save(STATE))
+    capabilities = StorageCapabilities(global_versions=True, stat_digests=stat_digests)
+
+    class Plugin:
+        @mx.hookimpl
+        def mx_register_storages(self) -> list[StorageProvider]:
+            return [StorageProvider("counting", ("counting",), lambda *_: storage, capabilities=capabilities)]
+
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in STATE.items()}
+    identity = mx.own_identity("acme/model", tensors)
+    report = mx.load_into(tensors, "counting://models", identity=identity, environ={}, plugins=manager(Plugin()))
+
+    assert (reads, reads) == (storage.lists, storage.headers)
+    assert report.content_version
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in STATE.items())

@@ -23,8 +23,9 @@ from modelexpress_core.errors import (
     UnavailableError,
 )
 from modelexpress_core.loads.peer_chunks import ChunkRead
-from modelexpress_core.loads.peer_reading import PeerReader, SourceReads
+from modelexpress_core.loads.peer_reading import PeerReader
 from modelexpress_core.loads.peer_source import LeaseEnd, PeerSource
+from modelexpress_core.loads.source_reads import SourceReads
 from modelexpress_core.transport.chunk_digests import chunk_digests
 from tests.support.properties import examples
 
@@ -101,7 +102,7 @@ class Source:
         self.releases = self.read_bytes = 0
         self._end = end
 
-    def check_lease(self) -> tuple[LeaseEnd, BackendError | None]:
+    def check_lease(self, deadline_seconds: float | None = None) -> tuple[LeaseEnd, BackendError | None]:
         if self._end is LeaseEnd.CONFIRMED:
             return self._end, None
         kind = NotFoundError if self._end is LeaseEnd.DENIED else UnavailableError
