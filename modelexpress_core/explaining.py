@@ -245,7 +245,7 @@ class _Examiner(Loader):
                 self._reach(candidate.uri, candidate.peer, request)
                 reason = "it answers; its tensors are not compared, because no model was given"
             else:
-                self._new_load(candidate, request, destination, CandidateQueue((), request)).probe()
+                self._new_load(candidate, request, destination, CandidateQueue((), request), None).probe()
                 reason = "it answers, its tensors have the layout of the model, and it grants a lease"
         except ModelExpressError as exc:
             return exc

@@ -210,7 +210,7 @@ class Loader(LoadContext):
         request: LoadRequest,
         destination: Destination,
         left: CandidateQueue,
-        headers: Headers | None,
+        headers: Headers | None = None,
     ) -> Load:
         if candidate.is_peer:
             return PeerLoad(candidate, self, destination, request, left)

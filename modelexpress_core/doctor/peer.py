@@ -1,4 +1,4 @@
-"""The steps of a diagnosis of a worker: can its tensors be read from here, and which way do the bytes take?"""
+"""The steps of a diagnosis of a worker: whether its tensors can be read, and which way the bytes take."""
 
 from __future__ import annotations
 

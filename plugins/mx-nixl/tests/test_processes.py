@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from attrs import frozen
+from prometheus_client import REGISTRY
 from safetensors.torch import save_file
 
 import modelexpress_core as mx
@@ -210,6 +211,7 @@ def test_a_worker_that_is_stopped_amid_a_load_writes_nothing_later(
         report = load(tensors, checkpoint, peer, amid)
 
         kept = quarantined_bytes()
+        gauge = REGISTRY.get_sample_value("mx_p2p_quarantined_bytes", {"transport": "nixl"})
         for tensor in tensors.values():
             tensor.fill_(0xA5)
         peer.process.send_signal(signal.SIGCONT)
@@ -217,8 +219,9 @@ def test_a_worker_that_is_stopped_amid_a_load_writes_nothing_later(
 
     assert checkpoint == report.uri
     assert [True] == [isinstance(event.error, (DeadlineError, UnavailableError)) for event in amid.failed]
-    assert kept
+    assert kept == gauge > 0
     assert ended
+    assert 0 == REGISTRY.get_sample_value("mx_p2p_quarantined_bytes", {"transport": "nixl"})
     assert all(bool((tensor == 0xA5).all()) for tensor in tensors.values())
 
 

@@ -9,12 +9,13 @@ from functools import partial
 
 from modelexpress_core.contracts.transport import PeerAccess, TensorTable
 from modelexpress_core.settings import from_env
+from modelexpress_core.sources.metrics import report_quarantine
 from modelexpress_core.uri import ModelURI
 from mx_nixl._agent import Agent, library
 from mx_nixl._description import AgentDescription, Proof
 from mx_nixl._errors import description_unreadable, nixl_errors, other_agent, other_backend, quarantine_full
 from mx_nixl._lanes import here, lane_between, reads_memory_of, shares_memory
-from mx_nixl._quarantine import QUARANTINE, Quarantine
+from mx_nixl._quarantine import QUARANTINE, Quarantine, quarantined_bytes
 from mx_nixl._serving import NixlServed
 from mx_nixl._session import BUFFER_BYTES, NixlSession
 from mx_nixl.settings import NixlSettings
@@ -105,4 +106,5 @@ def open_nixl(uri: ModelURI, settings: Mapping[str, str]) -> NixlTransport:
     """
     chosen = from_env(NixlSettings, settings)
     library()
+    report_quarantine("nixl", quarantined_bytes)
     return NixlTransport(uri, chosen)
