@@ -32,6 +32,8 @@ _READ_VARIABLES = (
     "CLOUD_STORAGE_",
     "GCE_",
     "GOOGLE_",
+    "HF_",
+    "HUGGING",
     "IDENTITY_",
     "IMDS_",
     "MODEL_EXPRESS_",
@@ -160,5 +162,6 @@ def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path / "no-gcloud"))
     monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no-hugging-face"))
     monkeypatch.setenv("AZURE_POD_IDENTITY_AUTHORITY_HOST", f"http://127.0.0.1:{CLOSED_PORT}")
     monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "ManagedIdentityCredential")

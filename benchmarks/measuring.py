@@ -186,6 +186,7 @@ def write_json(reports: Sequence[Report], path: Path) -> None:
         "modelexpress-core",
         "mx-azure",
         "mx-gcs",
+        "mx-hf",
         "mx-s3",
         "mx-streamer",
         "obstore",

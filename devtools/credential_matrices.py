@@ -7,7 +7,7 @@ from typing import Literal
 
 from attrs import field, frozen
 
-__all__ = ["AZURE", "GCS", "S3", "STORES", "CheckedBy", "Kind", "Outcome", "Store"]
+__all__ = ["AZURE", "GCS", "HF", "S3", "STORES", "CheckedBy", "Kind", "Outcome", "Store"]
 
 #: What answered in the test: an emulator of the store alone; a stand-in, before an emulator or in its place; no server.
 CheckedBy = Literal["emulator", "stand-in", "no server"]
@@ -551,4 +551,69 @@ AZURE = Store(
     ),
 )
 
-STORES = (S3, GCS, AZURE)
+# -- Hugging Face Hub --------------------------------------------------------------------------------------------------
+
+_HF_GATED_ANONYMOUS = "the repository is gated, and the request carries no token"
+_HF_GATED = (
+    "the repository is gated, and the account of this token has not been granted access, or the token may not read "
+    "gated repositories"
+)
+_HF_INVALID = "the token was revoked or has run out, or is of another Hub"
+_HF_PRIVATE = "the name is misspelt, or the repository is private and this token may not read it"
+_HF_PRIVATE_ANONYMOUS = "the name is misspelt, or the repository is private and the request carries no token"
+
+HF = Store(
+    name="Hugging Face Hub",
+    package="mx-hf",
+    order=(
+        "`HF_HUB_DISABLE_IMPLICIT_TOKEN=1`: requests carry no token",
+        "`HF_TOKEN`",
+        "the login of `hf auth login`",
+    ),
+    emulator="none",
+    stand_ins="the Hub and its CDN",
+    kinds=(
+        Kind(
+            "no token",
+            "nothing, or `HF_HUB_DISABLE_IMPLICIT_TOKEN=1`, for public repositories",
+            {
+                "valid": _loads("stand-in"),
+                "may not list": _fails(_HF_PRIVATE_ANONYMOUS),
+                "may not read": _fails(_HF_GATED_ANONYMOUS),
+            },
+            doctor=True,
+        ),
+        Kind(
+            "token",
+            "`HF_TOKEN=hf_...`",
+            {
+                "valid": _loads("stand-in"),
+                "missing": _fails(_HF_GATED_ANONYMOUS),
+                "wrong": _fails(_HF_INVALID),
+                "expired, and refused again": _fails(_HF_INVALID),
+                "may not list": _fails(_HF_PRIVATE),
+                "may not read": _fails(_HF_GATED),
+            },
+            doctor=True,
+        ),
+        Kind(
+            "login",
+            "`hf auth login`, once; or a file in `HF_TOKEN_PATH`",
+            {
+                "valid": _loads("stand-in"),
+                "missing": _fails(_HF_GATED_ANONYMOUS),
+                "wrong": _fails(_HF_INVALID),
+                "expired, and renewed": _loads("stand-in"),
+                "expired, and refused again": _fails(_HF_INVALID),
+                "may not list": _fails(_HF_PRIVATE),
+                "may not read": _fails(_HF_GATED),
+            },
+            doctor=True,
+        ),
+    ),
+    notes=(
+        "Who may not list: the repository is private. Who may not read: it is gated, and everybody sees its names.",
+    ),
+)
+
+STORES = (S3, GCS, AZURE, HF)

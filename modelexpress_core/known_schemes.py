@@ -15,12 +15,11 @@ class KnownScheme:
 
     Attributes:
         distribution: The package that handles it.
-        extra: The extra of modelexpress-core that installs the package; empty for core itself, None while the package
-            is not published.
+        extra: The extra of modelexpress-core that installs the package; empty for core itself.
     """
 
     distribution: str
-    extra: str | None = None
+    extra: str
 
     @property
     def install_hint(self) -> str | None:
@@ -35,7 +34,7 @@ KNOWN_SCHEMES: Mapping[str, KnownScheme] = {
     "s3": KnownScheme("mx-s3", "s3"),
     "gs": KnownScheme("mx-gcs", "gcs"),
     "az": KnownScheme("mx-azure", "azure"),
-    "hf": KnownScheme("mx-hf"),
+    "hf": KnownScheme("mx-hf", "hf"),
     "grpc": KnownScheme("mx-grpc-stream", "grpc"),
     "nixl": KnownScheme("mx-nixl", "nixl"),
 }

@@ -202,11 +202,8 @@ class SchemeTable(Generic[P]):
 def _install_step(scheme: str) -> str:
     """How to install the plugin for ``scheme``; empty if it is unknown, or if core has it for another kind."""
     known = KNOWN_SCHEMES.get(scheme)
-    if known is None or known.extra == "":
-        return ""
-    if known.install_hint is None:
-        return f"wait for {known.distribution}, which is not published yet; `mx plugins` lists what is installed"
-    return install_command(known.install_hint)
+    hint = known and known.install_hint
+    return install_command(hint) if hint else ""
 
 
 def record_named(

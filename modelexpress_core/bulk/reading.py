@@ -29,6 +29,9 @@ __all__ = ["BulkOffer", "BulkRead", "BulkReader"]
 
 _MAX_REASON_BYTES = 1024
 
+#: Bytes that are received at once: what is called with them finds them in the CPU's caches.
+_LANDING_BYTES = 1 << 20
+
 
 @frozen
 class BulkOffer:
@@ -52,10 +55,12 @@ class BulkRead:
     Attributes:
         run: The range.
         destination: One dimension of uint8, of the length of the range, on any device.
+        landed: Called with the number of its first bytes that are in place, for destinations in host memory.
     """
 
     run: Run
     destination: torch.Tensor = field(repr=False)
+    landed: Callable[[int], None] | None = field(default=None, repr=False, eq=False)
 
 
 class BulkReader:
@@ -191,11 +196,12 @@ def _receive_in_place(answer: Answer, read: BulkRead, *, checksums: bool) -> Non
     from modelexpress_core.transport.tensor_bytes import host_memory
 
     memory = host_memory(read.destination)
-    if not checksums:
-        _fill(answer, memory)
-        return
-    for start in range(0, len(memory), PIECE_BYTES):
-        _receive(answer, memory[start : start + PIECE_BYTES], checksums=True)
+    step = PIECE_BYTES if checksums else _LANDING_BYTES
+    for start in range(0, len(memory), step):
+        piece = memory[start : start + step]
+        _receive(answer, piece, checksums=checksums)
+        if read.landed is not None:
+            read.landed(start + len(piece))
 
 
 def _receive(answer: Answer, view: memoryview, *, checksums: bool) -> None:

@@ -12,6 +12,7 @@ import select
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -39,6 +40,9 @@ _MAX_STRANGERS = 64
 _FIRST_REQUEST_SECONDS = 10.0
 _IDLE_SECONDS = 75.0
 _SEND_SECONDS = 60.0
+
+#: How long the rest of a request that was refused is read.
+_LINGER_SECONDS = 1.0
 
 #: How long a new connection waits until there is room.
 _ROOM_SECONDS = 1.0
@@ -347,3 +351,10 @@ def _refuse(connection: Connection, exc: RefusedError) -> None:
         lines.append("WWW-Authenticate: Bearer")
     connection.wait_at_most(_FIRST_REQUEST_SECONDS)
     connection.send_all(_head(exc.status, lines) + content)
+    # Closing a connection with bytes that nobody read resets it, and the client might not see the answer.
+    part = memoryview(bytearray(64 << 10))
+    deadline = time.monotonic() + _LINGER_SECONDS
+    while (left := deadline - time.monotonic()) > 0:
+        connection.wait_at_most(left)
+        if not connection.receive(part):
+            return

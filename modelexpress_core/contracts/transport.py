@@ -119,11 +119,14 @@ class TensorRead:
         name: Name of the tensor.
         offset: First byte.
         destination: Where its bytes go: one dimension of uint8, of the length of the range, on the reader's device.
+        landed: A session may call it, in the thread that reads, with the number of its first bytes that are in host
+            memory and are not written again. Core then digests them while the CPU's caches have them.
     """
 
     name: str
     offset: int
     destination: torch.Tensor = field(repr=False)
+    landed: Callable[[int], None] | None = field(default=None, repr=False, eq=False)
 
 
 class ServedTensors(Protocol):

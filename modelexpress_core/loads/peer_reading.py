@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from modelexpress_core.contracts.transport import TensorRead
 from modelexpress_core.errors import BackendError, DeadlineError, IntegrityError, ModelExpressError
@@ -27,6 +27,9 @@ from modelexpress_core.loads.peer_source import LeaseEnd, PeerSource
 from modelexpress_core.loads.source_reads import SourceReads
 from modelexpress_core.messages import byte_range
 from modelexpress_core.resources import start_thread
+
+if TYPE_CHECKING:
+    from modelexpress_core.transport.chunk_digests import RunningDigest
 
 __all__ = ["PeerReader"]
 
@@ -471,32 +474,56 @@ class PeerReader:
     def _read_batch(self, reads: SourceReads, batch: Sequence[ChunkRead]) -> None:
         open_positions = set(range(len(batch)))
         session = reads.source.session
-        for position in session.read([TensorRead(each.name, each.offset, each.destination) for each in batch]):
+        digests = [self._running_digest(chunk) for chunk in batch]
+        ranges = [
+            TensorRead(chunk.name, chunk.offset, chunk.destination, None if digest is None else digest.landed)
+            for chunk, digest in zip(batch, digests, strict=True)
+        ]
+        for position in session.read(ranges):
             if position not in open_positions:
                 reason = f"the transport says that it has read range {position!r}, which is not open"
                 raise self._failure(reads, BackendError, reason, hint="report it to the authors of the transport")
             open_positions.remove(position)
-            self._arrived(reads, batch[position])
+            self._arrived(reads, batch[position], digests[position])
         if open_positions:
             reason = f"the transport has not read {len(open_positions)} of {len(batch)} ranges"
             raise self._failure(reads, BackendError, reason, hint="report it to the authors of the transport")
 
-    def _arrived(self, reads: SourceReads, chunk: ChunkRead) -> None:
-        """Pass a chunk on to the thread that verifies digests."""
+    def _running_digest(self, chunk: ChunkRead) -> RunningDigest | None:
+        from modelexpress_core.transport.chunk_digests import RunningDigest
+
+        return RunningDigest(chunk.destination) if self._verify and chunk.destination.device.type == "cpu" else None
+
+    def _arrived(self, reads: SourceReads, chunk: ChunkRead, digest: RunningDigest | None) -> None:
+        """Pass a chunk on to the thread that verifies digests, unless the session had it digested as it arrived."""
+        digested = digest is not None and digest.nbytes == len(chunk.destination)
+        error = None
         with self._lock:
             reads.progressed = now = self._clock()
             reads.pace.arrived(len(chunk.destination), now)
             reads.held.discard(chunk)
             reads.source.read_bytes += len(chunk.destination)
-            if self._verify:
+            if digest is not None and digested:
+                error = self._settle_chunk(reads, chunk, right=digest.digest == chunk.digest)
+            elif self._verify:
                 self._unverified.append((reads, chunk))
                 self._to_verify.notify()
                 while len(self._unverified) > _MAX_UNVERIFIED and not (reads.stopping or self._ends):
                     self._room_to_verify.wait()
                 reads.progressed = self._clock()
                 return
-            self._deliver(reads, chunk)
+            else:
+                self._deliver(reads, chunk)
+        if error is not None:
+            self._lose(reads, error)
         self._on_arrival()
+
+    def _settle_chunk(self, reads: SourceReads, chunk: ChunkRead, *, right: bool) -> BackendError | None:
+        """Deliver a chunk or have it read again, with the lock held; return an error that ends its source."""
+        if right:
+            self._deliver(reads, chunk)
+            return None
+        return self._read_again(reads, chunk)
 
     # -- the thread that verifies -------------------------------------------------------------------------------------
 
@@ -518,12 +545,8 @@ class PeerReader:
             except Exception as exc:  # noqa: BLE001 - the load must not wait for a digest that never comes
                 self.fail(exc)
                 return
-            error = None
             with self._lock:
-                if right:
-                    self._deliver(reads, chunk)
-                else:
-                    error = self._read_again(reads, chunk)
+                error = self._settle_chunk(reads, chunk, right=right)
             if error is not None:
                 self._lose(reads, error)
             self._on_arrival()

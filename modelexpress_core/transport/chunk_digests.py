@@ -18,7 +18,7 @@ import torch
 
 from modelexpress_core.transport.tensor_bytes import host_memory
 
-__all__ = ["CHUNK_BYTES", "chunk_count", "chunk_digests"]
+__all__ = ["CHUNK_BYTES", "RunningDigest", "chunk_count", "chunk_digests"]
 
 #: Bytes that one digest covers; the last chunk of a tensor may be shorter.
 CHUNK_BYTES = 4 << 20
@@ -48,6 +48,31 @@ def chunk_digests(content: torch.Tensor) -> list[int]:
     if content.device.type == "cpu":
         return [_by_library(content[start : start + CHUNK_BYTES]) for start in range(0, len(content), CHUNK_BYTES)]
     return list(_on_device(content))
+
+
+class RunningDigest:
+    """The digest of one chunk in host memory, taken while its bytes arrive. For one thread at a time.
+
+    Args:
+        content: The memory: one dimension of uint8, of at most ``CHUNK_BYTES``.
+
+    Attributes:
+        nbytes: How many bytes are digested.
+        digest: Their digest.
+    """
+
+    def __init__(self, content: torch.Tensor) -> None:
+        self._content = content
+        self.nbytes = 0
+        self.digest = 0
+
+    def landed(self, nbytes: int) -> None:
+        """Digest the bytes up to ``nbytes``, which have arrived."""
+        from awscrt import checksums
+
+        if nbytes > self.nbytes:
+            self.digest = checksums.crc64nvme(host_memory(self._content[self.nbytes : nbytes]), self.digest)
+            self.nbytes = nbytes
 
 
 def _by_library(content: torch.Tensor) -> int:

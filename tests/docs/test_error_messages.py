@@ -11,6 +11,7 @@ from modelexpress_core.fetch import RetryPolicy
 from modelexpress_core.settings import LoadSettings
 from mx_azure.settings import AzureSettings
 from mx_gcs.settings import GcsSettings
+from mx_hf.settings import HfSettings
 from mx_s3.settings import S3Settings
 
 
@@ -46,7 +47,7 @@ def test_times_until_the_final_error(attempt_seconds: float) -> None:
     assert f"| {row}" in PAGE.read_text()
     assert f"| {policy.attempts * attempt_seconds + longest:.0f} s |" in PAGE.read_text()
     assert longest < LoadSettings().retry_budget_seconds
-    assert {10.0} == {cls().connect_timeout_seconds for cls in (AzureSettings, GcsSettings, S3Settings)}
+    assert {10.0} == {cls().connect_timeout_seconds for cls in (AzureSettings, GcsSettings, HfSettings, S3Settings)}
     assert {30.0, LoadSettings().stall_seconds} == {
-        cls().read_timeout_seconds for cls in (AzureSettings, GcsSettings, S3Settings)
+        cls().read_timeout_seconds for cls in (AzureSettings, GcsSettings, HfSettings, S3Settings)
     }

@@ -213,7 +213,7 @@ def test_every_cell_of_the_credentials_is_tested(store: Store) -> None:
 
 def test_variables_of_credentials_are_settings() -> None:
     """Each variable on the page is read by a storage, or by azure-identity."""
-    named = set(re.findall(r"`?\b((?:AWS|AZURE|GOOGLE|GCE|NO_GCE|STORAGE|MX)_[A-Z0-9_]+)\b", page("credentials.md")))
+    named = set(re.findall(r"`?\b((?:AWS|AZURE|GOOGLE|GCE|HF|NO_GCE|STORAGE|MX)_[A-Z0-9_]+)\b", page("credentials.md")))
     known = {name for _, cls in settings_reference.classes() for name in settings_names(cls)}
 
     assert {"AZURE_TOKEN_CREDENTIALS"} == named - known

@@ -557,7 +557,7 @@ def test_a_model_on_disk(mx: Run, sharded: Path) -> None:
     ("uri", "code", "failed", "words"),
     [
         ("/no/such/model", 1, ["listing"], "check the URI"),
-        ("hf://org/model", 1, ["plugin"], "mx-hf, which is not published yet"),
+        ("nosuch://org/model", 1, ["plugin"], "install the plugin that handles nosuch"),
         ("s3:/bucket/model", 2, ["uri"], "write s3://bucket/model"),
         ("s3://", 2, ["plugin"], "write s3://bucket/path"),
     ],

@@ -12,7 +12,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import modelexpress_core as mx
 from devtools.azurite import Azurite
 from devtools.fake_gcs import FakeGcs
+from devtools.fake_hub import FakeHub
 from devtools.missing import ToolMissingError
 from devtools.models import generate_sharded, real_checkpoint
 from devtools.seaweedfs import SeaweedFS
@@ -113,6 +114,23 @@ def _in_azure(server: Azurite, directory: Path) -> Store:
     )
 
 
+def _in_hub(server: FakeHub, directory: Path) -> Store:
+    def put(name: str, content: bytes) -> None:
+        repository, _, path = name.partition("/")
+        server.put(f"org/{repository}", path, content)
+
+    return Store(
+        server.upload(directory, "org/every-store"),
+        "mx-hf",
+        server.environ(),
+        digests=True,
+        port=server.port,
+        through=lambda port: {"HF_ENDPOINT": f"http://127.0.0.1:{port}"},
+        upload=lambda directory, name: server.upload(directory, f"org/{name}"),
+        put=put,
+    )
+
+
 def _in_memory(directory: Path) -> Store:
     for path in directory.iterdir():
         memory("every-store").put(f"model/{path.name}", path.read_bytes())
@@ -133,7 +151,18 @@ def _with_engine(store: Store) -> Store:
     return Store(store.uri, "mx-streamer", variables, digests=store.digests)
 
 
-_REMOTE = ("s3", "gcs", "azure")
+#: Store -> the fixture of its server, and what puts a directory into it.
+_SERVERS: Mapping[str, tuple[str, Callable[[Any, Path], Store]]] = {
+    "s3": ("s3_server", _in_s3),
+    "gcs": ("gcs_server", _in_gcs),
+    "azure": ("azurite", _in_azure),
+    "hub": ("hub", _in_hub),
+}
+
+_REMOTE = tuple(_SERVERS)
+
+#: A load from the Hub stays with its commit, whatever is replaced; tests of mx-hf do that.
+_REPLACING = ("s3", "gcs", "azure")
 _LOCAL = ("path", "file")
 _WITH_ENGINE = ("file with mx-streamer", "s3 with mx-streamer")
 
@@ -151,6 +180,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def hub() -> Iterator[FakeHub]:
+    """Without a CDN of its own, so that whatever leads to the Hub leads to the bytes."""
+    with FakeHub(own_cdn=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
 def stored(checkpoint: Path, request: pytest.FixtureRequest) -> Callable[[str], Store]:
     """The store of a name. Its server is started, and the checkpoint uploaded, at first use."""
     stores: dict[str, Store] = {}
@@ -159,12 +195,9 @@ def stored(checkpoint: Path, request: pytest.FixtureRequest) -> Callable[[str], 
         where, _, engine = name.partition(" with ")
         if engine:
             return _with_engine(stored(where))
-        if where == "s3":
-            return _in_s3(request.getfixturevalue("s3_server"), checkpoint)
-        if where == "gcs":
-            return _in_gcs(request.getfixturevalue("gcs_server"), checkpoint)
-        if where == "azure":
-            return _in_azure(request.getfixturevalue("azurite"), checkpoint)
+        if where in _SERVERS:
+            fixture, store_in = _SERVERS[where]
+            return store_in(request.getfixturevalue(fixture), checkpoint)
         if where == "memory":
             return _in_memory(checkpoint)
         return Store(checkpoint.as_uri() if where == "file" else str(checkpoint), "modelexpress-core")
@@ -377,7 +410,7 @@ class _Replacing:
         self.events.append(event)
 
 
-@every(*_REMOTE)
+@every(*_REPLACING)
 def test_a_shard_that_is_replaced_during_the_load_fails_it(store: Store, checkpoint: Path) -> None:
     """The load began with one version; another one of the same size is never mixed in."""
     uri, name = store.upload(checkpoint, "replaced"), "model-00002-of-00003.safetensors"

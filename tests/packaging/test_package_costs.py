@@ -16,6 +16,7 @@ _SDKS: Mapping[str, tuple[str, ...]] = {
     "s3": ("boto", "s3transfer", "aws"),
     "gcs": ("google", "gcs"),
     "azure": ("azure", "msal"),
+    "hf": ("hf-", "hugging"),
 }
 
 #: What each row may have of them, and the largest size that we accept.
@@ -23,6 +24,7 @@ _ALLOWED: Mapping[str, tuple[set[str], float]] = {
     "mx-s3": ({"s3"}, 30),
     "mx-gcs": ({"gcs"}, 25),
     "mx-azure": ({"azure"}, 25),
+    "mx-hf": ({"hf"}, 35),
     "mx-grpc-stream": (set(), 50),
     "mx-nixl": (set(), 95),
     "mx-streamer": (set(), 75),

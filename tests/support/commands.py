@@ -40,6 +40,7 @@ _MODULES = (
     "prometheus_client",
     "mx_azure.plugin",
     "mx_gcs.plugin",
+    "mx_hf.plugin",
     "mx_s3._storage",
     "mx_s3.plugin",
     "mx_streamer.plugin",

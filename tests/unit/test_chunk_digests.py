@@ -7,7 +7,7 @@ import torch
 from awscrt import checksums
 
 from modelexpress_core.transport import chunk_digests as under_test
-from modelexpress_core.transport.chunk_digests import CHUNK_BYTES, chunk_count, chunk_digests
+from modelexpress_core.transport.chunk_digests import CHUNK_BYTES, RunningDigest, chunk_count, chunk_digests
 
 
 @pytest.fixture
@@ -81,3 +81,15 @@ def test_a_device_gives_the_same() -> None:
     content = content_of(9 * CHUNK_BYTES + 12_345)
 
     assert chunk_digests(content) == chunk_digests(content.cuda())
+
+
+@pytest.mark.parametrize("steps", [[0, 1, 1, 7, 1000], [1000], [3, 2, 1000]])
+def test_a_running_digest_is_that_of_the_whole(steps: list[int]) -> None:
+    """In whatever pieces the bytes arrive."""
+    content = torch.randint(0, 256, (1000,), dtype=torch.uint8)
+    running = RunningDigest(content)
+
+    for nbytes in steps:
+        running.landed(nbytes)
+
+    assert (1000, chunk_digests(content)) == (running.nbytes, [running.digest])

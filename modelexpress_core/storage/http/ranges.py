@@ -57,12 +57,13 @@ class VersionHeaders:
     """The headers that carry an object's version.
 
     Attributes:
-        condition: In a request: the version that is expected.
-        answered: In an answer: the version that it is of; in lower case.
+        condition: In a request: the version that is expected. The signer gets it with the other headers.
+        answered: In an answer: the version that it is of; in lower case. None if answers do not have it: the signer
+            then prepares requests to URLs that have the bytes of one version and no other.
     """
 
     condition: str = "If-Match"
-    answered: str = "etag"
+    answered: str | None = "etag"
 
 
 def check_encoding(
@@ -179,13 +180,14 @@ class RangeReader:
         """
         operation = f"read {byte_range(offset, length)}"
         headers = answer.headers
-        answered = headers.get(self._versions.answered)
-        if version is not None and answered is None:
-            reason = f"the answer does not tell its version: it has no header {self._versions.answered}"
-            raise self._failures.described(self._hides_version, reason, path, operation)
-        if version is not None and answered != version:
-            reason = f"the answer is of another version, {answered}, and {self._versions.condition} was ignored"
-            raise self._failures.described(_CHANGED, reason, path, operation)
+        if version is not None and self._versions.answered is not None:
+            answered = headers.get(self._versions.answered)
+            if answered is None:
+                reason = f"the answer does not tell its version: it has no header {self._versions.answered}"
+                raise self._failures.described(self._hides_version, reason, path, operation)
+            if answered != version:
+                reason = f"the answer is of another version, {answered}, and {self._versions.condition} was ignored"
+                raise self._failures.described(_CHANGED, reason, path, operation)
         check_encoding(headers, self._ignored_encodings, self._encoding_headers)
         if answer.status == 200 and offset == 0:
             return length

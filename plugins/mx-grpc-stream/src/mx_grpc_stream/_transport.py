@@ -103,13 +103,11 @@ class GrpcSession:
 
     def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
         """Read ranges over the bulk channel; over gRPC what it does not deliver."""
-        left = dict(enumerate(reads))
+        left = {position: _RestOfRange(read) for position, read in enumerate(reads)}
         attempts = 0
         while left and (bulk := self._bulk) is not None:
             asked = [*left.items()]
-            wanted = [
-                BulkRead(Run(each.name, each.offset, len(each.destination)), each.destination) for _, each in asked
-            ]
+            wanted = [each.over_bulk() for _, each in asked]
             attempts += 1
             try:
                 for position in bulk.read(wanted, checksums=not self._access.digests_compared):
@@ -127,7 +125,7 @@ class GrpcSession:
                 _log.debug("%s is asked over gRPC: %s", self._uri, exc)
                 break
         positions = [*left]
-        for position in self._read_frames([*left.values()]) if left else ():
+        for position in self._read_frames([each.over_grpc() for each in left.values()]) if left else ():
             yield positions[position]
 
     def _leave_bulk(self, exc: BackendError) -> None:
@@ -170,8 +168,11 @@ class GrpcSession:
                     f"a frame with {len(content)} bytes of range {position}, after {done} bytes of range {expected}"
                 )
                 raise damaged(reason)
-            self._place(reads[expected].destination[done : done + len(content)], content)
+            read = reads[expected]
+            self._place(read.destination[done : done + len(content)], content)
             done += len(content)
+            if read.landed is not None and read.destination.device.type == "cpu":
+                read.landed(done)
             if done == len(reads[expected].destination):
                 yield expected
                 expected, done = expected + 1, 0
@@ -215,8 +216,32 @@ class GrpcSession:
         self._client.close()
 
 
-def _bulk_read(read: TensorRead) -> BulkRead:
-    return BulkRead(Run(read.name, read.offset, len(read.destination)), read.destination)
+class _RestOfRange:
+    """What is left of a range: bytes that have arrived are not read again, and not written again."""
+
+    def __init__(self, read: TensorRead) -> None:
+        self._read = read
+        self._done = self._before = 0
+
+    def over_bulk(self) -> BulkRead:
+        """The rest, as the bulk channel reads it."""
+        self._before = self._done
+        destination = self._read.destination[self._before :]
+        return BulkRead(
+            Run(self._read.name, self._read.offset + self._before, len(destination)), destination, self._landed
+        )
+
+    def over_grpc(self) -> TensorRead:
+        """The rest, as frames bring it."""
+        self._before = self._done
+        return TensorRead(
+            self._read.name, self._read.offset + self._before, self._read.destination[self._before :], self._landed
+        )
+
+    def _landed(self, nbytes: int) -> None:
+        self._done = self._before + nbytes
+        if self._read.landed is not None:
+            self._read.landed(self._done)
 
 
 class GrpcTransport:
