@@ -396,6 +396,28 @@ class TransportContract(CallingContract, contract=True):
         time.sleep(_AFTERWARDS_SECONDS)
         into.check_overwritten("after its session was closed, for a reader that had stopped")
 
+    def test_what_has_landed_is_not_written_again(self, serve: _Serve) -> None:
+        """What a session reports to ``TensorRead.landed`` is in place by then, and stays: core digests it then."""
+        size = 9 * _MIB + 3
+        worker = serve({"weight": random_bytes(size, device=self.device)})
+        expected = worker.content()["weight"]
+        destination = torch.full((size,), _FILL, dtype=torch.uint8, device=self.device)
+        landed = 0
+
+        def note(nbytes: int) -> None:
+            nonlocal landed
+            if not landed <= nbytes <= size:
+                violated(f"landed was called with {nbytes} after {landed}, for a range of {size} bytes")
+            if not torch.equal(destination[landed:nbytes].cpu(), expected[landed:nbytes]):
+                violated(f"landed was called with {nbytes}, and the bytes before are not those of the tensor")
+            destination[landed:nbytes] = _OVERWRITTEN
+            landed = nbytes
+
+        self._soon("a read", lambda: list(worker.connect().read([TensorRead("weight", 0, destination, note)])))
+        got = destination.cpu()
+        if not torch.equal(got[landed:], expected[landed:]) or not bool((got[:landed] == _OVERWRITTEN).all()):
+            violated("bytes were written after they had been reported to landed, or the rest is wrong")
+
     def test_threads_read_at_the_same_time(self, serve: _Serve) -> None:
         """Several threads read over one session at once; each gets the right bytes."""
         worker = serve({name: random_bytes(2 * _MIB + 3, ord(name), self.device) for name in "ab"})

@@ -309,6 +309,30 @@ class SharesABuffer(Session):
             yield position
 
 
+@fails("what_has_landed_is_not_written_again")
+class ReportsTooEarly(Session):
+    """Before the bytes are there."""
+
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+        for read in reads:
+            if read.landed is not None:
+                read.landed(len(read.destination))
+        yield from super().read(reads)
+
+
+@fails("what_has_landed_is_not_written_again")
+class WritesAgain(Session):
+    """The bytes that it has reported."""
+
+    def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
+        yield from super().read(reads)
+        for read in reads:
+            if read.landed is not None:
+                read.landed(len(read.destination))
+        yield from super().read(reads[:0])
+        list(super().read(reads))
+
+
 @fails("workers_and_sessions_are_apart")
 class KeepsTensorsByName(Right):
     """As if there were one worker."""
