@@ -230,7 +230,7 @@ def stops(lane: Lane, count: int, mib: int, say: _Say = lambda _: None) -> dict[
             try:
                 model.load(model.checkpoint, amid, list(by_uri), **_PATIENCE)
                 right += model.has_arrived()
-            except mx.BackendError as exc:
+            except mx.ModelExpressError as exc:
                 unusable += "end this process" in str(exc)
                 errors[type(exc).__name__] += "end this process" not in str(exc)
             seconds.append(time.monotonic() - begun)
