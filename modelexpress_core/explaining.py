@@ -7,9 +7,9 @@ they leave a place out. No weight byte moves, and leases are released at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import attrs
 from attrs import field, frozen
@@ -19,8 +19,9 @@ from modelexpress_core.contracts.identity import CONTENT_KEY, SourceIdentity
 from modelexpress_core.errors import ModelExpressError, ResolveError
 from modelexpress_core.loader import Loader
 from modelexpress_core.loads.candidate_queue import CandidateQueue
-from modelexpress_core.messages import listed
+from modelexpress_core.messages import hide_credentials, listed
 from modelexpress_core.plugins import STORAGE, TRANSPORT, PluginManager
+from modelexpress_core.resources import start_thread
 from modelexpress_core.sources.discovery import find_candidates
 from modelexpress_core.uri import ModelURI
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from modelexpress_core.loads.destination import Destination
 
 __all__ = ["Explanation", "Place", "explain"]
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 #: Workers that are opened, all at the same time. The others are listed as next.
 _MAX_OPENED_WORKERS = 8
@@ -189,10 +193,9 @@ class _Examiner(Loader):
             error = exc
         else:
             places, error = self._attempts(ranked, resolved, destination)
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="mx-explain") as threads:
-            places += threads.map(lambda each: self._left_out(each, resolved, partial=partial), tuple(skipped))
+        places += _in_threads(lambda each: self._left_out(each, resolved, partial=partial), tuple(skipped), _THREADS)
         name = "" if request.identity is None else request.identity.model_name
-        return Explanation(str(request.uri), name, request.worker_rank, tuple(places), error)
+        return Explanation(str(request.uri), hide_credentials(name), request.worker_rank, tuple(places), error)
 
     def _attempts(
         self, ranked: Sequence[Candidate], request: LoadRequest, destination: Destination | None
@@ -200,10 +203,8 @@ class _Examiner(Loader):
         """Return the candidates in order, and the error of a load that reads none of them."""
         workers = [candidate for candidate in ranked if candidate.is_peer]
         opened = [each for each in ranked if not each.is_peer or each in workers[:_MAX_OPENED_WORKERS]]
-        with ThreadPoolExecutor(_MAX_OPENED_WORKERS, thread_name_prefix="mx-explain") as threads:
-            results = dict(
-                zip(opened, threads.map(lambda each: self._opened(each, request, destination), opened), strict=True)
-            )
+        answers = _in_threads(lambda each: self._opened(each, request, destination), opened, _MAX_OPENED_WORKERS)
+        results = dict(zip(opened, answers, strict=True))
         found: dict[Candidate, Place] = {}
         chosen = False
         error: ModelExpressError | None = None
@@ -344,3 +345,38 @@ def _place_with(checkpoint: Checkpoint, candidate: Candidate, content_version: s
 def _described(identity: SourceIdentity) -> Mapping[str, str]:
     """What an identity says beyond the defaults."""
     return {name: here for name, (here, _) in identity.differences(_IDENTITY_DEFAULTS).items()}
+
+
+def _in_threads(call: Callable[[_T], _R], items: Sequence[_T], most: int) -> list[_R]:
+    """Return what ``call`` returns for each item; ``most`` calls run at once.
+
+    An interruption does not wait for calls under way, as an executor of Python would.
+    """
+    results: list[_R | None] = [None] * len(items)
+    errors: list[BaseException] = []
+    left = iter(range(len(items)))
+    lock = threading.Lock()
+    ended = threading.Semaphore(0)
+
+    def run() -> None:
+        try:
+            while (number := _next(left, lock)) is not None:
+                results[number] = call(items[number])
+        except BaseException as exc:  # noqa: BLE001 - raised to the caller
+            errors.append(exc)
+        finally:
+            ended.release()
+
+    threads = min(most, len(items))
+    for _ in range(threads):
+        start_thread(threading.Thread(target=run, name="mx-explain", daemon=True), "look at places")
+    for _ in range(threads):
+        ended.acquire()
+    if errors:
+        raise errors[0]
+    return cast("list[_R]", results)
+
+
+def _next(numbers: Iterator[int], lock: threading.Lock) -> int | None:
+    with lock:
+        return next(numbers, None)

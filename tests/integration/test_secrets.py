@@ -132,7 +132,7 @@ def readers(cls: type, model: str) -> list[list[str]]:
     elif any(name.startswith("AWS_") for name in names):
         commands += [["doctor", "s3://bucket/model", "--timeout", "0.5"], ["inspect", "s3://bucket/model", "--json"]]
     elif "MX_MODEL_URI" in names:
-        commands += [["explain", "some/model"], ["explain", "some/model", "--json"]]
+        commands += [["explain-vllm", "some/model"], ["explain-vllm", "some/model", "--json"]]
     else:
         commands += [["health"], ["sources", "--json"], ["serve", "--check"]]
     return commands
@@ -190,6 +190,8 @@ def test_every_command_has_its_arguments_in_the_matrix(app: Any) -> None:
         ("sources", "url"),
         ("sources", "model"),
         ("explain", "model"),
+        ("explain", "uri"),
+        ("explain-vllm", "model"),
     } <= found
 
 

@@ -378,10 +378,19 @@ class CountsReads(Session):
 class WritesAfterClose(Session):
     """Reads run in threads of their own, for which ``close`` does not wait."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ended = threading.Event()
+
+    def close(self) -> None:
+        super().close()
+        self.ended.set()
+
     def read(self, reads: Sequence[TensorRead]) -> Iterator[int]:
         contents = [self.memory(each.name)[each.offset :][: len(each.destination)].clone() for each in reads]
 
         def late() -> None:
+            self.ended.wait(20)
             time.sleep(0.1)
             for each, content in zip(reads, contents, strict=True):
                 each.destination.copy_(content)
