@@ -62,16 +62,17 @@ class RunningDigest:
     """
 
     def __init__(self, content: torch.Tensor) -> None:
-        self._content = content
+        from awscrt import checksums
+
+        self._memory = host_memory(content)
+        self._crc = checksums.crc64nvme
         self.nbytes = 0
         self.digest = 0
 
     def landed(self, nbytes: int) -> None:
         """Digest the bytes up to ``nbytes``, which have arrived."""
-        from awscrt import checksums
-
         if nbytes > self.nbytes:
-            self.digest = checksums.crc64nvme(host_memory(self._content[self.nbytes : nbytes]), self.digest)
+            self.digest = self._crc(self._memory[self.nbytes : nbytes], self.digest)
             self.nbytes = nbytes
 
 
