@@ -20,6 +20,7 @@ from modelexpress_core.errors import (
 )
 from modelexpress_core.plugins import CORE, PluginManager
 from modelexpress_core.probing import ProbeError
+from modelexpress_core.registry import Registered
 from modelexpress_core.settings import CORE_SETTINGS, SettingValue, describe
 from modelexpress_core.tls_errors import UNTRUSTED_HINT
 from modelexpress_core.uri import ModelURI, host_and_port
@@ -91,6 +92,12 @@ class Examination:
     def _rows(self) -> list[SettingValue]:
         """The settings of the plugin; none before it is known."""
         raise NotImplementedError
+
+    def _plugin_settings(self, registered: Registered[Any]) -> list[SettingValue]:
+        """The settings of a plugin's record."""
+        declared = registered.provider.settings or ()
+        classes = declared if isinstance(declared, tuple) else (declared,)
+        return [value for cls in classes for value in describe(cls, self._environ, owner=registered.plugin.name)]
 
     def _take(self, name: str, look: Callable[[dict[str, Any]], tuple[str, str]]) -> Step:
         """Take one step: ``look`` fills in facts, and returns a status and what it has seen."""

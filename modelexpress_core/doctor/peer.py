@@ -23,7 +23,7 @@ from modelexpress_core.plugins import TRANSPORT, PluginManager
 from modelexpress_core.providers import TransportProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import format_bytes
-from modelexpress_core.settings import SettingValue, describe, from_env
+from modelexpress_core.settings import SettingValue, from_env
 from modelexpress_core.sources.worker_client import Description, WorkerClient
 from modelexpress_core.uri import ModelURI, worker_endpoint
 from modelexpress_core.wire.settings import TlsSettings
@@ -93,12 +93,7 @@ class PeerExamination(Examination):
         return "ok", f"{seen}; {', '.join(chosen)} {'is' if len(chosen) == 1 else 'are'} set" if chosen else seen
 
     def _rows(self) -> list[SettingValue]:
-        if self._registered is None:
-            return []
-        declared = self._registered.provider.settings or ()
-        classes = declared if isinstance(declared, tuple) else (declared,)
-        owner = self._registered.plugin.name
-        return [value for cls in classes for value in describe(cls, self._environ, owner=owner)]
+        return [] if self._registered is None else self._plugin_settings(self._registered)
 
     def _endpoint(self) -> Endpoint:
         if self._uri is None:

@@ -31,7 +31,7 @@ from modelexpress_core.plugins import CORE, STORAGE, PluginManager
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.registry import Registered
 from modelexpress_core.report import format_bytes, format_files
-from modelexpress_core.settings import SettingValue, describe
+from modelexpress_core.settings import SettingValue
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["StorageExamination"]
@@ -111,11 +111,6 @@ class StorageExamination(Examination):
         if len(candidates) > 1:
             seen += f"; {len(candidates)} places would be tried, and this looks at the first, {uri}"
         return "ok", seen
-
-    def _plugin_settings(self, registered: Registered[StorageProvider]) -> list[SettingValue]:
-        declared = registered.provider.settings or ()
-        classes = declared if isinstance(declared, tuple) else (declared,)
-        return [value for cls in classes for value in describe(cls, self._environ, owner=registered.plugin.name)]
 
     def _rows(self) -> list[SettingValue]:
         return [] if self._registered is None else self._plugin_settings(self._registered)
