@@ -17,7 +17,7 @@ from benchmarks.workers import Entry, measure, started
 
 __all__ = ["run"]
 
-_SOCKETS, _BARE = "plain sockets", "bare gRPC"
+_SOCKETS, _BARE, _RAW = "plain sockets", "bare gRPC", "raw NIXL"
 
 #: The transport for ``grpc`` without its bulk channel.
 _FRAMES = "grpc frames"
@@ -44,6 +44,9 @@ def run(plan: Plan) -> Report:
             ),
             *(Entry(_BARE, _BARE, {"streams": count}, "touched") for count in plan.pick((1, 2, 4), (1,))),
         ]
+        if _RAW in source:
+            specifications[_RAW] = ("benchmarks.peer_contenders:RawNixl", {"mib": mib, "source": source[_RAW]}, {})
+            entries.append(Entry(_RAW, _RAW, {}, "touched"))
         ways = [(scheme, scheme, {}) for scheme in source["transports"]]
         ways += [("grpc", _FRAMES, {"MX_BULK_PORT": "0"})]
         for scheme, way, environ in ways:
@@ -77,8 +80,13 @@ def _targets(limit: float | None, measured: Sequence[Entry]) -> list[Target]:
         below = fastest(measured, (name,))
         return above / below if above is not None and below is not None else None
 
-    bare = fastest(measured, (_BARE,))
+    bare, raw = fastest(measured, (_BARE,)), fastest(measured, (_RAW,))
     return [
+        Target(
+            "nixl, digests verified, connecting counted: goodput over one raw READ",
+            ratio(raw, "nixl, digests verified"),
+            0.8,
+        ),
         Target(
             "grpc, digests verified: goodput over that of plain sockets", ratio(limit, "grpc, digests verified"), 0.8
         ),

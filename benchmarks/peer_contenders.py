@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.contenders import Contender, in_threads
 from benchmarks.peer_source import BARE_METHOD, REQUEST, tensors_of
 
-__all__ = ["BareGrpc", "PeerInto", "PeerSockets", "PeersInto"]
+__all__ = ["BareGrpc", "PeerInto", "PeerSockets", "PeersInto", "RawNixl"]
 
 #: Size of the requests over plain sockets.
 _PIECE_BYTES = 4 << 20
@@ -134,3 +135,25 @@ class BareGrpc(_Reader):
     def digest(self) -> str:
         """Return what is expected: the number of bytes was compared, and there are no others."""
         return self.expected
+
+
+class RawNixl(_Reader):
+    """One READ of all memory, over a connection that exists, between memory that is registered."""
+
+    def __init__(self, mib: int, source: Mapping[str, Any]) -> None:
+        from mx_nixl._agent import Agent, rows_of
+
+        super().__init__(mib)
+        first, *_ = self.tensors.values()
+        self.agent = Agent(uuid.uuid4().hex, "UCX")
+        self.rows = rows_of([(first.data_ptr(), source["bytes"], 0)])
+        self.remote = rows_of([(source["address"], source["bytes"], 0)])
+        self.agent.register("DRAM", self.rows)
+        self.name = self.agent.add(bytes.fromhex(source["metadata"]))
+        self.agent.connect(self.name)
+
+    def run(self, **_setting: Any) -> None:  # noqa: ANN401 - JSON
+        read = self.agent.new_read(self.name, ("DRAM", self.rows), ("DRAM", self.remote))
+        if not self.agent.post(read):
+            while not self.agent.is_done(read):
+                pass

@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import threading
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -97,6 +98,17 @@ def _serve_bare_grpc(total: int) -> int:
     return ports[0]
 
 
+def _serve_nixl(tensors: Mapping[str, torch.Tensor]) -> tuple[Any, Mapping[str, Any]]:
+    """An agent that lets others read the memory of all tensors, which is one, and what they need for it."""
+    from mx_nixl._agent import Agent, rows_of
+
+    first, *_ = tensors.values()
+    address, total = first.data_ptr(), sum(tensor.nbytes for tensor in tensors.values())
+    agent = Agent(uuid.uuid4().hex, "UCX", answers=True)
+    agent.register("DRAM", rows_of([(address, total, 0)]))
+    return agent, {"metadata": agent.metadata().hex(), "address": address, "bytes": total}
+
+
 def main() -> None:
     """Serve."""
     mib = int(sys.argv[1])
@@ -111,6 +123,7 @@ def main() -> None:
         "MODEL_EXPRESS_URL": nowhere,
         "MX_WORKER_HOST": host,
         "MX_WORKER_GRPC_PORT": "0",
+        "MX_NIXL_OFFER": "1",
     }
     with mx.publish(tensors, identity=identity, environ=environ) as offer:
         said = {
@@ -119,9 +132,13 @@ def main() -> None:
             "sockets": _serve_sockets(memory),
             "bare gRPC": _serve_bare_grpc(mib << 20),
         }
+        raw_agent = None
+        if "nixl" in offer.transports:
+            raw_agent, said["raw NIXL"] = _serve_nixl(tensors)
         sys.stdout.write(json.dumps(said) + "\n")
         sys.stdout.flush()
         sys.stdin.read()
+        del raw_agent
 
 
 if __name__ == "__main__":
