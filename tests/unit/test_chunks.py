@@ -6,6 +6,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import attrs
@@ -87,7 +88,7 @@ def files(draw: st.DrawFn) -> tuple[int, int, list[HeaderTensor]]:
     for number in range(draw(st.integers(0, 6))):
         shape = tuple(draw(st.lists(st.sampled_from([0, 1, 3, 5, 64, 1024, 1500]), min_size=0, max_size=3)))
         nbytes = math.prod(shape)
-        if nbytes <= 16 * MIB:
+        if nbytes <= 4 * MIB:
             tensors.append(HeaderTensor(str(number), "U8", shape, at, at + nbytes))
             at += nbytes
     return header_bytes + at + draw(st.integers(0, 10)), header_bytes, tensors
@@ -119,11 +120,12 @@ def test_chunks_cover_a_file(file: tuple[int, int, list[HeaderTensor]], data: st
             chunks.bounds(number)
 
 
-@given(files(), st.randoms(use_true_random=False))
-def test_digests_come_in_any_order(file: tuple[int, int, list[HeaderTensor]], random: Any) -> None:
+@given(files(), st.integers(0, 1000))
+def test_digests_come_in_any_order(file: tuple[int, int, list[HeaderTensor]], seed: int) -> None:
     """Chunks that came in two parts are missing until they come whole."""
     size, header_bytes, tensors = file
-    content = memoryview(random.randbytes(size))
+    random = Random(seed)
+    content = memoryview((bytes(range(251)) * (size // 251 + 1))[:size])
     digests = ChunkDigests(FileChunks.of_file(size, header_bytes, tensors))
     cuts = sorted({0, size, *(random.randrange(size + 1) for _ in range(4))})
     parts = list(pairwise(cuts))
