@@ -23,7 +23,7 @@ from modelexpress_core.messages import hide_credentials, listed
 from modelexpress_core.plugins import STORAGE, TRANSPORT, PluginManager
 from modelexpress_core.resources import start_thread
 from modelexpress_core.sources.discovery import find_candidates
-from modelexpress_core.uri import ModelURI
+from modelexpress_core.uri import ModelURI, worker_endpoint
 
 if TYPE_CHECKING:
     import torch
@@ -266,11 +266,10 @@ class _Examiner(Loader):
         source_id, _, worker_id = uri.path.partition("/")
         if not source_id and request.identity is not None:
             source_id = request.identity.source_id
-        scheme = "https" if uri.query.get("tls") == "1" else "http"
         server = "" if peer is None else peer.server
         try:
             worker = WorkerClient.from_env(
-                self.environ, url=f"{scheme}://{uri.authority}", server=server, deadline_seconds=_ANSWER_SECONDS
+                self.environ, url=worker_endpoint(uri), server=server, deadline_seconds=_ANSWER_SECONDS
             )
             with worker:
                 worker.manifest(source_id, worker_id or None)

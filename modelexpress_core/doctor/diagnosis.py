@@ -11,6 +11,7 @@ from modelexpress_core.doctor.peer import PeerExamination
 from modelexpress_core.doctor.step import Step
 from modelexpress_core.doctor.storage import StorageExamination
 from modelexpress_core.errors import ModelExpressError
+from modelexpress_core.loads.context import plugins_for
 from modelexpress_core.plugins import STORAGE, TRANSPORT, PluginManager
 from modelexpress_core.uri import ModelURI
 
@@ -40,19 +41,18 @@ def diagnose(
     Yields:
         One ``Step`` for each name in ``STEPS``, or in ``PEER_STEPS`` for a worker.
     """
-    kind = PeerExamination if _names_worker(uri, environ, plugins) else StorageExamination
+    with contextlib.suppress(ModelExpressError):  # the step of the plugin reports it
+        plugins = plugins or plugins_for(environ)
+    kind = PeerExamination if plugins and _names_worker(uri, plugins) else StorageExamination
     examination: Examination = kind(uri, environ, plugins, timeout_seconds)
     with contextlib.closing(examination):
         yield from examination.steps()
 
 
-def _names_worker(
-    uri: str | os.PathLike[str] | ModelURI, environ: Mapping[str, str] | None, plugins: PluginManager | None
-) -> bool:
+def _names_worker(uri: str | os.PathLike[str] | ModelURI, plugins: PluginManager) -> bool:
     """Whether a URI is that of a worker, by its scheme; what is wrong with it is left to the diagnosis."""
     try:
         scheme = ModelURI.parse(uri).scheme
-        plugins = plugins or PluginManager.discover(environ)
         return scheme in plugins.table(TRANSPORT).schemes and scheme not in plugins.table(STORAGE).schemes
     except ModelExpressError:
         return False

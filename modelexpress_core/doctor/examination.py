@@ -72,7 +72,7 @@ class Examination:
 
     def steps(self) -> Iterator[Step]:
         """Take the steps one by one."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: storages and workers have other steps
 
     def close(self) -> None:
         """Close what the steps have opened."""
@@ -83,7 +83,7 @@ class Examination:
         Raises:
             SkippedError: It does not, or that is not known.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract, as above
 
     def _check_connects(self) -> None:
         """Raise SkippedError where ``_endpoint`` would."""
@@ -91,7 +91,7 @@ class Examination:
 
     def _rows(self) -> list[SettingValue]:
         """The settings of the plugin; none before it is known."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract, as above
 
     def _plugin_settings(self, registered: Registered[Any]) -> list[SettingValue]:
         """The settings of a plugin's record."""

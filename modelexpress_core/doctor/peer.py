@@ -82,9 +82,8 @@ class PeerExamination(Examination):
         uri = request.uri
         self._peer = peer_of(Candidate(uri), request)
         facts["uri"] = str(uri)
-        registered = loader.plugins.table(TRANSPORT).lookup(uri.scheme)
-        plugin = registered.plugin
         self._registered, transport = loader.plugins.open(TRANSPORT, uri, self._environ)
+        plugin = self._registered.plugin
         self._closing.callback(transport.close)
         self._uri, self._transport = uri, transport
         chosen = set_variables(self._rows())

@@ -16,7 +16,7 @@ from modelexpress_core.registry import Registered
 from modelexpress_core.settings import LoadSettings, PluginSettings, from_env, variables
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["LoadContext", "redacted_uris"]
+__all__ = ["LoadContext", "plugins_for", "redacted_uris"]
 
 _log = logging.getLogger(__name__)
 
@@ -31,8 +31,10 @@ def _plugins_of_process(_chosen_by: tuple[str | None, ...]) -> PluginManager:
     return PluginManager.discover()
 
 
-def _default_plugins() -> PluginManager:
-    """Return the plugins of this process, found once for all values of the variables that choose them."""
+def plugins_for(environ: Mapping[str, str] | None) -> PluginManager:
+    """Return the plugins that ``environ`` allows; the process's are found once for all values of its variables."""
+    if environ is not None:
+        return PluginManager.discover(environ)
     return _plugins_of_process(tuple(os.environ.get(name) for name in variables(PluginSettings)))
 
 
@@ -52,9 +54,7 @@ class LoadContext:
     def __init__(self, environ: Mapping[str, str] | None, plugins: PluginManager | None) -> None:
         self.environ = os.environ if environ is None else environ
         self.settings = from_env(LoadSettings, self.environ)
-        if plugins is None:
-            plugins = _default_plugins() if environ is None else PluginManager.discover(environ)
-        self.plugins = plugins
+        self.plugins = plugins_for(environ) if plugins is None else plugins
 
     def new_budget(self) -> RetryBudget:
         """Return the retry budget of one load."""
