@@ -16,14 +16,24 @@ import grpc.aio
 from attrs import frozen
 from google.protobuf.message import DecodeError, Message
 
-from modelexpress_core.wire.proto.modelexpress import access_pb2, api_pb2, health_pb2, p2p_pb2, peer_pb2
+from modelexpress_core.wire.proto.modelexpress import (
+    access_pb2,
+    api_pb2,
+    cache_pb2,
+    health_pb2,
+    model_pb2,
+    p2p_pb2,
+    peer_pb2,
+)
 
 __all__ = [
     "ACCESS",
     "API",
+    "CACHE",
     "HEALTH",
     "LEASE",
     "MESSAGE_OPTIONS",
+    "MODEL",
     "P2P",
     "PEER",
     "STANDARD_HEALTH",
@@ -137,6 +147,36 @@ PEER = Service(
         "DescribeTensors": Method(peer_pb2.DescribeTensorsRequest, peer_pb2.DescribeTensorsResponse),
         "GetAccess": Method(peer_pb2.GetAccessRequest, peer_pb2.GetAccessResponse),
         "ListReaders": Method(peer_pb2.ListReadersRequest, peer_pb2.ListReadersResponse),
+    },
+)
+
+MODEL = Service(
+    "model_express.model.ModelService",
+    {
+        "EnsureModelDownloaded": Method(
+            model_pb2.ModelDownloadRequest, model_pb2.ModelStatusUpdate, response_streaming=True
+        ),
+        "StreamModelFiles": Method(model_pb2.ModelFilesRequest, model_pb2.FileChunk, response_streaming=True),
+        "ListModelFiles": Method(model_pb2.ModelFilesRequest, model_pb2.ListModelFilesResponse),
+        "DeleteModel": Method(model_pb2.DeleteModelRequest, model_pb2.DeleteModelResponse),
+    },
+)
+
+CACHE = Service(
+    "modelexpress.cache.CacheService",
+    {
+        "OpenModel": Method(cache_pb2.OpenModelRequest, cache_pb2.OpenModelResponse, response_streaming=True),
+        "ListFiles": Method(cache_pb2.ListFilesRequest, cache_pb2.ListFilesResponse),
+        "ReadFile": Method(cache_pb2.ReadFileRequest, bytes, response_streaming=True),
+        "OpenBulk": Method(cache_pb2.OpenBulkRequest, cache_pb2.OpenBulkResponse),
+        "ReadManifest": Method(cache_pb2.ReadManifestRequest, cache_pb2.ReadManifestResponse),
+        "CompareParts": Method(cache_pb2.ComparePartsRequest, cache_pb2.ComparePartsResponse),
+        "ListModels": Method(cache_pb2.ListModelsRequest, cache_pb2.ListModelsResponse),
+        "ValidateModel": Method(
+            cache_pb2.ValidateModelRequest, cache_pb2.ValidateModelResponse, response_streaming=True
+        ),
+        "RemoveModel": Method(cache_pb2.RemoveModelRequest, cache_pb2.RemoveModelResponse),
+        "GetCacheStats": Method(cache_pb2.GetCacheStatsRequest, cache_pb2.GetCacheStatsResponse),
     },
 )
 
