@@ -18,7 +18,14 @@ _MODELS = Path(__file__).with_name("models.py")
 _SECONDS = 1700
 
 #: `make test-vllm` runs these, in an environment that has vLLM.
-_WITH_VLLM = ["test_failures.py", "test_register.py", "test_reload.py", "test_serve.py", "test_tokens.py"]
+_WITH_VLLM = [
+    "test_failures.py",
+    "test_peers.py",
+    "test_register.py",
+    "test_reload.py",
+    "test_serve.py",
+    "test_tokens.py",
+]
 
 collect_ignore = [] if importlib.util.find_spec("vllm") else _WITH_VLLM
 

@@ -23,16 +23,16 @@ def test_importing_imports_nothing_heavy() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_repeated_registration_replaces_both_formats() -> None:
-    """Both formats use our loader, without a warning about the replaced one."""
+def test_repeated_registration_replaces_all_formats() -> None:
+    """All formats use our loader, without a warning about the replaced one."""
     done = _python(
         "import mx_vllm; mx_vllm.register(); mx_vllm.register()\n"
         "from vllm.config.load import LoadConfig\n"
         "from vllm.model_executor.model_loader import get_model_loader\n"
-        "print([type(get_model_loader(LoadConfig(load_format=f))).__module__ for f in ('mx', 'modelexpress')])"
+        "print([type(get_model_loader(LoadConfig(load_format=f))).__module__ for f in mx_vllm.LOAD_FORMATS])"
     )
 
-    assert done.stdout.splitlines()[-1] == "['mx_vllm._loader', 'mx_vllm._loader']", done.stderr
+    assert done.stdout.splitlines()[-1] == str(["mx_vllm._loader"] * 4), done.stderr
     assert "will be overwritten" not in done.stdout + done.stderr
 
 
@@ -72,3 +72,24 @@ def test_an_address_that_the_load_format_does_not_read_is_told() -> None:
 
     assert done.returncode == 1
     assert "MX_MODEL_URI is set, but the load format 'auto' does not read it" in done.stderr + done.stdout
+
+
+def test_nothing_happens_in_a_process_that_is_no_worker() -> None:
+    """A frontend or planner gets MODEL_EXPRESS_URL too: no thread starts, nothing connects, and torch stays out."""
+    done = _python(
+        "import os, socket, sys, threading\n"
+        "os.environ['MODEL_EXPRESS_URL'] = 'http://127.0.0.1:9'\n"
+        "def refuse(*_): raise AssertionError('connects')\n"
+        "socket.socket.connect = refuse\n"
+        "import mx_vllm, mx_vllm.plugin\n"
+        "from modelexpress_core import PluginManager\n"
+        "PluginManager.discover()\n"
+        "assert not {'torch', 'vllm', 'grpc'} & sys.modules.keys()\n"
+        "import vllm.model_executor.model_loader\n"  # starts threads of its own
+        "before = threading.active_count()\n"
+        "mx_vllm.register()\n"
+        "print(threading.active_count() - before, 'grpc' in sys.modules)"
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "0 False" == done.stdout.splitlines()[-1]

@@ -20,7 +20,7 @@ from modelexpress_core.sources.metrics import source_metrics
 from modelexpress_core.sources.settings import DiscoverySettings
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["find_candidates"]
+__all__ = ["find_candidates", "finds_workers"]
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +78,17 @@ def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request:
     for uri in candidates.keys() - {candidate.uri for candidate in ranked}:
         request.skip(str(uri), "a plugin's mx_rank_candidates left it out", "disable the plugin: MX_DISABLED_PLUGINS")
     return ranked
+
+
+def finds_workers(environ: Mapping[str, str]) -> bool:
+    """Return whether the variables ``environ`` name a discovery, or a server that lists workers.
+
+    Raises:
+        SettingsError: One of them is not valid.
+    """
+    settings = from_env(DiscoverySettings, environ)
+    named = any(environ.get(name, "").strip() for name in _SERVER_VARIABLES)
+    return bool(settings.uris) or settings.backend is not None or named
 
 
 def _discovery_uris(settings: DiscoverySettings, environ: Mapping[str, str], request: LoadRequest) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""ModelExpress for vLLM: the load formats ``mx`` and ``modelexpress``.
+"""ModelExpress for vLLM: the load formats ``mx``, ``modelexpress``, ``mx-source`` and ``mx-target``.
 
 vLLM calls ``register`` in each of its processes. Importing this module does not import torch.
 """
@@ -12,7 +12,7 @@ __all__ = ["LOAD_FORMATS", "register"]
 _log = logging.getLogger(__name__)
 
 #: The second name is a built-in format of vLLM that imports another package; ``register`` replaces it.
-LOAD_FORMATS = ("mx", "modelexpress")
+LOAD_FORMATS = ("mx", "modelexpress", "mx-source", "mx-target")
 
 
 def register() -> None:

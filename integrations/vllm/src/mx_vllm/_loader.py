@@ -1,4 +1,4 @@
-"""vLLM's model loader for the formats ``mx`` and ``modelexpress``."""
+"""vLLM's model loader for the formats ``mx``, ``modelexpress``, ``mx-source`` and ``mx-target``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from modelexpress_core.errors import IncompleteLoadError, ModelExpressError, Pla
 from modelexpress_core.loads.destination import Destination, DestinationTouchedError
 from modelexpress_core.messages import listed
 from modelexpress_core.settings import from_env
+from modelexpress_core.sources.discovery.finding import finds_workers
+from mx_vllm._identity import Worker, content_of_snapshot, number_of, tensors_of
+from mx_vllm._peers import PeerResult, load_from_peers
+from mx_vllm._publishing import Publication, watch_changes
 from mx_vllm._reload import (
     PendingWeights,
     allow_to_run,
@@ -41,10 +45,12 @@ from mx_vllm._vllm import (
     must_be_reloaded,
     own_loader,
     own_weights,
+    processed_weights,
     safetensors_of,
     same_on_all_ranks,
     share_log_handlers,
     sources_of,
+    why_weights_do_not_travel,
 )
 from mx_vllm._watch import LoadWatch
 from mx_vllm.settings import VllmSettings
@@ -61,10 +67,11 @@ _log = logging.getLogger("vllm.modelexpress")
 
 
 class MxModelLoader(BaseModelLoader):
-    """Reads weights through ModelExpress, from MX_MODEL_URI or from the files that vLLM finds.
+    """Reads weights through ModelExpress: from another worker, from MX_MODEL_URI, or from the files that vLLM finds.
 
-    The model gets the weights as deferred tensors. Only the parts that it copies are read, straight into its
-    parameters, so that each rank reads only its own bytes.
+    From a checkpoint, the model gets the weights as deferred tensors. Only the parts that it copies are read, straight
+    into its parameters, so that each rank reads only its own bytes. From another worker, its parameters and buffers
+    get the bytes that the same rank has there. Either all ranks read from workers, or none does.
     """
 
     #: vLLM's name of each model that was loaded. vLLM makes a new loader for each reload, and may change the name.
@@ -79,6 +86,14 @@ class MxModelLoader(BaseModelLoader):
             raise ValueError(message)
         self._settings = from_env(VllmSettings, os.environ)
         self._own = own_loader(load_config)
+        load_format = str(load_config.load_format).lower()
+        self._reads_workers = load_format != "mx-source" and finds_workers(os.environ)
+        self._reads_storage = load_format != "mx-target"
+        self._vllm_config: VllmConfig | None = None
+        self._worker: Worker | None = None
+        self._content_version = ""
+        self._why_no_worker = ""
+        self._processed = contextlib.ExitStack()
         self._is_draft_model = False
         self._may_fall_back = False
         self._destination = Destination()
@@ -86,8 +101,8 @@ class MxModelLoader(BaseModelLoader):
         self._explicit_path: str | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Download the files, unless MX_MODEL_URI is set."""
-        if self._settings.model_uri is None:
+        """Download the files, unless MX_MODEL_URI is set, or only workers are read."""
+        if self._settings.model_uri is None and self._reads_storage:
             self._own.download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
@@ -102,23 +117,44 @@ class MxModelLoader(BaseModelLoader):
         # A draft model of speculative decoding has separate files, and not every rank loads it.
         self._is_draft_model = model_config is not vllm_config.model_config
         ranks_agree = not self._is_draft_model or vllm_config.parallel_config.world_size == 1
-        self._may_fall_back = ranks_agree and self._is_fallback_allowed()
+        self._may_fall_back = ranks_agree and self._reads_storage and self._is_fallback_allowed()
+        self._vllm_config = vllm_config
+
+        def build() -> nn.Module:
+            with contextlib.ExitStack() as self._processed:
+                built: nn.Module = super(MxModelLoader, self).load_model(
+                    vllm_config=vllm_config, model_config=model_config, prefix=prefix
+                )
+            self._names[built] = model_config.model
+            self._publish(built)
+            return built
+
         with forgotten_layers(vllm_config) as forget:
             try:
-                model: nn.Module = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+                try:
+                    return build()
+                except _WorkerFailedError as exc:
+                    failure = str(exc)
+                # The half-written model was freed with the traceback that referred to it.
+                forget()
+                _log.warning("ModelExpress loads the weights into a new model, because %s", failure)
+                return build()
             except DestinationTouchedError:
                 pass
-            else:
-                self._names[model] = model_config.model
-                return model
             finally:
                 self._may_fall_back = False
-            # The half-written model was freed with the traceback that referred to it.
             forget()
         with self._both_reasons(model_config):
             own: nn.Module = self._own.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         self._names[own] = model_config.model
         return own
+
+    def _publish(self, model: nn.Module) -> None:
+        """Offer the model to other workers, from when the engine is ready."""
+        if self._worker is None:
+            return
+        watch_changes()
+        Publication(model, self._worker, self._content_version)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Load the weights into an existing model.
@@ -126,6 +162,12 @@ class MxModelLoader(BaseModelLoader):
         Raises:
             ModelExpressError: The weights cannot be read, or leave a parameter unwritten.
         """
+        if self._vllm_config is not None and not self._is_draft_model and finds_workers(os.environ):
+            self._describe(model, model_config, self._vllm_config)
+            if self._reads_workers and self._load_from_workers(model, model_config):
+                return
+        if not self._reads_storage and not self._is_draft_model:
+            raise self._no_worker_error()
         if not self._may_fall_back:
             self._load(model, model_config)
             return
@@ -144,6 +186,73 @@ class MxModelLoader(BaseModelLoader):
         self._destination.prepare_for_next()
         with self._both_reasons(model_config):
             self._own.load_weights(model, model_config)
+
+    # -- other workers ------------------------------------------------------------------------------------------------
+
+    def _describe(self, model: nn.Module, model_config: ModelConfig, vllm_config: VllmConfig) -> None:
+        """Describe this worker before its weights are there; without a description it reads and offers nothing."""
+        self._worker, self._content_version = None, ""
+        try:
+            self._worker = Worker.of(vllm_config, model_config, model)
+        except Exception as exc:  # noqa: BLE001 - storage needs no description
+            self._why_no_worker = f"this worker could not be described: {_headline(exc)}"
+            _log.warning("ModelExpress neither reads from workers nor offers: %s", self._why_no_worker)
+
+    def _load_from_workers(self, model: nn.Module, model_config: ModelConfig) -> bool:
+        """Load the weights from other workers; return whether all ranks have them.
+
+        Raises:
+            _WorkerFailedError: The load failed on some rank after it had begun to write on one, so that all ranks must
+                create their models again.
+        """
+        result = self._read_workers(model, model_config)
+        wanting, touched = any_rank([result.report is None, result.touched or result.report is not None])
+        version = "" if result.report is None else result.report.content_version
+        if not wanting and not same_on_all_ranks(number_of(version)):
+            wanting, result = True, PeerResult(reason="the ranks found workers with different versions")
+        if not wanting:
+            self._content_version = version
+            self._processed.enter_context(processed_weights())
+            return True
+        self._why_no_worker = result.reason or "another rank could not read from its worker; its log says why"
+        if touched:
+            self._reads_workers = False
+            if not self._reads_storage:
+                raise self._no_worker_error()
+            raise _WorkerFailedError(self._why_no_worker)
+        return False
+
+    def _read_workers(self, model: nn.Module, model_config: ModelConfig) -> PeerResult:
+        if self._worker is None:
+            return PeerResult(reason=self._why_no_worker)
+        reason = why_weights_do_not_travel(model)
+        if reason:
+            return PeerResult(reason=reason)
+        sources = sources_of(model, model_config)
+        try:
+            uri = self._settings.model_uri or safetensors_of(self._own, sources[0])
+        except Exception as exc:  # noqa: BLE001 - the load from storage reports it
+            return PeerResult(reason=_headline(exc))
+        if len(sources) > 1 or uri is None:
+            return PeerResult(reason="its weights come from more than one safetensors checkpoint")
+        watch, plugins = self._observed(model_config)
+        watch.why = "it holds the same tensors of the same version of the checkpoint"
+        return load_from_peers(
+            tensors_of(model),
+            uri,
+            self._worker.identity(model, content_of_snapshot(uri)),
+            worker_rank=self._worker.rank,
+            plugins=plugins,
+            wait_seconds=0.0 if self._reads_storage else self._settings.query_timeout_seconds,
+        )
+
+    def _no_worker_error(self) -> ModelExpressError:
+        why = self._why_no_worker or "neither MODEL_EXPRESS_URL nor MX_DISCOVERY is set"
+        message = f"--load-format mx-target reads from workers alone, and none could be read: {why}"
+        hint = "start a worker with --load-format mx-source or mx, or use --load-format mx here"
+        return IncompleteLoadError(message, hint=hint)
+
+    # -- storage ------------------------------------------------------------------------------------------------------
 
     def _is_fallback_allowed(self) -> bool:
         # MX_MODEL_URI is not the address of a draft model.
@@ -184,6 +293,9 @@ class MxModelLoader(BaseModelLoader):
                     _log.exception("vLLM could not discard a reload that failed; restart it")
                 raise
             allow_to_run(model)
+            publication = Publication.of(model)
+            if publication is not None:
+                publication.loaded(self._content_version)
             return loaded
 
         intercept_load_weights(model, pending, load)
@@ -222,6 +334,7 @@ class MxModelLoader(BaseModelLoader):
         except Exception as exc:  # noqa: BLE001 - see above
             failure = exc
         self._agree(failure)
+        self._content_version = opened.content_version()
         return loaded
 
     def _agree(self, failure: Exception | None) -> None:
@@ -243,6 +356,7 @@ class MxModelLoader(BaseModelLoader):
             opened = self._open(sources, stack, model_config, required)
             self._destination.touch()
             self._call(model.load_weights, model, opened.weights(), opened)
+        self._content_version = opened.content_version()
 
     def _open(
         self,
@@ -252,10 +366,7 @@ class MxModelLoader(BaseModelLoader):
         required: Mapping[str, torch.Tensor] | None,
     ) -> _Opened:
         """Open all sources, until ``stack`` ends. ``required``: parameters that each of them must write."""
-        share_log_handlers(logging.getLogger("modelexpress_core"))
-        plugins = mx.PluginManager.discover()
-        watch = LoadWatch(_log, model_config.model, first_rank=is_first_rank(), bar=self.load_config.use_tqdm_on_load)
-        plugins.register(watch, name="mx-vllm-watch")
+        watch, plugins = self._observed(model_config)
         opened = _Opened()
         for source in sources:
             uri = self._uri_of(source, watch)
@@ -267,6 +378,14 @@ class MxModelLoader(BaseModelLoader):
             opened.blocks.append(block)
             opened.parts.append(_Prefixed(source.prefix, block))
         return opened
+
+    def _observed(self, model_config: ModelConfig) -> tuple[LoadWatch, mx.PluginManager]:
+        """Return the plugins of a load, and the one of them that logs and counts it."""
+        share_log_handlers(logging.getLogger("modelexpress_core"))
+        plugins = mx.PluginManager.discover()
+        watch = LoadWatch(_log, model_config.model, first_rank=is_first_rank(), bar=self.load_config.use_tqdm_on_load)
+        plugins.register(watch, name="mx-vllm-watch")
+        return watch, plugins
 
     def _call(self, load_weights: Any, model: nn.Module, weights: Any, opened: _Opened) -> Any:
         try:
@@ -284,10 +403,14 @@ class MxModelLoader(BaseModelLoader):
             watch.why = "reload_weights names it"
             return self._explicit_path if "://" in self._explicit_path else safetensors_of(self._own, source)
         if source.primary and self._settings.model_uri is not None and not self._is_draft_model:
-            watch.why = "MX_MODEL_URI names it"
+            watch.why = "MX_MODEL_URI names it" + self._no_worker()
             return self._settings.model_uri
         watch.why = "vLLM found it for its model" + (" and MX_MODEL_URI is not set" if source.primary else "")
+        watch.why += self._no_worker()
         return safetensors_of(self._own, source)
+
+    def _no_worker(self) -> str:
+        return f", and no worker is read: {self._why_no_worker}" if self._why_no_worker else ""
 
     def _warn_of_failure(self, *, touched: bool) -> None:
         into = "a new model" if touched else "the model, which is still unchanged"
@@ -311,6 +434,10 @@ class MxModelLoader(BaseModelLoader):
             cause = f"the error of vLLM's loader is: {exc}"
             hint = "fix the first error; MX_FALLBACK=0 shows it alone"
             raise IncompleteLoadError(message, cause=cause, hint=hint) from exc
+
+
+class _WorkerFailedError(ModelExpressError):
+    """A load from workers failed after it had begun to write: the model must be created again."""
 
 
 class _Opened:
@@ -337,6 +464,13 @@ class _Opened:
     def uris(self) -> str:
         """Return the redacted URIs, for messages."""
         return ", ".join(str(block.checkpoint.uri) for block in self.blocks) or "the files of vLLM's model"
+
+    def content_version(self) -> str:
+        """Return the version of what was loaded, once it was; empty if other machines cannot tell it."""
+        if len(self.blocks) != 1 or len(self.parts) != 1 or self.blocks[0].report is None:
+            return ""
+        uri = self.blocks[0].checkpoint.uri
+        return self.blocks[0].report.content_version or (content_of_snapshot(uri.path) if uri.scheme == "file" else "")
 
     def fingerprint(self) -> int:
         """Return a number of 62 bits that differs if files differ.

@@ -9,13 +9,19 @@ import contextlib
 import dataclasses
 import functools
 import glob
+import hashlib
 import importlib.metadata
+import inspect
+import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import Enum
 from typing import Any
 
 __all__ = [
+    "READY",
     "Source",
     "any_rank",
     "call_before_engine_starts",
@@ -23,17 +29,22 @@ __all__ = [
     "discard_reload",
     "finish_reload",
     "forgotten_layers",
+    "identity_fields",
     "is_first_rank",
     "layers_with_packed_copies",
     "must_be_loaded",
     "must_be_reloaded",
     "own_loader",
     "own_weights",
+    "processed_weights",
+    "rank_of",
     "register_load_format",
     "safetensors_of",
     "same_on_all_ranks",
     "share_log_handlers",
     "sources_of",
+    "watch_workers",
+    "why_weights_do_not_travel",
 ]
 
 _OLDEST, _NEWEST = (0, 31), (0, 33)
@@ -333,3 +344,223 @@ def share_log_handlers(logger: logging.Logger) -> None:
     """Give ``logger`` the handlers of vLLM's logger, unless it is configured already."""
     if not logger.hasHandlers():
         logger.handlers = list(logging.getLogger("vllm").handlers)
+
+
+# -- weights in run-time format: identity, gate, and what changes them ------------------------------------------------
+
+
+def rank_of(vllm_config: Any) -> tuple[int, int]:
+    """Return the rank of this process in its engine, and its number on this host."""
+    from vllm.distributed.parallel_state import get_world_group
+
+    parallel = vllm_config.parallel_config
+    group = get_world_group()
+    engine_on_host = getattr(parallel, "data_parallel_rank_local", None) or 0
+    return int(parallel.rank) % int(parallel.world_size), int(
+        engine_on_host * parallel.world_size + group.local_rank % parallel.world_size
+    )
+
+
+def identity_fields(vllm_config: Any, model_config: Any, model: Any) -> dict[str, Any]:
+    """Return the fields of the identity of ``model``, which was just built: what gives its bytes their meaning.
+
+    Shapes do not show it: which kernels read the weights, how they are quantised, which experts a rank has. The values
+    are of the model as built, before its weights are processed, which may change its configuration.
+    """
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    parallel = vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    experts_are_spread = bool(parallel.enable_expert_parallel)
+    configuration = model_config.hf_config.to_dict()
+    for unimportant in ("_name_or_path", "transformers_version"):
+        configuration.pop(unimportant, None)
+    extra = {
+        "architectures": ",".join(getattr(model_config.hf_config, "architectures", None) or ()),
+        "configuration": _digest(configuration),
+        "quantization_config": _digest(
+            (configuration.get("quantization_config"), _plain(getattr(model_config, "quantization_config", None)))
+        ),
+        "rope": _digest({name: value for name, value in configuration.items() if name.startswith("rope")}),
+        "kv_cache_dtype": str(cache.cache_dtype),
+        "kv_cache_skipped_layers": ",".join(map(str, getattr(cache, "kv_cache_dtype_skip_layers", None) or ())),
+        "kernels": _digest(_kernels(vllm_config, model)),
+        "experts": _digest(_experts(model)),
+        "tensor_parallel_rank": str(get_tp_group().rank_in_group),
+        "pipeline_parallel_rank": str(get_pp_group().rank_in_group),
+        "data_parallel": (f"{parallel.data_parallel_rank}/{parallel.data_parallel_size}" if experts_are_spread else ""),
+        "device": _device(),
+    }
+    return {
+        "tensor_parallel_size": int(parallel.tensor_parallel_size),
+        "pipeline_parallel_size": int(parallel.pipeline_parallel_size),
+        "expert_parallel_size": (
+            int(parallel.tensor_parallel_size * parallel.data_parallel_size) if experts_are_spread else 0
+        ),
+        "dtype": str(model_config.dtype).removeprefix("torch."),
+        "quantization": str(model_config.quantization or ""),
+        "extra_parameters": extra,
+    }
+
+
+def _kernels(vllm_config: Any, model: Any) -> Any:
+    """Describe what reads the weights: the configured backends, and what each layer was built with."""
+    kernels = getattr(vllm_config, "kernel_config", None)
+    configured = {
+        name: _plain(getattr(kernels, name, None))
+        for name in ("linear_backend", "linear_backend_per_quant", "moe_backend")
+    }
+    configured["attention"] = _plain(getattr(getattr(vllm_config, "attention_config", None), "backend", None))
+    layers = {}
+    for name, module in model.named_modules():
+        attention = getattr(module, "attn_backend", None)
+        parts = [_name(attention) if isinstance(attention, type) else ""]
+        for owner in (getattr(module, "quant_method", None), getattr(module, "scheme", None)):
+            if owner is not None:
+                parts.append(type(owner).__qualname__)
+                parts += [f"{key}={_short(value)}" for key, value in sorted(vars(owner).items())]
+        if any(parts):
+            layers[name] = parts
+    return configured, layers
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _short(value: Any) -> str:
+    """Return ``value`` as a text that is the same in each process: for most objects, only its class."""
+    if isinstance(value, Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    return _name(value if isinstance(value, type) else type(value))
+
+
+def _experts(model: Any) -> Any:
+    """Return for each layer with experts which of them this rank has, in which order."""
+    import torch
+
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        placed = getattr(module, "expert_map", None)
+        if torch.is_tensor(placed):
+            found[name] = placed.tolist()
+        if hasattr(module, "local_num_experts"):
+            found[f"{name}.local"] = int(module.local_num_experts)
+    return found
+
+
+def _device() -> str:
+    """Return what kernels ask of the device, besides its architecture."""
+    import torch
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return str(getattr(current_platform, "device_name", ""))
+    operations = sys.modules.get("vllm._custom_ops")
+    packs = bool(getattr(operations, "_supports_onednn", False))
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}, {'with' if packs else 'without'} packed weights"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    to_dict = getattr(value, "to_dict", None)
+    return to_dict() if callable(to_dict) else value
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=_short)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def why_weights_do_not_travel(model: Any) -> str:
+    """Return why processed weights of ``model`` mean nothing to another process; empty if they do.
+
+    vLLM says so of each quantisation method, whose answer may depend on the kernel that it chose.
+    """
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    try:
+        from vllm.model_executor.utils import weights_already_processed  # noqa: F401 - whether there is one
+    except ImportError:
+        return f"vLLM {version()} does not take weights that are processed already"
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, QuantizeMethodBase) and not getattr(method, "supports_pre_processed_weights", False):
+            return f"{type(method).__name__} of {name or 'the model'} does not take weights that are processed already"
+    packed = layers_with_packed_copies(model)
+    if packed:
+        return f"the kernels of {len(packed)} layers keep packed copies of their weights: {', '.join(packed[:3])}"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "its weights are quantised while they are loaded"
+    return ""
+
+
+def processed_weights() -> contextlib.AbstractContextManager[None]:
+    """Return a block in which vLLM takes weights as processed already, and derives only what it keeps beside them."""
+    from vllm.model_executor.utils import weights_already_processed
+
+    block: contextlib.AbstractContextManager[None] = weights_already_processed()
+    return block
+
+
+#: Methods of workers that change weights, or take them away.
+_CHANGES = (
+    "sleep",
+    "wake_up",
+    "reload_weights",
+    "reset_weights",
+    "start_weight_update",
+    "start_draft_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "discard",
+    "checkpoint_prepare",
+    "shutdown",
+    "elastic_ep_execute",
+)
+
+#: The last step of the start of a worker.
+READY = "compile_or_warm_up_model"
+
+
+def watch_workers(
+    before: Callable[[Any, str, dict[str, Any]], None], after: Callable[[Any, str, dict[str, Any]], None]
+) -> None:
+    """Call ``before`` when a method of a worker begins that changes weights, and ``after`` when it has succeeded.
+
+    Both get the model, the name of the method and its arguments by name. They are called for ``READY`` too. vLLM has no
+    hook for this, so the methods of all classes of workers in this process are replaced.
+    """
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    classes = [WorkerBase]
+    for cls in classes:
+        classes.extend(cls.__subclasses__())
+    for cls in dict.fromkeys(classes):
+        for name in (*_CHANGES, READY):
+            method = vars(cls).get(name)
+            if callable(method) and not hasattr(method, "mx_watched"):
+                setattr(cls, name, _watched(method, name, before, after))
+
+
+def _watched(method: Any, name: str, before: Callable[..., None], after: Callable[..., None]) -> Any:
+    @functools.wraps(method)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = None
+        with contextlib.suppress(Exception):  # a worker without a model, in a start that failed
+            model = self.get_model()
+        if model is None:
+            return method(self, *args, **kwargs)
+        given: dict[str, Any] = dict(kwargs)
+        with contextlib.suppress(TypeError):  # the call below raises it
+            given = inspect.signature(method).bind(self, *args, **kwargs).arguments
+        before(model, name, given)
+        result = method(self, *args, **kwargs)
+        after(model, name, given)
+        return result
+
+    watched.mx_watched = True  # type: ignore[attr-defined]
+    return watched

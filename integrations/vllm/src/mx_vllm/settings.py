@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import frozen
 
-from modelexpress_core.settings import boolean, env
+from modelexpress_core.settings import boolean, env, seconds
 from modelexpress_core.uri import redacted
 
 __all__ = ["VllmSettings"]
@@ -26,6 +26,13 @@ class VllmSettings:
         converter=boolean,
         help="After a failed load, let vLLM's own loader load the files of its --model on every rank (1), or fail (0). "
         "Unset: fail if MX_MODEL_URI is set.",
+    )
+
+    query_timeout_seconds: float = env(
+        "MX_SOURCE_QUERY_TIMEOUT",
+        default=3600.0,
+        converter=seconds,
+        help="How long --load-format mx-target waits for a worker that it can read.",
     )
 
     @property

@@ -1,0 +1,168 @@
+"""Engines of real vLLM in processes of their own, and the server that lists them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.support.waiting import eventually
+
+__all__ = ["Engine", "Server"]
+
+_SECONDS = 600
+
+
+class Server:
+    """``mx serve`` on free ports of loopback, until the end of the ``with`` block."""
+
+    def __init__(self) -> None:
+        here = ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "modelexpress_core", "serve", *here],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        match = next(filter(None, (re.match(r"serving on ([^\s,]+)", line) for line in self._process.stdout)))
+        self.url = match[1]
+        self._reading = threading.Thread(target=self._process.stdout.read, daemon=True)
+        self._reading.start()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reading.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def sources(self) -> list[dict[str, Any]]:
+        """Return what ``mx sources`` lists."""
+        done = subprocess.run(
+            [sys.executable, "-m", "modelexpress_core", "sources", "--json"],
+            env={**os.environ, "MODEL_EXPRESS_URL": self.url},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_SECONDS,
+        )
+        found = json.loads(done.stdout)
+        return list(found)
+
+    def wait_for(self, workers: int, status: str = "ready") -> list[dict[str, Any]]:
+        """Wait until as many workers have a status, and return all that are listed."""
+
+        def listed() -> list[dict[str, Any]] | None:
+            found = self.sources()
+            return found if workers == sum(each["status"].lower() == status for each in found) else None
+
+        found = eventually(listed, seconds=_SECONDS)
+        assert found is not None
+        return found
+
+
+class Engine:
+    """A process of ``worker.py``, ended at the end of the ``with`` block.
+
+    Args:
+        options: Options of the engine, and ``packed``.
+        environ: More variables.
+
+    Attributes:
+        process: The process.
+        ready: Its first answer; waits until there is one.
+    """
+
+    def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("worker.py")), json.dumps(dict(options))],
+            env={
+                **os.environ,
+                "VLLM_PLUGINS": "modelexpress",
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if options.get("tensor_parallel_size", 1) > 1 else "0",
+                "VLLM_NO_USAGE_STATS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "MX_WORKER_HOST": "127.0.0.1",
+                "MX_WORKER_GRPC_PORT": "0",
+                "MX_BULK_PORT": "0",
+                **environ,
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._lines: list[str] = []
+        self._answers: list[Any] = []
+        self._asked = 0
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._reading.join()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+    def kill(self) -> None:
+        """End it and its workers at once, without a word."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                self._answers.append(json.loads(line.removeprefix("ANSWER ")))
+            else:
+                self._lines.append(line)
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far."""
+        return "".join(self._lines)
+
+    @property
+    def ready(self) -> Any:
+        return self._answer(0)
+
+    def do(self, *step: Any) -> Any:
+        """Let it do a step, and return the answer."""
+        assert self.ready == "ready", self.ready
+        assert self.process.stdin is not None
+        self._asked += 1
+        self.process.stdin.write(json.dumps(step) + "\n")
+        self.process.stdin.flush()
+        return self._answer(self._asked)
+
+    def _answer(self, number: int) -> Any:
+        eventually(
+            lambda: len(self._answers) > number or (self.process.poll() is not None and not self._reading.is_alive()),
+            seconds=_SECONDS,
+        )
+        assert len(self._answers) > number, self.log[-6000:]
+        return self._answers[number]
+
+    def loaded_from(self) -> Sequence[str]:
+        """Return where its loads read from, in order."""
+        return re.findall(r"ModelExpress loaded (\S+):", self.log)
