@@ -1,15 +1,18 @@
-"""A plugin that makes loads fail: it refuses reads of one rank, and replaces files; tests install it by PYTHONPATH."""
+"""A plugin that makes loads fail, and kills the worker that is read; tests install it by PYTHONPATH."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 from collections.abc import Mapping
 from typing import Any
 
 from modelexpress_core.errors import AccessDeniedError
 from modelexpress_core.events import LoadStarted
 from modelexpress_core.hooks import hookimpl
+from modelexpress_core.loads.destination import Destination
 from modelexpress_core.providers import StorageProvider
 from modelexpress_core.storage.file import open_file
 from modelexpress_core.uri import ModelURI
@@ -56,3 +59,20 @@ def mx_load_started(event: LoadStarted) -> None:
     bucket, _, key = replaced.removeprefix("s3://").partition("/")
     client = boto3.client("s3", region_name="us-east-1", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
     client.upload_file(replacement, bucket, key)
+
+
+def _kill_worker_that_is_read() -> None:
+    """Kill the process group TEST_KILL when a load from it has begun to write, and nothing has arrived yet."""
+    if not os.environ.get("TEST_KILL"):
+        return
+    touch = Destination.touch
+
+    def touch_and_kill(self: Destination) -> None:
+        touch(self)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(os.environ["TEST_KILL"]), signal.SIGKILL)
+
+    Destination.touch = touch_and_kill  # type: ignore[method-assign]
+
+
+_kill_worker_that_is_read()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+import modelexpress_core as mx
 from devtools.seaweedfs import SeaweedFS
+from integrations.vllm.tests.workers import Server
 
 _HEADER = b'{"model.norm.weight":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
 
@@ -196,3 +200,29 @@ def test_settings_of_the_integration_are_listed(run: Run) -> None:
     assert "False" == found["MX_FALLBACK"]["value"]
     assert "s3://***@bucket/model" == found["MX_MODEL_URI"]["value"]
     assert "hunter2" not in done.stdout
+
+
+def test_explain_lists_workers_first(run: Run, model: Path, s3_server: SeaweedFS) -> None:
+    """One that may be read, and one with another version of the checkpoint, which is not."""
+    variables = {"MX_MODEL_URI": s3_server.upload(model, "models", "vllm/explained"), **s3_server.environ()}
+    content = mx.open_checkpoint(variables["MX_MODEL_URI"], environ=variables).content_version
+    here = {"MX_WORKER_HOST": "127.0.0.1", "MX_WORKER_GRPC_PORT": "0", "MX_BULK_PORT": "0"}
+    tensors = {"model.norm.weight": torch.ones(2)}
+    with Server() as server, contextlib.ExitStack() as offers:
+        variables["MODEL_EXPRESS_URL"] = server.url
+        for version in (content, "another"):
+            identity = mx.own_identity("tiny", tensors, content_version=version)
+            offers.enter_context(
+                mx.publish(tensors, identity=identity, transports=["grpc"], environ={**variables, **here})
+            )
+        server.wait_for(2)
+        found = json.loads(run("explain-vllm", "tiny", "--json", **variables).stdout)
+        shown = run("explain-vllm", "tiny", **variables).stdout
+
+    assert found["usable"]
+    places = {place["status"]: place for place in found["places"]}
+    assert {"possible", "unusable", "chosen"} == places.keys()
+    assert places["possible"]["place"].startswith("grpc://127.0.0.1:")
+    assert "content_version is another" in places["unusable"]["problem"]
+    assert places["chosen"]["place"] == variables["MX_MODEL_URI"]
+    assert "possible" in shown

@@ -15,9 +15,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from devtools.seaweedfs import SeaweedFS
-from modelexpress_core.uri import ModelURI
-
 from integrations.vllm.tests.workers import Engine, Server
+from modelexpress_core.uri import ModelURI
 
 Start = Callable[..., Engine]
 _CHECKSUMS = ("call", "compute_weight_checksums")
@@ -173,3 +172,23 @@ def test_two_ranks_read_from_the_same_ranks(
     assert results[0] == results[1]
     assert 2 == len(results[0][1])
     assert ["grpc", "grpc"] == [_scheme(place) for place in second.loaded_from()], second.log
+
+
+@pytest.mark.timeout(1800)
+def test_a_worker_that_is_killed_while_it_is_read_is_replaced_by_storage(
+    checkpoint: Callable[[str], Path], s3_server: SeaweedFS, server: Server, start: Start, faulty_plugin: str
+) -> None:
+    """Into a new model, since the old one was written to; the tokens are those of before."""
+    directory = checkpoint("llama")
+    uri = s3_server.upload(directory, "models", "vllm/killed")
+    first = start(directory, uri, _NO_NIXL)
+    assert "ready" == first.ready
+    server.wait_for(1)
+    results = [(first.do("tokens"), first.do(*_CHECKSUMS))]
+    second = start(directory, uri, {**_NO_NIXL, "PYTHONPATH": faulty_plugin, "TEST_KILL": str(first.process.pid)})
+    results.append((second.do("tokens"), second.do(*_CHECKSUMS)))
+
+    assert first.process.wait() < 0
+    assert results[0] == results[1]
+    assert "ModelExpress loads the weights into a new model, because" in second.log
+    assert ["s3"] == [_scheme(place) for place in second.loaded_from()]

@@ -11,18 +11,22 @@ import attrs
 import typer
 from attrs import frozen
 
-from modelexpress_core import ModelExpressError, PluginManager
+from modelexpress_core import ModelExpressError, ModelURI, PluginManager
 from modelexpress_core.cli.output import JsonOption, console, print_json, verbatim
+from modelexpress_core.explaining import explain as mx_explain
 from modelexpress_core.loader import Loader
 from modelexpress_core.messages import hide_credentials
 from modelexpress_core.report import format_bytes, format_files
 from modelexpress_core.settings import from_env
+from modelexpress_core.sources.discovery.finding import finds_workers
 from modelexpress_core.uri import redacted
+from mx_vllm._names import name_of
+from mx_vllm._serve import default_directory
 from mx_vllm.settings import VllmSettings
 
 __all__ = ["explain"]
 
-_STYLES = {"chosen": "bold green", "next": "", "unusable": "red"}
+_STYLES = {"chosen": "bold green", "next": "", "possible": "green", "unusable": "red"}
 
 
 @frozen
@@ -32,7 +36,8 @@ class Place:
     Attributes:
         place: Redacted URI, or the name of the model if vLLM finds its files.
         why: Why it is a candidate.
-        status: ``"chosen"``, ``"next"`` (tried if those before it fail) or ``"unusable"``.
+        status: ``"chosen"``, ``"next"`` (tried if those before it fail), ``"possible"`` (a worker that is read first if
+            the whole identity is equal, which only a worker can compare) or ``"unusable"``.
         reader: The loader and plugin that would read it.
         tensors: Number of tensors; None if unknown.
         files: Number of files; None if unknown.
@@ -83,6 +88,7 @@ def _ranked(model: str, settings: VllmSettings) -> list[Place]:
 def _candidates(model: str, settings: VllmSettings) -> Iterator[Place]:
     loader = Loader(None, PluginManager.discover())
     is_uri = "://" in model
+    yield from _workers(model, settings)
     if settings.model_uri is not None:
         yield from _opened(loader, settings.model_uri, "MX_MODEL_URI names it")
     elif is_uri:
@@ -92,6 +98,28 @@ def _candidates(model: str, settings: VllmSettings) -> Iterator[Place]:
         yield from _found_by_vllm(loader, model)
     if not is_uri and settings.may_fall_back:
         yield _fallback(model)
+
+
+def _workers(model: str, settings: VllmSettings) -> Iterator[Place]:
+    """Yield the workers of the model that a server lists, and why others are not read."""
+    if not finds_workers(os.environ):
+        return
+    is_uri = "://" in model
+    uri = settings.model_uri or (model if is_uri or os.path.isdir(model) else _in_hub_cache(model))
+    if uri is None:
+        return
+    name = default_directory(ModelURI.parse(model)).name if is_uri else name_of(model)
+    try:
+        found = mx_explain(uri, model_name=name).places
+    except ModelExpressError as exc:
+        yield Place("other workers", "MODEL_EXPRESS_URL is set", "unusable", "ModelExpress", problem=str(exc))
+        return
+    for place in found:
+        if not place.worker_id and place.place != "other workers":
+            continue
+        why = place.reason if place.status == "possible" else f"it holds {name}, or a part of it"
+        problem = "" if place.status == "possible" else "; ".join(filter(None, (place.reason, place.hint)))
+        yield Place(place.place, why, place.status, "ModelExpress, from the memory of a worker", problem=problem)
 
 
 def _opened(loader: Loader, uri: str, why: str) -> Iterator[Place]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +12,10 @@ from vllm.config import ModelConfig, VllmConfig
 
 import modelexpress_core as mx
 from modelexpress_core.contracts.identity import Engine
+from mx_vllm._names import name_of
 from mx_vllm._vllm import identity_fields, rank_of, version
 
-__all__ = ["Worker", "content_of_snapshot", "name_of", "number_of", "tensors_of"]
-
-#: A folder of the cache of the Hugging Face Hub: repository and commit.
-_SNAPSHOT = re.compile(r"/models--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
+__all__ = ["Worker", "number_of", "tensors_of"]
 
 
 @frozen
@@ -58,21 +54,6 @@ def tensors_of(model: nn.Module) -> dict[str, Any]:
     """Return parameters and buffers of ``model``, also those that no checkpoint holds, under each of their names."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     return {name: tensor.detach() for name, tensor in named}
-
-
-def name_of(model: str) -> str:
-    """Return the name of vLLM's ``--model``: that of the Hub, or that of the last directory of a path."""
-    if not os.path.isdir(model):
-        return model
-    path = os.path.abspath(model)
-    snapshot = _SNAPSHOT.search(path)
-    return snapshot["name"].replace("--", "/") if snapshot else os.path.basename(path)
-
-
-def content_of_snapshot(path: str) -> str:
-    """Return the content version of what is in the Hub's cache, which is its commit; empty for other paths."""
-    snapshot = _SNAPSHOT.search(os.path.dirname(path) if path.endswith((".safetensors", ".json")) else path)
-    return f"hub:{snapshot['name'].replace('--', '/')}@{snapshot['commit']}" if snapshot else ""
 
 
 def _identity(

@@ -20,7 +20,8 @@ from modelexpress_core.loads.destination import Destination, DestinationTouchedE
 from modelexpress_core.messages import listed
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.discovery.finding import finds_workers
-from mx_vllm._identity import Worker, content_of_snapshot, number_of, tensors_of
+from mx_vllm._identity import Worker, number_of, tensors_of
+from mx_vllm._names import content_of_snapshot
 from mx_vllm._peers import PeerResult, load_from_peers
 from mx_vllm._publishing import Publication, watch_changes
 from mx_vllm._reload import (

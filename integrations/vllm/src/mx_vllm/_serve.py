@@ -23,7 +23,7 @@ from modelexpress_core.errors import CheckpointError, PluginLoadError
 from mx_vllm import LOAD_FORMATS
 from mx_vllm._checks import check_settings
 
-__all__ = ["vllm"]
+__all__ = ["default_directory", "vllm"]
 
 #: Endings of a URI that names a file of the model, not its directory.
 _WEIGHTS_SUFFIXES = (".safetensors", ".safetensors.index.json")
@@ -61,7 +61,7 @@ def vllm(
     if source.scheme == "file" and directory is None:
         small_files = Path(source.path)
     else:
-        small_files = directory or _default_directory(source)
+        small_files = directory or default_directory(source)
         _pull(source, small_files)
     _check_model(small_files, source)
     command = _command(small_files, model, arguments)
@@ -116,7 +116,8 @@ def _check_model(directory: Path, uri: ModelURI) -> None:
     )
 
 
-def _default_directory(uri: ModelURI) -> Path:
+def default_directory(uri: ModelURI) -> Path:
+    """Return where configuration and tokenizer of the model at ``uri`` are copied to."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"[^A-Za-z0-9._-]", "_", uri.name).lstrip(".") or "model"
     return cache / "modelexpress" / f"{name}-{hashlib.sha256(str(uri).encode()).hexdigest()[:12]}"
