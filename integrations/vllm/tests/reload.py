@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engines import new_engine, shut_down, tokens_of
-
-
-def keep_parameters() -> None:
-    """Switch off the packing of weights into handles of kernels, which leaves parameters without elements on CPUs."""
-    import vllm._custom_ops as ops
-    import vllm.model_executor.layers.utils as layers
-
-    ops._supports_onednn = False
-    layers.check_cpu_sgl_kernel = lambda *_: False
+from unpacked_plugin import keep_parameters
 
 
 def replace(source: str, directory: str) -> None:

@@ -1,6 +1,6 @@
 """Workers of real vLLM that read from each other, rank by rank; the oracle is vLLM's own checksums, beside tokens.
 
-Where the tests need run-time weights, ``reload.keep_parameters`` leaves linear weights unpacked, as they are on GPUs.
+Where the tests need run-time weights, ``unpacked_plugin`` leaves linear weights unpacked, as they are on GPUs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def start(server: Server, s3_server: SeaweedFS) -> Iterator[Start]:
     """A function that starts an engine whose MX_MODEL_URI is in the object store; all end with the test."""
     with ExitStack() as engines:
 
-        def start(model: Path, uri: str, environ: Mapping[str, str] | None = None, **options: Any) -> Engine:
+        def start(
+            model: Path, uri: str, environ: Mapping[str, str] | None = None, *, packed: bool = False, **options: Any
+        ) -> Engine:
             variables = {
                 "MODEL_EXPRESS_URL": server.url,
                 **({"MX_MODEL_URI": uri} if uri else {}),
@@ -43,7 +45,7 @@ def start(server: Server, s3_server: SeaweedFS) -> Iterator[Start]:
                 **(environ or {}),
             }
             given = {"model": str(model), "load_format": "mx", **options}
-            return engines.enter_context(Engine(given, variables))
+            return engines.enter_context(Engine(given, variables, packed=packed))
 
         yield start
 

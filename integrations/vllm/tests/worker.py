@@ -1,6 +1,6 @@
 """One engine of real vLLM that waits for steps; the tests start several of them beside each other.
 
-The argument is JSON: options of the engine, and ``packed``. Each line of stdin is a step as in ``reload.py``; each
+The argument is JSON: options of the engine. Each line of stdin is a step as in ``reload.py``; each
 answer is a line of stdout that begins with ``ANSWER``. The first answer says that the engine is ready.
 """
 
@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from engines import new_engine, shut_down
-from reload import keep_parameters, run
+from reload import run
 
 
 def answer(result: Any) -> None:
@@ -21,8 +21,6 @@ def answer(result: Any) -> None:
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    if not options.pop("packed", False):
-        keep_parameters()
     try:
         llm = new_engine(**{"max_num_seqs": 4, "dtype": "bfloat16", "seed": 0, **options})
     except Exception as exc:  # noqa: BLE001 - the test compares it

@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,18 @@ from tests.support.waiting import eventually
 __all__ = ["Engine", "Server"]
 
 _SECONDS = 600
+
+_UNPACKED = Path(__file__).with_name("unpacked_plugin.py")
+
+
+def _install(plugin: Path, directory: Path) -> None:
+    """Make a general plugin of vLLM importable from ``directory``."""
+    shutil.copy(plugin, directory)
+    information = directory / "unpacked_plugin-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: unpacked-plugin\nVersion: 1.0\n")
+    entry_point = "[vllm.general_plugins]\nunpacked = unpacked_plugin:keep_parameters\n"
+    (information / "entry_points.txt").write_text(entry_point)
 
 
 class Server:
@@ -77,20 +91,24 @@ class Engine:
     """A process of ``worker.py``, ended at the end of the ``with`` block.
 
     Args:
-        options: Options of the engine, and ``packed``.
+        options: Options of the engine.
         environ: More variables.
+        packed: Whether vLLM packs weights, as its build for CPUs does; else they stay in their parameters.
 
     Attributes:
         process: The process.
         ready: Its first answer; waits until there is one.
     """
 
-    def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str], *, packed: bool = False) -> None:
+        self._plugin = tempfile.TemporaryDirectory()
+        _install(_UNPACKED, Path(self._plugin.name))
+        paths = [self._plugin.name, environ.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))]
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py")), json.dumps(dict(options))],
             env={
                 **os.environ,
-                "VLLM_PLUGINS": "modelexpress",
+                "VLLM_PLUGINS": "modelexpress" if packed else "modelexpress,unpacked",
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if options.get("tensor_parallel_size", 1) > 1 else "0",
@@ -100,6 +118,7 @@ class Engine:
                 "MX_WORKER_GRPC_PORT": "0",
                 "MX_BULK_PORT": "0",
                 **environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -122,6 +141,7 @@ class Engine:
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             stream.close()
+        self._plugin.cleanup()
 
     def kill(self) -> None:
         """End it and its workers at once, without a word."""

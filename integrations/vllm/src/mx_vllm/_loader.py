@@ -241,7 +241,7 @@ class MxModelLoader(BaseModelLoader):
         return load_from_peers(
             tensors_of(model),
             uri,
-            self._worker.identity(model, content_of_snapshot(uri)),
+            self._worker.identity(model, "" if "://" in uri else content_of_snapshot(uri)),
             worker_rank=self._worker.rank,
             plugins=plugins,
             wait_seconds=0.0 if self._reads_storage else self._settings.query_timeout_seconds,

@@ -79,24 +79,26 @@ class Publication:
         model = self._model()
         if model is None:
             return
-        reason = self._why_not(model)
-        if reason:
-            _log.info("ModelExpress does not offer the weights of this worker: %s", reason)
-            return
         try:
-            offer = self._offer.enter_context(
-                mx.publish(
-                    tensors_of(model),
-                    identity=self._worker.identity(model, self._content_version),
-                    worker_rank=self._worker.rank,
-                    device=self._worker.device,
-                )
-            )
+            reason = self._why_not(model)
+            if reason:
+                _log.info("ModelExpress does not offer the weights of this worker: %s", reason)
+                return
+            self._publish(model)
         except Exception as exc:  # noqa: BLE001 - the engine serves without it
             cause = str(exc) if isinstance(exc, ModelExpressError) else f"{type(exc).__name__}: {exc}"
             _log.warning("ModelExpress cannot offer the weights of this worker: %s", cause)
             self._withdraw()
-            return
+
+    def _publish(self, model: nn.Module) -> None:
+        offer = self._offer.enter_context(
+            mx.publish(
+                tensors_of(model),
+                identity=self._worker.identity(model, self._content_version),
+                worker_rank=self._worker.rank,
+                device=self._worker.device,
+            )
+        )
         self._offered = True
         _log.info(
             "ModelExpress offers the weights of rank %d of %s to other workers, over %s, as worker %s",
