@@ -229,7 +229,7 @@ print(json.dumps(found))
 def test_the_cache_and_the_library_find_what_the_other_wrote(
     hub: FakeHub, library: tuple[str, str], tmp_path: Path
 ) -> None:
-    """In one directory: neither downloads what the other has. A scan warns of our own directory, and of nothing else."""
+    """In one directory: neither downloads what the other has. A scan warns of our own directory alone."""
     digests: dict[str, dict[str, str]] = {}
     for name in ("org/ours", "org/theirs"):
         files = {"config.json": b"{}", "sub/large.bin": name.encode() * 1000, "weights.safetensors": os.urandom(50_000)}
