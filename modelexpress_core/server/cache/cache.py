@@ -20,6 +20,7 @@ from modelexpress_core.errors import ModelExpressError, ResolveError, SourceChan
 from modelexpress_core.loader import Loader
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import format_bytes
+from modelexpress_core.server.cache.checking import Damage, described, validate
 from modelexpress_core.server.cache.downloads import Download, record_path, remove_files
 from modelexpress_core.server.cache.layout import OWN
 from modelexpress_core.server.cache.places import HUB, Place, Sources
@@ -530,6 +531,77 @@ class ModelCache:
         if self._lease is not None:
             self._lease.release(record.key)
         return freed
+
+    # -- validating and importing -------------------------------------------------------------------------------------
+
+    def validate(
+        self, snapshot: Snapshot, on_progress: Callable[[int], None] = lambda _bytes: None
+    ) -> Sequence[Damage]:
+        """Read all files of a version, and compare them with the digests of its storage and of its chunk manifest.
+
+        A version with a damaged file is forgotten: it is downloaded again when it is asked for.
+
+        Args:
+            snapshot: A complete version.
+            on_progress: Called with the bytes that were compared so far; an exception in it ends the comparison.
+
+        Returns:
+            The damaged files.
+        """
+        with self.hold(snapshot):
+            damaged = validate(snapshot, on_progress)
+        if damaged:
+            self._forget(snapshot)
+        return damaged
+
+    def import_directory(
+        self,
+        directory: str | os.PathLike[str],
+        path: str,
+        *,
+        revision: str | None = None,
+        on_begin: Callable[[Snapshot], None] = lambda _snapshot: None,
+    ) -> Snapshot:
+        """Fill the cache from a directory, as if the model had been downloaded from its storage.
+
+        Args:
+            directory: Has the files of the model under their names.
+            path: The path of an ``mx`` URI, which names the model.
+            revision: For the Hub: the commit that the files are of. A directory of the Hub's own cache has it in its
+                name.
+            on_begin: Called with the version once its files are known.
+
+        Raises:
+            ModelExpressError: The directory cannot be read, or it is unknown which commit it has.
+        """
+        place = self.place(path)
+        files, version = described(os.path.abspath(os.path.expanduser(os.fspath(directory))), place, revision)
+        with self._lock:
+            found = self._find(place, version, weights=True)
+        if found is not None and found.complete:
+            return found
+        uri = ModelURI("file", path=os.path.abspath(os.path.expanduser(os.fspath(directory))))
+        pull = Pull(self.loader, uri, self.directory, disk=self._disk)
+        try:
+            pull.select()
+        except BaseException:
+            pull.close()
+            raise
+        named = "" if revision is None or revision == version else revision
+        snapshot = self._download(place, named, version, files, pull, weights=True)
+        on_begin(snapshot)
+        while not snapshot.wait(1.0):
+            pass
+        damaged = self.validate(snapshot)
+        if damaged:
+            raise SourceChangedError(
+                f"{damaged[0].path!r} was changed while it was imported: {damaged[0].reason}",
+                uri=str(uri),
+                hint="import the directory again when nothing writes to it",
+            )
+        return snapshot
+
+    # -- limits -------------------------------------------------------------------------------------------------------
 
     def _make_room(self, nbytes: int, download: Download) -> None:
         """Remove versions until ``nbytes`` fit, the ones first that were read least recently.

@@ -277,7 +277,13 @@ class Download:
 
 
 def _put(path: str, blob: str) -> os.stat_result:
-    """Give the file at ``path`` the name ``blob`` too, in place of what has it; returns its facts."""
+    """Give the file at ``path`` the name ``blob`` too, in place of what has it; returns its facts.
+
+    Where the blob is that file already, it stays: other programs link blobs to stores of their own.
+    """
+    with contextlib.suppress(OSError):
+        if os.path.samefile(path, blob):
+            return os.stat(blob)
     new = f"{blob}.mx-new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(new)
