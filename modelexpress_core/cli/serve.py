@@ -318,8 +318,10 @@ async def _run(
         if warning := risk(settings.host, auth, tls):
             _log.warning("%s", warning)
         if cache.directory is not None:
-            channel = f"raw bytes on port {server.bulk_port}" if server.bulk_port else "no port for raw bytes"
-            _log.info("models are kept in %s: %s", cache.directory, channel)
+            channel = f"sent as raw bytes on port {server.bulk_port}" if server.bulk_port else "sent over gRPC alone"
+            _log.info("models are kept in %s, and %s", cache.directory, channel)
+            if server.bulk_port not in {0, cache.bulk_port}:
+                _log.warning("port %d is in use: raw bytes have port %d", cache.bulk_port, server.bulk_port)
         _log.info("authentication: %s; TLS: %s", auth.mode, "no" if tls.certificate is None else "yes")
         number = await end
         announce("ending: calls in flight may end first")

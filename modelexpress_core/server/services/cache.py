@@ -205,11 +205,11 @@ class CacheService:
         self, request: cache_pb2.ReadManifestRequest, context: RpcContext
     ) -> cache_pb2.ReadManifestResponse:
         """A part of the index, or of a table."""
+        snapshot = await self._complete(request.model, context)
         if request.table not in {"index", *TABLES}:
             await context.abort(_Code.INVALID_ARGUMENT, f"a manifest has an index and the tables {', '.join(TABLES)}")
         if request.length > _MAX_MANIFEST_BYTES:
             await context.abort(_Code.INVALID_ARGUMENT, f"at most {_MAX_MANIFEST_BYTES} bytes are read at once")
-        snapshot = await self._complete(request.model, context)
         try:
             with self._serving.cache.hold(snapshot):
                 data = await self._serving.in_thread(lambda: self._of_manifest(snapshot, request))

@@ -175,6 +175,4 @@ def open_bulk(
     except ModelExpressError as exc:
         _log.warning("models are sent over gRPC alone: %s", exc)
         return None
-    if server.port != port:
-        _log.warning("port %d is in use: the bulk channel has port %d", port, server.port)
     return CacheBulk(server, tickets, this_host_alone=secret)
