@@ -93,7 +93,8 @@ class ModelService:
                 status=status,
                 message=message,
                 provider=request.provider,
-                resolved_revision=resolved or None,
+                # Clients send it back as the revision of their next requests.
+                resolved_revision=resolved if resolved and request.provider in _WITH_REVISIONS else None,
             )
 
         place = await self._place(request.model_name, scheme, revision, READ, context)
@@ -268,17 +269,17 @@ class ModelService:
             await context.abort(_Code.NOT_FOUND, message_of(place))
         if isinstance(place, ModelExpressError):
             await abort_with(context, place)
-        cache = self._serving.cache
-        found = cache.find(place.name, revision=request.revision or None)
-        if found is None and request.ignore_weights:
-            found = cache.find(place.name, revision=request.revision or None, weights=False)
+        selected = request.file_selector.paths
+        if len(selected) > _MAX_SELECTED:
+            await context.abort(_Code.INVALID_ARGUMENT, f"at most {_MAX_SELECTED} files can be selected")
+        revision = request.revision or None
+        found = self._serving.cache.find(place.name, revision=revision)
+        if found is None and (request.ignore_weights or selected):
+            found = self._serving.cache.find(place.name, revision=revision, weights=False)
         if found is None:
             of = f" at {request.revision}" if request.revision else ""
             reason = f"{place.shown}{of} is not in the cache: EnsureModelDownloaded downloads it"
             await context.abort(_Code.NOT_FOUND, reason)
-        selected = request.file_selector.paths
-        if len(selected) > _MAX_SELECTED:
-            await context.abort(_Code.INVALID_ARGUMENT, f"at most {_MAX_SELECTED} files can be selected")
         absent = next((path for path in selected if path not in found.files), None)
         if absent is not None:
             await context.abort(_Code.NOT_FOUND, f"{place.shown} has no file {absent[:200]!r}")
