@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,9 @@ from devtools.fake_hub import FakeHub, HubAnswer, HubRequest
 from devtools.models import generate_sharded
 from modelexpress_core.wire.proto.modelexpress import model_pb2
 from modelexpress_core.wire.rpc import MODEL, stub
+from tests.support.http2 import Http2, run_all
 from tests.support.serving import Serving
+from tests.support.waiting import eventually
 
 _SECONDS = 60.0
 _Code = grpc.StatusCode
@@ -316,4 +320,60 @@ def test_a_server_without_a_cache(start: Callable[..., Serving]) -> None:
             if kind.response_streaming:
                 list(answer)
         assert _Code.FAILED_PRECONDITION == code_of(raised), method
+    caller.channel.close()
+
+
+# -- HTTP/2 ------------------------------------------------------------------------------------------------------------
+
+
+def messages_of(data: bytes) -> list[bytes]:
+    """The messages in what a stream of HTTP/2 carried."""
+    found = []
+    while data:
+        compressed, size = struct.unpack_from(">BI", data)
+        assert not compressed
+        found.append(data[5 : 5 + size])
+        assert size == len(found[-1])
+        data = data[5 + size :]
+    return found
+
+
+def test_a_client_that_speaks_http2_alone(caller: Caller, hub: FakeHub) -> None:
+    """Without any library of gRPC."""
+    with Http2(caller.serving.url, reads=True) as client:
+
+        def call(method: str, request: Any) -> list[bytes]:
+            stream = client.call(MODEL.path(method), request.SerializeToString())
+            assert eventually(lambda: client.run(0.05) or stream in client.ended)
+            return messages_of(bytes(client.data[stream]))
+
+        updates = call("EnsureModelDownloaded", model_pb2.ModelDownloadRequest(model_name="org/model"))
+        assert model_pb2.MODEL_STATUS_DOWNLOADED == model_pb2.ModelStatusUpdate.FromString(updates[-1]).status
+        chunks = call("StreamModelFiles", model_pb2.ModelFilesRequest(model_name="org/model"))
+    commit = hub.repositories["org/model"].branches["main"]
+    assert_framed([model_pb2.FileChunk.FromString(chunk) for chunk in chunks], files_of(hub), commit)
+
+
+def peak_bytes(serving: Serving) -> int:
+    """The most memory that a server has had."""
+    process = Path(f"/proc/{serving.process.pid}/status")
+    [line] = [line for line in process.read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10
+
+
+def test_clients_that_stop_reading_hold_little(start: Callable[..., Serving], hub: FakeHub, tmp_path: Path) -> None:
+    """Sixty-four of them, of both services, who ask for chunks of 4 GiB; others are answered meanwhile."""
+    serving = start("--cache-dir", str(tmp_path / "cache"), MX_CACHE_MIN_FREE_BYTES="1", **hub.environ())
+    caller = Caller(serving)
+    caller.ensure("org/model")
+    with contextlib.ExitStack() as opened:
+        clients = [opened.enter_context(Http2(serving.url)) for _ in range(64)]
+        request = model_pb2.ModelFilesRequest(model_name="org/model", chunk_size=2**32 - 1)
+        for client in clients:
+            client.call(MODEL.path("StreamModelFiles"), request.SerializeToString())
+        run_all(clients, 2.0)
+        assert all(client.received_bytes for client in clients)
+
+        assert caller.stream("org/model")[-1].is_last_file
+        assert peak_bytes(serving) < 300 << 20
     caller.channel.close()

@@ -20,7 +20,7 @@ from modelexpress_core.server.services.cache_bulk import TICKET_SECONDS
 from modelexpress_core.server.services.cached import CacheServing, abort_with, shown
 from modelexpress_core.server.services.comparing import ChunkComparison
 from modelexpress_core.server.services.file_reads import MAX_RANGES, cut, read, run_of, wrong_with
-from modelexpress_core.server.services.streams import Streams
+from modelexpress_core.server.services.streams import Stream
 from modelexpress_core.wire.authentication import caller, certificate_names
 from modelexpress_core.wire.frames import FRAME_BYTES, frame_of
 from modelexpress_core.wire.proto.modelexpress import cache_pb2
@@ -64,7 +64,6 @@ class CacheService:
 
     def __init__(self, serving: CacheServing) -> None:
         self._serving = serving
-        self._streams = Streams()
         self._comparison = ChunkComparison()
         self._comparing = asyncio.Semaphore(_COMPARING)
 
@@ -125,12 +124,12 @@ class CacheService:
             with serving.cache.hold(snapshot):
                 reader = await serving.in_thread(lambda: snapshot.open_file(request.path))
                 try:
-                    async with self._streams.opened(context):
-                        making = self._frames(reader, runs, snapshot, context, checksums=request.checksums)
-                        async with contextlib.aclosing(making) as frames:
-                            async for frame in frames:
-                                with self._streams.sending():
-                                    yield frame
+                    stream = await serving.streams.open(context)
+                    parts = _parts(runs, stream)
+                    making = self._frames(reader, parts, snapshot, context, checksums=request.checksums)
+                    async with contextlib.aclosing(making) as frames:
+                        async for frame in frames:
+                            yield frame
                 finally:
                     reader.close()
         except ModelExpressError as exc:
@@ -139,7 +138,7 @@ class CacheService:
     async def _frames(
         self,
         reader: CachedFileReader,
-        runs: Sequence[Run],
+        parts: Iterator[tuple[int, Run]],
         snapshot: Snapshot,
         context: RpcContext,
         *,
@@ -156,7 +155,7 @@ class CacheService:
             )
 
         try:
-            for position, part in self._parts(runs):
+            for position, part in parts:
                 await serving.wait_for_bytes(reader, part.offset, part.end, snapshot, context)
                 next_frame = begin(position, part)
                 if making is not None:
@@ -173,11 +172,6 @@ class CacheService:
         finally:
             if making is not None:
                 await asyncio.wait([asyncio.ensure_future(making)])  # it reads a file that is closed next
-
-    def _parts(self, runs: Sequence[Run]) -> Iterator[tuple[int, Run]]:
-        for position, run in enumerate(runs):
-            for part in cut(run, lambda: self._streams.message_bytes(FRAME_BYTES)):
-                yield position, part
 
     def _count(self, nbytes: int) -> None:
         self._serving.cache.sent(nbytes)
@@ -382,6 +376,13 @@ class CacheService:
             for snapshot, _ in self._serving.cache.snapshots()
             if snapshot.place == place and version in {"", snapshot.version}
         ]
+
+
+def _parts(runs: Sequence[Run], stream: Stream) -> Iterator[tuple[int, Run]]:
+    """What each frame holds, and the position of its range."""
+    for position, run in enumerate(runs):
+        for part in cut(run, lambda: stream.message_bytes(FRAME_BYTES)):
+            yield position, part
 
 
 class _Validation:

@@ -26,6 +26,7 @@ from modelexpress_core.errors import (
 )
 from modelexpress_core.messages import hide_credentials_of_urls, printable, with_hint
 from modelexpress_core.server.services.authorization import require_right
+from modelexpress_core.server.services.streams import Streams
 from modelexpress_core.wire.authentication import caller
 from modelexpress_core.wire.rpc import RpcContext
 
@@ -95,6 +96,7 @@ class CacheServing:
         metrics: As above.
         may_delete: As above.
         bulk: The bulk channel; None if there is none.
+        streams: Streams that carry content of files.
     """
 
     def __init__(self, cache: ModelCache, *, rights: Rights, metrics: CacheMetrics, may_delete: bool) -> None:
@@ -102,6 +104,7 @@ class CacheServing:
         self.metrics = metrics
         self.may_delete = may_delete
         self.bulk: CacheBulk | None = None
+        self.streams = Streams()
         self._rights = rights
         self._asking = ThreadPoolExecutor(_ASKING_THREADS, thread_name_prefix="mx-cache-ask")
         self._reading = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="mx-cache-read")

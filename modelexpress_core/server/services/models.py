@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
@@ -24,7 +24,6 @@ from modelexpress_core.plugins import STORAGE
 from modelexpress_core.server.cache.places import HUB
 from modelexpress_core.server.services.cached import CacheServing, abort_with, message_of
 from modelexpress_core.server.services.file_reads import cut, read
-from modelexpress_core.server.services.streams import Streams
 from modelexpress_core.wire.proto.modelexpress import model_pb2
 from modelexpress_core.wire.rpc import MODEL, RpcContext, handler
 
@@ -77,7 +76,6 @@ class ModelService:
 
     def __init__(self, serving: CacheServing) -> None:
         self._serving = serving
-        self._streams = Streams()
 
     async def ensure_model_downloaded(
         self, request: model_pb2.ModelDownloadRequest, context: RpcContext
@@ -145,24 +143,23 @@ class ModelService:
         commit: str | None = snapshot.commit_hash
         try:
             with self._serving.cache.hold(snapshot):
-                async with self._streams.opened(context):
-                    for file in files:
-                        making = self._chunks(snapshot, file, most, context)
-                        async with contextlib.aclosing(making) as chunks:
-                            async for chunk in chunks:
-                                chunk.is_last_file = chunk.is_last_chunk and file is files[-1]
-                                if commit is not None:
-                                    chunk.commit_hash = commit
-                                    commit = None
-                                with self._streams.sending():
-                                    yield chunk
-                                self._serving.cache.sent(len(chunk.data))
-                                self._serving.metrics.sent("grpc", len(chunk.data))
+                stream = await self._serving.streams.open(context)
+                for file in files:
+                    making = self._chunks(snapshot, file, lambda: stream.message_bytes(most), context)
+                    async with contextlib.aclosing(making) as chunks:
+                        async for chunk in chunks:
+                            chunk.is_last_file = chunk.is_last_chunk and file is files[-1]
+                            if commit is not None:
+                                chunk.commit_hash = commit
+                                commit = None
+                            yield chunk
+                            self._serving.cache.sent(len(chunk.data))
+                            self._serving.metrics.sent("grpc", len(chunk.data))
         except ModelExpressError as exc:
             await abort_with(context, exc)
 
     async def _chunks(
-        self, snapshot: Snapshot, file: CachedFile, most: int, context: RpcContext
+        self, snapshot: Snapshot, file: CachedFile, message_bytes: Callable[[], int], context: RpcContext
     ) -> AsyncGenerator[model_pb2.FileChunk]:
         """One file."""
         if not file.size:
@@ -173,7 +170,7 @@ class ModelService:
         reading: asyncio.Future[memoryview] | None = None
         try:
             offset = 0
-            parts = cut(Run(file.path, 0, file.size), lambda: self._streams.message_bytes(most))
+            parts = cut(Run(file.path, 0, file.size), message_bytes)
             while offset < file.size or reading is not None:
                 part = next(parts, None)
                 following: asyncio.Future[memoryview] | None = None

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
 
 import grpc
+from attrs import define, field
 
 from modelexpress_core.wire.peers import peer_host
 from modelexpress_core.wire.rpc import RpcContext
 
-__all__ = ["Streams"]
+__all__ = ["Stream", "Streams"]
 
-#: Memory of all streams. A stream has a message that is made, one that is sent, and gRPC's copies of both.
-_MEMORY_BYTES = 96 << 20
-_COPIES = 5
+#: Content of the messages of all streams. A message that is on its way is in memory up to five times: as it was read,
+#: in its message, encoded, as gRPC's copy, and the next one that is read meanwhile.
+_CONTENT_BYTES = 32 << 20
+
+#: A stream may have this part of what is left, and of all.
+_SHARE = 8
 
 #: Content of a message, however many streams there are.
 _SMALLEST_BYTES = 32 << 10
@@ -25,52 +26,58 @@ _SMALLEST_BYTES = 32 << 10
 _MOST = 512
 _MOST_OF_HOST = 384
 
-#: A message that its reader does not take in this time ends the call.
-_STALLED_SECONDS = 60.0
+
+@define(eq=False)
+class Stream:
+    """A stream that is open.
+
+    Attributes:
+        streams: All of them.
+        used_bytes: Content of its present message.
+    """
+
+    streams: Streams = field(repr=False)
+    used_bytes: int = 0
+
+    def message_bytes(self, most: int) -> int:
+        """Reserve the content of the next message, at most ``most`` bytes, in place of that of the present one."""
+        self.streams.used_bytes -= self.used_bytes
+        left = _CONTENT_BYTES - self.streams.used_bytes
+        self.used_bytes = min(most, max(_SMALLEST_BYTES, left // _SHARE))
+        self.streams.used_bytes += self.used_bytes
+        return self.used_bytes
 
 
 class Streams:
-    """The streams of a server that carry content of files. They share its memory equally."""
+    """The streams of a server that carry content of files. Readers that stop reading leave little to others.
+
+    A call whose reader takes nothing lasts as long as its connection: gRPC cannot reset it.
+
+    Attributes:
+        count: Streams that are open.
+        used_bytes: Content of their messages.
+    """
 
     def __init__(self) -> None:
-        self._streams = 0
+        self.count = 0
+        self.used_bytes = 0
         self._of_host: Counter[str] = Counter()
 
-    @property
-    def count(self) -> int:
-        """Streams that are open."""
-        return self._streams
-
-    def message_bytes(self, most: int) -> int:
-        """How much content the next message of a stream may have, at most ``most``."""
-        share = _MEMORY_BYTES // (_COPIES * max(1, self._streams))
-        return min(most, max(_SMALLEST_BYTES, share))
-
-    @contextlib.asynccontextmanager
-    async def opened(self, context: RpcContext) -> AsyncIterator[None]:
-        """Count a stream in the ``async with`` block; the call ends if there are too many."""
+    async def open(self, context: RpcContext) -> Stream:
+        """Count a stream until its call has ended; the call ends at once if there are too many."""
         host = peer_host(context.peer())
-        if self._streams >= _MOST or self._of_host[host] >= _MOST_OF_HOST:
-            reason = f"{self._streams} streams of files are open, of which {self._of_host[host]} are of {host}"
+        if self.count >= _MOST or self._of_host[host] >= _MOST_OF_HOST:
+            reason = f"{self.count} streams of files are open, of which {self._of_host[host]} are of {host}"
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{reason}: ask again in a moment")
-        self._streams += 1
+        stream = Stream(self)
+        self.count += 1
         self._of_host[host] += 1
-        try:
-            yield
-        finally:
-            self._streams -= 1
-            self._of_host[host] -= 1
-            if not self._of_host[host]:
-                del self._of_host[host]
+        context.add_done_callback(lambda _: self._ended(stream, host))  # type: ignore[arg-type]  # any function will do
+        return stream
 
-    @staticmethod
-    @contextlib.contextmanager
-    def sending() -> Iterator[None]:
-        """Send one message in the ``with`` block; if its reader does not take it, the call is cancelled."""
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - for the type checker: handlers run in tasks
-        timer = asyncio.get_running_loop().call_later(_STALLED_SECONDS, task.cancel)
-        try:
-            yield
-        finally:
-            timer.cancel()
+    def _ended(self, stream: Stream, host: str) -> None:
+        self.count -= 1
+        self.used_bytes -= stream.used_bytes
+        self._of_host[host] -= 1
+        if not self._of_host[host]:
+            del self._of_host[host]
