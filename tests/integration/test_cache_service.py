@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,13 +19,14 @@ from awscrt import checksums
 from devtools.fake_hub import FakeHub, HubAnswer, HubRequest
 from devtools.models import generate_sharded
 from modelexpress_core.bulk.reading import BulkOffer, BulkRead, BulkReader
-from modelexpress_core.bulk.requests import Run
+from modelexpress_core.bulk.requests import Run, target_of
 from modelexpress_core.checkpoint.manifest import TABLES, Manifest
 from modelexpress_core.errors import BackendError
 from modelexpress_core.storage.http.requests import Origin
 from modelexpress_core.wire.frames import opened
 from modelexpress_core.wire.proto.modelexpress import cache_pb2
 from modelexpress_core.wire.rpc import CACHE, MESSAGE_OPTIONS, stub
+from tests.support.http2 import Http2, run_all
 from tests.support.serving import Serving
 from tests.support.waiting import eventually
 
@@ -387,7 +389,7 @@ def test_what_makes_no_sense_is_refused(
     """With the status and the reason."""
     caller, version = answering
     fields = dict(request_)
-    kind = CACHE.methods[method].request
+    kind: Any = CACHE.methods[method].request
     if "model" in fields:
         fields["model"] = {"place": version.place}
     elif method != "OpenModel":
@@ -461,7 +463,8 @@ def test_rights(serve: Callable[..., Caller], model: Path, tmp_path: Path) -> No
         if method in {"ListModels", "GetCacheStats", "OpenModel"}:
             continue
         with pytest.raises(grpc.RpcError) as raised:
-            answer = stranger(method, kind.request(model=version))
+            request: Any = kind.request
+            answer = stranger(method, request(model=version))
             if kind.response_streaming:
                 list(answer)
         assert _Code.PERMISSION_DENIED == status_of(raised)[0], method
@@ -500,3 +503,60 @@ def test_without_the_bulk_channel(serve: Callable[..., Caller], model: Path) -> 
         caller("OpenBulk", cache_pb2.OpenBulkRequest(model=version))
     assert (_Code.UNIMPLEMENTED, "the server offers no bulk channel") == status_of(raised)
     assert caller.read(version, "config.json", Run("", 0, 2))
+
+
+# -- what callers can use up -------------------------------------------------------------------------------------------
+
+
+def peak_bytes(serving: Serving) -> int:
+    """The most memory that a server has had."""
+    process = Path(f"/proc/{serving.process.pid}/status")
+    [line] = [line for line in process.read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.timeout(300)
+def test_idle_clients_cost_little(serve: Callable[..., Caller], model: Path) -> None:
+    """Two thousand over gRPC, and seven hundred with tickets of the bulk channel; another one is answered at once."""
+    caller = serve()
+    version = version_of(caller.complete(f"file{model}"))
+    offer = caller("OpenBulk", cache_pb2.OpenBulkRequest(model=version))
+    path = target_of(offer.content, "config.json")
+    request = f"HEAD {path} HTTP/1.1\r\nAuthorization: Bearer {offer.ticket}\r\n\r\n".encode()
+    with contextlib.ExitStack() as opened:
+        clients = [opened.enter_context(Http2(caller.serving.url)) for _ in range(2000)]
+        run_all(clients, 1.0)
+        for _ in range(700):
+            sock = opened.enter_context(socket.create_connection(("127.0.0.1", offer.port), _SECONDS))
+            sock.sendall(request)
+            assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+        with caller.bulk(version) as bulk:
+            bulk.check()
+        assert caller.read(version, "config.json", Run("", 0, 2))
+        assert peak_bytes(caller.serving) < 300 << 20
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("pieces", [False, True])
+def test_readers_of_the_bulk_channel_that_stop_reading(serve: Callable[..., Caller], model: Path, pieces: bool) -> None:
+    """Three hundred connections of one reader, with ranges and with pieces that are gathered in memory."""
+    caller = serve()
+    version = version_of(caller.complete(f"file{model}"))
+    offer = caller("OpenBulk", cache_pb2.OpenBulkRequest(model=version))
+    name, content = max(files_of(model).items(), key=lambda each: len(each[1]))
+    run = [name, 0, 128, 256, len(content) // 256] if pieces else [name, 0, len(content)]
+    body = json.dumps({"runs": [run] * 20, "checksums": True}).encode()
+    head = f"POST {target_of(offer.content)} HTTP/1.1\r\nAuthorization: Bearer {offer.ticket}\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    with contextlib.ExitStack() as opened:
+        for _ in range(300):
+            sock = opened.enter_context(socket.create_connection(("127.0.0.1", offer.port), _SECONDS))
+            sock.sendall(request)
+            assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+        with caller.bulk(version) as bulk:
+            destination = memoryview(bytearray(len(content)))
+            assert [0] == list(bulk.read([BulkRead(Run(name, 0, len(content)), destination)]))
+            assert content == destination
+        assert peak_bytes(caller.serving) < 300 << 20

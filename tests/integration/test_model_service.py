@@ -246,7 +246,8 @@ def test_a_download_that_fails_is_a_status(caller: Caller, options: dict[str, An
 def test_a_name_that_is_none(caller: Caller, method: str, name: str) -> None:
     """INVALID_ARGUMENT, in each method."""
     with pytest.raises(grpc.RpcError) as raised:
-        answer = caller(method, MODEL.methods[method].request(model_name=name))
+        request: Any = MODEL.methods[method].request
+        answer = caller(method, request(model_name=name))
         if MODEL.methods[method].response_streaming:
             list(answer)
     assert _Code.INVALID_ARGUMENT == code_of(raised)
@@ -275,7 +276,8 @@ def test_what_makes_no_sense_is_refused(
     """With its status."""
     caller.ensure("org/model")
     with pytest.raises(grpc.RpcError) as raised:
-        answer = caller(method, MODEL.methods[method].request(**{"model_name": "org/model", **options}))
+        request: Any = MODEL.methods[method].request
+        answer = caller(method, request(**{"model_name": "org/model", **options}))
         if MODEL.methods[method].response_streaming:
             list(answer)
     assert code == code_of(raised)
@@ -344,7 +346,7 @@ def test_a_client_that_speaks_http2_alone(caller: Caller, hub: FakeHub) -> None:
 
         def call(method: str, request: Any) -> list[bytes]:
             stream = client.call(MODEL.path(method), request.SerializeToString())
-            assert eventually(lambda: client.run(0.05) or stream in client.ended)
+            assert eventually(lambda: client.runs(0.05) and stream in client.ended)
             return messages_of(bytes(client.data[stream]))
 
         updates = call("EnsureModelDownloaded", model_pb2.ModelDownloadRequest(model_name="org/model"))

@@ -86,6 +86,11 @@ class Http2:
         """Send what the server's windows allow, and take what it sends, for some time."""
         run_all([self], seconds)
 
+    def runs(self, seconds: float) -> bool:
+        """As ``run``, for conditions: true."""
+        self.run(seconds)
+        return True
+
     # -- what `run_all` calls --
 
     def step(self) -> None:

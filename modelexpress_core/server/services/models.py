@@ -180,15 +180,12 @@ class ModelService:
                 content, reading = reading, following  # the next part is read while this one is sent
                 if content is None:
                     continue
-                data = await content
-                yield model_pb2.FileChunk(
-                    relative_path=file.path,
-                    data=bytes(data),
-                    offset=offset,
-                    total_size=file.size,
-                    is_last_chunk=offset + len(data) == file.size,
-                )
-                offset += len(data)
+                chunk = model_pb2.FileChunk(relative_path=file.path, offset=offset, total_size=file.size)
+                chunk.data = bytes(await content)
+                del content  # so that it is not in memory while the chunk is sent
+                offset += len(chunk.data)
+                chunk.is_last_chunk = offset == file.size
+                yield chunk
         finally:
             if reading is not None:
                 await asyncio.wait([reading])  # it reads the file that is closed next

@@ -14,10 +14,10 @@ __all__ = ["Stream", "Streams"]
 
 #: Content of the messages of all streams. A message that is on its way is in memory up to five times: as it was read,
 #: in its message, encoded, as gRPC's copy, and the next one that is read meanwhile.
-_CONTENT_BYTES = 32 << 20
+_CONTENT_BYTES = 16 << 20
 
-#: A stream may have this part of what is left, and of all.
-_SHARE = 8
+#: A stream may have this part of what is left.
+_SHARE = 4
 
 #: Content of a message, however many streams there are.
 _SMALLEST_BYTES = 32 << 10
