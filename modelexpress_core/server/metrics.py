@@ -158,26 +158,32 @@ class CacheMetrics(Collector):
         self._damaged.inc(chunks)
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: the cache is not asked when the metrics are registered."""
-        return iter(())
+        """The metrics that ``collect`` has, without asking the cache."""
+        return self._families(None)
 
     def collect(self) -> Iterator[Metric]:
         """The metrics that the cache itself counts."""
-        stats = self._stats()
-        counters = (
-            ("mx_cache_hits", "Requests for versions of models that were in the cache.", stats.hits),
-            ("mx_cache_misses", "Requests that began a download, or joined one.", stats.misses),
-            ("mx_cache_origin_bytes", "Bytes that were downloaded from storages.", stats.origin_bytes),
-            ("mx_cache_evictions", "Versions of models that were removed to keep the limits.", stats.evictions),
-            ("mx_cache_download_failures", "Downloads that failed.", stats.failures),
-        )
-        for name, text, value in counters:
-            yield CounterMetricFamily(name, text, value=value)
-        gauges = (
-            ("mx_cache_downloads", "Downloads under way.", stats.downloads),
-            ("mx_cache_bytes", "Bytes of all models in the cache.", stats.size_bytes),
-            ("mx_cache_limit_bytes", "Limit of these bytes; 0: what the disk holds.", stats.limit_bytes or 0),
-            ("mx_cache_models", "Versions of models that are complete.", stats.models),
-        )
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(name, text, value=value)
+        return self._families(self._stats())
+
+    @staticmethod
+    def _families(stats: CacheStats | None) -> Iterator[Metric]:
+        for name, text, field in _CACHE_COUNTERS:
+            yield CounterMetricFamily(name, text, value=getattr(stats, field, 0))
+        for name, text, field in _CACHE_GAUGES:
+            yield GaugeMetricFamily(name, text, value=getattr(stats, field, 0) or 0)
+
+
+#: Name, help and field of the cache's statistics.
+_CACHE_COUNTERS = (
+    ("mx_cache_hits", "Requests for versions of models that were in the cache.", "hits"),
+    ("mx_cache_misses", "Requests that began a download, or joined one.", "misses"),
+    ("mx_cache_origin_bytes", "Bytes that were downloaded from storages.", "origin_bytes"),
+    ("mx_cache_evictions", "Versions of models that were removed to keep the limits.", "evictions"),
+    ("mx_cache_download_failures", "Downloads that failed.", "failures"),
+)
+_CACHE_GAUGES = (
+    ("mx_cache_downloads", "Downloads under way.", "downloads"),
+    ("mx_cache_bytes", "Bytes of all models in the cache.", "size_bytes"),
+    ("mx_cache_limit_bytes", "Limit of these bytes; 0: what the disk holds.", "limit_bytes"),
+    ("mx_cache_models", "Versions of models that are complete.", "models"),
+)
