@@ -207,8 +207,8 @@ class ModelCache:
             os.close(descriptor)
             raise ModelExpressError(
                 f"another server uses the cache in {self.directory}" + (f": {holder}" if holder else ""),
-                cause="two servers were given one directory",
-                hint="give each server a directory of its own; they fill from one another over the network",
+                cause="one process at a time may change the files of a cache",
+                hint="ask that server (mx models --url), or give this one a directory of its own",
             ) from exc
         except OSError:
             os.close(descriptor)
