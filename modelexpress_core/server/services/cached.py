@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 
 from modelexpress_core.bulk.output import PRESENT_BYTES
+from modelexpress_core.bulk.requests import Run
 from modelexpress_core.contracts.rights import ENSURE, READ, Rights
 from modelexpress_core.errors import (
     AccessDeniedError,
@@ -253,6 +254,47 @@ class CacheServing:
         present = self.present_bytes(snapshot)
         reason = f"not there yet: {present} of {snapshot.size_bytes} bytes of {shown(snapshot.place)} have arrived"
         await context.abort(_Code.UNAVAILABLE, reason, ((PRESENT_BYTES, str(present)),))
+
+    async def made(
+        self,
+        reader: CachedFileReader,
+        parts: Iterable[tuple[int, Run]],
+        make: Callable[[int, Run], _R],
+        snapshot: Snapshot,
+        context: RpcContext,
+    ) -> AsyncGenerator[tuple[Run, _R]]:
+        """What ``make`` returns for each part of a file, in another thread: the next one is made while one is used.
+
+        A part that is not there yet is waited for when those before it have been used.
+
+        Raises:
+            ModelExpressError: The download failed, or ``make`` raised it.
+        """
+        begun: tuple[Run, asyncio.Future[_R]] | None = None
+        try:
+            for position, part in parts:
+                if begun is not None and not reader.wait(part.offset, part.end, 0):
+                    yield begun[0], await begun[1]
+                    begun = None
+                await self.wait_for_bytes(reader, part.offset, part.end, snapshot, context)
+                before, begun = begun, (part, self._making(make, position, part))
+                if before is not None:
+                    yield before[0], await before[1]
+            if begun is not None:
+                yield begun[0], await begun[1]
+        finally:
+            if begun is not None and not begun[1].done():
+                await asyncio.wait([begun[1]])  # it reads a file that is closed next
+
+    def _making(self, make: Callable[[int, Run], _R], position: int, part: Run) -> asyncio.Future[_R]:
+        making = asyncio.ensure_future(self.in_thread(lambda: make(position, part)))
+        making.add_done_callback(lambda done: done.cancelled() or done.exception())  # also if nobody waits for it
+        return making
+
+    def count_sent(self, nbytes: int) -> None:
+        """Count bytes that went over gRPC."""
+        self.cache.sent(nbytes)
+        self.metrics.sent("grpc", nbytes)
 
     # -- threads -------------------------------------------------------------------------------------------------------
 
