@@ -164,6 +164,23 @@ def test_a_changed_model_is_another_version(opened: Callable[..., ModelCache], m
         cache.begin(f"file{source}", version=old.version)
 
 
+def test_versions_share_the_files_that_both_have(opened: Callable[..., ModelCache]) -> None:
+    """A file that did not change between two commits: the older version stays readable, and so does the newer one."""
+    with FakeHub() as hub:
+        hub.put("org/model", "config.json", b"{}")
+        hub.put("org/model", "weights.bin", b"one" * 5000)
+        cache = opened(**hub.environ())
+        old = complete(cache, "org/model")
+        hub.put("org/model", "weights.bin", b"two" * 5000)
+        cache._resolved.clear()
+        new = complete(cache, "org/model")
+
+    assert {"config.json": b"{}", "weights.bin": b"one" * 5000} == contents(old)
+    assert {"config.json": b"{}", "weights.bin": b"two" * 5000} == contents(new)
+    cache.remove(old)
+    assert {"config.json": b"{}", "weights.bin": b"two" * 5000} == contents(new)
+
+
 def test_a_source_that_cannot_be_reached_has_its_latest_version(
     opened: Callable[..., ModelCache], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,7 +24,7 @@ from modelexpress_core.server.cache.checking import Damage, described, validate
 from modelexpress_core.server.cache.downloads import Download, record_path, remove_files
 from modelexpress_core.server.cache.layout import OWN
 from modelexpress_core.server.cache.places import HUB, Place, Sources
-from modelexpress_core.server.cache.records import CachedFile, Record, version_of
+from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, version_of
 from modelexpress_core.server.cache.snapshots import Snapshot
 from modelexpress_core.server.settings import CacheSettings
 from modelexpress_core.settings import from_env
@@ -162,6 +162,8 @@ class ModelCache:
         self._resolved: dict[tuple[str, str, bool], _Resolved] = {}
         self._resolving: dict[tuple[str, str, bool], threading.Lock] = {}
         self._counts: Counter[str] = Counter()
+        #: Held while files get the names that they keep, and while versions are removed: versions share files.
+        self._publishing = threading.Lock()
         self._closed = False
         self._lock_file = self._locked()
         try:
@@ -399,6 +401,8 @@ class ModelCache:
             ),
             files=files,
             on_end=self._ended,
+            stored=self._stored,
+            publish=self._publish,
             disk=self._disk,
         )
         with self._lock:
@@ -422,13 +426,23 @@ class ModelCache:
         _log.info("downloading %s at %s from %s", place.shown, version[:12], place.uri)
         return self._snapshot(download=download)
 
+    def _stored(self, blob: str) -> Sequence[StoredFile]:
+        with self._lock:
+            return [each for record in self._records.values() for each in record.files if each.blob == blob]
+
+    def _publish(self, make: Callable[[], Record]) -> Record:
+        with self._publishing:
+            record = make()
+            with self._lock:
+                self._records[record.key] = record
+                self._used[record.key] = time.time()
+        return record
+
     def _ended(self, download: Download) -> None:
         with self._lock:
             self._downloads.pop(download.key, None)
             self._counts["origin_bytes"] += download.origin_bytes
             if download.record is not None:
-                self._records[download.key] = download.record
-                self._used[download.key] = time.time()
                 self._failures.pop(download.key, None)
                 _log.info("%s at %s is complete", download.place, download.version[:12])
             elif download.error is not None:
@@ -504,11 +518,13 @@ class ModelCache:
             self._remove_changed(record)
 
     def _remove_changed(self, record: Record) -> None:
-        for stored in record.files:
-            path = os.path.join(self.directory, stored.blob)
-            with contextlib.suppress(OSError):
-                if not stored.is_unchanged(os.stat(path)):
-                    os.unlink(path)
+        with self._publishing:
+            for stored in record.files:
+                path = os.path.join(self.directory, stored.blob)
+                with contextlib.suppress(OSError):
+                    found = os.stat(path)
+                    if not any(each.is_unchanged(found) for each in (stored, *self._stored(stored.blob))):
+                        os.unlink(path)
 
     def remove(self, snapshot: Snapshot) -> int:
         """Remove a version; returns the bytes that were freed. Files that other versions share stay.
@@ -516,7 +532,7 @@ class ModelCache:
         Raises:
             ModelExpressError: It is being downloaded.
         """
-        with self._lock:
+        with self._publishing, self._lock:
             if snapshot.key in self._downloads:
                 message = f"{snapshot.place} at {snapshot.version[:12]} is being downloaded"
                 raise ModelExpressError(message, hint="wait for the end of the download")
