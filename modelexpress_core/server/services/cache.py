@@ -243,7 +243,7 @@ class CacheService:
                 error=snapshot.error.headline if snapshot.error else "",
             )
             for snapshot, idle_seconds in serving.cache.snapshots()
-            if serving.allows(name, READ, snapshot.place)
+            if serving.allows(name, READ, snapshot)
         ]
         return cache_pb2.ListModelsResponse(models=models)
 

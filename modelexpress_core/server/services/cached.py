@@ -135,9 +135,22 @@ class CacheServing:
         """End the call unless its caller has ``right`` for a model."""
         await require_right(self._rights, right, place.shown, context)
 
-    def allows(self, name: str, right: str, place: str) -> bool:
-        """Whether the caller ``name`` has ``right`` for the model with this canonical name."""
-        return self._rights.allows(name, right, shown(place))
+    def allows(self, name: str, right: str, snapshot: Snapshot) -> bool:
+        """Whether the caller ``name`` has ``right`` for a version."""
+        return self._rights.allows(name, right, shown(snapshot.place)) and not self._lacks_rule(name, snapshot)
+
+    def _lacks_rule(self, name: str, snapshot: Snapshot) -> bool:
+        """Whether a version needs a rule that there is not: its storage gives it to some readers alone."""
+        return snapshot.restricted and bool(name) and not self._rights.rules
+
+    async def check_restriction(self, snapshot: Snapshot, context: RpcContext) -> None:
+        """End the call where callers are authenticated, and only a rule can say who of them may have the version."""
+        if self._lacks_rule(caller.get(), snapshot):
+            reason = (
+                f"{shown(snapshot.place)} is gated or private, and the server has no rules of who may read it from its "
+                "cache: its operator has to set MX_AUTH_RIGHTS"
+            )
+            await context.abort(_Code.PERMISSION_DENIED, reason)
 
     # -- versions ------------------------------------------------------------------------------------------------------
 
@@ -157,6 +170,7 @@ class CacheServing:
         if found is None:
             await require_right(self._rights, ENSURE, place.shown, context)
         elif not self._may_ensure(place):
+            await self.check_restriction(found, context)
             return found
         key = (path, revision, version, weights)
         begun = self._begun.get(key)
@@ -169,7 +183,9 @@ class CacheServing:
             )
             self._begun[key] = begun
             begun.add_done_callback(lambda done: self._answered(key, done))
-        return await asyncio.shield(begun)
+        snapshot = await asyncio.shield(begun)
+        await self.check_restriction(snapshot, context)
+        return snapshot
 
     def _may_ensure(self, place: Place) -> bool:
         return self._rights.allows(caller.get(), ENSURE, place.shown)
@@ -194,6 +210,7 @@ class CacheServing:
         for weights in (True, False):
             found = self.cache.find(place.name, version=version, weights=weights)
             if found is not None and (weights or not file or file in found.files):
+                await self.check_restriction(found, context)
                 return place, found
         try:
             return place, await self.begin(place, "", version, context)

@@ -271,6 +271,7 @@ class ModelService:
             of = f" at {request.revision}" if request.revision else ""
             reason = f"{place.shown}{of} is not in the cache: EnsureModelDownloaded downloads it"
             await context.abort(_Code.NOT_FOUND, reason)
+        await self._serving.check_restriction(found, context)
         absent = next((path for path in selected if path not in found.files), None)
         if absent is not None:
             await context.abort(_Code.NOT_FOUND, f"{place.shown} has no file {absent[:200]!r}")
