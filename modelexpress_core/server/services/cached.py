@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,7 @@ from modelexpress_core.errors import (
     UnavailableError,
 )
 from modelexpress_core.messages import hide_credentials_of_urls, printable, with_hint
+from modelexpress_core.resources import start_thread
 from modelexpress_core.server.services.authorization import require_right
 from modelexpress_core.server.services.streams import Streams
 from modelexpress_core.wire.authentication import caller
@@ -57,8 +60,8 @@ _STATUS: tuple[tuple[type[ModelExpressError], grpc.StatusCode], ...] = (
 
 _MAX_MESSAGE_CHARACTERS = 2000
 
-#: Threads that ask storages for versions: each question takes as long as its storage.
-_ASKING_THREADS = 16
+#: Questions to storages for versions at the same time: each takes as long as its storage.
+_MOST_QUESTIONS = 16
 
 #: Threads that read files and compare digests. Two compare at most, so that the others go on reading.
 _READING_THREADS = 6
@@ -107,7 +110,7 @@ class CacheServing:
         self.bulk: CacheBulk | None = None
         self.streams = Streams()
         self._rights = rights
-        self._asking = ThreadPoolExecutor(_ASKING_THREADS, thread_name_prefix="mx-cache-ask")
+        self._asking = asyncio.Semaphore(_MOST_QUESTIONS)
         self._reading = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="mx-cache-read")
         self._begun: dict[tuple[str, str, str, bool], asyncio.Future[Snapshot]] = {}
         self._present: dict[str, tuple[float, int]] = {}
@@ -117,7 +120,6 @@ class CacheServing:
         if self.bulk is not None:
             self.bulk.close()
         self.cache.close()
-        self._asking.shutdown(wait=True, cancel_futures=True)
         self._reading.shutdown(wait=True, cancel_futures=True)
 
     # -- rights --------------------------------------------------------------------------------------------------------
@@ -176,9 +178,8 @@ class CacheServing:
         begun = self._begun.get(key)
         if begun is None:
             begun = asyncio.ensure_future(
-                self._in(
-                    self._asking,
-                    lambda: self.cache.begin(path, revision=revision or None, version=version or None, weights=weights),
+                self._asked(
+                    lambda: self.cache.begin(path, revision=revision or None, version=version or None, weights=weights)
                 )
             )
             self._begun[key] = begun
@@ -317,11 +318,33 @@ class CacheServing:
 
     async def in_thread(self, work: Callable[[], _R]) -> _R:
         """What ``work`` returns, which reads files."""
-        return await self._in(self._reading, work)
+        return await asyncio.get_running_loop().run_in_executor(self._reading, work)
 
-    @staticmethod
-    async def _in(threads: ThreadPoolExecutor, work: Callable[[], _R]) -> _R:
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
+    async def _asked(self, ask: Callable[[], Snapshot]) -> Snapshot:
+        """What ``ask`` returns. It may wait for a storage for long, and the end of the server does not wait for it."""
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[Snapshot] = loop.create_future()
+
+        def answer(snapshot: Snapshot | None, exc: BaseException | None) -> None:
+            if answered.done():
+                return
+            if snapshot is not None:
+                answered.set_result(snapshot)
+            else:
+                answered.set_exception(exc or RuntimeError("no answer"))
+
+        def run() -> None:
+            snapshot, error = None, None
+            try:
+                snapshot = ask()
+            except Exception as exc:  # noqa: BLE001 - whoever waits gets it
+                error = exc
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(answer, snapshot, error)
+
+        async with self._asking:
+            start_thread(threading.Thread(target=run, name="mx-cache-ask", daemon=True), "ask a storage")
+            return await answered
 
 
 def shown(place: str) -> str:
