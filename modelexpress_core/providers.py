@@ -95,6 +95,7 @@ class StorageCapabilities:
         recheck: Compares the version of an object again at the end of a load: a ``RecheckingStorage``.
         patience: Gives up a read after ``patience_seconds`` without a byte: a ``PatientStorage``.
         diagnosis: Reports its endpoint and its credentials to ``mx doctor``: a ``DiagnosableStorage``.
+        restriction: Tells whether a place is for some readers alone: a ``RestrictedStorage``.
         stat_digests: ``stat`` may return digests that ``list`` does not: core sends one request per file for them.
         global_versions: The version of an object is the same for every reader on every machine, and another for other
             content, as ETags and generations are: it tells which workers hold the same content.
@@ -109,6 +110,7 @@ class StorageCapabilities:
     recheck: bool = False
     patience: bool = False
     diagnosis: bool = False
+    restriction: bool = False
     stat_digests: bool = False
     global_versions: bool = False
     concurrency: int = field(default=8, validator=attrs.validators.ge(1))

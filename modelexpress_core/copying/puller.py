@@ -253,6 +253,16 @@ class Pull:
         self.selection = select(self._retrying, self._uri, weights=self._weights, provider=name)
         return self.selection
 
+    def is_restricted(self) -> bool:
+        """Whether some readers may not read what was selected, as far as its storage tells.
+
+        Raises:
+            BackendError: The storage failed.
+        """
+        if not self._registered.provider.capabilities.restriction:
+            return False
+        return self._retrying.is_restricted(self._uri.path)
+
     def leave_out_weights(self) -> None:
         """Copy no files of weights, of those that were selected."""
         files = self.selection.files

@@ -74,6 +74,7 @@ _CAPABILITY_ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "recheck": ("check_unchanged",),
     "patience": ("patience_seconds",),
     "diagnosis": ("endpoint", "credentials"),
+    "restriction": ("is_restricted",),
 }
 
 _FIRST_PARTY_FILES = frozenset({"__init__.py", "_errors.py", "plugin.py", "py.typed", "settings.py"})

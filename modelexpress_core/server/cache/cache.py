@@ -367,7 +367,12 @@ class ModelCache:
                 self._count("hits" if there.complete else "misses")
                 return there
         self._count("misses")
-        return self._download(place, revision, found, files, pull, weights=weights)
+        try:
+            restricted = pull.is_restricted()
+        except BaseException:
+            pull.close()
+            raise
+        return self._download(place, revision, found, files, pull, weights=weights, restricted=restricted)
 
     def _latest_of(
         self, place: Place, revision: str, version: str | None, exc: ModelExpressError, *, weights: bool
@@ -385,7 +390,15 @@ class ModelCache:
     # -- downloading --------------------------------------------------------------------------------------------------
 
     def _download(
-        self, place: Place, revision: str, version: str, files: Sequence[CachedFile], pull: Pull, *, weights: bool
+        self,
+        place: Place,
+        revision: str,
+        version: str,
+        files: Sequence[CachedFile],
+        pull: Pull,
+        *,
+        weights: bool,
+        restricted: bool = False,
     ) -> Snapshot:
         download = Download(
             self.directory,
@@ -396,6 +409,7 @@ class ModelCache:
             version=version,
             revision=revision,
             weights=weights,
+            restricted=restricted,
             pull=lambda download: pull.into(
                 download.directory, on_written=download.written, on_file=download.file_complete
             ),

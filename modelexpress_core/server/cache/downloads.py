@@ -44,6 +44,7 @@ class Download:
         version: Its version.
         revision: What was asked for.
         weights: Whether files of weights are copied.
+        restricted: Whether the storage gives the model to some readers alone.
         pull: The pull, which has selected its files; None to select them again.
         files: The files.
         on_end: Called when it has ended, with this object.
@@ -69,6 +70,7 @@ class Download:
         version: str,
         revision: str,
         weights: bool,
+        restricted: bool,
         pull: Callable[[Download], Pull],
         files: Sequence[CachedFile],
         on_end: Callable[[Download], None],
@@ -82,6 +84,7 @@ class Download:
         self.version = version
         self.revision = revision
         self.weights = weights
+        self.restricted = restricted
         self.files = tuple(files)
         self.record: Record | None = None
         self.error: ModelExpressError | None = None
@@ -285,6 +288,7 @@ class Download:
             tuple(stored),
             layout.directory,
             digest,
+            self.restricted,
         )
         write_record(self._root, record)
         return record
