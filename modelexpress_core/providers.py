@@ -94,6 +94,8 @@ class StorageCapabilities:
         read_runs: Reads many short runs in one call: a ``RunStorage``.
         recheck: Compares the version of an object again at the end of a load: a ``RecheckingStorage``.
         patience: Gives up a read after ``patience_seconds`` without a byte: a ``PatientStorage``.
+        compares: Compares what it reads with digests of pieces of files: a ``ComparingStorage``. Core then compares no
+            digests of whole files while it loads.
         diagnosis: Reports its endpoint and its credentials to ``mx doctor``: a ``DiagnosableStorage``.
         stat_digests: ``stat`` may return digests that ``list`` does not: core sends one request per file for them.
         global_versions: The version of an object is the same for every reader on every machine, and another for other
@@ -108,6 +110,7 @@ class StorageCapabilities:
     read_runs: bool = False
     recheck: bool = False
     patience: bool = False
+    compares: bool = False
     diagnosis: bool = False
     stat_digests: bool = False
     global_versions: bool = False

@@ -20,12 +20,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import cast
 
 from attrs import frozen
 
 from modelexpress_core.checkpoint import CheckpointFile
 from modelexpress_core.contracts.candidates import Candidate
-from modelexpress_core.contracts.storage import ObjectInfo
+from modelexpress_core.contracts.storage import Compared, ComparingStorage, ObjectInfo
 from modelexpress_core.copying.hidden_directory import HiddenDirectory, regular_size
 from modelexpress_core.copying.local import Disk, digest_of, fsync_directory, local_errors
 from modelexpress_core.copying.partial import Identity, Partial
@@ -211,7 +212,9 @@ class _Pull:
                 self._engine = engine
                 self._fetch(copies, engine)
                 self._complete_directory()
-                return self._report(registered, engine)
+                compares = registered.provider.capabilities.compares
+                compared = cast("ComparingStorage", storage).compared() if compares else Compared()
+                return self._report(registered, engine, compared)
 
     # -- before anything is written -----------------------------------------------------------------------------------
 
@@ -468,7 +471,7 @@ class _Pull:
             )
         )
 
-    def _report(self, registered: Registered[StorageProvider], engine: FetchEngine) -> PullReport:
+    def _report(self, registered: Registered[StorageProvider], engine: FetchEngine, compared: Compared) -> PullReport:
         seconds = time.monotonic() - self._begun
         ledger = engine.ledger
         files = [self._in_place[name] for name, _ in self._selection.files]
@@ -489,4 +492,7 @@ class _Pull:
             concurrency=ledger.most_in_flight,
             verified_digests=dict(self._verified),
             file_list=tuple(files),
+            bytes_compared=compared.here_bytes,
+            bytes_compared_by_server=compared.by_server_bytes,
+            channel=compared.channel,
         )

@@ -464,7 +464,15 @@ def test_every_member_of_every_contract_is_explained(cls: type) -> None:
     assert set(inspect.get_annotations(cls)) == set(explained(cls))
 
 
-STORAGES = ["Storage", "BatchStorage", "RunStorage", "RecheckingStorage", "PatientStorage", "DiagnosableStorage"]
+STORAGES = [
+    "Storage",
+    "BatchStorage",
+    "RunStorage",
+    "RecheckingStorage",
+    "ComparingStorage",
+    "PatientStorage",
+    "DiagnosableStorage",
+]
 
 
 @pytest.mark.parametrize("name", STORAGES)

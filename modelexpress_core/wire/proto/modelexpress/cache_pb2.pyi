@@ -18,7 +18,7 @@ class OpenModelRequest(_message.Message):
     def __init__(self, place: _Optional[str] = ..., revision: _Optional[str] = ..., version: _Optional[str] = ..., no_weights: bool = ...) -> None: ...
 
 class OpenModelResponse(_message.Message):
-    __slots__ = ("place", "source", "version", "files", "next_page_token", "size_bytes", "present_bytes", "complete", "manifest_digest")
+    __slots__ = ("place", "source", "version", "files", "next_page_token", "size_bytes", "present_bytes", "complete", "manifest_digest", "directory")
     PLACE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class OpenModelResponse(_message.Message):
     PRESENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     place: str
     source: str
     version: str
@@ -37,7 +38,8 @@ class OpenModelResponse(_message.Message):
     present_bytes: int
     complete: bool
     manifest_digest: str
-    def __init__(self, place: _Optional[str] = ..., source: _Optional[str] = ..., version: _Optional[str] = ..., files: _Optional[_Iterable[_Union[CachedFile, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., size_bytes: _Optional[int] = ..., present_bytes: _Optional[int] = ..., complete: bool = ..., manifest_digest: _Optional[str] = ...) -> None: ...
+    directory: str
+    def __init__(self, place: _Optional[str] = ..., source: _Optional[str] = ..., version: _Optional[str] = ..., files: _Optional[_Iterable[_Union[CachedFile, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., size_bytes: _Optional[int] = ..., present_bytes: _Optional[int] = ..., complete: bool = ..., manifest_digest: _Optional[str] = ..., directory: _Optional[str] = ...) -> None: ...
 
 class CachedFile(_message.Message):
     __slots__ = ("path", "size", "version", "digests")
