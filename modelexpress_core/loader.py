@@ -75,7 +75,7 @@ class Loader(LoadContext):
         Raises:
             InvalidURIError: ``uri`` is not valid.
         """
-        return LoadRequest(self.plugins.rewrite_uri(ModelURI.parse(uri)), identity, worker_rank, reader)
+        return LoadRequest(self.plugins.rewrite_uri(ModelURI.parse(uri), self.environ), identity, worker_rank, reader)
 
     def candidates(self, request: LoadRequest) -> tuple[Candidate, ...]:
         """Return the candidates to try, best first.

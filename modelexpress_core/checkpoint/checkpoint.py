@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from modelexpress_core.immutable import unmodifiable
 from modelexpress_core.uri import ModelURI
@@ -91,9 +91,11 @@ class Checkpoint:
     def content_version(self) -> str | None:
         """Differs for other content: a digest of the URIs, sizes and versions of all files; None if one has no version.
 
+        The query of the URI is not part of it: a branch and the commit that it points at have the same content.
         Whether it is the same on other machines depends on the storage: see ``StorageCapabilities.global_versions``.
         """
-        described = [[str(self.uri.with_path(file.path)), file.size, file.version] for file in self.files]
+        place = evolve(self.uri, query={})
+        described = [[str(place.with_path(file.path)), file.size, file.version] for file in self.files]
         if any(file.version is None for file in self.files):
             return None
         text = json.dumps(sorted(described), separators=(",", ":"), ensure_ascii=False)

@@ -319,6 +319,12 @@ class MetadataStore(Protocol):
             The lease; None if another holder has the role.
         """
 
+    async def leader(self, role: str) -> LeaderLease | None:
+        """The lease of the one that has ``role`` now; None if nobody has it.
+
+        A store without a clock to ask may still answer with a lease that has ended, until another holder has the role.
+        """
+
     async def check(self) -> None:
         """Return if the store answers."""
 

@@ -130,7 +130,7 @@ class Server:
         return ServiceContext(
             store=self._store,
             settings=self._environ,
-            plugins=_ServicePlugins(self._plugins),
+            plugins=_ServicePlugins(self._plugins, self._environ),
             metrics=self._metrics.registry,
             closing=closing,
         )
@@ -230,12 +230,13 @@ def _address_in_use(address: str, variable: str, exc: Exception) -> ModelExpress
 class _ServicePlugins:
     """The plugins, as services see them."""
 
-    def __init__(self, plugins: PluginManager) -> None:
+    def __init__(self, plugins: PluginManager, environ: Mapping[str, str]) -> None:
         self._plugins = plugins
+        self._environ = environ
 
     def rewrite_uri(self, uri: ModelURI) -> ModelURI:
         """The URI to use in place of ``uri``."""
-        return self._plugins.rewrite_uri(uri)
+        return self._plugins.rewrite_uri(uri, self._environ)
 
     def storage(self, uri: ModelURI, environ: Mapping[str, str]) -> Storage:
         """The storage for ``uri``."""

@@ -354,6 +354,25 @@ class MetadataStoreContract(Contract, contract=True):
 
         run(scenario)
 
+    def test_others_see_who_leads(self, run: _Run, source_id: str) -> None:
+        """The holder of a role is known to all, so that those who lost can ask it; nobody has a role that is free."""
+        role = f"role-{source_id}"
+
+        async def scenario(store: MetadataStore) -> None:
+            assert await store.leader(role) is None
+            first = await store.lead(role, "first", _LEASE_SECONDS)
+            assert first is not None
+            assert await store.leader(role) == first
+            assert await store.lead(role, "second", _LEASE_SECONDS) is None
+            assert await store.leader(role) == first, "who asks in vain does not become the leader"
+            assert await store.leader(f"{role}-other") is None
+
+            second = await _next_lease(store, role, "second", 60.0)
+
+            assert await store.leader(role) == second
+
+        run(scenario)
+
     def test_tokens_grow_with_each_holder(self, run: _Run, source_id: str) -> None:
         """Also when a former holder takes the role again: what was written with an older token can be refused."""
         role = f"role-{source_id}"

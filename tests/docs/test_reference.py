@@ -359,7 +359,7 @@ def test_the_examples_of_policies_decide() -> None:
 
     ranked = manager.rank_candidates(candidate_contract.LoadRequest(candidates[0].uri), candidates)
 
-    assert "s3://company-models/llama/v3" == str(manager.rewrite_uri(mx.ModelURI.parse("models://llama/v3")))
+    assert "s3://company-models/llama/v3" == str(manager.rewrite_uri(mx.ModelURI.parse("models://llama/v3"), {}))
     assert ["file", "s3"] == [candidate.uri.scheme for candidate in ranked]
 
 

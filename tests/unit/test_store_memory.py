@@ -101,6 +101,18 @@ class _OneRoleForAll(MemoryStore):
         return None if lease is None else attrs.evolve(lease, role=role)
 
 
+class _NamesTheLastToAsk(MemoryStore):
+    _last = ""
+
+    async def lead(self, role: str, holder: str, seconds: float) -> LeaderLease | None:
+        self._last = holder
+        return await super().lead(role, holder, seconds)
+
+    async def leader(self, role: str) -> LeaderLease | None:
+        lease = await super().leader(role)
+        return None if lease is None else attrs.evolve(lease, holder=self._last)
+
+
 class _AsksFirst(MemoryStore):
     """Looks, waits, and writes what it decided before it waited."""
 
@@ -123,6 +135,7 @@ def _run(store: type[MemoryStore]) -> Callable[[Callable[[MetadataStore], Awaita
     ("store", "rule"),
     [
         (_EveryoneLeads, "test_one_leads_at_a_time"),
+        (_NamesTheLastToAsk, "test_others_see_who_leads"),
         (_EveryoneLeads, "test_one_of_many_gets_the_lease"),
         (_ForgetsTokens, "test_tokens_grow_with_each_holder"),
         (_NewTokenAtEachCall, "test_one_leads_at_a_time"),

@@ -70,6 +70,11 @@ class MeasuredStore:
         with self._measured("lead"):
             return await self._store.lead(role, holder, seconds)
 
+    async def leader(self, role: str) -> LeaderLease | None:
+        """As the store."""
+        with self._measured("leader"):
+            return await self._store.leader(role)
+
     async def check(self) -> None:
         """As the store."""
         with self._measured("check"):

@@ -201,6 +201,11 @@ class MemoryStore:
         self._roles[role] = _Role(lease, now + seconds * 1000)
         return lease
 
+    async def leader(self, role: str) -> LeaderLease | None:
+        """The lease of the one that has ``role`` now; None if nobody has it."""
+        last = self._roles.get(role)
+        return None if last is None or self._now_ms() >= last.until_ms else last.lease
+
     async def check(self) -> None:
         """Return: it always answers."""
 

@@ -256,6 +256,12 @@ redis.call('HSET', role, 'holder', holder, 'until', string.format('%.0f', now + 
 return token
 """
 
+_LEADER = """
+local was = redis.call('HMGET', prefix .. 'lease:' .. ARGV[1], 'holder', 'until', 'token')
+if not was[1] or now >= tonumber(was[2]) then return false end
+return {was[1], was[3]}
+"""
+
 
 def open_redis(uri: ModelURI, settings: Mapping[str, str]) -> RedisStore:  # noqa: ARG001 - a factory's signature
     """The store at ``redis://[user:password@]host[:port][/database]``; ``rediss`` is TLS. Connects at first use.
@@ -299,7 +305,7 @@ class RedisStore:
         self._redis = redis.asyncio.Redis.from_pool(pool)
         self._scripts = {
             script: self._redis.register_script(_COMMON + script)
-            for script in (_PUBLISH, _GET, _LIST, _LIST_MORE, _UPDATE, _REAP, _COUNTS, _LEAD)
+            for script in (_PUBLISH, _GET, _LIST, _LIST_MORE, _UPDATE, _REAP, _COUNTS, _LEAD, _LEADER)
         }
 
     async def publish(self, source: StoredSource, quota: Quota | None = None) -> None:
@@ -387,6 +393,11 @@ class RedisStore:
         # The time of Redis is cut to whole milliseconds: one more, and no lease ends early.
         token = await self._run(_LEAD, role, holder, math.ceil(seconds * 1000) + 1)
         return None if token is None else LeaderLease(role, holder, int(token))
+
+    async def leader(self, role: str) -> LeaderLease | None:
+        """The lease of the one that has ``role`` now; None if nobody has it."""
+        found = await self._run(_LEADER, role)
+        return None if found is None else LeaderLease(role, found[0].decode(), int(found[1]))
 
     async def check(self) -> None:
         """Return if Redis answers."""

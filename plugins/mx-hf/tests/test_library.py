@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import modelexpress_core as mx
 from devtools.fake_hub import FakeHub
 from devtools.models import generate_sharded
 from modelexpress_core.contracts.storage import ObjectInfo
-from modelexpress_core.errors import UnavailableError
+from modelexpress_core.errors import InvalidURIError, UnavailableError
 from mx_hf._storage import HfStorage
 from tests.support.tools import skip_without
 
@@ -179,16 +179,26 @@ def test_the_library_and_the_plugin_agree(
     ] == printed["failures"]
 
 
-def test_the_copy_that_the_offline_error_names_can_be_loaded(
+def test_offline_the_copy_of_the_library_is_loaded(
     used: Callable[[], tuple[Mapping[str, Any], Mapping[str, str]]], hub: FakeHub, checkpoint: Path
 ) -> None:
-    """It is the directory that the library wrote, of either layout."""
+    """The directory that the library wrote, of either layout; no request is sent, and what is not there fails."""
     printed, environ = used()
+    offline = {**environ, "HF_HUB_OFFLINE": "1"}
+    expected = mx.load_state_dict(str(checkpoint))
+    hub.requests.clear()
 
-    with pytest.raises(UnavailableError) as caught:
-        mx.load_state_dict("hf://org/model", environ={**environ, "HF_HUB_OFFLINE": "1"})
-    named = re.search(r"load the downloaded copy: (.*)", str(caught.value.hint))
-
-    assert named is not None
-    assert printed["snapshot"] == named[1].rstrip("/")
-    assert mx.load_state_dict(named[1]).keys() == mx.load_state_dict(str(checkpoint)).keys()
+    for uri in (
+        "hf://org/model",
+        f"hf://org/model?revision={printed['commit']}",
+        f"hf://org/model@{printed['commit']}",
+    ):
+        loaded = mx.load_state_dict(uri, environ=offline)
+        assert expected.keys() == loaded.keys()
+        assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+    one = mx.load_state_dict("hf://org/model/model-00001-of-00002.safetensors", environ=offline)
+    assert set() < one.keys() < expected.keys()
+    for uri in ("hf://org/model?revision=v9", "hf://org/other", "hf://org"):
+        with pytest.raises((UnavailableError, InvalidURIError)):
+            mx.load_state_dict(uri, environ=offline)
+    assert [] == hub.requests
