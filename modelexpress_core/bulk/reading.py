@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
+from modelexpress_core.bulk.output import CHECKSUM_BYTES, PIECE_BYTES
 from modelexpress_core.bulk.requests import Run, target_of
-from modelexpress_core.bulk.serving import CHECKSUM_BYTES, PIECE_BYTES
 from modelexpress_core.errors import AccessDeniedError, BackendError, IntegrityError, UnavailableError
 from modelexpress_core.messages import printable
 from modelexpress_core.storage.http.answers import Answer
@@ -25,12 +26,27 @@ if TYPE_CHECKING:
 
     from modelexpress_core.transport.staging import Staging
 
-__all__ = ["BulkOffer", "BulkRead", "BulkReader"]
+__all__ = ["BulkOffer", "BulkRead", "BulkReader", "NotThereYetError"]
 
 _MAX_REASON_BYTES = 1024
 
 #: Bytes that are received at once: what is called with them finds them in the CPU's caches.
 _LANDING_BYTES = 256 << 10
+
+
+class NotThereYetError(UnavailableError):
+    """The server is still receiving the bytes itself: the same read may succeed later.
+
+    Args:
+        message: What the server said.
+        retry_after_seconds: When to ask again.
+    """
+
+    def __init__(self, message: str, *, retry_after_seconds: float) -> None:
+        super().__init__(
+            message, cause="the server is still downloading the model", hint="read again when the download has advanced"
+        )
+        self.retry_after_seconds = retry_after_seconds
 
 
 @frozen
@@ -53,13 +69,13 @@ class BulkRead:
     """A range of bytes, and where it goes.
 
     Attributes:
-        run: The range.
-        destination: One dimension of uint8, of the length of the range, on any device.
+        run: The range, or the pieces.
+        destination: One dimension of uint8, as long as all pieces together: a tensor on any device, or memory.
         landed: Called with the number of its first bytes that are in place, for destinations in host memory.
     """
 
     run: Run
-    destination: torch.Tensor = field(repr=False)
+    destination: torch.Tensor | memoryview = field(repr=False)
     landed: Callable[[int], None] | None = field(default=None, repr=False, eq=False)
 
 
@@ -120,26 +136,28 @@ class BulkReader:
             The position of each range, in order, when all its bytes are in place.
 
         Raises:
+            NotThereYetError: The server itself does not have the first bytes yet.
             UnavailableError: The connection could not be made, or broke; what was not yielded can be read again.
             IntegrityError: Bytes do not have their checksum.
             BackendError: The server refuses the request.
         """
-        runs = [(each.run.name, each.run.offset, each.run.length) for each in reads]
+        runs = [each.run.on_wire for each in reads]
         body = json.dumps({"runs": runs, "checksums": checksums}, separators=(",", ":")).encode()
         length = ("Content-Length", str(len(body)))
         request = Request("POST", self._origin, self._target, (*self._headers, length), body)
-        expected = sum(_length_sent(each.run.length, checksums=checksums) for each in reads)
+        expected = sum(_length_sent(each.run.nbytes, checksums=checksums) for each in reads)
         try:
             with self._pool.send(request, lambda: self._patience_seconds) as answer:
                 _check(answer, expected)
                 staging: Staging | None = None
                 for position, each in enumerate(reads):
                     with self._writing():
-                        if each.destination.device.type == "cpu":
+                        destination = each.destination
+                        if isinstance(destination, memoryview) or destination.device.type == "cpu":
                             _receive_in_place(answer, each, checksums=checksums)
                         else:
-                            staging = staging or _staging(each.destination.device)
-                            staging.copy_in(each.destination, lambda view: _receive(answer, view, checksums=checksums))
+                            staging = staging or _staging(destination.device)
+                            staging.copy_in(destination, lambda view: _receive(answer, view, checksums=checksums))
                     yield position
         except OSError as exc:
             where = self._origin.host_and_port
@@ -178,6 +196,10 @@ def _length_sent(length: int, *, checksums: bool) -> int:
 def _check(answer: Answer, expected: int) -> None:
     if answer.status != HTTPStatus.OK:
         said = printable(answer.read(_MAX_REASON_BYTES).decode("utf-8", "replace").strip())
+        later = answer.headers.get("retry-after", "")
+        if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and re.fullmatch(r"[0-9]{1,3}", later):
+            message = f"the bulk channel has no bytes to send yet: {said}"
+            raise NotThereYetError(message, retry_after_seconds=float(later))
         cls = AccessDeniedError if answer.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN} else BackendError
         raise cls(
             f"the bulk channel answered HTTP {answer.status}: {said}",
@@ -193,15 +215,19 @@ def _check(answer: Answer, expected: int) -> None:
 
 
 def _receive_in_place(answer: Answer, read: BulkRead, *, checksums: bool) -> None:
-    from modelexpress_core.transport.tensor_bytes import host_memory
-
-    memory = host_memory(read.destination)
+    memory = read.destination if isinstance(read.destination, memoryview) else _memory_of(read.destination)
     step = PIECE_BYTES if checksums else _LANDING_BYTES
     for start in range(0, len(memory), step):
         piece = memory[start : start + step]
         _receive(answer, piece, checksums=checksums)
         if read.landed is not None:
             read.landed(start + len(piece))
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    from modelexpress_core.transport.tensor_bytes import host_memory
+
+    return host_memory(tensor)
 
 
 def _receive(answer: Answer, view: memoryview, *, checksums: bool) -> None:

@@ -1,0 +1,100 @@
+"""Files as a bulk server sends them: from the system's cache to the socket, also while they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from modelexpress_core.bulk.output import PIECE_BYTES, Output
+from modelexpress_core.bulk.requests import Run
+from modelexpress_core.storage.file_runs import fill, fill_runs
+
+__all__ = ["ArrivingFile", "FileContent"]
+
+#: Pieces of this length are sent one by one; shorter ones are gathered in memory first.
+_LONG_BYTES = 32 << 10
+
+
+class ArrivingFile(Protocol):
+    """An open file, of which some bytes may not be there yet."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, once it is complete."""
+        ...
+
+    @property
+    def descriptor(self) -> int:
+        """Open for reading."""
+        ...
+
+    def wait(self, start: int, end: int, seconds: float) -> bool:
+        """Wait until the bytes from ``start`` to ``end`` are there, and return whether they are.
+
+        Raises:
+            ModelExpressError: They cannot arrive.
+        """
+        ...
+
+
+class FileContent:
+    """The bytes of a file.
+
+    Args:
+        file: The file.
+        close: Called at the end.
+    """
+
+    def __init__(self, file: ArrivingFile, close: Callable[[], None]) -> None:
+        self._file = file
+        self._close = close
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes there are."""
+        return self._file.size
+
+    def send(self, output: Output, run: Run) -> None:
+        """Send ranges as they are, and short pieces gathered."""
+        if run.count > 1 and run.length < _LONG_BYTES:
+            self._send_gathered(output, run)
+            return
+        for number in range(run.count):
+            start = run.offset + number * run.stride
+            self._send_range(output, start, start + run.length)
+
+    def _send_range(self, output: Output, start: int, end: int) -> None:
+        for at in range(start, end, PIECE_BYTES):
+            stop = min(at + PIECE_BYTES, end)
+            self._wait(output, at, stop)
+            if output.sends_files:
+                output.write_file(self._file.descriptor, at, stop - at)
+                continue
+            buffer = output.buffer
+            for position in range(at, stop, len(buffer)):
+                part = buffer[: min(len(buffer), stop - position)]
+                _check_length(fill(self._file.descriptor, part, position), len(part))
+                output.write(part)
+
+    def _send_gathered(self, output: Output, run: Run) -> None:
+        buffer = output.buffer
+        at_once = len(buffer) // run.length
+        for first in range(0, run.count, at_once):
+            count, start = min(at_once, run.count - first), run.offset + first * run.stride
+            self._wait(output, start, start + (count - 1) * run.stride + run.length)
+            part = buffer[: count * run.length]
+            _check_length(fill_runs(self._file.descriptor, part, start, run.length, run.stride), len(part))
+            output.write(part)
+
+    def _wait(self, output: Output, start: int, end: int) -> None:
+        output.wait(lambda seconds: self._file.wait(start, end, seconds))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._close()
+
+
+def _check_length(read: int, wanted: int) -> None:
+    if read != wanted:
+        message = "the file ends before the bytes that were asked for"
+        raise ConnectionAbortedError(message)
