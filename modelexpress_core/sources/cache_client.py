@@ -35,7 +35,7 @@ from modelexpress_core.wire.proto.modelexpress import cache_pb2
 from modelexpress_core.wire.rpc import CACHE
 from modelexpress_core.wire.streams import ResponseStream
 
-__all__ = ["CacheClient", "CachedModel", "sends_token_to"]
+__all__ = ["CacheClient", "CachedModel", "SentPart", "sends_token_to"]
 
 _Code = grpc.StatusCode
 
@@ -87,6 +87,32 @@ _ERRORS: Mapping[grpc.StatusCode, tuple[type[BackendError], str | None, str]] = 
         "check host and port, and the version of the server: `mx health`",
     ),
 }
+
+
+@frozen
+class SentPart:
+    """Bytes that the server compares for a reader.
+
+    Attributes:
+        path: The file.
+        offset: First byte.
+        length: Bytes; of each piece, if there are several.
+        crc: CRC-64/NVME of the bytes that arrived, one piece after another.
+        stride: From the start of a piece to the start of the next.
+        count: How many pieces.
+    """
+
+    path: str
+    offset: int
+    length: int
+    crc: int
+    stride: int = 0
+    count: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pieces."""
+        return self.length * self.count
 
 
 @frozen
@@ -304,9 +330,9 @@ class CacheClient(Client):
         return answer.data
 
     def compare(
-        self, model: CachedModel, parts: Sequence[tuple[str, int, int, int]]
+        self, model: CachedModel, parts: Sequence[SentPart]
     ) -> tuple[Sequence[int], Sequence[int]]:
-        """Have the server compare parts of chunks, as path, offset, length and CRC-64/NVME.
+        """Have the server compare parts of chunks.
 
         Returns:
             Positions of those that differ, and of those in whose chunks the server's own copy is damaged.
@@ -321,8 +347,15 @@ class CacheClient(Client):
             request = cache_pb2.ComparePartsRequest(
                 model=model.on_wire,
                 parts=[
-                    cache_pb2.FilePart(path=path, offset=offset, length=length, crc64nvme=crc)
-                    for path, offset, length, crc in some
+                    cache_pb2.FilePart(
+                        path=part.path,
+                        offset=part.offset,
+                        length=part.length,
+                        crc64nvme=part.crc,
+                        stride=part.stride,
+                        count=part.count,
+                    )
+                    for part in some
                 ],
             )
             answer: cache_pb2.ComparePartsResponse = self._call(

@@ -97,12 +97,16 @@ class ReadFileRequest(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelVersion, _Mapping]] = ..., path: _Optional[str] = ..., ranges: _Optional[_Iterable[_Union[FileRange, _Mapping]]] = ..., checksums: bool = ...) -> None: ...
 
 class FileRange(_message.Message):
-    __slots__ = ("offset", "length")
+    __slots__ = ("offset", "length", "stride", "count")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
     offset: int
     length: int
-    def __init__(self, offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    stride: int
+    count: int
+    def __init__(self, offset: _Optional[int] = ..., length: _Optional[int] = ..., stride: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class OpenBulkRequest(_message.Message):
     __slots__ = ("model",)
@@ -151,16 +155,20 @@ class ComparePartsRequest(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelVersion, _Mapping]] = ..., parts: _Optional[_Iterable[_Union[FilePart, _Mapping]]] = ...) -> None: ...
 
 class FilePart(_message.Message):
-    __slots__ = ("path", "offset", "length", "crc64nvme")
+    __slots__ = ("path", "offset", "length", "crc64nvme", "stride", "count")
     PATH_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     CRC64NVME_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
     path: str
     offset: int
     length: int
     crc64nvme: int
-    def __init__(self, path: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., crc64nvme: _Optional[int] = ...) -> None: ...
+    stride: int
+    count: int
+    def __init__(self, path: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., crc64nvme: _Optional[int] = ..., stride: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class ComparePartsResponse(_message.Message):
     __slots__ = ("different", "damaged")
