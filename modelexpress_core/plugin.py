@@ -19,6 +19,7 @@ from modelexpress_core.providers import (
     TransportProvider,
 )
 from modelexpress_core.server.settings import (
+    CacheSettings,
     ConfigPath,
     LimitSettings,
     LogSettings,
@@ -98,6 +99,7 @@ def mx_register_commands() -> list[CommandProvider]:
             settings=(
                 ConfigPath,
                 ServerSettings,
+                CacheSettings,
                 LimitSettings,
                 TlsSettings,
                 AuthSettings,

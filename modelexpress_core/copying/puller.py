@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import cast
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from modelexpress_core.checkpoint import CheckpointFile
 from modelexpress_core.contracts.candidates import Candidate
@@ -30,7 +30,7 @@ from modelexpress_core.contracts.storage import Compared, ComparingStorage, Obje
 from modelexpress_core.copying.hidden_directory import HiddenDirectory, regular_size
 from modelexpress_core.copying.local import Disk, digest_of, fsync_directory, local_errors
 from modelexpress_core.copying.partial import Identity, Partial
-from modelexpress_core.copying.selection import Selection, select, with_stat
+from modelexpress_core.copying.selection import WEIGHT_SUFFIXES, Selection, select, with_stat
 from modelexpress_core.errors import IntegrityError, ModelExpressError
 from modelexpress_core.fetch import FetchEngine, ProgressReporter, Range, RetryingStorage, RetryPolicy, Segment, Ticket
 from modelexpress_core.fetch.digests import best_digest
@@ -221,7 +221,19 @@ class Pull:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the storage."""
         self._opened.close()
+
+    def into(self, directory: str, *, on_written: Callable[[], None], on_file: Callable[[str, str], None]) -> Pull:
+        """This pull, into another directory and with other functions; for callers that select first."""
+        self._directory = directory
+        self._hidden = HiddenDirectory(directory, disk=self._disk)
+        self._on_written = on_written
+        self._on_file = on_file
+        return self
 
     def select(self) -> Selection:
         """Open the storage, and list what is copied. Nothing is written yet.
@@ -241,6 +253,14 @@ class Pull:
         name = self._registered.provider.name
         self.selection = select(self._retrying, self._uri, weights=self._weights, provider=name)
         return self.selection
+
+    def leave_out_weights(self) -> None:
+        """Copy no files of weights, of those that were selected."""
+        files = self.selection.files
+        light = tuple(each for each in files if not each[0].lower().endswith(WEIGHT_SUFFIXES))
+        weights = self.selection.weights + len(files) - len(light)
+        self.selection = evolve(self.selection, files=light, weights=weights)
+        self._weights = False
 
     def run(self) -> PullReport:
         """Copy what was selected; select first, where that was not done."""

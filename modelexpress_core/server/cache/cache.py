@@ -1,0 +1,635 @@
+"""The model cache: finds, downloads, keeps and removes versions of models."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from attrs import define, field, frozen
+
+from modelexpress_core.copying.local import Disk, local_errors
+from modelexpress_core.copying.puller import Pull
+from modelexpress_core.errors import ModelExpressError, ResolveError, SourceChangedError, UnavailableError
+from modelexpress_core.loader import Loader
+from modelexpress_core.plugins import PluginManager
+from modelexpress_core.report import format_bytes
+from modelexpress_core.server.cache.downloads import Download, record_path, remove_files
+from modelexpress_core.server.cache.layout import OWN
+from modelexpress_core.server.cache.places import HUB, Place, Sources
+from modelexpress_core.server.cache.records import CachedFile, Record, version_of
+from modelexpress_core.server.cache.snapshots import Snapshot
+from modelexpress_core.server.settings import CacheSettings
+from modelexpress_core.settings import from_env
+from modelexpress_core.uri import ModelURI
+
+__all__ = ["CacheStats", "DownloadLease", "ModelCache"]
+
+_log = logging.getLogger(__name__)
+
+#: For so long the version of a branch is not asked for again.
+_RESOLVED_SECONDS = 5.0
+
+#: A download that failed is not begun again for so long, doubled with each failure in a row.
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 60.0
+
+#: Who has read a file lately goes on reading, with requests of its own for each range.
+_IN_USE_SECONDS = 600.0
+
+_COMMIT_DIGITS = 40
+
+
+class DownloadLease(Protocol):
+    """Which replica of a server downloads a version."""
+
+    def claim(self, key: str) -> tuple[ModelURI | None, Callable[[], bool]]:
+        """Where to download ``key`` from in place of its storage (None: from its storage), and whether that lasts."""
+        ...
+
+    def release(self, key: str) -> None:
+        """This replica does not have ``key`` any more."""
+        ...
+
+
+@frozen
+class CacheStats:
+    """What the cache holds and did since it was opened.
+
+    Attributes:
+        directory: Its directory.
+        models: Versions that are complete.
+        size_bytes: Bytes of their files; what several share counts once.
+        limit_bytes: Their limit; None for none.
+        free_bytes: Free bytes of the disk.
+        hits: Requests for versions that were there.
+        misses: Requests that began a download, or joined one.
+        origin_bytes: Bytes that were downloaded.
+        sent_bytes: Bytes that readers got.
+        evictions: Versions that were removed to keep the limits.
+        downloads: Downloads under way.
+        failures: Downloads that failed.
+    """
+
+    directory: str
+    models: int
+    size_bytes: int
+    limit_bytes: int | None
+    free_bytes: int
+    hits: int
+    misses: int
+    origin_bytes: int
+    sent_bytes: int
+    evictions: int
+    downloads: int
+    failures: int
+
+
+@define
+class _Failure:
+    """A download that failed.
+
+    Attributes:
+        error: Why.
+        until: When it may begin again, by the monotonic clock.
+        pause: How long it paused.
+    """
+
+    error: ModelExpressError
+    until: float
+    pause: float
+
+
+@define
+class _Resolved:
+    """The version that a name had when it was asked for last.
+
+    Attributes:
+        version: The version.
+        at: When, by the monotonic clock.
+        files: Its files, if they are known.
+    """
+
+    version: str
+    at: float
+    files: Sequence[CachedFile] = field(factory=tuple)
+
+
+class ModelCache:
+    """The models in a directory. Thread-safe; one process uses a directory at a time.
+
+    Args:
+        directory: The directory; made if it does not exist.
+        settings: What may be downloaded, and the limits.
+        environ: Variables of downloads; by default the process's.
+        plugins: Plugins to download with; by default all that are installed and allowed.
+        lease: Agrees with other replicas on who downloads; None for one server.
+        disk: The disk, for tests.
+
+    Raises:
+        ModelExpressError: The directory cannot be used, or another process uses it.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        settings: CacheSettings | None = None,
+        environ: Mapping[str, str] | None = None,
+        plugins: PluginManager | None = None,
+        lease: DownloadLease | None = None,
+        disk: Disk | None = None,
+    ) -> None:
+        self.directory = os.path.abspath(os.path.expanduser(os.fspath(directory)))
+        self.loader = Loader(environ, plugins)
+        self.settings = settings or from_env(CacheSettings, self.loader.environ)
+        self.sources = Sources(_patterns(self.settings, self.loader.environ))
+        self._lease = lease
+        self._disk = disk or Disk()
+        self._lock = threading.RLock()
+        self._records: dict[str, Record] = {}
+        self._used: dict[str, float] = {}  # by key: when it was read last, by the wall clock
+        self._held: Counter[str] = Counter()
+        self._downloads: dict[str, Download] = {}
+        self._failures: dict[str, _Failure] = {}
+        self._resolved: dict[tuple[str, str, bool], _Resolved] = {}
+        self._resolving: dict[tuple[str, str, bool], threading.Lock] = {}
+        self._counts: Counter[str] = Counter()
+        self._closed = False
+        self._lock_file = self._locked()
+        try:
+            self._read_records()
+        except BaseException:
+            os.close(self._lock_file)
+            raise
+
+    def close(self) -> None:
+        """End downloads, whose bytes stay, and release the directory. May be called more than once."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            downloads = list(self._downloads.values())
+        for download in downloads:
+            download.cancel(UnavailableError("the server ends", hint="ask again when it runs"))
+        for download in downloads:
+            download.join()
+        os.close(self._lock_file)
+
+    def __enter__(self) -> ModelCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the directory ------------------------------------------------------------------------------------------------
+
+    def _locked(self) -> int:
+        own = os.path.join(self.directory, OWN)
+        with local_errors(own, "make the directory of the cache"):
+            os.makedirs(own, exist_ok=True)
+            descriptor = os.open(os.path.join(own, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()}\n".encode(), 0)
+        except BlockingIOError as exc:
+            holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise ModelExpressError(
+                f"another server uses the cache in {self.directory}" + (f": {holder}" if holder else ""),
+                cause="two servers were given one directory",
+                hint="give each server a directory of its own; they fill from one another over the network",
+            ) from exc
+        except OSError:
+            os.close(descriptor)
+            with local_errors(own, "lock"):
+                raise
+        return descriptor
+
+    def _read_records(self) -> None:
+        directory = os.path.join(self.directory, OWN, "records")
+        if not os.path.isdir(directory):
+            return
+        with local_errors(directory, "read"):
+            names = [name for name in os.listdir(directory) if name.endswith(".json")]
+        for name in names:
+            path = os.path.join(directory, name)
+            try:
+                with open(path, "rb") as file:
+                    record = Record.parse(file.read())
+                used = os.stat(path).st_mtime
+            except (OSError, ValueError) as exc:
+                _log.warning("%s is left out of the cache: %s", path, exc)
+                continue
+            if f"{record.key}.json" == name:
+                self._records[record.key] = record
+                self._used[record.key] = used
+
+    # -- finding ------------------------------------------------------------------------------------------------------
+
+    def place(self, path: str, revision: str | None = None) -> Place:
+        """What the path of an ``mx`` URI names.
+
+        Raises:
+            InvalidURIError: It names no model.
+            AccessDeniedError: The source is not allowed.
+        """
+        return self.sources.place(path, revision or "")
+
+    def find(
+        self, path: str, *, revision: str | None = None, version: str | None = None, weights: bool = True
+    ) -> Snapshot | None:
+        """The version of a model that is there, without asking its storage; None if there is none.
+
+        Raises:
+            InvalidURIError, AccessDeniedError: As ``place``.
+        """
+        place = self.place(path, revision)
+        with self._lock:
+            found = self._find(place, version or _pinned(revision), weights=weights)
+            if found is None and not version:
+                resolved = self._resolved.get((place.name, revision or "", weights))
+                latest = resolved.version if resolved else self._version_of_latest(place.name, revision or "")
+                found = self._find(place, latest, weights=weights)
+        return found
+
+    def begin(
+        self, path: str, *, revision: str | None = None, version: str | None = None, weights: bool = True
+    ) -> Snapshot:
+        """A version of a model: one that is there, or one whose download has begun.
+
+        Returns when its files are known, not when they have arrived. The storage is asked what a branch points at; if
+        it cannot be reached, the version that the branch had last is served.
+
+        Args:
+            path: The path of an ``mx`` URI.
+            revision: A branch, tag or commit; None for the default.
+            version: Only this version.
+            weights: Whether files of weights are needed.
+
+        Raises:
+            InvalidURIError, AccessDeniedError: As ``place``.
+            SourceChangedError: The storage has another version than ``version``.
+            ModelExpressError: The storage failed, or the download failed a moment ago.
+        """
+        place = self.place(path, revision)
+        pinned = version or _pinned(revision)
+        if pinned:
+            with self._lock:
+                found = self._find(place, pinned, weights=weights)
+            if found is not None:
+                self._count("hits")
+                return found
+        if version and _pinned(version) and place.name.startswith(f"{HUB}/"):
+            place = self.place(path, version)  # also where no branch points at it any more
+        return self._begin(place, revision or "", version, weights=weights)
+
+    def _find(self, place: Place, version: str | None, *, weights: bool) -> Snapshot | None:
+        """A complete version, or one that arrives; the lock is held."""
+        if not version:
+            return None
+        for record in self._records.values():
+            if (record.place, record.version) == (place.name, version) and (record.weights or not weights):
+                return self._snapshot(record=record)
+        for download in self._downloads.values():
+            if (download.place, download.version) == (place.name, version) and (download.weights or not weights):
+                return self._snapshot(download=download)
+        return None
+
+    def _snapshot(self, *, record: Record | None = None, download: Download | None = None) -> Snapshot:
+        return Snapshot(self.directory, record=record, download=download, on_damage=self._forget)
+
+    def _version_of_latest(self, name: str, revision: str) -> str | None:
+        """The version that a revision had when it was downloaded last."""
+        found = [
+            (self._used[key], record.version)
+            for key, record in self._records.items()
+            if (record.place, record.revision) == (name, revision)
+        ]
+        return max(found)[1] if found else None
+
+    def _begin(self, place: Place, revision: str, version: str | None, *, weights: bool) -> Snapshot:
+        name = (place.name, revision, weights)
+        with self._lock:
+            self._check_open()
+            resolving = self._resolving.setdefault(name, threading.Lock())
+        with resolving:  # one question at a time for each name
+            resolved = self._resolved.get(name)
+            if resolved is not None and time.monotonic() - resolved.at < _RESOLVED_SECONDS:
+                with self._lock:
+                    found = self._find(place, resolved.version, weights=weights)
+                if found is not None and version in {None, resolved.version}:
+                    self._count("hits" if found.complete else "misses")
+                    return found
+            return self._resolve(place, revision, version, name, weights=weights)
+
+    def _resolve(
+        self, place: Place, revision: str, version: str | None, name: tuple[str, str, bool], *, weights: bool
+    ) -> Snapshot:
+        """Ask the storage which files the model has now."""
+        pull = Pull(self.loader, place.uri, self.directory, disk=self._disk)
+        try:
+            selection = pull.select()
+        except (UnavailableError, ResolveError) as exc:
+            pull.close()
+            return self._latest_of(place, revision, version, exc, weights=weights)
+        except BaseException:
+            pull.close()
+            raise
+        found = version_of(info for _, info in selection.files)
+        if not weights:
+            pull.leave_out_weights()
+            selection = pull.selection
+        files = [CachedFile(name, info.size, info.version, info.digests) for name, info in selection.files]
+        self._resolved[name] = _Resolved(found, time.monotonic(), files)
+        if version and found != version:
+            pull.close()
+            raise SourceChangedError(
+                f"{place.uri} has the version {found[:12]} now, and {version[:12]} is not in the cache any more",
+                uri=str(place.uri),
+                cause="the model was changed, or its branch moved",
+                hint="start the load again, for the new version",
+            )
+        with self._lock:
+            there = self._find(place, found, weights=weights)
+            if there is not None:
+                pull.close()
+                self._count("hits" if there.complete else "misses")
+                return there
+        self._count("misses")
+        return self._download(place, revision, found, files, pull, weights=weights)
+
+    def _latest_of(
+        self, place: Place, revision: str, version: str | None, exc: ModelExpressError, *, weights: bool
+    ) -> Snapshot:
+        """The version that a name had last, where its storage cannot be asked."""
+        with self._lock:
+            latest = version or self._version_of_latest(place.name, revision)
+            found = self._find(place, latest, weights=weights)
+        if found is None:
+            raise exc
+        _log.warning("%s cannot be asked for its version, so %s is served: %s", place.uri, found.version[:12], exc)
+        self._count("hits")
+        return found
+
+    # -- downloading --------------------------------------------------------------------------------------------------
+
+    def _download(
+        self, place: Place, revision: str, version: str, files: Sequence[CachedFile], pull: Pull, *, weights: bool
+    ) -> Snapshot:
+        download = Download(
+            self.directory,
+            self.loader,
+            place.uri,
+            place=place.name,
+            source=str(place.uri),
+            version=version,
+            revision=revision,
+            weights=weights,
+            pull=lambda download: pull.into(
+                download.directory, on_written=download.written, on_file=download.file_complete
+            ),
+            files=files,
+            on_end=self._ended,
+            disk=self._disk,
+        )
+        with self._lock:
+            self._check_open()
+            failed = self._failures.get(download.key)
+            if failed is not None and time.monotonic() < failed.until:
+                pull.close()
+                raise failed.error
+            present = self._downloads.setdefault(download.key, download)
+        if present is not download:  # asked for under another revision at the same time
+            pull.close()
+            return self._snapshot(download=present)
+        try:
+            self._make_room(sum(file.size for file in files), download)
+            download.start()
+        except BaseException:
+            with self._lock:
+                del self._downloads[download.key]
+            pull.close()
+            raise
+        _log.info("downloading %s at %s from %s", place.shown, version[:12], place.uri)
+        return self._snapshot(download=download)
+
+    def _ended(self, download: Download) -> None:
+        with self._lock:
+            self._downloads.pop(download.key, None)
+            self._counts["origin_bytes"] += download.origin_bytes
+            if download.record is not None:
+                self._records[download.key] = download.record
+                self._used[download.key] = time.time()
+                self._failures.pop(download.key, None)
+                _log.info("%s at %s is complete", download.place, download.version[:12])
+            elif download.error is not None:
+                self._counts["failures"] += 1
+                last = self._failures.get(download.key)
+                pause = min(_LONGEST_PAUSE_SECONDS, 2 * last.pause if last else _FIRST_PAUSE_SECONDS)
+                self._failures[download.key] = _Failure(download.error, time.monotonic() + pause, pause)
+                _log.warning("the download of %s failed: %s", download.place, download.error)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UnavailableError("the server ends", hint="ask again when it runs")
+
+    # -- keeping ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def hold(self, snapshot: Snapshot) -> Iterator[None]:
+        """Keep a version from being removed in the ``with`` block, and for some minutes after it."""
+        with self._lock:
+            self._held[snapshot.key] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held[snapshot.key] -= 1
+                if not self._held[snapshot.key]:
+                    del self._held[snapshot.key]
+            self.touch(snapshot)
+
+    def touch(self, snapshot: Snapshot) -> None:
+        """Note that a version is read now."""
+        with self._lock:
+            before = self._used.get(snapshot.key, 0.0)
+            self._used[snapshot.key] = now = time.time()
+        if now - before > 1 and snapshot.complete:
+            with contextlib.suppress(OSError):
+                os.utime(record_path(self.directory, snapshot.key))
+
+    def sent(self, nbytes: int) -> None:
+        """Note that readers got bytes."""
+        with self._lock:
+            self._counts["sent_bytes"] += nbytes
+
+    def in_use(self, key: str) -> bool:
+        """Whether somebody reads a version, or has a moment ago."""
+        with self._lock:
+            if key in self._held or key in self._downloads:
+                return True
+            read = self._used.get(key)
+            return read is not None and time.time() - read < _IN_USE_SECONDS
+
+    def snapshots(self) -> Sequence[tuple[Snapshot, float]]:
+        """All versions, complete or arriving, and how many seconds ago each was read; the latest first."""
+        now = time.time()
+        with self._lock:
+            complete = [
+                (self._snapshot(record=record), max(0.0, now - self._used[key]))
+                for key, record in self._records.items()
+            ]
+            arriving = [(self._snapshot(download=download), 0.0) for download in self._downloads.values()]
+        return sorted([*arriving, *complete], key=lambda each: each[1])
+
+    def _forget(self, snapshot: Snapshot) -> None:
+        """Drop a version whose files are not those any more that were verified."""
+        with self._lock:
+            record = self._records.pop(snapshot.key, None)
+            self._used.pop(snapshot.key, None)
+        if record is not None:
+            _log.warning("%s at %s was changed on disk, and is forgotten", record.place, record.version[:12])
+            with contextlib.suppress(OSError):
+                os.unlink(record_path(self.directory, record.key))
+            # The changed file must not be taken for a known one again.
+            self._remove_changed(record)
+
+    def _remove_changed(self, record: Record) -> None:
+        for stored in record.files:
+            path = os.path.join(self.directory, stored.blob)
+            with contextlib.suppress(OSError):
+                if not stored.is_unchanged(os.stat(path)):
+                    os.unlink(path)
+
+    def remove(self, snapshot: Snapshot) -> int:
+        """Remove a version; returns the bytes that were freed. Files that other versions share stay.
+
+        Raises:
+            ModelExpressError: It is being downloaded.
+        """
+        with self._lock:
+            if snapshot.key in self._downloads:
+                message = f"{snapshot.place} at {snapshot.version[:12]} is being downloaded"
+                raise ModelExpressError(message, hint="wait for the end of the download")
+            record = self._records.pop(snapshot.key, None)
+            self._used.pop(snapshot.key, None)
+            if record is None:
+                return 0
+            with local_errors(self.directory, "remove a model from"), contextlib.suppress(FileNotFoundError):
+                os.unlink(record_path(self.directory, record.key))
+            referenced = {stored.blob for each in self._records.values() for stored in each.files}
+            freed = remove_files(self.directory, record, referenced)
+        if self._lease is not None:
+            self._lease.release(record.key)
+        return freed
+
+    def _make_room(self, nbytes: int, download: Download) -> None:
+        """Remove versions until ``nbytes`` fit, the ones first that were read least recently.
+
+        Raises:
+            ModelExpressError: They do not fit.
+        """
+        limit = self.settings.max_bytes
+        if limit is not None and nbytes > limit:
+            raise ModelExpressError(
+                f"{download.place} has {format_bytes(nbytes)}, more than the whole cache may hold",
+                cause=f"MX_CACHE_MAX_BYTES is {format_bytes(limit)}",
+                hint="raise MX_CACHE_MAX_BYTES",
+            )
+        self.evict(nbytes)
+        if limit is not None and self.size_bytes() > limit:
+            raise ModelExpressError(
+                f"there is no room for {download.place} ({format_bytes(nbytes)}) in the cache",
+                cause="all models in it are being read, or were a moment ago",
+                hint="raise MX_CACHE_MAX_BYTES, or try again later",
+            )
+
+    def evict(self, incoming_bytes: int = 0) -> int:
+        """Remove versions until the limits hold; returns how many were removed.
+
+        Args:
+            incoming_bytes: Bytes that downloads under way still need on the disk.
+        """
+        removed = 0
+        idle = self.settings.max_idle_seconds
+        for snapshot, seconds in sorted(self.snapshots(), key=lambda each: -each[1]):
+            too_old = idle is not None and seconds > idle
+            if not (too_old or self._over_limits(incoming_bytes)):
+                break
+            if self.in_use(snapshot.key) or not snapshot.complete:
+                continue
+            freed = self.remove(snapshot)
+            removed += 1
+            self._count("evictions")
+            _log.info(
+                "removed %s at %s to keep the limits: %s, not read for %.0f s",
+                snapshot.place,
+                snapshot.version[:12],
+                format_bytes(freed),
+                seconds,
+            )
+        return removed
+
+    def _over_limits(self, incoming_bytes: int) -> bool:
+        limit = self.settings.max_bytes
+        if limit is not None and self.size_bytes() > limit:
+            return True
+        return self.free_bytes() < incoming_bytes + self.settings.min_free_bytes
+
+    def size_bytes(self) -> int:
+        """Bytes of all complete versions and of what arrives; what several share counts once."""
+        with self._lock:
+            blobs = {stored.blob: stored.file.size for each in self._records.values() for stored in each.files}
+            arriving = sum(file.size for download in self._downloads.values() for file in download.files)
+        return sum(blobs.values()) + arriving
+
+    def free_bytes(self) -> int:
+        """Free bytes of the disk."""
+        with local_errors(self.directory, "ask for the free space of"):
+            found = os.statvfs(self.directory)
+        return found.f_bavail * found.f_frsize
+
+    def stats(self) -> CacheStats:
+        """What the cache holds, and did since it was opened."""
+        with self._lock:
+            counts, models, downloads = Counter(self._counts), len(self._records), len(self._downloads)
+        return CacheStats(
+            directory=self.directory,
+            models=models,
+            size_bytes=self.size_bytes(),
+            limit_bytes=self.settings.max_bytes,
+            free_bytes=self.free_bytes(),
+            hits=counts["hits"],
+            misses=counts["misses"],
+            origin_bytes=counts["origin_bytes"],
+            sent_bytes=counts["sent_bytes"],
+            evictions=counts["evictions"],
+            downloads=downloads,
+            failures=counts["failures"],
+        )
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self._counts[what] += 1
+
+
+def _patterns(settings: CacheSettings, environ: Mapping[str, str]) -> tuple[str, ...]:
+    model = environ.get("MX_MODEL_URI", "")
+    if "://" not in model:
+        return settings.sources
+    uri = ModelURI.parse(model)
+    return (*settings.sources, str(ModelURI(uri.scheme, uri.authority, uri.path)))
+
+
+def _pinned(revision: str | None) -> str | None:
+    """The version that a revision names by itself: a commit."""
+    digits = set("0123456789abcdef")
+    return revision if revision and len(revision) == _COMMIT_DIGITS and set(revision) <= digits else None

@@ -1,0 +1,427 @@
+"""The model cache: each version is downloaded once, is whole or absent, and stays within limits."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import attrs
+import pytest
+
+from devtools.fake_hub import FakeHub, HubAnswer, HubRequest
+from devtools.models import generate_sharded
+from modelexpress_core.checkpoint.manifest import chunk_digest
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    BackendError,
+    InvalidURIError,
+    ModelExpressError,
+    NotFoundError,
+    SourceChangedError,
+)
+from modelexpress_core.server.cache import ModelCache, Snapshot
+from modelexpress_core.server.cache import cache as cache_module
+from modelexpress_core.server.cache.chunk_tables import chunks_of
+from modelexpress_core.server.cache.places import Sources
+from modelexpress_core.server.settings import CacheSettings
+from tests.support.waiting import eventually
+
+_SECONDS = 60.0
+
+SETTINGS = CacheSettings(sources=("file", "hf"), min_free_bytes=0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint with configuration."""
+    directory = generate_sharded(tmp_path_factory.mktemp("source") / "model", shards=2, layers=1, hidden=256)
+    (directory / "config.json").write_text('{"hidden": 256}')
+    (directory / "empty.txt").write_text("")
+    return directory
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Callable[..., ModelCache]]:
+    """Opens caches in one directory, one after another."""
+    caches: list[ModelCache] = []
+
+    def opened(settings: CacheSettings = SETTINGS, **variables: str) -> ModelCache:
+        for cache in caches:
+            cache.close()
+        caches.append(ModelCache(tmp_path / "cache", settings=settings, environ=variables))
+        return caches[-1]
+
+    yield opened
+    for cache in caches:
+        cache.close()
+
+
+def complete(cache: ModelCache, place: str, **options: object) -> Snapshot:
+    snapshot = cache.begin(place, **options)  # type: ignore[arg-type]
+    assert snapshot.wait(_SECONDS)
+    return snapshot
+
+
+def contents(snapshot: Snapshot) -> dict[str, bytes]:
+    """Each file, as a reader gets it."""
+    found = {}
+    for path in snapshot.files:
+        with snapshot.open(path) as reader:
+            assert reader.wait(0, reader.size, _SECONDS)
+            found[path] = os.pread(reader.descriptor, reader.size + 1, 0)
+    return found
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+# -- downloading -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_downloaded_once(opened: Callable[..., ModelCache], model: Path) -> None:
+    """It is the same for a later cache on the directory, which asks its storage for the version alone."""
+    cache = opened()
+    first = complete(cache, f"file{model}")
+    again = cache.begin(f"file{model}")
+
+    assert files_of(model) == contents(first) == contents(again)
+    assert (1, 1, first.size_bytes) == (cache.stats().misses, cache.stats().hits, cache.stats().origin_bytes)
+    assert first.directory is not None
+    assert files_of(model) == files_of(Path(first.directory))
+    later = opened()
+    assert later.begin(f"file{model}").complete
+    assert 0 == later.stats().origin_bytes
+
+
+def test_many_who_ask_at_once_share_a_download(opened: Callable[..., ModelCache], model: Path) -> None:
+    """Sixteen threads; one download."""
+    cache = opened()
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda _: complete(cache, f"file{model}"), range(16)))
+
+    assert 1 == len({snapshot.version for snapshot in found})
+    assert found[0].size_bytes == cache.stats().origin_bytes
+
+
+def test_the_manifest_has_the_digest_of_each_chunk(opened: Callable[..., ModelCache], model: Path) -> None:
+    """Of all files, read from the tables on disk."""
+    snapshot = complete(opened(), f"file{model}")
+
+    manifest, tables = snapshot.manifest()
+
+    assert sorted(files_of(model)) == [file.path for file in manifest.files]
+    for file in manifest.files:
+        content = memoryview((model / file.path).read_bytes())
+        with snapshot.open(file.path) as reader:
+            chunks, header_bytes = chunks_of(reader.descriptor, file.path, reader.size)
+        assert (file.chunks, file.header_bytes, file.size) == (chunks.count, header_bytes, len(content))
+        for table, width in {"crc64nvme": 8, "blake3": 32}.items():
+            rows = Path(tables[table]).read_bytes()[file.first * width : (file.first + file.chunks) * width]
+            assert rows == b"".join(chunk_digest(table, content[start:end]) for start, end in chunks)
+    assert any(file.header_bytes and file.chunks > 2 for file in manifest.files)
+
+
+def test_without_weights_and_then_with_them(opened: Callable[..., ModelCache], model: Path) -> None:
+    """Two versions on disk, that share the files which both have; the one with weights serves both."""
+    cache = opened()
+    light = complete(cache, f"file{model}", weights=False)
+    whole = complete(cache, f"file{model}")
+
+    assert {"config.json", "empty.txt", "model.safetensors.index.json"} == set(light.files)
+    assert whole.size_bytes == cache.size_bytes()
+    assert 2 == len(cache.snapshots())
+    cache.remove(light)
+    assert cache.begin(f"file{model}", weights=False).complete
+    assert files_of(model) == contents(whole)
+
+
+def test_a_changed_model_is_another_version(opened: Callable[..., ModelCache], model: Path, tmp_path: Path) -> None:
+    """The old one stays readable; who has pinned it and comes too late is told."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("one")
+    cache = opened()
+    old = complete(cache, f"file{source}")
+    (source / "config.json").write_text("another")
+    cache._resolved.clear()
+
+    new = complete(cache, f"file{source}")
+
+    assert old.version != new.version
+    assert ({"config.json": b"one"}, {"config.json": b"another"}) == (contents(old), contents(new))
+    assert old.version == cache.begin(f"file{source}", version=old.version).version
+    cache.remove(old)
+    cache._resolved.clear()
+    with pytest.raises(SourceChangedError, match="is not in the cache any more"):
+        cache.begin(f"file{source}", version=old.version)
+
+
+def test_a_source_that_cannot_be_reached_has_its_latest_version(
+    opened: Callable[..., ModelCache], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a warning; another model of it fails."""
+    with FakeHub() as hub:
+        hub.put("org/model", "config.json", b"{}")
+        environ = {**hub.environ(), "MX_RETRY_BUDGET_SECONDS": "0.1"}
+        cache = opened(**environ)
+        version = complete(cache, "org/model").version
+    cache._resolved.clear()
+
+    assert version == cache.begin("org/model").version
+    assert "cannot be asked for its version" in caplog.text
+    with pytest.raises(BackendError):
+        cache.begin("org/other")
+
+
+def test_a_failed_download_is_not_begun_again_at_once(opened: Callable[..., ModelCache], model: Path) -> None:
+    """Whoever waits gets the error; after a pause, the next one begins where it ended."""
+    cache = opened()
+
+    def full(descriptor: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    working = cache._disk
+    cache._disk = attrs.evolve(working, allocate=full)
+    snapshot = cache.begin(f"file{model}")
+    with pytest.raises(ModelExpressError, match="the disk is full"):
+        snapshot.wait(_SECONDS)
+    eventually(lambda: not cache.stats().downloads)
+    cache._disk = working
+    with pytest.raises(ModelExpressError, match="the disk is full"):
+        cache.begin(f"file{model}")
+    [failure] = cache._failures.values()
+    failure.until = 0
+
+    assert files_of(model) == contents(complete(cache, f"file{model}"))
+
+
+# -- reading while it arrives ------------------------------------------------------------------------------------------
+
+
+def test_bytes_can_be_read_before_the_download_ends(opened: Callable[..., ModelCache]) -> None:
+    """The stand-in for the Hub holds the second half back until the first was read."""
+    content = os.urandom(24 << 20)
+    with FakeHub() as hub:
+        hub.put("org/model", "model.bin", content)
+        held = threading.Event()
+        release = threading.Event()
+
+        def hold(request: HubRequest) -> HubAnswer | None:
+            ends = re.search(r"bytes=\d+-(\d+)", request.headers.get("range", ""))
+            if ends and int(ends[1]) > len(content) // 2:
+                held.set()
+                release.wait(_SECONDS)
+            return None
+
+        hub.before = hold
+        cache = opened(**hub.environ())
+        snapshot = cache.begin("org/model")
+        with snapshot.open("model.bin") as reader:
+            assert reader.wait(0, 8 << 20, _SECONDS)
+            assert held.wait(_SECONDS)
+            assert content[: 8 << 20] == os.pread(reader.descriptor, 8 << 20, 0)
+            assert not reader.wait(0, reader.size, 0.01)
+            assert not snapshot.complete
+            assert 0 < snapshot.present_bytes < snapshot.size_bytes
+            release.set()
+            assert reader.wait(0, reader.size, _SECONDS)
+            assert snapshot.wait(_SECONDS)
+            assert content == os.pread(reader.descriptor, reader.size, 0), "the descriptor is still that of the file"
+
+
+# -- the directory -----------------------------------------------------------------------------------------------------
+
+
+def test_a_second_server_is_refused(opened: Callable[..., ModelCache], tmp_path: Path) -> None:
+    """With the process that uses the directory."""
+    opened()
+
+    with pytest.raises(ModelExpressError, match=f"another server uses the cache.*process {os.getpid()}"):
+        ModelCache(tmp_path / "cache", settings=SETTINGS, environ={})
+
+
+def test_a_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    """The error names it."""
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ModelExpressError, match="could not make the directory of the cache"):
+        ModelCache(tmp_path / "file", settings=SETTINGS, environ={})
+
+
+@pytest.mark.parametrize("change", ["overwrite", "truncate", "remove"])
+def test_a_file_that_was_changed_is_downloaded_again(
+    opened: Callable[..., ModelCache], model: Path, change: str
+) -> None:
+    """Nobody gets its bytes."""
+    cache = opened()
+    snapshot = complete(cache, f"file{model}")
+    [stored] = [each for each in snapshot.record.files if each.file.path == "config.json"]  # type: ignore[union-attr]
+    blob = Path(cache.directory, stored.blob)
+    if change == "remove":
+        blob.unlink()
+    else:
+        with blob.open("r+b") as file:
+            file.truncate(3) if change == "truncate" else file.write(b"wrong")
+
+    with pytest.raises(SourceChangedError, match="since it was verified"), snapshot.open("config.json"):
+        pass
+
+    assert files_of(model) == contents(complete(cache, f"file{model}"))
+    assert files_of(model) == contents(complete(opened(), f"file{model}"))
+
+
+def test_a_record_that_cannot_be_read_is_left_out(
+    opened: Callable[..., ModelCache], model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model is downloaded again."""
+    cache = opened()
+    snapshot = complete(cache, f"file{model}")
+    record = Path(cache.directory, ".mx", "records", f"{snapshot.key}.json")
+    record.write_text('{"format": 1, "files": [{"file": {"path": "../../etc/passwd", "size": 1}}]}')
+
+    cache = opened()
+
+    assert "is left out of the cache" in caplog.text
+    assert () == tuple(cache.snapshots())
+    assert files_of(model) == contents(complete(cache, f"file{model}"))
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+
+
+def _models(tmp_path: Path, count: int) -> list[Path]:
+    directories = [tmp_path / f"model-{number}" for number in range(count)]
+    for number, directory in enumerate(directories):
+        directory.mkdir()
+        (directory / "weights.bin").write_bytes(bytes([number]) * 1000)
+    return directories
+
+
+def test_the_limit_of_bytes_holds(
+    opened: Callable[..., ModelCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read least recently goes first, and what is being read stays."""
+    monkeypatch.setattr(cache_module, "_IN_USE_SECONDS", -1.0)
+    cache = opened(attrs.evolve(SETTINGS, max_bytes=3000))
+    one, two, three, four = _models(tmp_path, 4)
+    first = complete(cache, f"file{one}")
+    for directory in (two, three):
+        complete(cache, f"file{directory}")
+    with cache.hold(first):
+        complete(cache, f"file{four}")
+
+    kept = {snapshot.place for snapshot, _ in cache.snapshots()}
+    assert {f"file{one}", f"file{three}", f"file{four}"} == kept
+    assert (3000, 1) == (cache.size_bytes(), cache.stats().evictions)
+    assert {"weights.bin": bytes([0]) * 1000} == contents(first)
+
+
+def test_a_model_that_does_not_fit_is_refused(
+    opened: Callable[..., ModelCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is larger than the limit, or all others are being read."""
+    monkeypatch.setattr(cache_module, "_IN_USE_SECONDS", -1.0)
+    one, two = _models(tmp_path, 2)
+    with pytest.raises(ModelExpressError, match="more than the whole cache may hold"):
+        opened(attrs.evolve(SETTINGS, max_bytes=999)).begin(f"file{one}")
+    cache = opened(attrs.evolve(SETTINGS, max_bytes=1500))
+    with cache.hold(complete(cache, f"file{one}")), pytest.raises(ModelExpressError, match="there is no room"):
+        cache.begin(f"file{two}")
+    complete(cache, f"file{two}")
+    assert [f"file{two}"] == [snapshot.place for snapshot, _ in cache.snapshots()]
+
+
+def test_what_nobody_reads_goes(
+    opened: Callable[..., ModelCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a time, also across restarts."""
+    monkeypatch.setattr(cache_module, "_IN_USE_SECONDS", -1.0)
+    one, two = _models(tmp_path, 2)
+    cache = opened()
+    old, _ = complete(cache, f"file{one}"), complete(cache, f"file{two}")
+    os.utime(Path(cache.directory, ".mx", "records", f"{old.key}.json"), (0, 0))
+    cache = opened(attrs.evolve(SETTINGS, max_idle_seconds=3600.0))
+
+    assert 1 == cache.evict()
+    assert [f"file{two}"] == [snapshot.place for snapshot, _ in cache.snapshots()]
+
+
+# -- places ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "inside", "uri"),
+    [
+        ("org/name", "hf/org/name", "", "hf://org/name"),
+        ("org/name/sub/a.json", "hf/org/name", "sub/a.json", "hf://org/name"),
+        ("hf/s3/name", "hf/s3/name", "", "hf://s3/name"),
+        ("s3/bucket", "s3/bucket", "", "s3://bucket"),
+        ("s3/bucket/a/b/", "s3/bucket/a/b", "", "s3://bucket/a/b"),
+        ("s3/bucket/a/x.safetensors", "s3/bucket/a", "x.safetensors", "s3://bucket/a"),
+        ("file/data/models/m", "file/data/models/m", "", "file:///data/models/m"),
+        ("az/name", "hf/az/name", "", "hf://az/name"),
+    ],
+)
+def test_what_a_path_names(path: str, name: str, inside: str, uri: str) -> None:
+    """A model of the Hub, or SCHEME/rest."""
+    place = Sources(("hf", "s3", "file")).place(path)
+
+    assert (name, inside, uri) == (place.name, place.inside, str(place.uri))
+    assert place.asked == "/".join(filter(None, (place.root, place.inside)))
+
+
+@pytest.mark.parametrize(
+    "path", ["", "name", "/", "org//name", "org/../name", "./name", "org/na\nme", "org\\name", "a/" + "b" * 4096]
+)
+def test_what_names_no_model(path: str) -> None:
+    """Control characters, ways out, and names without an end."""
+    with pytest.raises(InvalidURIError, match="names no model"):
+        Sources(("hf", "s3")).place(path)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "path", "allowed"),
+    [
+        (("hf",), "org/name", True),
+        (("hf",), "s3/bucket/name", False),
+        (("hf",), "file/etc/passwd", False),
+        (("s3://models-*",), "s3/models-a/name", True),
+        (("s3://models-*",), "s3/secret/name", False),
+        (("s3://models-*",), "org/name", False),
+        (("hf://org",), "org/name", True),
+        (("hf://org",), "organism/name", False),
+        (("file:///data/models",), "file/data/models/a", True),
+        (("file:///data/models",), "file/data/models2/a", False),
+        (("file:///data/models/",), "file/data/models/a", True),
+    ],
+)
+def test_the_operator_allows_sources(patterns: tuple[str, ...], path: str, allowed: bool) -> None:
+    """By scheme, or by the beginning of a URI; the message names the variable."""
+    if allowed:
+        Sources(patterns).place(path)
+    else:
+        with pytest.raises(AccessDeniedError, match="does not download from") as caught:
+            Sources(patterns).place(path)
+        assert "MX_CACHE_SOURCES" in str(caught.value)
+
+
+def test_the_model_of_the_server_is_allowed(opened: Callable[..., ModelCache], model: Path) -> None:
+    """MX_MODEL_URI names it."""
+    cache = opened(CacheSettings(min_free_bytes=0), MX_MODEL_URI=f"file://{model}")
+
+    assert complete(cache, f"file{model}").complete
+    with pytest.raises(AccessDeniedError):
+        cache.begin(f"file{model.parent}/other")
+
+
+def test_a_model_that_does_not_exist_is_not_found(opened: Callable[..., ModelCache], tmp_path: Path) -> None:
+    """The error is that of the storage."""
+    with pytest.raises(NotFoundError):
+        opened().begin(f"file{tmp_path}/nothing")
