@@ -74,9 +74,7 @@ class RetryPolicy:
     @classmethod
     def from_settings(cls, settings: LoadSettings) -> RetryPolicy:
         """The policy that the user set."""
-        return cls(
-            attempts=settings.retry_attempts, arrival_seconds=_ARRIVAL_STALL_FACTOR * settings.stall_seconds
-        )
+        return cls(attempts=settings.retry_attempts, arrival_seconds=_ARRIVAL_STALL_FACTOR * settings.stall_seconds)
 
     def delay(self, failures: int, asked: float | None, uniform: Callable[[float, float], float]) -> float:
         """Seconds to wait after ``failures`` failures in a row; ``asked``: seconds that the other side asked for."""

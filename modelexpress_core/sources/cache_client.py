@@ -329,9 +329,7 @@ class CacheClient(Client):
         answer: cache_pb2.ReadManifestResponse = self._call(CACHE, "ReadManifest", request)
         return answer.data
 
-    def compare(
-        self, model: CachedModel, parts: Sequence[SentPart]
-    ) -> tuple[Sequence[int], Sequence[int]]:
+    def compare(self, model: CachedModel, parts: Sequence[SentPart]) -> tuple[Sequence[int], Sequence[int]]:
         """Have the server compare parts of chunks.
 
         Returns:

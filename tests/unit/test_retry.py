@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from modelexpress_core.contracts.storage import ObjectInfo
-from modelexpress_core.errors import AccessDeniedError, BackendError, SourceChangedError, StillArrivingError, UnavailableError
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    BackendError,
+    SourceChangedError,
+    StillArrivingError,
+    UnavailableError,
+)
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.fetch.retry import LoadCancelledError
 

@@ -72,9 +72,7 @@ class CacheChannel:
         self._closed = False
         self.description = "" if wants_bulk else "gRPC, since MX_BULK_PORT is 0"
 
-    def read(
-        self, run: Run, view: memoryview, landed: Callable[[int], None], *, checksums: bool = False
-    ) -> int:
+    def read(self, run: Run, view: memoryview, landed: Callable[[int], None], *, checksums: bool = False) -> int:
         """Read a range, or pieces, into ``view``.
 
         Args:

@@ -132,7 +132,9 @@ class ModelComparison:
         try:
             manifest = Manifest.parse(text)
         except CheckpointError as exc:
-            raise BackendError(exc.message, operation="read the chunk manifest", cause=exc.cause, hint=exc.hint) from exc
+            raise BackendError(
+                exc.message, operation="read the chunk manifest", cause=exc.cause, hint=exc.hint
+            ) from exc
         if model.manifest_digest and manifest.digest != model.manifest_digest:
             raise other_manifest("its index")
         files = {file.path: file for file in manifest.files}

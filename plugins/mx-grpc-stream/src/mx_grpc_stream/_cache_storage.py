@@ -386,7 +386,9 @@ def open_cache(uri: ModelURI, settings: Mapping[str, str]) -> CacheStorage:
     """
     others = [name for name in uri.query if name != "revision"]
     if not uri.authority or uri.userinfo or others:
-        what = "names no server" if not uri.authority else "has a user" if uri.userinfo else f"has {printable(others[0])}="
+        what = (
+            "names no server" if not uri.authority else "has a user" if uri.userinfo else f"has {printable(others[0])}="
+        )
         message = f"the URI {uri} {what}"
         raise InvalidURIError(message, hint="write mx://server:8001/org/name?revision=main")
     scheme = "https" if uri.scheme == "mxs" else "http"
