@@ -34,7 +34,6 @@ from modelexpress_core.loads.checkpoint import CheckpointLoad, Headers
 from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.loads.destination import Destination, DestinationTouchedError
 from modelexpress_core.loads.load import Load
-from modelexpress_core.loads.peer import PeerLoad
 from modelexpress_core.plugins import STORAGE
 from modelexpress_core.report import LoadReport
 from modelexpress_core.sources.discovery import find_candidates
@@ -213,6 +212,8 @@ class Loader(LoadContext):
         headers: Headers | None = None,
     ) -> Load:
         if candidate.is_peer:
+            from modelexpress_core.loads.peer import PeerLoad  # needs gRPC, which loads of files do without
+
             return PeerLoad(candidate, self, destination, request, left)
         return CheckpointLoad(candidate, self, destination, headers if candidate.uri == request.uri else None)
 

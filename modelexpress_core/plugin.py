@@ -250,14 +250,36 @@ def _make_access(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
     return make_access(context)
 
 
+def _make_models(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
+    from modelexpress_core.server.services import no_cache
+
+    if context.cache is None:
+        return no_cache.make_models()
+    from modelexpress_core.server.services.models import make_models
+
+    return make_models(context)
+
+
+def _make_cache(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
+    from modelexpress_core.server.services import no_cache
+
+    if context.cache is None:
+        return no_cache.make_cache()
+    from modelexpress_core.server.services.cache import make_cache
+
+    return make_cache(context)
+
+
 @hookimpl
 def mx_register_server_services() -> list[ServerServiceProvider]:
-    """Health, pings, the metadata of sources, and read grants."""
+    """Health, pings, the metadata of sources, read grants, and the model cache."""
     return [
         ServerServiceProvider("model_express.health.HealthService", _make_health),
         ServerServiceProvider("model_express.api.ApiService", _make_api),
         ServerServiceProvider("model_express.p2p.P2pService", _make_p2p, settings=ServerSettings),
         ServerServiceProvider("modelexpress.access.AccessService", _make_access),
+        ServerServiceProvider("model_express.model.ModelService", _make_models, settings=CacheSettings),
+        ServerServiceProvider("modelexpress.cache.CacheService", _make_cache, settings=CacheSettings),
     ]
 
 

@@ -43,11 +43,13 @@ class FileContent:
     Args:
         file: The file.
         close: Called at the end.
+        present_bytes: How many bytes have arrived, of all files that belong together.
     """
 
-    def __init__(self, file: ArrivingFile, close: Callable[[], None]) -> None:
+    def __init__(self, file: ArrivingFile, close: Callable[[], None], present_bytes: Callable[[], int]) -> None:
         self._file = file
         self._close = close
+        self._present_bytes = present_bytes
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +89,7 @@ class FileContent:
             output.write(part)
 
     def _wait(self, output: Output, start: int, end: int) -> None:
-        output.wait(lambda seconds: self._file.wait(start, end, seconds))
+        output.wait(lambda seconds: self._file.wait(start, end, seconds), self._present_bytes)
 
     def close(self) -> None:
         """Close the file."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Protocol
 
@@ -11,7 +11,10 @@ from modelexpress_core.bulk.requests import RefusedError, Run
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.storage.http.connections import Connection
 
-__all__ = ["CHECKSUM_BYTES", "PIECE_BYTES", "Output"]
+__all__ = ["CHECKSUM_BYTES", "PIECE_BYTES", "PRESENT_BYTES", "Output"]
+
+#: Header of answers to requests for bytes which are still arriving: how many bytes have arrived.
+PRESENT_BYTES = "mx-present-bytes"
 
 #: Bytes that are sent at once. Before each piece the lease is looked at; each has a checksum, if there are any.
 PIECE_BYTES = 4 << 20
@@ -94,11 +97,12 @@ class Output:
         """Whether ``write_file`` can be called: nothing on the way needs the bytes in memory."""
         return not self._checksums and self._connection.sends_files
 
-    def wait(self, arrived: Callable[[float], bool]) -> None:
+    def wait(self, arrived: Callable[[float], bool], present_bytes: Callable[[], int]) -> None:
         """Wait until bytes are there.
 
         Args:
             arrived: Waits for them for some seconds, and returns whether they are there.
+            present_bytes: How many bytes have arrived so far, also of others; for the reader, if they do not come.
 
         Raises:
             RefusedError: They did not come in time, or cannot come, and nothing has been sent.
@@ -112,14 +116,15 @@ class Output:
                     message = "the reader ended the connection"
                     raise ConnectionAbortedError(message)
                 if time.monotonic() >= deadline:
-                    raise self._refusal(HTTPStatus.SERVICE_UNAVAILABLE, "the bytes have not arrived yet", retry=True)
+                    headers = {PRESENT_BYTES: str(present_bytes()), "Retry-After": str(_RETRY_AFTER_SECONDS)}
+                    raise self._refusal(
+                        HTTPStatus.SERVICE_UNAVAILABLE, "the bytes have not arrived yet", headers=headers
+                    )
         except ModelExpressError as exc:
             raise self._refusal(HTTPStatus.BAD_GATEWAY, f"the bytes cannot arrive: {exc.headline}") from exc
 
-    def _refusal(self, status: HTTPStatus, reason: str, *, retry: bool = False) -> Exception:
-        if not self._head:
-            return ConnectionAbortedError(reason)
-        return RefusedError(status, reason, retry_after_seconds=_RETRY_AFTER_SECONDS if retry else None)
+    def _refusal(self, status: HTTPStatus, reason: str, *, headers: Mapping[str, str] | None = None) -> Exception:
+        return RefusedError(status, reason, headers=headers) if self._head else ConnectionAbortedError(reason)
 
     def write(self, content: memoryview) -> None:
         """Send the next bytes of the run."""

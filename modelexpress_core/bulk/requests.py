@@ -46,13 +46,23 @@ class RefusedError(Exception):
         status: The status of the answer.
         reason: What the answer says.
         retry_after_seconds: When the same request may succeed; None if it will not.
+        headers: Further headers of the answer.
     """
 
-    def __init__(self, status: HTTPStatus, reason: str, *, retry_after_seconds: int | None = None) -> None:
+    def __init__(
+        self,
+        status: HTTPStatus,
+        reason: str,
+        *,
+        retry_after_seconds: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(reason)
         self.status = status
         self.reason = reason
-        self.retry_after_seconds = retry_after_seconds
+        self.headers = dict(headers or {})
+        if retry_after_seconds is not None:
+            self.headers["Retry-After"] = str(retry_after_seconds)
 
 
 @frozen

@@ -373,8 +373,7 @@ def _refuse(connection: Connection, exc: RefusedError) -> None:
     lines = [f"Content-Length: {len(content)}", "Content-Type: text/plain; charset=utf-8", "Connection: close"]
     if exc.status is HTTPStatus.UNAUTHORIZED:
         lines.append("WWW-Authenticate: Bearer")
-    if exc.retry_after_seconds is not None:
-        lines.append(f"Retry-After: {exc.retry_after_seconds}")
+    lines += [f"{name}: {value}" for name, value in exc.headers.items()]
     connection.wait_at_most(_FIRST_REQUEST_SECONDS)
     connection.send_all(_head(exc.status, lines) + content)
     # Closing a connection with bytes that nobody read resets it, and the client might not see the answer.

@@ -324,6 +324,20 @@ class CacheSettings:
         converter=seconds,
         help="A model that nobody has read for so long is removed; unset: none for its age.",
     )
+    bulk_port: int = env(
+        "MX_SERVER_BULK_PORT",
+        default=8002,
+        converter=tcp_port,
+        help="Port on which the server sends models as raw bytes; any free port if it is in use. 0: no such port, "
+        "everything goes over gRPC.",
+    )
+    bulk_plaintext: bool = env(
+        "MX_BULK_PLAINTEXT",
+        default=False,
+        converter=boolean,
+        help="Send raw bytes without TLS to other hosts, though MX_AUTH_MODE authenticates callers: others on the "
+        "network can then read tickets and weights. By default they go to this host alone then.",
+    )
     may_delete: bool = env(
         "MX_CACHE_DELETE",
         default=False,

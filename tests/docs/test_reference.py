@@ -12,7 +12,7 @@ import re
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 import pytest
@@ -30,7 +30,7 @@ from modelexpress_core.contracts import metadata_store
 from modelexpress_core.fetch import limiter
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import LoadReport
-from modelexpress_core.server.metrics import ServerMetrics, SourceServiceMetrics
+from modelexpress_core.server.metrics import CacheMetrics, ServerMetrics, SourceServiceMetrics
 from modelexpress_core.sources.metrics import SourceMetrics, WorkerMetrics
 from modelexpress_core.sources.settings import SELECTORS
 from modelexpress_core.storage.memory import store
@@ -537,6 +537,7 @@ def test_every_metric_of_the_server_is_explained() -> None:
 
     registry = ServerMetrics().registry
     SourceServiceMetrics(registry)
+    CacheMetrics(registry, _no_stats)
     assert registered(registry) == explained_metrics(text)
 
 
@@ -564,10 +565,14 @@ def test_every_selector_is_explained() -> None:
     assert set(SELECTORS) == set(rows(text))
 
 
+def _no_stats() -> NoReturn:
+    raise NotImplementedError
+
+
 def registered(registry: CollectorRegistry) -> dict[str, set[str]]:
     """The labels of each metric, by the name that it is scraped under."""
     return {
-        f"{metric.name}_total" if metric.type == "counter" else metric.name: set(collector._labelnames)
+        f"{metric.name}_total" if metric.type == "counter" else metric.name: set(getattr(collector, "_labelnames", ()))
         for collector in set(registry._collector_to_names)
         for metric in collector.describe()
     }

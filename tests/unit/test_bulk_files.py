@@ -81,7 +81,7 @@ class Serving:
 
             return TensorContent(torch.frombuffer(bytearray(_BYTES), dtype=torch.uint8))
         self.opened += 1
-        return FileContent(self.file, self._close) if name == "file" else None
+        return FileContent(self.file, self._close, lambda: self.file.present) if name == "file" else None
 
     def _close(self) -> None:
         self.closed += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +164,23 @@ def test_a_changed_model_is_another_version(opened: Callable[..., ModelCache], m
         cache.begin(f"file{source}", version=old.version)
 
 
+def test_versions_share_the_files_that_both_have(opened: Callable[..., ModelCache]) -> None:
+    """A file that did not change between two commits: the older version stays readable, and so does the newer one."""
+    with FakeHub() as hub:
+        hub.put("org/model", "config.json", b"{}")
+        hub.put("org/model", "weights.bin", b"one" * 5000)
+        cache = opened(**hub.environ())
+        old = complete(cache, "org/model")
+        hub.put("org/model", "weights.bin", b"two" * 5000)
+        cache._resolved.clear()
+        new = complete(cache, "org/model")
+
+    assert {"config.json": b"{}", "weights.bin": b"one" * 5000} == contents(old)
+    assert {"config.json": b"{}", "weights.bin": b"two" * 5000} == contents(new)
+    cache.remove(old)
+    assert {"config.json": b"{}", "weights.bin": b"two" * 5000} == contents(new)
+
+
 def test_a_source_that_cannot_be_reached_has_its_latest_version(
     opened: Callable[..., ModelCache], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -291,6 +309,70 @@ def test_a_record_that_cannot_be_read_is_left_out(
     assert "is left out of the cache" in caplog.text
     assert () == tuple(cache.snapshots())
     assert files_of(model) == contents(complete(cache, f"file{model}"))
+
+
+# -- validating and importing ------------------------------------------------------------------------------------------
+
+
+def test_validation_finds_flipped_bits(opened: Callable[..., ModelCache], model: Path) -> None:
+    """In every file, at its ends and in between, also where the file looks unchanged from outside."""
+    cache = opened()
+    whole = complete(cache, f"file{model}")
+    done: list[int] = []
+    assert () == tuple(cache.validate(whole, done.append))
+    assert (whole.size_bytes, sorted(done)) == (done[-1], done)
+
+    for path, position in [("config.json", 0), ("model-00001-of-00002.safetensors", -1), ("config.json", 7)]:
+        snapshot = complete(cache, f"file{model}")
+        [stored] = [each for each in snapshot.record.files if each.file.path == path]  # type: ignore[union-attr]
+        blob = Path(cache.directory, stored.blob)
+        before = blob.stat()
+        content = bytearray(blob.read_bytes())
+        content[position] ^= 16
+        with blob.open("r+b") as file:
+            file.write(content)
+        os.utime(blob, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+        [damage] = cache.validate(snapshot)
+
+        assert path == damage.path
+        assert "has other" in damage.reason
+        assert not cache.snapshots(), "it is forgotten, so that it is downloaded again"
+        blob.unlink()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_directory_is_imported(opened: Callable[..., ModelCache], model: Path, tmp_path: Path, named: bool) -> None:
+    """As if it had been downloaded: no request is sent for its commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    directory = model
+    if not named:
+        directory = tmp_path / "snapshots" / commit
+        shutil.copytree(model, directory)
+    cache = opened(HF_ENDPOINT="http://127.0.0.1:9")
+
+    snapshot = cache.import_directory(directory, "org/name", revision=commit if named else None)
+
+    assert (commit, True) == (snapshot.version, snapshot.complete)
+    assert files_of(model) == contents(snapshot) == contents(cache.begin("org/name", revision=commit))
+    assert files_of(model) == files_of(Path(cache.directory, "models--org--name", "snapshots", commit))
+
+
+def test_an_import_needs_a_commit_of_the_hub(opened: Callable[..., ModelCache], model: Path, tmp_path: Path) -> None:
+    """Models of other storages have the version of their content."""
+    cache = opened(CacheSettings(sources=("hf", "s3"), min_free_bytes=0))
+    with pytest.raises(ModelExpressError, match="unknown which commit of org/name"):
+        cache.import_directory(model, "org/name")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelExpressError, match="no file to import"):
+        cache.import_directory(tmp_path / "empty", "org/name")
+    with pytest.raises(ModelExpressError, match="could not read"):
+        cache.import_directory(tmp_path / "nothing", "org/name")
+
+    one = cache.import_directory(model, "s3/bucket/model")
+    assert one.version == cache.import_directory(model, "s3/bucket/model").version
+    assert files_of(model) == contents(one)
+    assert one.version == cache.begin("s3/bucket/model", version=one.version).version
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------

@@ -20,10 +20,11 @@ from modelexpress_core.errors import ModelExpressError, ResolveError, SourceChan
 from modelexpress_core.loader import Loader
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import format_bytes
+from modelexpress_core.server.cache.checking import Damage, described, validate
 from modelexpress_core.server.cache.downloads import Download, record_path, remove_files
 from modelexpress_core.server.cache.layout import OWN
 from modelexpress_core.server.cache.places import HUB, Place, Sources
-from modelexpress_core.server.cache.records import CachedFile, Record, version_of
+from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, version_of
 from modelexpress_core.server.cache.snapshots import Snapshot
 from modelexpress_core.server.settings import CacheSettings
 from modelexpress_core.settings import from_env
@@ -161,6 +162,8 @@ class ModelCache:
         self._resolved: dict[tuple[str, str, bool], _Resolved] = {}
         self._resolving: dict[tuple[str, str, bool], threading.Lock] = {}
         self._counts: Counter[str] = Counter()
+        #: Held while files get the names that they keep, and while versions are removed: versions share files.
+        self._publishing = threading.Lock()
         self._closed = False
         self._lock_file = self._locked()
         try:
@@ -398,6 +401,8 @@ class ModelCache:
             ),
             files=files,
             on_end=self._ended,
+            stored=self._stored,
+            publish=self._publish,
             disk=self._disk,
         )
         with self._lock:
@@ -421,13 +426,23 @@ class ModelCache:
         _log.info("downloading %s at %s from %s", place.shown, version[:12], place.uri)
         return self._snapshot(download=download)
 
+    def _stored(self, blob: str) -> Sequence[StoredFile]:
+        with self._lock:
+            return [each for record in self._records.values() for each in record.files if each.blob == blob]
+
+    def _publish(self, make: Callable[[], Record]) -> Record:
+        with self._publishing:
+            record = make()
+            with self._lock:
+                self._records[record.key] = record
+                self._used[record.key] = time.time()
+        return record
+
     def _ended(self, download: Download) -> None:
         with self._lock:
             self._downloads.pop(download.key, None)
             self._counts["origin_bytes"] += download.origin_bytes
             if download.record is not None:
-                self._records[download.key] = download.record
-                self._used[download.key] = time.time()
                 self._failures.pop(download.key, None)
                 _log.info("%s at %s is complete", download.place, download.version[:12])
             elif download.error is not None:
@@ -503,11 +518,13 @@ class ModelCache:
             self._remove_changed(record)
 
     def _remove_changed(self, record: Record) -> None:
-        for stored in record.files:
-            path = os.path.join(self.directory, stored.blob)
-            with contextlib.suppress(OSError):
-                if not stored.is_unchanged(os.stat(path)):
-                    os.unlink(path)
+        with self._publishing:
+            for stored in record.files:
+                path = os.path.join(self.directory, stored.blob)
+                with contextlib.suppress(OSError):
+                    found = os.stat(path)
+                    if not any(each.is_unchanged(found) for each in (stored, *self._stored(stored.blob))):
+                        os.unlink(path)
 
     def remove(self, snapshot: Snapshot) -> int:
         """Remove a version; returns the bytes that were freed. Files that other versions share stay.
@@ -515,7 +532,7 @@ class ModelCache:
         Raises:
             ModelExpressError: It is being downloaded.
         """
-        with self._lock:
+        with self._publishing, self._lock:
             if snapshot.key in self._downloads:
                 message = f"{snapshot.place} at {snapshot.version[:12]} is being downloaded"
                 raise ModelExpressError(message, hint="wait for the end of the download")
@@ -530,6 +547,77 @@ class ModelCache:
         if self._lease is not None:
             self._lease.release(record.key)
         return freed
+
+    # -- validating and importing -------------------------------------------------------------------------------------
+
+    def validate(
+        self, snapshot: Snapshot, on_progress: Callable[[int], None] = lambda _bytes: None
+    ) -> Sequence[Damage]:
+        """Read all files of a version, and compare them with the digests of its storage and of its chunk manifest.
+
+        A version with a damaged file is forgotten: it is downloaded again when it is asked for.
+
+        Args:
+            snapshot: A complete version.
+            on_progress: Called with the bytes that were compared so far; an exception in it ends the comparison.
+
+        Returns:
+            The damaged files.
+        """
+        with self.hold(snapshot):
+            damaged = validate(snapshot, on_progress)
+        if damaged:
+            self._forget(snapshot)
+        return damaged
+
+    def import_directory(
+        self,
+        directory: str | os.PathLike[str],
+        path: str,
+        *,
+        revision: str | None = None,
+        on_begin: Callable[[Snapshot], None] = lambda _snapshot: None,
+    ) -> Snapshot:
+        """Fill the cache from a directory, as if the model had been downloaded from its storage.
+
+        Args:
+            directory: Has the files of the model under their names.
+            path: The path of an ``mx`` URI, which names the model.
+            revision: For the Hub: the commit that the files are of. A directory of the Hub's own cache has it in its
+                name.
+            on_begin: Called with the version once its files are known.
+
+        Raises:
+            ModelExpressError: The directory cannot be read, or it is unknown which commit it has.
+        """
+        place = self.place(path)
+        files, version = described(os.path.abspath(os.path.expanduser(os.fspath(directory))), place, revision)
+        with self._lock:
+            found = self._find(place, version, weights=True)
+        if found is not None and found.complete:
+            return found
+        uri = ModelURI("file", path=os.path.abspath(os.path.expanduser(os.fspath(directory))))
+        pull = Pull(self.loader, uri, self.directory, disk=self._disk)
+        try:
+            pull.select()
+        except BaseException:
+            pull.close()
+            raise
+        named = "" if revision is None or revision == version else revision
+        snapshot = self._download(place, named, version, files, pull, weights=True)
+        on_begin(snapshot)
+        while not snapshot.wait(1.0):
+            pass
+        damaged = self.validate(snapshot)
+        if damaged:
+            raise SourceChangedError(
+                f"{damaged[0].path!r} was changed while it was imported: {damaged[0].reason}",
+                uri=str(uri),
+                hint="import the directory again when nothing writes to it",
+            )
+        return snapshot
+
+    # -- limits -------------------------------------------------------------------------------------------------------
 
     def _make_room(self, nbytes: int, download: Download) -> None:
         """Remove versions until ``nbytes`` fit, the ones first that were read least recently.

@@ -47,6 +47,8 @@ class Download:
         pull: The pull, which has selected its files; None to select them again.
         files: The files.
         on_end: Called when it has ended, with this object.
+        stored: Returns what other versions have stored in a blob.
+        publish: Calls a function that makes the record of the version, while no version is removed.
         lasts: Whether this replica still is the one that downloads the version.
         disk: The disk.
 
@@ -70,6 +72,8 @@ class Download:
         pull: Callable[[Download], Pull],
         files: Sequence[CachedFile],
         on_end: Callable[[Download], None],
+        stored: Callable[[str], Sequence[StoredFile]],
+        publish: Callable[[Callable[[], Record]], Record],
         lasts: Callable[[], bool] = lambda: True,
         disk: Disk | None = None,
     ) -> None:
@@ -87,6 +91,8 @@ class Download:
         self._loader = loader
         self._uri = uri
         self._on_end = on_end
+        self._stored = stored
+        self._publish = publish
         self._lasts = lasts
         self._disk = disk or Disk()
         self._digests: dict[str, tuple[ManifestFile, ChunkDigests]] = {}
@@ -224,7 +230,7 @@ class Download:
             report = pull.run()
         self.origin_bytes = report.bytes_copied
         with local_errors(self._root, "put the files of a version into"):
-            record = self._published(layout)
+            record = self._publish(lambda: self._published(layout))
         shutil.rmtree(self.directory, ignore_errors=True)
         return record
 
@@ -241,6 +247,14 @@ class Download:
                     os.makedirs(os.path.dirname(target), exist_ok=True)
                     os.link(found, target)
 
+    def _kept_blob(self, blob: str) -> os.stat_result | None:
+        """The facts of a blob that another version has, if it is the file that was verified for that."""
+        with contextlib.suppress(OSError):
+            found = os.stat(os.path.join(self._root, blob))
+            if any(stored.is_unchanged(found) for stored in self._stored(blob)):
+                return found
+        return None
+
     def _published(self, layout: Layout) -> Record:
         stored: list[StoredFile] = []
         blobs: set[str] = set()
@@ -249,7 +263,7 @@ class Download:
             blob = layout.blob(file, content_address(file.size, digests))
             path = os.path.join(self._root, blob)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            found = _put(os.path.join(self.directory, file.path), path)
+            found = self._kept_blob(blob) or _put(os.path.join(self.directory, file.path), path)
             stored.append(StoredFile(file, blob, found.st_ino, found.st_mtime_ns))
             blobs.add(os.path.dirname(path))
         for directory in blobs:
@@ -277,7 +291,13 @@ class Download:
 
 
 def _put(path: str, blob: str) -> os.stat_result:
-    """Give the file at ``path`` the name ``blob`` too, in place of what has it; returns its facts."""
+    """Give the file at ``path`` the name ``blob`` too, in place of what has it; returns its facts.
+
+    Where the blob is that file already, it stays: other programs link blobs to stores of their own.
+    """
+    with contextlib.suppress(OSError):
+        if os.path.samefile(path, blob):
+            return os.stat(blob)
     new = f"{blob}.mx-new"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(new)

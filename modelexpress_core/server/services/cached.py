@@ -1,0 +1,272 @@
+"""What the services of the model cache share: finding and beginning versions, rights, errors and waits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+
+from modelexpress_core.bulk.output import PRESENT_BYTES
+from modelexpress_core.contracts.rights import ENSURE, READ, Rights
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    DeadlineError,
+    IntegrityError,
+    InvalidURIError,
+    ModelExpressError,
+    NotFoundError,
+    ResourceError,
+    SourceChangedError,
+    UnavailableError,
+)
+from modelexpress_core.messages import hide_credentials_of_urls, printable, with_hint
+from modelexpress_core.server.services.authorization import require_right
+from modelexpress_core.server.services.streams import Streams
+from modelexpress_core.wire.authentication import caller
+from modelexpress_core.wire.rpc import RpcContext
+
+if TYPE_CHECKING:
+    from modelexpress_core.server.cache import CachedFileReader, ModelCache, Snapshot
+    from modelexpress_core.server.cache.places import Place
+    from modelexpress_core.server.metrics import CacheMetrics
+    from modelexpress_core.server.services.cache_bulk import CacheBulk
+
+__all__ = ["CacheServing", "abort_with", "message_of", "shown", "status_of_error"]
+
+_R = TypeVar("_R")
+
+_Code = grpc.StatusCode
+
+#: The first class that fits counts.
+_STATUS: tuple[tuple[type[ModelExpressError], grpc.StatusCode], ...] = (
+    (InvalidURIError, _Code.INVALID_ARGUMENT),
+    (NotFoundError, _Code.NOT_FOUND),
+    (AccessDeniedError, _Code.PERMISSION_DENIED),
+    (SourceChangedError, _Code.FAILED_PRECONDITION),
+    (UnavailableError, _Code.UNAVAILABLE),
+    (DeadlineError, _Code.UNAVAILABLE),
+    (IntegrityError, _Code.DATA_LOSS),
+    (ResourceError, _Code.RESOURCE_EXHAUSTED),
+)
+
+_MAX_MESSAGE_CHARACTERS = 2000
+
+#: Threads that ask storages for versions: each question takes as long as its storage.
+_ASKING_THREADS = 16
+
+#: Threads that read files and compare digests. Two compare at most, so that the others go on reading.
+_READING_THREADS = 6
+
+#: How often bytes that arrive are looked for, and for how long.
+_LOOK_SECONDS = 0.1
+_WAIT_SECONDS = 20.0
+
+
+def status_of_error(exc: ModelExpressError) -> grpc.StatusCode:
+    """The status with which a call ends that failed with ``exc``."""
+    return next((code for cls, code in _STATUS if isinstance(exc, cls)), _Code.FAILED_PRECONDITION)
+
+
+def message_of(exc: ModelExpressError) -> str:
+    """What a caller reads of ``exc``, without credentials."""
+    return printable(hide_credentials_of_urls(with_hint(exc.headline, exc.hint)))[:_MAX_MESSAGE_CHARACTERS]
+
+
+async def abort_with(context: RpcContext, exc: ModelExpressError) -> NoReturn:
+    """End the call with the status and the message of ``exc``."""
+    await context.abort(status_of_error(exc), message_of(exc))
+
+
+class CacheServing:
+    """The cache of a server, as its services use it from the event loop.
+
+    Args:
+        cache: The cache; closed with this.
+        rights: What callers may do.
+        metrics: Counts what was sent.
+        may_delete: Whether callers may remove models.
+
+    Attributes:
+        cache: As above.
+        metrics: As above.
+        may_delete: As above.
+        bulk: The bulk channel; None if there is none.
+        streams: Streams that carry content of files.
+    """
+
+    def __init__(self, cache: ModelCache, *, rights: Rights, metrics: CacheMetrics, may_delete: bool) -> None:
+        self.cache = cache
+        self.metrics = metrics
+        self.may_delete = may_delete
+        self.bulk: CacheBulk | None = None
+        self.streams = Streams()
+        self._rights = rights
+        self._asking = ThreadPoolExecutor(_ASKING_THREADS, thread_name_prefix="mx-cache-ask")
+        self._reading = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="mx-cache-read")
+        self._begun: dict[tuple[str, str, str, bool], asyncio.Future[Snapshot]] = {}
+        self._present: dict[str, tuple[float, int]] = {}
+
+    def close(self) -> None:
+        """End downloads and the bulk channel; blocks until nothing reads the cache any more."""
+        if self.bulk is not None:
+            self.bulk.close()
+        self.cache.close()
+        self._asking.shutdown(wait=True, cancel_futures=True)
+        self._reading.shutdown(wait=True, cancel_futures=True)
+
+    # -- rights --------------------------------------------------------------------------------------------------------
+
+    async def place(self, path: str, revision: str, right: str, context: RpcContext) -> Place:
+        """What ``path`` names, for a caller who has ``right`` for it; else the call ends."""
+        try:
+            place = self.cache.place(path, revision or None)
+        except ModelExpressError as exc:
+            await abort_with(context, exc)
+        await self.require(place, right, context)
+        return place
+
+    async def require(self, place: Place, right: str, context: RpcContext) -> None:
+        """End the call unless its caller has ``right`` for a model."""
+        await require_right(self._rights, right, place.shown, context)
+
+    def allows(self, name: str, right: str, place: str) -> bool:
+        """Whether the caller ``name`` has ``right`` for the model with this canonical name."""
+        return self._rights.allows(name, right, shown(place))
+
+    # -- versions ------------------------------------------------------------------------------------------------------
+
+    async def begin(
+        self, place: Place, revision: str, version: str, context: RpcContext, *, weights: bool = True
+    ) -> Snapshot:
+        """A version that is there, or whose download has begun.
+
+        Callers that ask for the same share one question, which goes on when they leave. A caller without the right to
+        ensure a model gets what is there already, as its storage or the cache knows it.
+
+        Raises:
+            ModelExpressError: As ``ModelCache.begin``.
+        """
+        path = place.name
+        found = self.cache.find(path, revision=revision or None, version=version or None, weights=weights)
+        if found is None:
+            await require_right(self._rights, ENSURE, place.shown, context)
+        elif not self._may_ensure(place):
+            return found
+        key = (path, revision, version, weights)
+        begun = self._begun.get(key)
+        if begun is None:
+            begun = asyncio.ensure_future(
+                self._in(
+                    self._asking,
+                    lambda: self.cache.begin(path, revision=revision or None, version=version or None, weights=weights),
+                )
+            )
+            self._begun[key] = begun
+            begun.add_done_callback(lambda done: self._answered(key, done))
+        return await asyncio.shield(begun)
+
+    def _may_ensure(self, place: Place) -> bool:
+        return self._rights.allows(caller.get(), ENSURE, place.shown)
+
+    def _answered(self, key: tuple[str, str, str, bool], done: asyncio.Future[Snapshot]) -> None:
+        del self._begun[key]
+        if not done.cancelled():
+            done.exception()  # somebody has seen it, or everybody has left
+
+    async def version(self, path: str, version: str, context: RpcContext, *, file: str = "") -> tuple[Place, Snapshot]:
+        """The version of a model that a call is about, and its place; it is downloaded again if it is not there.
+
+        Args:
+            path: The place in the request.
+            version: The version in the request.
+            context: The call, which ends if there is none.
+            file: A file that the version has to have, if it is not empty.
+        """
+        place = await self.place(path, "", READ, context)
+        if not version:
+            await context.abort(_Code.INVALID_ARGUMENT, "the request names no version: OpenModel tells it")
+        for weights in (True, False):
+            found = self.cache.find(place.name, version=version, weights=weights)
+            if found is not None and (weights or not file or file in found.files):
+                return place, found
+        try:
+            return place, await self.begin(place, "", version, context)
+        except ModelExpressError as exc:
+            code = status_of_error(exc)
+            if code is _Code.NOT_FOUND:  # it was there, when OpenModel told the version
+                code = _Code.FAILED_PRECONDITION
+            reason = f"{version[:12]} of {place.shown} is not in the cache any more: {message_of(exc)}"
+            await context.abort(code, reason)
+
+    # -- waiting -------------------------------------------------------------------------------------------------------
+
+    def present_bytes(self, snapshot: Snapshot) -> int:
+        """Bytes of a version that are there; counted at most a few times a second for all callers."""
+        if snapshot.complete:
+            return snapshot.size_bytes
+        now = time.monotonic()
+        at, present = self._present.get(snapshot.key, (0.0, 0))
+        if now - at >= _LOOK_SECONDS:
+            present = snapshot.present_bytes
+            self._present = {key: each for key, each in self._present.items() if now - each[0] < 1}
+            self._present[snapshot.key] = (now, present)
+        return present
+
+    async def progress(self, snapshot: Snapshot, *, every_seconds: float = 1.0) -> AsyncIterator[int]:
+        """Bytes that are there: at once, again when more have come, and each few seconds; ends when it is complete.
+
+        Raises:
+            ModelExpressError: The download failed.
+        """
+        while True:
+            if snapshot.error is not None:
+                raise snapshot.error
+            if snapshot.complete:
+                return
+            yield self.present_bytes(snapshot)
+            end = time.monotonic() + every_seconds
+            # Threads of the download change it, and so there is no event of asyncio's.
+            while time.monotonic() < end and not snapshot.complete and snapshot.error is None:  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK_SECONDS)
+
+    async def wait_for_bytes(
+        self, reader: CachedFileReader, start: int, end: int, snapshot: Snapshot, context: RpcContext
+    ) -> None:
+        """Wait until bytes of a file are there; the call ends with UNAVAILABLE if they do not come in time.
+
+        Raises:
+            ModelExpressError: The download failed.
+        """
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while not reader.wait(start, end, 0):
+            if time.monotonic() > deadline:
+                await self.abort_not_there(snapshot, context)
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def abort_not_there(self, snapshot: Snapshot, context: RpcContext) -> NoReturn:
+        """End the call: what it asks for is still arriving."""
+        present = self.present_bytes(snapshot)
+        reason = f"not there yet: {present} of {snapshot.size_bytes} bytes of {shown(snapshot.place)} have arrived"
+        await context.abort(_Code.UNAVAILABLE, reason, ((PRESENT_BYTES, str(present)),))
+
+    # -- threads -------------------------------------------------------------------------------------------------------
+
+    async def in_thread(self, work: Callable[[], _R]) -> _R:
+        """What ``work`` returns, which reads files."""
+        return await self._in(self._reading, work)
+
+    @staticmethod
+    async def _in(threads: ThreadPoolExecutor, work: Callable[[], _R]) -> _R:
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
+
+
+def shown(place: str) -> str:
+    """The name of a model for people and rules, from its canonical name."""
+    from modelexpress_core.server.cache.places import HUB
+
+    return place.removeprefix(f"{HUB}/")
