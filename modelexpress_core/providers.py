@@ -104,6 +104,7 @@ class StorageCapabilities:
         most_concurrency: Upper bound of concurrent reads.
         request_cost_bytes: Cost of one more request, as the bytes that could be read in the same time.
             Gaps up to this size are read and discarded, rather than skipped.
+        run_cost_bytes: Cost of one more run of ``read_runs``, likewise; by default that of a request.
     """
 
     read_batch: bool = False
@@ -117,6 +118,7 @@ class StorageCapabilities:
     concurrency: int = field(default=8, validator=attrs.validators.ge(1))
     most_concurrency: int = field(default=64, validator=attrs.validators.ge(1))
     request_cost_bytes: int = field(default=256 << 10, validator=attrs.validators.ge(0))
+    run_cost_bytes: int | None = field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
 
     def __attrs_post_init__(self) -> None:
         if self.read_batch and self.read_runs:

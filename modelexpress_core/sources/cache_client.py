@@ -142,9 +142,32 @@ class CachedModel:
     directory: str = ""
 
     @property
+    def sizes(self) -> Mapping[str, int]:
+        """Size of each file, by its path."""
+        return {path: size for path, (size, _) in self.files.items()}
+
+    @property
     def on_wire(self) -> cache_pb2.ModelVersion:
         """As requests name it."""
         return cache_pb2.ModelVersion(place=self.place, version=self.version)
+
+    def root_in(self, asked: str) -> str:
+        """The beginning of the path ``asked`` that names this model.
+
+        The server may name it in another way: with the scheme of its source, or without.
+
+        Raises:
+            BackendError: No beginning does.
+        """
+        parts = asked.split("/")
+        for count in range(len(parts), 0, -1):
+            root = "/".join(parts[:count])
+            if f"/{self.place}".endswith(f"/{root}") or f"/{root}".endswith(f"/{self.place}"):
+                return root
+        message = f"the server answered with the model {printable(self.place)[:200]!r} to {printable(asked)[:200]!r}"
+        raise BackendError(
+            message, operation="open the model", hint="write the URI as mx://server:8001/SCHEME/BUCKET/PATH"
+        )
 
     def updated(self, answer: cache_pb2.OpenModelResponse) -> CachedModel:
         """With what a later answer says of the same version.

@@ -35,8 +35,10 @@ _CONNECT_SECONDS = 2.0
 #: A new ticket is fetched after this share of the time for which the last one is valid.
 _TICKET_SHARE = 0.8
 
-#: Requests in a row, of one read, that the bulk channel does not answer, before frames are read instead.
+#: How often one read tries the bulk channel before it reads frames, and how often in a row all reads together may fail
+#: before frames alone are read.
 _BULK_ATTEMPTS = 2
+_BULK_FAILURES = 2
 
 #: Channels that were replaced, and whose reads may go on.
 _MAX_REPLACED = 4
@@ -70,6 +72,7 @@ class CacheChannel:
         self._replaced: list[BulkReader] = []
         self._wants_bulk = wants_bulk
         self._closed = False
+        self._failures = 0
         self.description = "" if wants_bulk else "gRPC, since MX_BULK_PORT is 0"
 
     def read(self, run: Run, view: memoryview, landed: Callable[[int], None], *, checksums: bool = False) -> int:
@@ -107,37 +110,49 @@ class CacheChannel:
         return len(view)
 
     def _read(self, run: Run, view: memoryview, landed: Callable[[int], None], *, checksums: bool) -> None:
-        attempts = 0
-        came = 0
-
-        def note(nbytes: int) -> None:
-            nonlocal came
-            came = nbytes
-            landed(nbytes)
-
-        while (bulk := self._opened_bulk()) is not None:
-            attempts += 1
-            bulk.patience_seconds = self._patience()
-            try:
-                for _ in bulk.read([BulkRead(run, view, note)], checksums=checksums):
-                    pass
-            except StillArrivingError:
-                raise
-            except IntegrityError as exc:
-                exc.retryable = True  # bits that changed on the way are right the next time
-                raise
-            except (UnavailableError, AccessDeniedError) as exc:
-                self._drop(bulk)
-                if came or self._closed:
-                    raise  # the read goes on at the first missing byte
-                if attempts >= _BULK_ATTEMPTS:
-                    self._leave_bulk(exc)
-            except BackendError as exc:  # the server says over gRPC why it refuses
-                _log.debug("%s is asked over gRPC: %s", self._client.url, exc)
+        """Read over the bulk channel; in frames what it does not answer."""
+        for _ in range(_BULK_ATTEMPTS):
+            bulk = self._opened_bulk()
+            if bulk is None:
                 break
-            else:
+            bulk.patience_seconds = self._patience()
+            came = 0
+
+            def note(nbytes: int) -> None:
+                nonlocal came
+                came = nbytes
+                landed(nbytes)
+
+            failure = self._over_bulk(bulk, BulkRead(run, view, note), checksums=checksums)
+            if failure is None:
                 return
+            if came or self._closed:
+                raise failure  # the read goes on at the first missing byte
+            if not isinstance(failure, (UnavailableError, AccessDeniedError)):
+                _log.debug("%s is asked over gRPC, which says why: %s", self._client.url, failure)
+                break
+            self._failures += 1
+            if self._failures >= _BULK_FAILURES:
+                self._leave_bulk(failure)
         self._read_frames(run, view, landed)
+
+    def _over_bulk(self, bulk: BulkReader, read: BulkRead, *, checksums: bool) -> BackendError | None:
+        """Read over the bulk channel; returns why that did not work, if frames may."""
+        try:
+            for _ in bulk.read([read], checksums=checksums):
+                pass
+        except StillArrivingError:
+            raise
+        except IntegrityError as exc:
+            exc.retryable = True  # bits that changed on the way are right the next time
+            raise
+        except (UnavailableError, AccessDeniedError) as exc:
+            self._drop(bulk)
+            return exc
+        except BackendError as exc:
+            return exc
+        self._failures = 0
+        return None
 
     # -- the bulk channel ----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -178,7 +179,7 @@ class CacheStorage:
                 if not version:
                     raise
                 raise SourceChangedError(exc.message, cause="the version is not in the cache any more") from exc
-            model = _OpenModel(self, self._client, _root_of(asked, opened.place), opened)
+            model = _OpenModel(self, self._client, opened.root_in(asked), opened)
             with self._lock:
                 while len(self._models) >= _MAX_MODELS:
                     self._models.pop(next(iter(self._models))).channel.close()
@@ -337,10 +338,8 @@ class _OpenModel:
             if self.model.complete or time.monotonic() - self._asked_at < _PROGRESS_SECONDS:
                 return self.model.present_bytes
             self._asked_at = time.monotonic()
-        try:
+        with contextlib.suppress(UnavailableError):  # it is asked again with the next read
             self._learn(self._client.open(self.model.place, version=self.model.version))
-        except UnavailableError:  # it is asked again with the next read
-            pass
         return self.model.present_bytes
 
     def _learn(self, news: CachedModel) -> None:
@@ -362,21 +361,6 @@ def _is_in(path: str, root: str) -> bool:
     return path == root or path.startswith(f"{root}/")
 
 
-def _root_of(asked: str, place: str) -> str:
-    """The beginning of the path ``asked`` that names the model which the server calls ``place``.
-
-    Raises:
-        BackendError: None does.
-    """
-    parts = asked.split("/")
-    for count in range(len(parts), 0, -1):
-        root = "/".join(parts[:count])
-        if f"/{place}".endswith(f"/{root}") or f"/{root}".endswith(f"/{place}"):
-            return root
-    message = f"the server answered with the model {printable(place)[:200]!r} to {printable(asked)[:200]!r}"
-    raise BackendError(message, operation="open the model", hint="write the URI as mx://server:8001/SCHEME/BUCKET/PATH")
-
-
 def open_cache(uri: ModelURI, settings: Mapping[str, str]) -> CacheStorage:
     """Open the storage for ``mx`` and ``mxs`` URIs.
 
@@ -386,10 +370,8 @@ def open_cache(uri: ModelURI, settings: Mapping[str, str]) -> CacheStorage:
     """
     others = [name for name in uri.query if name != "revision"]
     if not uri.authority or uri.userinfo or others:
-        what = (
-            "names no server" if not uri.authority else "has a user" if uri.userinfo else f"has {printable(others[0])}="
-        )
-        message = f"the URI {uri} {what}"
+        wrong = f"has the parameter {printable(others[0])}" if others else "has a user" if uri.userinfo else ""
+        message = f"the URI {uri} {wrong or 'names no server'}"
         raise InvalidURIError(message, hint="write mx://server:8001/org/name?revision=main")
     scheme = "https" if uri.scheme == "mxs" else "http"
     client = CacheClient.from_env(f"{scheme}://{uri.authority}", settings)

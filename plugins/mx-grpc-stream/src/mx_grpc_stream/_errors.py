@@ -52,7 +52,7 @@ def session_closed() -> UnavailableError:
 def damaged_in_cache(path: str, offset: int) -> IntegrityError:
     """The server's own copy has other bytes than its manifest says."""
     return IntegrityError(
-        f"the server's copy of {path} is damaged around byte {offset}: it does not have the digest of its chunk manifest",
+        f"the server's copy of {path} is damaged around byte {offset}: it differs from the chunk manifest",
         operation="compare the chunks",
         provider=PROVIDER,
         cause="the disk of the server is damaged, or another program wrote to the directory of the cache",
@@ -63,7 +63,7 @@ def damaged_in_cache(path: str, offset: int) -> IntegrityError:
 def damaged_on_the_way(path: str, offset: int) -> IntegrityError:
     """Bytes arrived that the server did not send."""
     return IntegrityError(
-        f"bytes of {path} around byte {offset} do not have the digest of the chunk manifest, though the server's copy has",
+        f"bytes of {path} around byte {offset} differ from the chunk manifest, and the server's copy does not",
         operation="compare the chunks",
         provider=PROVIDER,
         cause="a proxy, a network or a memory on the way changed bytes",

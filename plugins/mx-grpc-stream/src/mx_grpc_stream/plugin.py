@@ -32,7 +32,7 @@ def _open_cache(uri: ModelURI, settings: Mapping[str, str]) -> Storage:
 def mx_register_storages() -> list[StorageProvider]:
     """``mx``, and ``mxs`` with TLS."""
     return [
-        # The server gathers runs, so that gaps are never read; requests cost a round trip in a data centre.
+        # A request costs a round trip. The server gathers runs, so that gaps between them need not travel.
         StorageProvider(
             "mx-grpc-stream",
             ("mx", "mxs"),
@@ -47,6 +47,7 @@ def mx_register_storages() -> list[StorageProvider]:
                 concurrency=4,
                 most_concurrency=16,
                 request_cost_bytes=64 << 10,
+                run_cost_bytes=128,
             ),
             tier=Tier.CACHE,
             install_hint="modelexpress-core[grpc]",
