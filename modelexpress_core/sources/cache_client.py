@@ -80,7 +80,7 @@ _ERRORS: Mapping[grpc.StatusCode, tuple[type[BackendError], str | None, str]] = 
         "this caller may not read the model, or the server may not download from there",
         "ask the operator of the server: MX_CACHE_SOURCES and MX_AUTH_RIGHTS say what is allowed",
     ),
-    _Code.FAILED_PRECONDITION: (UnsupportedError, None, "start the server with --cache-dir, or load from the source"),
+    _Code.FAILED_PRECONDITION: (UnsupportedError, None, "do what the server says, or load from the source itself"),
     _Code.UNIMPLEMENTED: (
         UnsupportedError,
         "the server is of another version or another implementation, or another program listens there",
@@ -263,8 +263,14 @@ class CacheClient(Client):
             BackendError: The call failed, or the answer makes no sense.
         """
         request = cache_pb2.OpenModelRequest(place=place, revision=revision, version=version)
-        with self._stream(CACHE, "OpenModel", request, deadline_seconds=deadline_seconds) as answers:
-            answer: cache_pb2.OpenModelResponse | None = next(answers, None)
+        try:
+            with self._stream(CACHE, "OpenModel", request, deadline_seconds=deadline_seconds) as answers:
+                answer: cache_pb2.OpenModelResponse | None = next(answers, None)
+        except UnsupportedError as exc:
+            if not version or exc.__cause__ is None or exc.__cause__.code() is not _Code.FAILED_PRECONDITION:  # type: ignore[attr-defined]  # it is gRPC's
+                raise
+            hint = "start the load again: it reads the version that there is now"
+            raise SourceChangedError(exc.message, uri=self.url, operation=f"open {place}", hint=hint) from exc.__cause__
         if answer is None:
             raise UnavailableError("the call ended without an answer", uri=self.url, operation=f"open {place}")
         return self._model_of(answer, place)
@@ -466,6 +472,8 @@ class CacheClient(Client):
                 )
         if code in _ERRORS:
             kind, cause, hint = _ERRORS[code]
+            if code is _Code.FAILED_PRECONDITION and method != "OpenModel":
+                kind, hint = SourceChangedError, "start the load again: it reads the version that there is now"
             return kind(
                 f"the server answered {code.name}: {details}",
                 uri=self.url,

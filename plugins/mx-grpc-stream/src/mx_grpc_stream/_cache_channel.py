@@ -12,6 +12,7 @@ from modelexpress_core.bulk.requests import Run
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
+    DeadlineError,
     IntegrityError,
     SourceChangedError,
     StillArrivingError,
@@ -19,6 +20,7 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.sources.cache_client import CacheClient, CachedModel
+from modelexpress_core.storage.http.failures import ConnectTimeoutError
 from modelexpress_core.wire.frames import opened
 from modelexpress_core.wire.proto.modelexpress import cache_pb2
 from modelexpress_core.wire.streams import ResponseStream
@@ -54,18 +56,16 @@ class CacheChannel:
         client: Calls the server.
         model: The version.
         wants_bulk: Whether the bulk channel is used at all.
-        patience: How long to wait for the next bytes.
+        patience_seconds: How long to wait for the next bytes.
 
     Attributes:
         description: The way of the bytes, and why it is not the bulk channel; empty before the first read.
     """
 
-    def __init__(
-        self, client: CacheClient, model: CachedModel, *, wants_bulk: bool, patience: Callable[[], float]
-    ) -> None:
+    def __init__(self, client: CacheClient, model: CachedModel, *, wants_bulk: bool, patience_seconds: float) -> None:
         self._client = client
         self._model = model
-        self._patience = patience
+        self._patience_seconds = patience_seconds
         self._lock = threading.Lock()
         self._bulk: BulkReader | None = None
         self._renew_at = 0.0  # by the monotonic clock
@@ -74,6 +74,13 @@ class CacheChannel:
         self._closed = False
         self._failures = 0
         self.description = "" if wants_bulk else "gRPC, since MX_BULK_PORT is 0"
+
+    def set_patience(self, seconds: float) -> None:
+        """Set how long reads wait for their next bytes, those under way over the bulk channel too."""
+        with self._lock:
+            self._patience_seconds = seconds
+            if self._bulk is not None:
+                self._bulk.patience_seconds = seconds
 
     def read(self, run: Run, view: memoryview, landed: Callable[[int], None], *, checksums: bool = False) -> int:
         """Read a range, or pieces, into ``view``.
@@ -115,7 +122,6 @@ class CacheChannel:
             bulk = self._opened_bulk()
             if bulk is None:
                 break
-            bulk.patience_seconds = self._patience()
             came = 0
 
             def note(nbytes: int) -> None:
@@ -147,6 +153,9 @@ class CacheChannel:
             exc.retryable = True  # bits that changed on the way are right the next time
             raise
         except (UnavailableError, AccessDeniedError) as exc:
+            if isinstance(exc.__cause__, TimeoutError) and not isinstance(exc.__cause__, ConnectTimeoutError):
+                hint = "check the network, and the load of the server"
+                raise DeadlineError("no byte came in time", cause="the connection hangs", hint=hint) from exc.__cause__
             self._drop(bulk)
             return exc
         except BackendError as exc:
@@ -171,7 +180,7 @@ class CacheChannel:
             bulk = BulkReader(
                 offer,
                 connect_timeout_seconds=_CONNECT_SECONDS,
-                patience_seconds=self._patience(),
+                patience_seconds=self._patience_seconds,
                 tls_context=client_contexts(self._client.security.tls) if offer.origin.tls else None,
                 tls_name=self._client.security.tls_name,
             )
@@ -211,7 +220,7 @@ class CacheChannel:
     def _read_frames(self, run: Run, view: memoryview, landed: Callable[[int], None]) -> None:
         several = {"stride": run.stride, "count": run.count} if run.count > 1 else {}
         wanted = cache_pb2.FileRange(offset=run.offset, length=run.length, **several)
-        seconds = self._patience() + len(view) / _FRAME_BYTES_PER_SECOND
+        seconds = self._patience_seconds + len(view) / _FRAME_BYTES_PER_SECOND
         with self._client.frames(self._model, run.name, [wanted], seconds) as frames:
             self._place(frames, view, landed)
 

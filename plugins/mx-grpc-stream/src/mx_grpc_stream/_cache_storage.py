@@ -15,10 +15,8 @@ from modelexpress_core.errors import (
     BackendError,
     InvalidURIError,
     NotFoundError,
-    SourceChangedError,
     StillArrivingError,
     UnavailableError,
-    UnsupportedError,
 )
 from modelexpress_core.messages import printable
 from modelexpress_core.settings import LoadSettings, from_env
@@ -53,8 +51,6 @@ class CacheStorage:
         verify: Whether what arrives is compared with the chunk manifest.
         wants_bulk: Whether the bulk channel is used.
 
-    Attributes:
-        patience_seconds: How long a read waits for its next byte, if the model is complete.
     """
 
     def __init__(self, uri: ModelURI, client: CacheClient, *, verify: bool = True, wants_bulk: bool = True) -> None:
@@ -67,7 +63,20 @@ class CacheStorage:
         self._models: dict[tuple[str, str], _OpenModel] = {}  # by the path that names the model, and the version
         self._latest: dict[str, str] = {}  # the version that was opened without asking for one
         self._closed = threading.Event()
-        self.patience_seconds = _ARRIVAL_PATIENCE_SECONDS
+        self._patience_seconds = _ARRIVAL_PATIENCE_SECONDS
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a read waits for its next byte, if the model is complete."""
+        return self._patience_seconds
+
+    @patience_seconds.setter
+    def patience_seconds(self, seconds: float) -> None:
+        self._patience_seconds = seconds
+        with self._lock:
+            models = list(self._models.values())
+        for each in models:
+            each.channel.set_patience(each.patience)
 
     # -- listing -------------------------------------------------------------------------------------------------------
 
@@ -173,12 +182,7 @@ class CacheStorage:
                 raise NotFoundError("the URI names no model", hint="write mx://server:8001/org/name")
             asked = self._uri.path if _is_in(path, self._uri.path) else path
             revision = self._uri.query.get("revision", "")
-            try:
-                opened = self._client.open(asked, revision=revision, version=version or "")
-            except UnsupportedError as exc:
-                if not version:
-                    raise
-                raise SourceChangedError(exc.message, cause="the version is not in the cache any more") from exc
+            opened = self._client.open(asked, revision=revision, version=version or "")
             model = _OpenModel(self, self._client, opened.root_in(asked), opened)
             with self._lock:
                 while len(self._models) >= _MAX_MODELS:
@@ -232,8 +236,8 @@ class _OpenModel:
         self._client = client
         self._lock = threading.Lock()
         self._finishing = threading.Lock()
-        self._asked_at = time.monotonic()
-        self.channel = CacheChannel(client, model, wants_bulk=storage.wants_bulk, patience=self._patience)
+        self._asked_at = 0.0
+        self.channel = CacheChannel(client, model, wants_bulk=storage.wants_bulk, patience_seconds=self.patience)
         self.comparison = ModelComparison(client, self._read_fully)
 
     def path_of(self, name: str) -> str:
@@ -260,7 +264,9 @@ class _OpenModel:
         size, digests = self.model.files[name]
         return ObjectInfo(self.path_of(name), size, self.model.version, digests)
 
-    def _patience(self) -> float:
+    @property
+    def patience(self) -> float:
+        """How long a read waits for its next byte."""
         patience = self._storage.patience_seconds
         return patience if self.model.complete else max(patience, _ARRIVAL_PATIENCE_SECONDS)
 
@@ -317,6 +323,9 @@ class _OpenModel:
     def _read(
         self, run: Run, view: memoryview, landed: Callable[[int], None] | None = None, *, checksums: bool = False
     ) -> int:
+        if not self.model.complete:
+            self._present_bytes()
+            self.channel.set_patience(self.patience)
         try:
             return self.channel.read(run, view, landed or (lambda _done: None), checksums=checksums)
         except StillArrivingError as exc:
