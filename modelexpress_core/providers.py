@@ -97,6 +97,7 @@ class StorageCapabilities:
         compares: Compares what it reads with digests of pieces of files: a ``ComparingStorage``. Core then compares no
             digests of whole files while it loads.
         diagnosis: Reports its endpoint and its credentials to ``mx doctor``: a ``DiagnosableStorage``.
+        restriction: Tells whether a place is for some readers alone: a ``RestrictedStorage``.
         stat_digests: ``stat`` may return digests that ``list`` does not: core sends one request per file for them.
         global_versions: The version of an object is the same for every reader on every machine, and another for other
             content, as ETags and generations are: it tells which workers hold the same content.
@@ -113,6 +114,7 @@ class StorageCapabilities:
     patience: bool = False
     compares: bool = False
     diagnosis: bool = False
+    restriction: bool = False
     stat_digests: bool = False
     global_versions: bool = False
     concurrency: int = field(default=8, validator=attrs.validators.ge(1))

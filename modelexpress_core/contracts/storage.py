@@ -23,6 +23,7 @@ __all__ = [
     "PatientStorage",
     "ReadRequest",
     "RecheckingStorage",
+    "RestrictedStorage",
     "RunStorage",
     "Storage",
 ]
@@ -245,6 +246,26 @@ class ComparingStorage(Storage, Protocol):
 
     def compared(self) -> Compared:
         """What was compared so far. May be called after ``close``."""
+        ...
+
+
+class RestrictedStorage(Storage, Protocol):
+    """A storage that tells whether a place is for some readers alone, as gated and private repositories are.
+
+    Declared with the capability ``restriction``. A server with a model cache reads such a place with credentials of its
+    own, and then gives it to those of its callers alone for whom a rule exists.
+    """
+
+    def is_restricted(self, path: str) -> bool:
+        """Whether some readers may not read what is at ``path``; also where that is unknown.
+
+        Args:
+            path: Path of a directory or an object.
+
+        Raises:
+            NotFoundError: There is no such place.
+            BackendError: Any other failure.
+        """
         ...
 
 

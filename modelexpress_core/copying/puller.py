@@ -215,6 +215,7 @@ class Pull:
         self._in_place: dict[str, PulledFile] = {}
         self._resumed_bytes = 0
         self._verified: Counter[str] = Counter()
+        self._begun_again: Counter[str] = Counter()
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> Pull:
@@ -253,6 +254,16 @@ class Pull:
         name = self._registered.provider.name
         self.selection = select(self._retrying, self._uri, weights=self._weights, provider=name)
         return self.selection
+
+    def is_restricted(self) -> bool:
+        """Whether some readers may not read what was selected, as far as its storage tells.
+
+        Raises:
+            BackendError: The storage failed.
+        """
+        if not self._registered.provider.capabilities.restriction:
+            return False
+        return self._retrying.is_restricted(self._uri.path)
 
     def leave_out_weights(self) -> None:
         """Copy no files of weights, of those that were selected."""
@@ -306,6 +317,10 @@ class Pull:
             except FileNotFoundError:  # it was put in place just now, or it begins again
                 pass
         return self._hidden.open_in_place(name) if name in self._in_place else None
+
+    def times_begun_again(self, name: str) -> int:
+        """How often a file was discarded and begun again, since its digest was wrong."""
+        return self._begun_again[name]
 
     def has(self, name: str, start: int, end: int) -> bool:
         """Whether the bytes of a file from ``start`` to ``end`` are there."""
@@ -469,6 +484,7 @@ class Pull:
                 wrong = self._fetch_once(copies, engine, pool)
                 for copy in wrong:
                     copy.resumed_bytes = 0
+                    self._begun_again[copy.name] += 1
                     copy.partial.restart()
                 self._refuse(self._fetch_once(wrong, engine, pool))
             engine.finish()

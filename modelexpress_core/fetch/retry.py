@@ -14,11 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import cast
+from typing import TypeVar, cast
 
 from attrs import frozen
 
-from modelexpress_core.contracts.storage import BatchStorage, Completion, ObjectInfo, ReadRequest, RunStorage, Storage
+from modelexpress_core.contracts.storage import (
+    BatchStorage,
+    Completion,
+    ObjectInfo,
+    ReadRequest,
+    RestrictedStorage,
+    RunStorage,
+    Storage,
+)
 from modelexpress_core.errors import (
     BackendError,
     ModelExpressError,
@@ -31,6 +39,8 @@ from modelexpress_core.messages import byte_range
 from modelexpress_core.settings import LoadSettings
 
 __all__ = ["LoadCancelledError", "RetryBudget", "RetryPolicy", "RetryingStorage"]
+
+_R = TypeVar("_R")
 
 #: Bounds of one listing, which is kept in memory: a model has a few thousand objects at most, with names of a hundred
 #: bytes. The largest repositories of data have 100,000.
@@ -230,13 +240,21 @@ class RetryingStorage:
 
     def stat(self, path: str) -> ObjectInfo:
         """As the storage's."""
+        return self._asked(path, lambda: self._storage.stat(path))
+
+    def is_restricted(self, path: str) -> bool:
+        """As the storage's; for storages that have it."""
+        storage = cast("RestrictedStorage", self._storage)
+        return self._asked(path, lambda: storage.is_restricted(path))
+
+    def _asked(self, path: str, ask: Callable[[], _R]) -> _R:
         failures = 0
         while True:
             if failures:
                 self._on_retry()
             try:
                 with _translated_errors(path):
-                    return self._storage.stat(path)
+                    return ask()
             except BackendError as exc:
                 failures += 1
                 self._wait(exc, failures)
