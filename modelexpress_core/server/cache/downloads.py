@@ -182,7 +182,7 @@ class Download:
 
         def wait(start: int, end: int, seconds: float) -> bool:
             there = self.wait(lambda: self.record is not None or self._pull.has(file.path, start, end), seconds)
-            # The file that is open may be gone from its directory for another reason: the cache had its content already.
+            # That it is gone from its directory says nothing: the cache may have had its content already.
             if there and self._pull.times_begun_again(file.path) != begun_again:
                 raise SourceChangedError(
                     f"{file.path!r} is downloaded once more, because its digest was wrong",

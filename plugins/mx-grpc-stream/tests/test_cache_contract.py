@@ -18,7 +18,7 @@ from modelexpress_core.server.cache import cache
 from modelexpress_core.sources.cache_client import CacheClient
 from modelexpress_core.testing import StorageContract
 from modelexpress_core.uri import ModelURI
-from mx_grpc_stream._cache_storage import CacheStorage, open_cache
+from mx_grpc_stream._storage import CacheStorage, open_cache
 from tests.support.caching import serving_cache
 from tests.support.network import CLOSED_PORT
 

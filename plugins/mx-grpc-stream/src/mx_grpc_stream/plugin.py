@@ -23,7 +23,7 @@ def _open_grpc(uri: ModelURI, settings: Mapping[str, str]) -> Transport:
 
 
 def _open_cache(uri: ModelURI, settings: Mapping[str, str]) -> Storage:
-    from mx_grpc_stream._cache_storage import open_cache
+    from mx_grpc_stream._storage import open_cache
 
     return open_cache(uri, settings)
 
