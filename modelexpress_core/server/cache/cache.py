@@ -767,7 +767,7 @@ class ModelCache:
         return self.free_bytes() < incoming_bytes + self.settings.min_free_bytes
 
     def size_bytes(self) -> int:
-        """Bytes of complete versions, of what arrives, and of downloads that ended early; what is shared counts once."""
+        """Bytes of complete versions, of what arrives and of ended downloads; what several share counts once."""
         abandoned = sum(leftovers.disk_bytes(path) for path, _ in leftovers.abandoned(self.directory, self._active()))
         with self._lock:
             blobs = {stored.blob: stored.file.size for each in self._records.values() for stored in each.files}
