@@ -33,6 +33,7 @@ from modelexpress_core.sources.settings import (
     DiscoverySettings,
     PublishingSettings,
     ServerAddress,
+    SharedCacheSettings,
     StaticSources,
     TrustSettings,
     WorkerSettings,
@@ -40,6 +41,8 @@ from modelexpress_core.sources.settings import (
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings, TokenSettings
 
 if TYPE_CHECKING:
+    import typer
+
     from modelexpress_core.contracts.authenticator import Authenticator
     from modelexpress_core.contracts.discovery import Discovery
     from modelexpress_core.contracts.metadata_store import MetadataStore
@@ -82,6 +85,12 @@ def _health() -> Callable[..., None]:
     return health
 
 
+def _models() -> typer.Typer:
+    from modelexpress_core.cli.models import models
+
+    return models()
+
+
 def _sources() -> Callable[..., None]:
     from modelexpress_core.cli.sources import sources
 
@@ -90,7 +99,7 @@ def _sources() -> Callable[..., None]:
 
 @hookimpl
 def mx_register_commands() -> list[CommandProvider]:
-    """``mx serve``, ``mx health`` and ``mx sources``."""
+    """``mx serve``, ``mx health``, ``mx sources`` and ``mx models``."""
     return [
         CommandProvider(
             "serve",
@@ -116,6 +125,12 @@ def mx_register_commands() -> list[CommandProvider]:
             _sources,
             help="List the workers that hold models.",
             settings=_CLIENT_SETTINGS,
+        ),
+        CommandProvider(
+            "models",
+            _models,
+            help="Show and manage the models in a cache.",
+            settings=(*_CLIENT_SETTINGS, CacheSettings),
         ),
     ]
 
@@ -198,7 +213,7 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
             ("server",),
             _open_server_discovery,
             install_hint="modelexpress-core[server]",
-            settings=(DiscoverySettings, TrustSettings, PublishingSettings, WorkerSettings),
+            settings=(DiscoverySettings, SharedCacheSettings, TrustSettings, PublishingSettings, WorkerSettings),
         ),
         DiscoveryProvider("static", ("static",), _open_static_discovery, settings=StaticSources),
     ]

@@ -137,7 +137,7 @@ class CacheMetrics(Collector):
 
     def __init__(self, registry: CollectorRegistry, stats: Callable[[], CacheStats]) -> None:
         self._stats = stats
-        self._sent = Counter(
+        sent = Counter(
             "mx_cache_sent_bytes", "Bytes of files that were sent to readers.", ["channel"], registry=registry
         )
         self._damaged = Counter(
@@ -145,13 +145,12 @@ class CacheMetrics(Collector):
             "Chunks of cached files that differ from the chunk manifest.",
             registry=registry,
         )
-        for channel in ("bulk", "grpc"):
-            self._sent.labels(channel)
+        self._sent_over = {channel: sent.labels(channel) for channel in ("bulk", "grpc")}
         registry.register(self)
 
     def sent(self, channel: str, nbytes: int) -> None:
         """Bytes were sent to a reader: over the channel ``"bulk"`` or ``"grpc"``."""
-        self._sent.labels(channel).inc(nbytes)
+        self._sent_over[channel].inc(nbytes)
 
     def damaged(self, chunks: int) -> None:
         """Chunks of cached files were found to be damaged."""

@@ -135,10 +135,14 @@ def test_commands_that_a_page_names_exist(path: Path) -> None:
 
     for line in lines:
         words = line.split("#")[0].partition(" -- ")[0].split()  # what follows is another program's
-        command = next((word for word in words if not word.startswith("-")), None)
-        assert command is None or command in commands, line
         known = {"--help", *(option for parameter in group.params for option in parameter.opts)}
-        known |= {option for parameter in (commands[command].params if command else ()) for option in parameter.opts}
+        below: dict[str, Any] | None = commands
+        for word in (word for word in words if not word.startswith("-")):
+            if not below:
+                break
+            assert word in below, line
+            known |= {option for parameter in below[word].params for option in parameter.opts}
+            below = getattr(below[word], "commands", None)
         assert set() == {word for word in words if word.startswith("--")} - known, line
 
 
@@ -464,7 +468,16 @@ def test_every_member_of_every_contract_is_explained(cls: type) -> None:
     assert set(inspect.get_annotations(cls)) == set(explained(cls))
 
 
-STORAGES = ["Storage", "BatchStorage", "RunStorage", "RecheckingStorage", "PatientStorage", "DiagnosableStorage"]
+STORAGES = [
+    "Storage",
+    "BatchStorage",
+    "RunStorage",
+    "RecheckingStorage",
+    "ComparingStorage",
+    "RestrictedStorage",
+    "PatientStorage",
+    "DiagnosableStorage",
+]
 
 
 @pytest.mark.parametrize("name", STORAGES)

@@ -476,6 +476,43 @@ def test_rights(serve: Callable[..., Caller], model: Path, tmp_path: Path) -> No
         caller.channel.close()
 
 
+@pytest.mark.parametrize("kind", ["gated", "private", "open"])
+def test_a_model_that_the_server_alone_may_read(serve: Callable[..., Caller], tmp_path: Path, kind: str) -> None:
+    """Where callers have names, a rule has to say who gets it; without names, whoever reaches the server."""
+    (tmp_path / "tokens").write_text("reader:reader-token-0123456789\nother:other-token-01234567890\n")
+    auth = {"MX_AUTH_MODE": "token", "MX_AUTH_TOKENS_PATH": str(tmp_path / "tokens")}
+    rule = [{"names": ["reader"], "models": ["org/*"], "allow": ["read", "ensure"]}]
+    with FakeHub() as hub:
+        hub.put("org/model", "config.json", b"{}")
+        repository = hub.repositories["org/model"]
+        repository.gated, repository.private = kind == "gated", kind == "private"
+        repository.readers.add("hf_servers")
+        hub.tokens.add("hf_servers")
+        environ = {**hub.environ(), "HF_TOKEN": "hf_servers"}
+
+        caller = serve(token="reader-token-0123456789", **auth, **environ)
+        if kind == "open":
+            assert caller.complete("org/model").complete
+            return
+        for _ in range(2):
+            with pytest.raises(grpc.RpcError) as raised:
+                caller.complete("org/model")
+            assert (_Code.PERMISSION_DENIED, True) == (status_of(raised)[0], "MX_AUTH_RIGHTS" in status_of(raised)[1])
+        assert not caller("ListModels", cache_pb2.ListModelsRequest()).models
+        caller.serving.end()
+
+        caller = serve(token="reader-token-0123456789", **auth, **environ, MX_AUTH_RIGHTS=json.dumps(rule))
+        version = version_of(caller.complete("org/model"))
+        other = Caller(caller.serving, "other-token-01234567890")
+        with pytest.raises(grpc.RpcError) as raised:
+            other.read(version, "config.json", Run("", 0, 2))
+        assert _Code.PERMISSION_DENIED == status_of(raised)[0]
+        other.channel.close()
+        caller.serving.end()
+
+        assert [b"{}"] == serve(**environ).read(version, "config.json", Run("", 0, 2))
+
+
 def test_a_ticket_ends_with_its_version(serve: Callable[..., Caller], model: Path) -> None:
     """What was removed is not sent any more."""
     caller = serve(MX_CACHE_DELETE="1")

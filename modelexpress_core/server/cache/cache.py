@@ -234,8 +234,8 @@ class ModelCache:
             os.close(descriptor)
             raise ModelExpressError(
                 f"another server uses the cache in {self.directory}" + (f": {holder}" if holder else ""),
-                cause="two servers were given one directory",
-                hint="give each server a directory of its own; they fill from one another over the network",
+                cause="one process at a time may change the files of a cache",
+                hint="ask that server (mx models --url), or give this one a directory of its own",
             ) from exc
         except OSError:
             os.close(descriptor)
@@ -423,7 +423,12 @@ class ModelCache:
                 self._count("hits" if there.complete else "misses")
                 return there
         self._count("misses")
-        return self._download(place, revision, found, files, pull, weights=weights)
+        try:
+            restricted = pull.is_restricted()
+        except BaseException:
+            pull.close()
+            raise
+        return self._download(place, revision, found, files, pull, weights=weights, restricted=restricted)
 
     def _latest_of(
         self, place: Place, revision: str, version: str | None, exc: ModelExpressError, *, weights: bool
@@ -441,7 +446,15 @@ class ModelCache:
     # -- downloading --------------------------------------------------------------------------------------------------
 
     def _download(
-        self, place: Place, revision: str, version: str, files: Sequence[CachedFile], pull: Pull, *, weights: bool
+        self,
+        place: Place,
+        revision: str,
+        version: str,
+        files: Sequence[CachedFile],
+        pull: Pull,
+        *,
+        weights: bool,
+        restricted: bool = False,
     ) -> Snapshot:
         download = Download(
             self.directory,
@@ -452,6 +465,7 @@ class ModelCache:
             version=version,
             revision=revision,
             weights=weights,
+            restricted=restricted,
             pull=lambda download: pull.into(
                 download.directory, on_written=download.written, on_file=download.file_complete
             ),

@@ -44,6 +44,7 @@ class Download:
         version: Its version.
         revision: What was asked for.
         weights: Whether files of weights are copied.
+        restricted: Whether the storage gives the model to some readers alone.
         pull: The pull, which has selected its files; None to select them again.
         files: The files.
         on_end: Called when it has ended, with this object.
@@ -69,6 +70,7 @@ class Download:
         version: str,
         revision: str,
         weights: bool,
+        restricted: bool,
         pull: Callable[[Download], Pull],
         files: Sequence[CachedFile],
         on_end: Callable[[Download], None],
@@ -82,6 +84,7 @@ class Download:
         self.version = version
         self.revision = revision
         self.weights = weights
+        self.restricted = restricted
         self.files = tuple(files)
         self.record: Record | None = None
         self.error: ModelExpressError | None = None
@@ -161,6 +164,8 @@ class Download:
         """Open a file that arrives."""
         opened: list[int] = []
 
+        begun_again = self._pull.times_begun_again(file.path)
+
         def has_begun() -> bool:
             descriptor = self._pull.open_file(file.path)
             if descriptor is None and self.record is not None:
@@ -174,12 +179,11 @@ class Download:
                 f"the download of {self.place} has not reached {file.path!r} yet", hint="ask again in a moment"
             )
         [descriptor] = opened
-        inode = os.fstat(descriptor).st_ino
 
         def wait(start: int, end: int, seconds: float) -> bool:
             there = self.wait(lambda: self.record is not None or self._pull.has(file.path, start, end), seconds)
-            if there and os.fstat(descriptor).st_ino == inode and not os.fstat(descriptor).st_nlink:
-                # Its bytes were wrong, and it was begun again under the same name.
+            # That it is gone from its directory says nothing: the cache may have had its content already.
+            if there and self._pull.times_begun_again(file.path) != begun_again:
                 raise SourceChangedError(
                     f"{file.path!r} is downloaded once more, because its digest was wrong",
                     uri=self.source,
@@ -285,6 +289,7 @@ class Download:
             tuple(stored),
             layout.directory,
             digest,
+            self.restricted,
         )
         write_record(self._root, record)
         return record

@@ -87,6 +87,7 @@ class Record:
         files: The files, in the order of their paths.
         directory: The directory with the files under their names, relative to that of the cache.
         manifest_digest: Digest of its chunk manifest.
+        restricted: Whether its storage gives it to some readers alone.
     """
 
     place: str = field(validator=instance_of(str))
@@ -97,6 +98,7 @@ class Record:
     files: tuple[StoredFile, ...] = field(repr=False)
     directory: str = field(validator=instance_of(str))
     manifest_digest: str = field(validator=instance_of(str))
+    restricted: bool = field(default=False, validator=instance_of(bool))
 
     @property
     def key(self) -> str:

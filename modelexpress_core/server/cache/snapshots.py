@@ -74,6 +74,7 @@ class Snapshot:
         version: What readers pin.
         revision: What was asked for when it was downloaded.
         weights: Whether files of weights are part of it.
+        restricted: Whether its storage gives it to some readers alone.
         files: The files, by their paths.
         size_bytes: Bytes of all of them.
     """
@@ -93,6 +94,7 @@ class Snapshot:
         self.version: str = facts.version
         self.revision: str = facts.revision
         self.weights: bool = facts.weights
+        self.restricted: bool = facts.restricted
         files = [stored.file for stored in record.files] if record else list(download.files) if download else []
         self.files: Mapping[str, CachedFile] = MappingProxyType({file.path: file for file in files})
         self.size_bytes = sum(file.size for file in files)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
@@ -27,7 +27,7 @@ from modelexpress_core.wire.proto.modelexpress import cache_pb2
 from modelexpress_core.wire.rpc import CACHE, RpcContext, handler
 
 if TYPE_CHECKING:
-    from modelexpress_core.server.cache import CachedFile, CachedFileReader, Snapshot
+    from modelexpress_core.server.cache import CachedFile, Snapshot
 
 __all__ = ["CacheService", "make_cache"]
 
@@ -125,57 +125,23 @@ class CacheService:
                 reader = await serving.in_thread(lambda: snapshot.open_file(request.path))
                 try:
                     stream = await serving.streams.open(context)
-                    parts = _parts(runs, stream)
-                    making = self._frames(reader, parts, snapshot, context, checksums=request.checksums)
+                    making = serving.made(
+                        reader,
+                        _parts(runs, stream),
+                        lambda position, part: frame_of(
+                            position, read(reader.descriptor, part), checksum=request.checksums
+                        ),
+                        snapshot,
+                        context,
+                    )
                     async with contextlib.aclosing(making) as frames:
-                        async for frame in frames:
+                        async for part, frame in frames:
                             yield frame
+                            serving.count_sent(part.nbytes)
                 finally:
                     reader.close()
         except ModelExpressError as exc:
             await abort_with(context, exc)
-
-    async def _frames(
-        self,
-        reader: CachedFileReader,
-        parts: Iterator[tuple[int, Run]],
-        snapshot: Snapshot,
-        context: RpcContext,
-        *,
-        checksums: bool,
-    ) -> AsyncGenerator[bytes]:
-        """The frames, each made while the one before is sent."""
-        serving = self._serving
-        making: Awaitable[bytes] | None = None
-        making_bytes = 0
-
-        def begin(position: int, part: Run) -> Awaitable[bytes]:
-            return asyncio.ensure_future(
-                serving.in_thread(lambda: frame_of(position, read(reader.descriptor, part), checksum=checksums))
-            )
-
-        try:
-            for position, part in parts:
-                await serving.wait_for_bytes(reader, part.offset, part.end, snapshot, context)
-                next_frame = begin(position, part)
-                if making is not None:
-                    frame, making = await making, next_frame
-                    yield frame
-                    self._count(making_bytes)
-                else:
-                    making = next_frame
-                making_bytes = part.nbytes
-            if making is not None:
-                frame, making = await making, None
-                yield frame
-                self._count(making_bytes)
-        finally:
-            if making is not None:
-                await asyncio.wait([asyncio.ensure_future(making)])  # it reads a file that is closed next
-
-    def _count(self, nbytes: int) -> None:
-        self._serving.cache.sent(nbytes)
-        self._serving.metrics.sent("grpc", nbytes)
 
     async def open_bulk(self, request: cache_pb2.OpenBulkRequest, context: RpcContext) -> cache_pb2.OpenBulkResponse:
         """A ticket for one version."""
@@ -277,7 +243,7 @@ class CacheService:
                 error=snapshot.error.headline if snapshot.error else "",
             )
             for snapshot, idle_seconds in serving.cache.snapshots()
-            if serving.allows(name, READ, snapshot.place)
+            if serving.allows(name, READ, snapshot)
         ]
         return cache_pb2.ListModelsResponse(models=models)
 

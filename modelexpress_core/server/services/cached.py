@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -12,6 +14,7 @@ import grpc
 import grpc.aio
 
 from modelexpress_core.bulk.output import PRESENT_BYTES
+from modelexpress_core.bulk.requests import Run
 from modelexpress_core.contracts.rights import ENSURE, READ, Rights
 from modelexpress_core.errors import (
     AccessDeniedError,
@@ -25,6 +28,7 @@ from modelexpress_core.errors import (
     UnavailableError,
 )
 from modelexpress_core.messages import hide_credentials_of_urls, printable, with_hint
+from modelexpress_core.resources import start_thread
 from modelexpress_core.server.services.authorization import require_right
 from modelexpress_core.server.services.streams import Streams
 from modelexpress_core.wire.authentication import caller
@@ -56,8 +60,8 @@ _STATUS: tuple[tuple[type[ModelExpressError], grpc.StatusCode], ...] = (
 
 _MAX_MESSAGE_CHARACTERS = 2000
 
-#: Threads that ask storages for versions: each question takes as long as its storage.
-_ASKING_THREADS = 16
+#: Questions to storages for versions at the same time: each takes as long as its storage.
+_MOST_QUESTIONS = 16
 
 #: Threads that read files and compare digests. Two compare at most, so that the others go on reading.
 _READING_THREADS = 6
@@ -106,7 +110,7 @@ class CacheServing:
         self.bulk: CacheBulk | None = None
         self.streams = Streams()
         self._rights = rights
-        self._asking = ThreadPoolExecutor(_ASKING_THREADS, thread_name_prefix="mx-cache-ask")
+        self._asking = asyncio.Semaphore(_MOST_QUESTIONS)
         self._reading = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="mx-cache-read")
         self._begun: dict[tuple[str, str, str, bool], asyncio.Future[Snapshot]] = {}
         self._present: dict[str, tuple[float, int]] = {}
@@ -116,7 +120,6 @@ class CacheServing:
         if self.bulk is not None:
             self.bulk.close()
         self.cache.close()
-        self._asking.shutdown(wait=True, cancel_futures=True)
         self._reading.shutdown(wait=True, cancel_futures=True)
 
     # -- rights --------------------------------------------------------------------------------------------------------
@@ -134,9 +137,22 @@ class CacheServing:
         """End the call unless its caller has ``right`` for a model."""
         await require_right(self._rights, right, place.shown, context)
 
-    def allows(self, name: str, right: str, place: str) -> bool:
-        """Whether the caller ``name`` has ``right`` for the model with this canonical name."""
-        return self._rights.allows(name, right, shown(place))
+    def allows(self, name: str, right: str, snapshot: Snapshot) -> bool:
+        """Whether the caller ``name`` has ``right`` for a version."""
+        return self._rights.allows(name, right, shown(snapshot.place)) and not self._lacks_rule(name, snapshot)
+
+    def _lacks_rule(self, name: str, snapshot: Snapshot) -> bool:
+        """Whether a version needs a rule that there is not: its storage gives it to some readers alone."""
+        return snapshot.restricted and bool(name) and not self._rights.rules
+
+    async def check_restriction(self, snapshot: Snapshot, context: RpcContext) -> None:
+        """End the call where callers are authenticated, and only a rule can say who of them may have the version."""
+        if self._lacks_rule(caller.get(), snapshot):
+            reason = (
+                f"{shown(snapshot.place)} is gated or private, and the server has no rules of who may read it from its "
+                "cache: its operator has to set MX_AUTH_RIGHTS"
+            )
+            await context.abort(_Code.PERMISSION_DENIED, reason)
 
     # -- versions ------------------------------------------------------------------------------------------------------
 
@@ -156,19 +172,21 @@ class CacheServing:
         if found is None:
             await require_right(self._rights, ENSURE, place.shown, context)
         elif not self._may_ensure(place):
+            await self.check_restriction(found, context)
             return found
         key = (path, revision, version, weights)
         begun = self._begun.get(key)
         if begun is None:
             begun = asyncio.ensure_future(
-                self._in(
-                    self._asking,
-                    lambda: self.cache.begin(path, revision=revision or None, version=version or None, weights=weights),
+                self._asked(
+                    lambda: self.cache.begin(path, revision=revision or None, version=version or None, weights=weights)
                 )
             )
             self._begun[key] = begun
             begun.add_done_callback(lambda done: self._answered(key, done))
-        return await asyncio.shield(begun)
+        snapshot = await asyncio.shield(begun)
+        await self.check_restriction(snapshot, context)
+        return snapshot
 
     def _may_ensure(self, place: Place) -> bool:
         return self._rights.allows(caller.get(), ENSURE, place.shown)
@@ -193,6 +211,7 @@ class CacheServing:
         for weights in (True, False):
             found = self.cache.find(place.name, version=version, weights=weights)
             if found is not None and (weights or not file or file in found.files):
+                await self.check_restriction(found, context)
                 return place, found
         try:
             return place, await self.begin(place, "", version, context)
@@ -254,15 +273,78 @@ class CacheServing:
         reason = f"not there yet: {present} of {snapshot.size_bytes} bytes of {shown(snapshot.place)} have arrived"
         await context.abort(_Code.UNAVAILABLE, reason, ((PRESENT_BYTES, str(present)),))
 
+    async def made(
+        self,
+        reader: CachedFileReader,
+        parts: Iterable[tuple[int, Run]],
+        make: Callable[[int, Run], _R],
+        snapshot: Snapshot,
+        context: RpcContext,
+    ) -> AsyncGenerator[tuple[Run, _R]]:
+        """What ``make`` returns for each part of a file, in another thread: the next one is made while one is used.
+
+        A part that is not there yet is waited for when those before it have been used.
+
+        Raises:
+            ModelExpressError: The download failed, or ``make`` raised it.
+        """
+        begun: tuple[Run, asyncio.Future[_R]] | None = None
+        try:
+            for position, part in parts:
+                if begun is not None and not reader.wait(part.offset, part.end, 0):
+                    yield begun[0], await begun[1]
+                    begun = None
+                await self.wait_for_bytes(reader, part.offset, part.end, snapshot, context)
+                before, begun = begun, (part, self._making(make, position, part))
+                if before is not None:
+                    yield before[0], await before[1]
+            if begun is not None:
+                yield begun[0], await begun[1]
+        finally:
+            if begun is not None and not begun[1].done():
+                await asyncio.wait([begun[1]])  # it reads a file that is closed next
+
+    def _making(self, make: Callable[[int, Run], _R], position: int, part: Run) -> asyncio.Future[_R]:
+        making = asyncio.ensure_future(self.in_thread(lambda: make(position, part)))
+        making.add_done_callback(lambda done: done.cancelled() or done.exception())  # also if nobody waits for it
+        return making
+
+    def count_sent(self, nbytes: int) -> None:
+        """Count bytes that went over gRPC."""
+        self.cache.sent(nbytes)
+        self.metrics.sent("grpc", nbytes)
+
     # -- threads -------------------------------------------------------------------------------------------------------
 
     async def in_thread(self, work: Callable[[], _R]) -> _R:
         """What ``work`` returns, which reads files."""
-        return await self._in(self._reading, work)
+        return await asyncio.get_running_loop().run_in_executor(self._reading, work)
 
-    @staticmethod
-    async def _in(threads: ThreadPoolExecutor, work: Callable[[], _R]) -> _R:
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
+    async def _asked(self, ask: Callable[[], Snapshot]) -> Snapshot:
+        """What ``ask`` returns. It may wait for a storage for long, and the end of the server does not wait for it."""
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[Snapshot] = loop.create_future()
+
+        def answer(snapshot: Snapshot | None, exc: BaseException | None) -> None:
+            if answered.done():
+                return
+            if snapshot is not None:
+                answered.set_result(snapshot)
+            else:
+                answered.set_exception(exc or RuntimeError("no answer"))
+
+        def run() -> None:
+            snapshot, error = None, None
+            try:
+                snapshot = ask()
+            except Exception as exc:  # noqa: BLE001 - whoever waits gets it
+                error = exc
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(answer, snapshot, error)
+
+        async with self._asking:
+            start_thread(threading.Thread(target=run, name="mx-cache-ask", daemon=True), "ask a storage")
+            return await answered
 
 
 def shown(place: str) -> str:

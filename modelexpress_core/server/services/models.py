@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import grpc
@@ -24,6 +24,7 @@ from modelexpress_core.plugins import STORAGE
 from modelexpress_core.server.cache.places import HUB
 from modelexpress_core.server.services.cached import CacheServing, abort_with, message_of
 from modelexpress_core.server.services.file_reads import cut, read
+from modelexpress_core.server.services.streams import Stream
 from modelexpress_core.wire.proto.modelexpress import model_pb2
 from modelexpress_core.wire.rpc import MODEL, RpcContext, handler
 
@@ -145,7 +146,7 @@ class ModelService:
             with self._serving.cache.hold(snapshot):
                 stream = await self._serving.streams.open(context)
                 for file in files:
-                    making = self._chunks(snapshot, file, lambda: stream.message_bytes(most), context)
+                    making = self._chunks(snapshot, file, most, stream, context)
                     async with contextlib.aclosing(making) as chunks:
                         async for chunk in chunks:
                             chunk.is_last_file = chunk.is_last_chunk and file is files[-1]
@@ -153,13 +154,11 @@ class ModelService:
                                 chunk.commit_hash = commit
                                 commit = None
                             yield chunk
-                            self._serving.cache.sent(len(chunk.data))
-                            self._serving.metrics.sent("grpc", len(chunk.data))
         except ModelExpressError as exc:
             await abort_with(context, exc)
 
     async def _chunks(
-        self, snapshot: Snapshot, file: CachedFile, message_bytes: Callable[[], int], context: RpcContext
+        self, snapshot: Snapshot, file: CachedFile, most: int, stream: Stream, context: RpcContext
     ) -> AsyncGenerator[model_pb2.FileChunk]:
         """One file."""
         if not file.size:
@@ -167,29 +166,27 @@ class ModelService:
             return
         serving = self._serving
         reader = await serving.in_thread(lambda: snapshot.open_file(file.path))
-        reading: asyncio.Future[memoryview] | None = None
         try:
             offset = 0
-            parts = cut(Run(file.path, 0, file.size), message_bytes)
-            while offset < file.size or reading is not None:
-                part = next(parts, None)
-                following: asyncio.Future[memoryview] | None = None
-                if part is not None:
-                    await serving.wait_for_bytes(reader, part.offset, part.end, snapshot, context)
-                    following = asyncio.ensure_future(serving.in_thread(_reading(reader.descriptor, part)))
-                content, reading = reading, following  # the next part is read while this one is sent
-                if content is None:
-                    continue
-                chunk = model_pb2.FileChunk(relative_path=file.path, offset=offset, total_size=file.size)
-                chunk.data = bytes(await content)
-                del content  # so that it is not in memory while the chunk is sent
-                offset += len(chunk.data)
-                chunk.is_last_chunk = offset == file.size
-                yield chunk
+            # Small chunks are cut from larger parts: to read in another thread costs as much as 100 KiB.
+            parts = cut(Run(file.path, 0, file.size), lambda: stream.message_bytes(max(most, _CHUNK_BYTES)))
+            making = serving.made(
+                reader,
+                ((0, part) for part in parts),
+                lambda _, part: read(reader.descriptor, part),
+                snapshot,
+                context,
+            )
+            async with contextlib.aclosing(making) as contents:
+                async for part, content in contents:
+                    for start in range(0, part.nbytes, most):
+                        chunk = model_pb2.FileChunk(relative_path=file.path, offset=offset, total_size=file.size)
+                        chunk.data = bytes(content[start : start + most])
+                        offset += len(chunk.data)
+                        chunk.is_last_chunk = offset == file.size
+                        yield chunk
+                    serving.count_sent(part.nbytes)
         finally:
-            if reading is not None:
-                await asyncio.wait([reading])  # it reads the file that is closed next
-                reading.cancelled() or reading.exception()
             reader.close()
 
     async def delete_model(
@@ -274,6 +271,7 @@ class ModelService:
             of = f" at {request.revision}" if request.revision else ""
             reason = f"{place.shown}{of} is not in the cache: EnsureModelDownloaded downloads it"
             await context.abort(_Code.NOT_FOUND, reason)
+        await self._serving.check_restriction(found, context)
         absent = next((path for path in selected if path not in found.files), None)
         if absent is not None:
             await context.abort(_Code.NOT_FOUND, f"{place.shown} has no file {absent[:200]!r}")
@@ -287,7 +285,3 @@ class ModelService:
 
 
 _MAX_NAME_BYTES = 1024
-
-
-def _reading(descriptor: int, part: Run) -> Any:  # noqa: ANN401 - a function without arguments
-    return lambda: read(descriptor, part)

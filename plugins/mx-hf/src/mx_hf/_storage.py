@@ -121,6 +121,16 @@ class HfStorage(HttpStorage):
         with self._explained("", "find the token"):
             return self._identity.describe()
 
+    def is_restricted(self, path: str) -> bool:
+        """Whether the repository is private or gated."""
+        operation = "ask who may read it"
+        place = self._place(path, operation)
+        self._failures.check_open(path, operation)
+        if self._settings.offline:
+            raise self._offline(place, path, operation)
+        with self._explained(path, operation):
+            return self._requests.is_restricted(place, path, operation)
+
     def resolve_again(self) -> None:
         """Forget the commits of revisions, so that the next request asks for them.
 

@@ -45,6 +45,7 @@ def mx_register_storages() -> list[StorageProvider]:
             capabilities=StorageCapabilities(
                 patience=True,
                 diagnosis=True,
+                restriction=True,
                 global_versions=True,
                 concurrency=16,
                 most_concurrency=64,
