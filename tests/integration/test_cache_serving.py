@@ -138,7 +138,9 @@ def test_without_tls_tickets_stay_on_this_host(tmp_path: Path, model: Path, plai
     """Where callers are authenticated; unless the operator trusts the network."""
     (tmp_path / "tokens").write_text("reader:reader-token-0123456789\n")
     auth = AuthSettings(mode="token", tokens=str(tmp_path / "tokens"), rights=Rights())
-    other = next((each[4][0] for each in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)), "127.0.0.1")
+    other = next(
+        (str(each[4][0]) for each in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)), "127.0.0.1"
+    )
 
     def use(server: Server) -> None:
         token = (("authorization", "Bearer reader-token-0123456789"),)

@@ -45,6 +45,7 @@ class Download:
         revision: What was asked for.
         weights: Whether files of weights are copied.
         restricted: Whether the storage gives the model to some readers alone.
+        owner: Who asked for it.
         pull: The pull, which has selected its files; None to select them again.
         files: The files.
         on_end: Called when it has ended, with this object.
@@ -71,6 +72,7 @@ class Download:
         revision: str,
         weights: bool,
         restricted: bool,
+        owner: str,
         pull: Callable[[Download], Pull],
         files: Sequence[CachedFile],
         on_end: Callable[[Download], None],
@@ -85,6 +87,7 @@ class Download:
         self.revision = revision
         self.weights = weights
         self.restricted = restricted
+        self.owner = owner
         self.files = tuple(files)
         self.record: Record | None = None
         self.error: ModelExpressError | None = None
@@ -289,6 +292,7 @@ class Download:
             layout.directory,
             digest,
             self.restricted,
+            self.owner,
         )
         write_record(self._root, record)
         return record
