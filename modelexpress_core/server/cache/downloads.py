@@ -28,9 +28,6 @@ __all__ = ["Download", "write_manifest", "write_record"]
 
 _log = logging.getLogger(__name__)
 
-#: How long a reader waits for a file to begin.
-_BEGIN_SECONDS = 20.0
-
 
 class Download:
     """Brings one version of a model into the cache, in a thread of its own.
@@ -163,8 +160,8 @@ class Download:
 
         return wait_for(self.changed, met_or_failed, seconds)
 
-    def open_file(self, file: CachedFile) -> CachedFileReader:
-        """Open a file that arrives."""
+    def open_file(self, file: CachedFile, seconds: float) -> CachedFileReader | None:
+        """Open a file that arrives; None if it does not begin within ``seconds``."""
         opened: list[int] = []
 
         def has_begun() -> bool:
@@ -175,10 +172,8 @@ class Download:
             opened.extend(() if descriptor is None else (descriptor,))
             return bool(opened)
 
-        if not self.wait(has_begun, _BEGIN_SECONDS):
-            raise UnavailableError(
-                f"the download of {self.place} has not reached {file.path!r} yet", hint="ask again in a moment"
-            )
+        if not self.wait(has_begun, seconds):
+            return None
         [descriptor] = opened
         inode = os.fstat(descriptor).st_ino
 

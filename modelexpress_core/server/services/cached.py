@@ -258,6 +258,19 @@ class CacheServing:
             while time.monotonic() < end and not snapshot.complete and snapshot.error is None:  # noqa: ASYNC110
                 await asyncio.sleep(_LOOK_SECONDS)
 
+    async def opened(self, snapshot: Snapshot, path: str, context: RpcContext) -> CachedFileReader:
+        """A file of a version; the call ends with UNAVAILABLE if the download does not reach it in time.
+
+        Raises:
+            ModelExpressError: The download failed, or the file cannot be opened.
+        """
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while (reader := await self.in_thread(lambda: snapshot.try_open_file(path, 0))) is None:
+            if time.monotonic() > deadline:
+                await self.abort_not_there(snapshot, context)
+            await asyncio.sleep(_LOOK_SECONDS)
+        return reader
+
     async def wait_for_bytes(
         self, reader: CachedFileReader, start: int, end: int, snapshot: Snapshot, context: RpcContext
     ) -> None:
