@@ -26,7 +26,7 @@ from typing import TypeVar
 import attrs
 
 from modelexpress_core.checkpoint import Checkpoint
-from modelexpress_core.contracts.candidates import Candidate, LoadRequest
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Tier
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, PluginLoadError, ResolveError
 from modelexpress_core.loads.candidate_queue import CandidateQueue
@@ -123,7 +123,9 @@ class Loader(LoadContext):
                     raise
                 if destination is not None:
                     _prepare_for_next(destination, exc)
-                _log.warning("trying the next candidate, because loading from %s failed: %s", candidate.uri, exc)
+                # Without a server's cache a load is as it would be: one line says so.
+                reason = exc.headline if candidate.tier is Tier.CACHE and candidate.origin != "caller" else exc
+                _log.warning("trying the next candidate, because loading from %s failed: %s", candidate.uri, reason)
 
     def load(self, request: LoadRequest, destination: Destination) -> LoadReport:
         """Load into ``destination`` from the first candidate that succeeds."""

@@ -33,6 +33,7 @@ from modelexpress_core.sources.settings import (
     DiscoverySettings,
     PublishingSettings,
     ServerAddress,
+    SharedCacheSettings,
     StaticSources,
     TrustSettings,
     WorkerSettings,
@@ -212,7 +213,7 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
             ("server",),
             _open_server_discovery,
             install_hint="modelexpress-core[server]",
-            settings=(DiscoverySettings, TrustSettings, PublishingSettings, WorkerSettings),
+            settings=(DiscoverySettings, SharedCacheSettings, TrustSettings, PublishingSettings, WorkerSettings),
         ),
         DiscoveryProvider("static", ("static",), _open_static_discovery, settings=StaticSources),
     ]

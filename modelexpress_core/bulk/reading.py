@@ -15,7 +15,13 @@ from attrs import field, frozen
 
 from modelexpress_core.bulk.output import CHECKSUM_BYTES, PIECE_BYTES
 from modelexpress_core.bulk.requests import Run, target_of
-from modelexpress_core.errors import AccessDeniedError, BackendError, IntegrityError, UnavailableError
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    BackendError,
+    IntegrityError,
+    StillArrivingError,
+    UnavailableError,
+)
 from modelexpress_core.messages import printable
 from modelexpress_core.storage.http.answers import Answer
 from modelexpress_core.storage.http.connections import ConnectionPool
@@ -26,27 +32,12 @@ if TYPE_CHECKING:
 
     from modelexpress_core.transport.staging import Staging
 
-__all__ = ["BulkOffer", "BulkRead", "BulkReader", "NotThereYetError"]
+__all__ = ["BulkOffer", "BulkRead", "BulkReader"]
 
 _MAX_REASON_BYTES = 1024
 
 #: Bytes that are received at once: what is called with them finds them in the CPU's caches.
 _LANDING_BYTES = 256 << 10
-
-
-class NotThereYetError(UnavailableError):
-    """The server is still receiving the bytes itself: the same read may succeed later.
-
-    Args:
-        message: What the server said.
-        retry_after_seconds: When to ask again.
-    """
-
-    def __init__(self, message: str, *, retry_after_seconds: float) -> None:
-        super().__init__(
-            message, cause="the server is still downloading the model", hint="read again when the download has advanced"
-        )
-        self.retry_after_seconds = retry_after_seconds
 
 
 @frozen
@@ -90,6 +81,9 @@ class BulkReader:
         patience_seconds: How long a read waits for its next bytes.
         tls_context: Returns the context of each TLS connection; None for the authorities of this system.
         tls_name: The name that the certificate of the server has to have; None for that of the origin.
+
+    Attributes:
+        patience_seconds: As above; may be set while reads run.
     """
 
     def __init__(
@@ -104,7 +98,7 @@ class BulkReader:
         self._origin = offer.origin
         self._target = target_of(offer.content)
         self._headers = (("Authorization", f"Bearer {offer.ticket}"), ("Content-Type", "application/json"))
-        self._patience_seconds = patience_seconds
+        self.patience_seconds = patience_seconds
         self._changed = threading.Condition()
         self._writes = 0
         self._pool = ConnectionPool(
@@ -136,7 +130,7 @@ class BulkReader:
             The position of each range, in order, when all its bytes are in place.
 
         Raises:
-            NotThereYetError: The server itself does not have the first bytes yet.
+            StillArrivingError: The server itself does not have the first bytes yet.
             UnavailableError: The connection could not be made, or broke; what was not yielded can be read again.
             IntegrityError: Bytes do not have their checksum.
             BackendError: The server refuses the request.
@@ -147,7 +141,7 @@ class BulkReader:
         request = Request("POST", self._origin, self._target, (*self._headers, length), body)
         expected = sum(_length_sent(each.run.nbytes, checksums=checksums) for each in reads)
         try:
-            with self._pool.send(request, lambda: self._patience_seconds) as answer:
+            with self._pool.send(request, lambda: self.patience_seconds) as answer:
                 _check(answer, expected)
                 staging: Staging | None = None
                 for position, each in enumerate(reads):
@@ -196,10 +190,15 @@ def _length_sent(length: int, *, checksums: bool) -> int:
 def _check(answer: Answer, expected: int) -> None:
     if answer.status != HTTPStatus.OK:
         said = printable(answer.read(_MAX_REASON_BYTES).decode("utf-8", "replace").strip())
-        later = answer.headers.get("retry-after", "")
+        later, present = answer.headers.get("retry-after", ""), answer.headers.get("mx-present-bytes", "")
         if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and re.fullmatch(r"[0-9]{1,3}", later):
-            message = f"the bulk channel has no bytes to send yet: {said}"
-            raise NotThereYetError(message, retry_after_seconds=float(later))
+            raise StillArrivingError(
+                f"the bulk channel has no bytes to send yet: {said}",
+                present_bytes=int(present) if re.fullmatch(r"[0-9]{1,19}", present) else 0,
+                retry_after_seconds=float(later),
+                cause="the server is still downloading the model",
+                hint="read again when the download has advanced",
+            )
         cls = AccessDeniedError if answer.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN} else BackendError
         raise cls(
             f"the bulk channel answered HTTP {answer.status}: {said}",

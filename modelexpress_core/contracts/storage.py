@@ -14,6 +14,8 @@ from modelexpress_core.immutable import unmodifiable
 
 __all__ = [
     "BatchStorage",
+    "Compared",
+    "ComparingStorage",
     "Completion",
     "DiagnosableStorage",
     "Endpoint",
@@ -217,6 +219,33 @@ class RecheckingStorage(Storage, Protocol):
             SourceChangedError: It has another version.
             BackendError: Any other failure.
         """
+        ...
+
+
+@frozen
+class Compared:
+    """What a storage has compared so far.
+
+    Attributes:
+        here_bytes: Bytes that it compared itself with digests of pieces of the files.
+        by_server_bytes: Bytes that the server compared for it, since they make up no whole pieces.
+        channel: The way of the bytes, where there are several, and why it is not a faster one; else empty.
+    """
+
+    here_bytes: int = 0
+    by_server_bytes: int = 0
+    channel: str = ""
+
+
+class ComparingStorage(Storage, Protocol):
+    """A storage that compares what it reads with digests of pieces of the files, so that any part can be compared.
+
+    Declared with the capability ``compares``, and together with ``recheck``: bytes that were not compared as they came
+    are compared in ``check_unchanged`` at the latest, which raises IntegrityError if they differ.
+    """
+
+    def compared(self) -> Compared:
+        """What was compared so far. May be called after ``close``."""
         ...
 
 

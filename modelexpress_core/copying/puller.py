@@ -20,12 +20,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import cast
 
 from attrs import evolve, frozen
 
 from modelexpress_core.checkpoint import CheckpointFile
 from modelexpress_core.contracts.candidates import Candidate
-from modelexpress_core.contracts.storage import ObjectInfo
+from modelexpress_core.contracts.storage import Compared, ComparingStorage, ObjectInfo
 from modelexpress_core.copying.hidden_directory import HiddenDirectory, regular_size
 from modelexpress_core.copying.local import Disk, digest_of, fsync_directory, local_errors
 from modelexpress_core.copying.partial import Identity, Partial
@@ -214,6 +215,7 @@ class Pull:
         self._in_place: dict[str, PulledFile] = {}
         self._resumed_bytes = 0
         self._verified: Counter[str] = Counter()
+        self._begun_again: Counter[str] = Counter()
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> Pull:
@@ -289,7 +291,9 @@ class Pull:
             self._engine = engine
             self._fetch(copies, engine)
             self._complete_directory()
-            return self._report(self._registered, engine)
+            compares = self._registered.provider.capabilities.compares
+            compared = cast("ComparingStorage", self._storage).compared() if compares else Compared()
+            return self._report(self._registered, engine, compared)
 
     def abort(self, exc: BaseException) -> None:
         """End ``run`` in another thread, which raises ``exc``."""
@@ -313,6 +317,10 @@ class Pull:
             except FileNotFoundError:  # it was put in place just now, or it begins again
                 pass
         return self._hidden.open_in_place(name) if name in self._in_place else None
+
+    def times_begun_again(self, name: str) -> int:
+        """How often a file was discarded and begun again, since its digest was wrong."""
+        return self._begun_again[name]
 
     def has(self, name: str, start: int, end: int) -> bool:
         """Whether the bytes of a file from ``start`` to ``end`` are there."""
@@ -476,6 +484,7 @@ class Pull:
                 wrong = self._fetch_once(copies, engine, pool)
                 for copy in wrong:
                     copy.resumed_bytes = 0
+                    self._begun_again[copy.name] += 1
                     copy.partial.restart()
                 self._refuse(self._fetch_once(wrong, engine, pool))
             engine.finish()
@@ -590,7 +599,7 @@ class Pull:
             )
         )
 
-    def _report(self, registered: Registered[StorageProvider], engine: FetchEngine) -> PullReport:
+    def _report(self, registered: Registered[StorageProvider], engine: FetchEngine, compared: Compared) -> PullReport:
         seconds = time.monotonic() - self._begun
         ledger = engine.ledger
         files = [self._in_place[name] for name, _ in self.selection.files]
@@ -611,4 +620,7 @@ class Pull:
             concurrency=ledger.most_in_flight,
             verified_digests=dict(self._verified),
             file_list=tuple(files),
+            bytes_compared=compared.here_bytes,
+            bytes_compared_by_server=compared.by_server_bytes,
+            channel=compared.channel,
         )

@@ -73,6 +73,7 @@ _CAPABILITY_ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "read_runs": ("read_runs",),
     "recheck": ("check_unchanged",),
     "patience": ("patience_seconds",),
+    "compares": ("compared", "check_unchanged"),
     "diagnosis": ("endpoint", "credentials"),
     "restriction": ("is_restricted",),
 }

@@ -473,6 +473,7 @@ STORAGES = [
     "BatchStorage",
     "RunStorage",
     "RecheckingStorage",
+    "ComparingStorage",
     "RestrictedStorage",
     "PatientStorage",
     "DiagnosableStorage",

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from modelexpress_core.bulk import output, requests
 from modelexpress_core.bulk.file_content import FileContent
 from modelexpress_core.bulk.output import PIECE_BYTES
-from modelexpress_core.bulk.reading import BulkOffer, BulkRead, BulkReader, NotThereYetError
+from modelexpress_core.bulk.reading import BulkOffer, BulkRead, BulkReader
 from modelexpress_core.bulk.requests import Run
 from modelexpress_core.bulk.serving import BulkServer, Content
 from modelexpress_core.bulk.tensor_content import TensorContent
 from modelexpress_core.bulk.tickets import Ticket, Tickets
-from modelexpress_core.errors import BackendError, IntegrityError, UnavailableError
+from modelexpress_core.errors import BackendError, IntegrityError, StillArrivingError, UnavailableError
 from modelexpress_core.storage.file_runs import fill_runs
 from modelexpress_core.storage.http.connections import Connection
 from modelexpress_core.storage.http.requests import Origin
@@ -291,13 +291,13 @@ def test_bytes_that_do_not_come(made: Serving, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(output, "_WAIT_SECONDS", 0.2)
     made.file.advance(10)
 
-    with pytest.raises(NotThereYetError, match="have not arrived yet") as raised:
+    with pytest.raises(StillArrivingError, match="have not arrived yet") as raised:
         read_all(made, [Run("file", 5, 10)])
     assert 1.0 == raised.value.retry_after_seconds
     assert not made.sent
     with pytest.raises(UnavailableError, match="closed amid") as ended:
         read_all(made, [Run("file", 5, 5), Run("file", 5, 10)])
-    assert not isinstance(ended.value, NotThereYetError)
+    assert not isinstance(ended.value, StillArrivingError)
     assert made.opened == made.file.closed == made.ended == 2
 
 
@@ -314,7 +314,7 @@ def test_a_file_that_does_not_begin(made: Serving, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(output, "_WAIT_SECONDS", 0.2)
     made.file.advance(-1)
-    with pytest.raises(NotThereYetError):
+    with pytest.raises(StillArrivingError):
         read_all(made, [Run("file", 5, 10)])
     assert eventually(lambda: made.ended == 2)
     assert 1 == made.opened == made.file.closed
@@ -326,7 +326,7 @@ def test_a_download_that_failed(made: Serving) -> None:
 
     with pytest.raises(BackendError, match="another digest") as raised:
         read_all(made, [Run("file", 5, 10)])
-    assert not isinstance(raised.value, NotThereYetError)
+    assert not isinstance(raised.value, StillArrivingError)
 
 
 @pytest.mark.parametrize("who", ["reader", "server"])

@@ -164,6 +164,8 @@ class Download:
         """Open a file that arrives; None if it does not begin within ``seconds``."""
         opened: list[int] = []
 
+        begun_again = self._pull.times_begun_again(file.path)
+
         def has_begun() -> bool:
             descriptor = self._pull.open_file(file.path)
             if descriptor is None and self.record is not None:
@@ -175,12 +177,11 @@ class Download:
         if not self.wait(has_begun, seconds):
             return None
         [descriptor] = opened
-        inode = os.fstat(descriptor).st_ino
 
         def wait(start: int, end: int, seconds: float) -> bool:
             there = self.wait(lambda: self.record is not None or self._pull.has(file.path, start, end), seconds)
-            if there and os.fstat(descriptor).st_ino == inode and not os.fstat(descriptor).st_nlink:
-                # Its bytes were wrong, and it was begun again under the same name.
+            # That it is gone from its directory says nothing: the cache may have had its content already.
+            if there and self._pull.times_begun_again(file.path) != begun_again:
                 raise SourceChangedError(
                     f"{file.path!r} is downloaded once more, because its digest was wrong",
                     uri=self.source,
