@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -167,7 +168,12 @@ class Download:
         begun_again = self._pull.times_begun_again(file.path)
 
         def has_begun() -> bool:
-            descriptor = self._pull.open_file(file.path)
+            try:
+                descriptor = self._pull.open_file(file.path)
+            except OSError as exc:
+                if exc.errno != errno.EBADF:
+                    raise
+                descriptor = None  # the pull has ended, and its files are being put in place
             if descriptor is None and self.record is not None:
                 [blob] = [stored.blob for stored in self.record.files if stored.file.path == file.path]
                 descriptor = os.open(os.path.join(self._root, blob), os.O_RDONLY | os.O_CLOEXEC)
