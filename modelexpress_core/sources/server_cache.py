@@ -53,11 +53,12 @@ def cache_candidates(plugins: PluginManager, environ: Mapping[str, str], request
     settings = from_env(SharedCacheSettings, environ)
     if not url:
         return ()
+    unfit = _why_not(plugins, request.uri)
     if not settings.no_shared_storage and settings.directory is None:
         hint = "set MODEL_EXPRESS_NO_SHARED_STORAGE=1, or MODEL_EXPRESS_CACHE_DIRECTORY to a directory that both have"
-        request.skip(_NAME, "no variable says that it is used", hint)
+        if unfit is None:
+            request.skip(_NAME, "no variable says that it is used", hint)
         return ()
-    unfit = _why_not(plugins, request.uri)
     if unfit is not None:
         if unfit:
             request.skip(_NAME, unfit)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from attrs import define, field, frozen
@@ -26,6 +28,7 @@ from modelexpress_core.errors import (
 from modelexpress_core.loader import Loader
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import format_bytes
+from modelexpress_core.server.cache import leftovers
 from modelexpress_core.server.cache.checking import Damage, described, validate
 from modelexpress_core.server.cache.downloads import Download, record_path, remove_files
 from modelexpress_core.server.cache.layout import OWN
@@ -49,6 +52,14 @@ _LONGEST_PAUSE_SECONDS = 60.0
 
 #: Who has read a file lately goes on reading, with requests of its own for each range.
 _IN_USE_SECONDS = 600.0
+
+#: A download that ended early is removed if nobody went on with it for so long.
+_ABANDONED_SECONDS = 7 * 86400.0
+
+_UNKNOWN_FREE_BYTES = 1 << 60
+
+#: So many answers are remembered; older ones are asked for again.
+_MAX_RESOLVED = 1000
 
 _COMMIT_DIGITS = 40
 
@@ -120,12 +131,31 @@ class _Resolved:
     Attributes:
         version: The version.
         at: When, by the monotonic clock.
-        files: Its files, if they are known.
     """
 
     version: str
     at: float
-    files: Sequence[CachedFile] = field(factory=tuple)
+
+
+@define
+class _Question:
+    """A name whose version is being asked for.
+
+    Attributes:
+        lock: Held while the storage is asked.
+        callers: How many wait for the answer.
+        error: Why the storage gave none.
+        failed_at: When, by the monotonic clock.
+    """
+
+    lock: threading.Lock = field(factory=threading.Lock)
+    callers: int = 0
+    error: ModelExpressError | None = None
+    failed_at: float = 0.0
+
+
+class _OwnerLimitError(AccessDeniedError):
+    """The owner of a download has as much in the cache as it may have."""
 
 
 class ModelCache:
@@ -166,7 +196,7 @@ class ModelCache:
         self._downloads: dict[str, Download] = {}
         self._failures: dict[str, _Failure] = {}
         self._resolved: dict[tuple[str, str, bool], _Resolved] = {}
-        self._resolving: dict[tuple[str, str, bool], threading.Lock] = {}
+        self._questions: dict[tuple[str, str, bool], _Question] = {}
         self._counts: Counter[str] = Counter()
         #: Held while files get the names that they keep, and while versions are removed: versions share files.
         self._publishing = threading.Lock()
@@ -174,6 +204,7 @@ class ModelCache:
         self._lock_file = self._locked()
         try:
             self._read_records()
+            leftovers.sweep(self.directory, self._records.values())
         except BaseException:
             os.close(self._lock_file)
             raise
@@ -304,7 +335,8 @@ class ModelCache:
                 self._count("hits")
                 return found
         if version and _pinned(version) and place.name.startswith(f"{HUB}/"):
-            place = self.place(path, version)  # also where no branch points at it any more
+            revision = version  # also where no branch points at it any more
+            place = self.place(path, revision)
         return self._begin(place, revision or "", version, weights=weights, owner=owner)
 
     def _find(self, place: Place, version: str | None, *, weights: bool) -> Snapshot | None:
@@ -333,18 +365,43 @@ class ModelCache:
 
     def _begin(self, place: Place, revision: str, version: str | None, *, weights: bool, owner: str) -> Snapshot:
         name = (place.name, revision, weights)
+        since = time.monotonic()
         with self._lock:
             self._check_open()
-            resolving = self._resolving.setdefault(name, threading.Lock())
-        with resolving:  # one question at a time for each name
-            resolved = self._resolved.get(name)
-            if resolved is not None and time.monotonic() - resolved.at < _RESOLVED_SECONDS:
-                with self._lock:
-                    found = self._find(place, resolved.version, weights=weights)
-                if found is not None and version in {None, resolved.version}:
-                    self._count("hits" if found.complete else "misses")
-                    return found
-            return self._resolve(place, revision, version, name, weights=weights, owner=owner)
+            question = self._questions.setdefault(name, _Question())
+            question.callers += 1
+        try:
+            with question.lock:  # one question at a time for each name
+                if question.error is not None and question.failed_at >= since:
+                    raise question.error  # it was asked for this caller too
+                resolved = self._resolved.get(name)
+                if resolved is not None and time.monotonic() - resolved.at < _RESOLVED_SECONDS:
+                    with self._lock:
+                        found = self._find(place, resolved.version, weights=weights)
+                    if found is not None and version in {None, resolved.version}:
+                        self._count("hits" if found.complete else "misses")
+                        return found
+                try:
+                    return self._resolve(place, revision, version, name, weights=weights, owner=owner)
+                except (SourceChangedError, _OwnerLimitError):  # of the version, or the limit, of this caller alone
+                    raise
+                except ModelExpressError as exc:
+                    question.error, question.failed_at = exc, time.monotonic()
+                    raise
+        finally:
+            with self._lock:
+                question.callers -= 1
+                if not question.callers:
+                    self._questions.pop(name, None)
+
+    def _note_resolved(self, name: tuple[str, str, bool], version: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if len(self._resolved) >= _MAX_RESOLVED:
+                oldest = sorted(self._resolved, key=lambda each: self._resolved[each].at)
+                for each in oldest[: _MAX_RESOLVED // 2]:
+                    del self._resolved[each]
+            self._resolved[name] = _Resolved(version, now)
 
     def _resolve(
         self,
@@ -362,7 +419,10 @@ class ModelCache:
             selection = pull.select()
         except (UnavailableError, ResolveError) as exc:
             pull.close()
-            return self._latest_of(place, revision, version, exc, weights=weights)
+            latest = self._latest_of(place, revision, version, exc, weights=weights)
+            if version is None:
+                self._note_resolved(name, latest.version)  # other callers do not wait for the storage again
+            return latest
         except BaseException:
             pull.close()
             raise
@@ -371,7 +431,7 @@ class ModelCache:
             pull.leave_out_weights()
             selection = pull.selection
         files = [CachedFile(name, info.size, info.version, info.digests) for name, info in selection.files]
-        self._resolved[name] = _Resolved(found, time.monotonic(), files)
+        self._note_resolved(name, found)
         if version and found != version:
             pull.close()
             raise SourceChangedError(
@@ -579,8 +639,8 @@ class ModelCache:
                 return 0
             with local_errors(self.directory, "remove a model from"), contextlib.suppress(FileNotFoundError):
                 os.unlink(record_path(self.directory, record.key))
-            referenced = {stored.blob for each in self._records.values() for stored in each.files}
-            freed = remove_files(self.directory, record, referenced)
+            others = list(self._records.values())
+            freed = remove_files(self.directory, record, others)
         if self._lease is not None:
             self._lease.release(record.key)
         return freed
@@ -604,8 +664,33 @@ class ModelCache:
         with self.hold(snapshot):
             damaged = validate(snapshot, on_progress)
         if damaged:
-            self._forget(snapshot)
+            self._forget_damaged(snapshot, {each.path for each in damaged})
         return damaged
+
+    def _forget_damaged(self, snapshot: Snapshot, paths: AbstractSet[str]) -> None:
+        """Remove damaged files of a version, and drop all versions that share them."""
+        record = snapshot.record
+        assert record is not None  # noqa: S101 - for the type checker: only complete versions are validated
+        damaged = {(stored.blob, stored.inode) for stored in record.files if stored.file.path in paths}
+        with self._publishing:
+            with self._lock:
+                dropped = [
+                    each
+                    for each in self._records.values()
+                    if any((stored.blob, stored.inode) in damaged for stored in each.files)
+                ]
+                for each in dropped:
+                    del self._records[each.key]
+                    self._used.pop(each.key, None)
+            for each in dropped:
+                _log.warning("%s at %s is damaged on disk, and is forgotten", each.place, each.version[:12])
+                with contextlib.suppress(OSError):
+                    os.unlink(record_path(self.directory, each.key))
+            for blob, inode in damaged:
+                path = os.path.join(self.directory, blob)
+                with contextlib.suppress(OSError):
+                    if os.stat(path).st_ino == inode:
+                        os.unlink(path)
 
     def import_directory(
         self,
@@ -621,10 +706,11 @@ class ModelCache:
             directory: Has the files of the model under their names.
             path: The path of an ``mx`` URI, which names the model.
             revision: For the Hub: the commit that the files are of. A directory of the Hub's own cache has it in its
-                name.
+                name, and one that ``hf download --local-dir`` filled in its notes.
             on_begin: Called with the version once its files are known.
 
         Raises:
+            IntegrityError: A file is not the one that the Hub published.
             ModelExpressError: The directory cannot be read, or it is unknown which commit it has.
         """
         place = self.place(path)
@@ -670,7 +756,7 @@ class ModelCache:
             arriving = [each.files for each in self._downloads.values() if each.owner == download.owner]
         used = complete + sum(file.size for files in arriving for file in files)
         if used > limit:
-            raise AccessDeniedError(
+            raise _OwnerLimitError(
                 f"{download.owner!r} would have {format_bytes(used)} in the cache with {download.place}",
                 cause=f"MX_CACHE_MAX_CALLER_BYTES is {format_bytes(limit)}",
                 hint="have the server's operator raise it, or remove models",
@@ -689,7 +775,16 @@ class ModelCache:
                 cause=f"MX_CACHE_MAX_BYTES is {format_bytes(limit)}",
                 hint="raise MX_CACHE_MAX_BYTES",
             )
-        self.evict(nbytes)
+        needed = max(0, nbytes - leftovers.disk_bytes(download.directory))
+        self.evict(needed)
+        free, reserve = self.free_bytes(), self.settings.min_free_bytes
+        if free < needed + reserve:
+            raise ModelExpressError(
+                f"{download.place} needs {format_bytes(needed)} more on the disk, and {format_bytes(free)} are free",
+                cause=f"{format_bytes(reserve)} stay free (MX_CACHE_MIN_FREE_BYTES), and what else is in the cache is "
+                "being read, or was a moment ago",
+                hint="free space, choose a larger disk, or lower MX_CACHE_MIN_FREE_BYTES",
+            )
         if limit is not None and self.size_bytes() > limit:
             raise ModelExpressError(
                 f"there is no room for {download.place} ({format_bytes(nbytes)}) in the cache",
@@ -698,13 +793,16 @@ class ModelCache:
             )
 
     def evict(self, incoming_bytes: int = 0) -> int:
-        """Remove versions until the limits hold; returns how many were removed.
+        """Remove abandoned downloads and versions until the limits hold; returns how many versions were removed.
 
         Args:
             incoming_bytes: Bytes that downloads under way still need on the disk.
         """
         removed = 0
         idle = self.settings.max_idle_seconds
+        for path, seconds in leftovers.abandoned(self.directory, self._active()):
+            if seconds > min(idle or math.inf, _ABANDONED_SECONDS) or self._over_limits(incoming_bytes):
+                leftovers.remove(path)
         for snapshot, seconds in sorted(self.snapshots(), key=lambda each: -each[1]):
             too_old = idle is not None and seconds > idle
             if not (too_old or self._over_limits(incoming_bytes)):
@@ -730,17 +828,24 @@ class ModelCache:
         return self.free_bytes() < incoming_bytes + self.settings.min_free_bytes
 
     def size_bytes(self) -> int:
-        """Bytes of all complete versions and of what arrives; what several share counts once."""
+        """Bytes of complete versions, of what arrives and of ended downloads; what several share counts once."""
+        abandoned = sum(leftovers.disk_bytes(path) for path, _ in leftovers.abandoned(self.directory, self._active()))
         with self._lock:
             blobs = {stored.blob: stored.file.size for each in self._records.values() for stored in each.files}
             arriving = sum(file.size for download in self._downloads.values() for file in download.files)
-        return sum(blobs.values()) + arriving
+        return sum(blobs.values()) + arriving + abandoned
+
+    def _active(self) -> AbstractSet[str]:
+        """The keys of the downloads under way."""
+        with self._lock:
+            return set(self._downloads)
 
     def free_bytes(self) -> int:
         """Free bytes of the disk."""
         with local_errors(self.directory, "ask for the free space of"):
             found = os.statvfs(self.directory)
-        return found.f_bavail * found.f_frsize
+        # Some network file systems report nothing.
+        return found.f_bavail * found.f_frsize if found.f_blocks else _UNKNOWN_FREE_BYTES
 
     def stats(self) -> CacheStats:
         """What the cache holds, and did since it was opened."""

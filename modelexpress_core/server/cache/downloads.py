@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import attrs
 
@@ -362,24 +362,26 @@ def _write(path: str, content: bytes) -> None:
     os.replace(new, path)
 
 
-def remove_files(root: str, record: Record, referenced: Mapping[str, int] | set[str]) -> int:
+def remove_files(root: str, record: Record, others: Collection[Record]) -> int:
     """Remove a version whose record is gone; returns the bytes that were freed.
 
     Args:
         root: The directory of the cache.
         record: The version.
-        referenced: Blobs that others refer to.
+        others: All other versions; their files and names stay.
     """
     layout = layout_of(record.place, record.version, record.key)
-    layout.remove_names(root, [stored.file.path for stored in record.files])
-    linked = set(layout.linked_blobs(root))
+    kept = {stored.file.path for each in others if each.directory == record.directory for stored in each.files}
+    layout.remove_names(root, [stored.file.path for stored in record.files if stored.file.path not in kept])
+    referenced = {stored.blob for each in others for stored in each.files}.union(layout.linked_blobs(root))
     freed = 0
-    for blob in {stored.blob for stored in record.files}:
-        if blob in referenced or blob in linked:
-            continue
+    for blob in {stored.blob for stored in record.files} - referenced:
+        path = os.path.join(root, blob)
         with contextlib.suppress(OSError):
-            size = os.path.getsize(os.path.join(root, blob))
-            os.unlink(os.path.join(root, blob))
+            # A link leads to a store of another program, which keeps the bytes.
+            size = 0 if os.path.islink(path) else os.path.getsize(path)
+            os.unlink(path)
             freed += size
+    layout.tidy(root)
     shutil.rmtree(manifest_directory(root, record.key), ignore_errors=True)
     return freed
