@@ -324,6 +324,13 @@ class CacheSettings:
         converter=byte_count,
         help="Free bytes of the disk that models leave.",
     )
+    max_caller_bytes: int | None = env(
+        "MX_CACHE_MAX_CALLER_BYTES",
+        default=None,
+        converter=byte_count,
+        help="Bytes of the models that one caller (its authenticated name, or else its address) may have the server "
+        "download; what was removed does not count. Unset: no limit of its own.",
+    )
     max_idle_seconds: float | None = env(
         "MX_CACHE_MAX_IDLE_SECONDS",
         default=None,

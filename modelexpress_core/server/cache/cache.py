@@ -17,7 +17,13 @@ from attrs import define, field, frozen
 
 from modelexpress_core.copying.local import Disk, local_errors
 from modelexpress_core.copying.puller import Pull
-from modelexpress_core.errors import ModelExpressError, ResolveError, SourceChangedError, UnavailableError
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    ModelExpressError,
+    ResolveError,
+    SourceChangedError,
+    UnavailableError,
+)
 from modelexpress_core.loader import Loader
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import format_bytes
@@ -136,6 +142,10 @@ class _Question:
     callers: int = 0
     error: ModelExpressError | None = None
     failed_at: float = 0.0
+
+
+class _OwnerLimitError(AccessDeniedError):
+    """The owner of a download has as much in the cache as it may have."""
 
 
 class ModelCache:
@@ -281,7 +291,13 @@ class ModelCache:
         return found
 
     def begin(
-        self, path: str, *, revision: str | None = None, version: str | None = None, weights: bool = True
+        self,
+        path: str,
+        *,
+        revision: str | None = None,
+        version: str | None = None,
+        weights: bool = True,
+        owner: str = "",
     ) -> Snapshot:
         """A version of a model: one that is there, or one whose download has begun.
 
@@ -293,9 +309,10 @@ class ModelCache:
             revision: A branch, tag or commit; None for the default.
             version: Only this version.
             weights: Whether files of weights are needed.
+            owner: Who asks, whose bytes have a limit (MX_CACHE_MAX_CALLER_BYTES); empty for nobody.
 
         Raises:
-            InvalidURIError, AccessDeniedError: As ``place``.
+            InvalidURIError, AccessDeniedError: As ``place``; also if the limit of the owner is reached.
             SourceChangedError: The storage has another version than ``version``.
             ModelExpressError: The storage failed, or the download failed a moment ago.
         """
@@ -310,7 +327,7 @@ class ModelCache:
         if version and _pinned(version) and place.name.startswith(f"{HUB}/"):
             revision = version  # also where no branch points at it any more
             place = self.place(path, revision)
-        return self._begin(place, revision or "", version, weights=weights)
+        return self._begin(place, revision or "", version, weights=weights, owner=owner)
 
     def _find(self, place: Place, version: str | None, *, weights: bool) -> Snapshot | None:
         """A complete version, or one that arrives; the lock is held."""
@@ -336,7 +353,7 @@ class ModelCache:
         ]
         return max(found)[1] if found else None
 
-    def _begin(self, place: Place, revision: str, version: str | None, *, weights: bool) -> Snapshot:
+    def _begin(self, place: Place, revision: str, version: str | None, *, weights: bool, owner: str) -> Snapshot:
         name = (place.name, revision, weights)
         since = time.monotonic()
         with self._lock:
@@ -355,8 +372,8 @@ class ModelCache:
                         self._count("hits" if found.complete else "misses")
                         return found
                 try:
-                    return self._resolve(place, revision, version, name, weights=weights)
-                except SourceChangedError:  # of the version that this caller asked for
+                    return self._resolve(place, revision, version, name, weights=weights, owner=owner)
+                except (SourceChangedError, _OwnerLimitError):  # of the version, or the limit, of this caller alone
                     raise
                 except ModelExpressError as exc:
                     question.error, question.failed_at = exc, time.monotonic()
@@ -377,7 +394,14 @@ class ModelCache:
             self._resolved[name] = _Resolved(version, now)
 
     def _resolve(
-        self, place: Place, revision: str, version: str | None, name: tuple[str, str, bool], *, weights: bool
+        self,
+        place: Place,
+        revision: str,
+        version: str | None,
+        name: tuple[str, str, bool],
+        *,
+        weights: bool,
+        owner: str,
     ) -> Snapshot:
         """Ask the storage which files the model has now."""
         pull = Pull(self.loader, place.uri, self.directory, disk=self._disk)
@@ -418,7 +442,7 @@ class ModelCache:
         except BaseException:
             pull.close()
             raise
-        return self._download(place, revision, found, files, pull, weights=weights, restricted=restricted)
+        return self._download(place, revision, found, files, pull, weights=weights, restricted=restricted, owner=owner)
 
     def _latest_of(
         self, place: Place, revision: str, version: str | None, exc: ModelExpressError, *, weights: bool
@@ -445,6 +469,7 @@ class ModelCache:
         *,
         weights: bool,
         restricted: bool = False,
+        owner: str = "",
     ) -> Snapshot:
         key = key_of(place.name, version, weights=weights)
         with self._lock:
@@ -468,6 +493,7 @@ class ModelCache:
             revision=revision,
             weights=weights,
             restricted=restricted,
+            owner=owner,
             pull=lambda download: pull.into(
                 download.directory, on_written=download.written, on_file=download.file_complete
             ),
@@ -485,6 +511,7 @@ class ModelCache:
             pull.close()
             return self._snapshot(download=present)
         try:
+            self._check_owner(download)
             self._make_room(sum(file.size for file in files), download)
             download.start()
         except BaseException:
@@ -722,6 +749,26 @@ class ModelCache:
         return snapshot
 
     # -- limits -------------------------------------------------------------------------------------------------------
+
+    def _check_owner(self, download: Download) -> None:
+        """Raise unless the owner of a download, which is in the list of downloads, is within its limit.
+
+        Raises:
+            AccessDeniedError: It is not.
+        """
+        limit = self.settings.max_caller_bytes
+        if limit is None or not download.owner:
+            return
+        with self._lock:
+            complete = sum(each.size_bytes for each in self._records.values() if each.owner == download.owner)
+            arriving = [each.files for each in self._downloads.values() if each.owner == download.owner]
+        used = complete + sum(file.size for files in arriving for file in files)
+        if used > limit:
+            raise _OwnerLimitError(
+                f"{download.owner!r} would have {format_bytes(used)} in the cache with {download.place}",
+                cause=f"MX_CACHE_MAX_CALLER_BYTES is {format_bytes(limit)}",
+                hint="have the server's operator raise it, or remove models",
+            )
 
     def _make_room(self, nbytes: int, download: Download) -> None:
         """Remove versions until ``nbytes`` fit, the ones first that were read least recently.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -28,9 +29,6 @@ __all__ = ["Download", "write_manifest", "write_record"]
 
 _log = logging.getLogger(__name__)
 
-#: How long a reader waits for a file to begin.
-_BEGIN_SECONDS = 20.0
-
 
 class Download:
     """Brings one version of a model into the cache, in a thread of its own.
@@ -45,6 +43,7 @@ class Download:
         revision: What was asked for.
         weights: Whether files of weights are copied.
         restricted: Whether the storage gives the model to some readers alone.
+        owner: Who asked for it.
         pull: The pull, which has selected its files; None to select them again.
         files: The files.
         on_end: Called when it has ended, with this object.
@@ -74,6 +73,7 @@ class Download:
         revision: str,
         weights: bool,
         restricted: bool,
+        owner: str,
         pull: Callable[[Download], Pull],
         files: Sequence[CachedFile],
         on_end: Callable[[Download], None],
@@ -89,6 +89,7 @@ class Download:
         self.revision = revision
         self.weights = weights
         self.restricted = restricted
+        self.owner = owner
         self.files = tuple(files)
         self.record: Record | None = None
         self.error: ModelExpressError | None = None
@@ -165,24 +166,27 @@ class Download:
 
         return wait_for(self.changed, met_or_failed, seconds)
 
-    def open_file(self, file: CachedFile) -> CachedFileReader:
-        """Open a file that arrives."""
+    def open_file(self, file: CachedFile, seconds: float) -> CachedFileReader | None:
+        """Open a file that arrives; None if it does not begin within ``seconds``."""
         opened: list[int] = []
 
         begun_again = self._pull.times_begun_again(file.path)
 
         def has_begun() -> bool:
-            descriptor = self._pull.open_file(file.path)
+            try:
+                descriptor = self._pull.open_file(file.path)
+            except OSError as exc:
+                if exc.errno != errno.EBADF:
+                    raise
+                descriptor = None  # the pull has ended, and its files are being put in place
             if descriptor is None and self.record is not None:
                 [blob] = [stored.blob for stored in self.record.files if stored.file.path == file.path]
                 descriptor = os.open(os.path.join(self._root, blob), os.O_RDONLY | os.O_CLOEXEC)
             opened.extend(() if descriptor is None else (descriptor,))
             return bool(opened)
 
-        if not self.wait(has_begun, _BEGIN_SECONDS):
-            raise UnavailableError(
-                f"the download of {self.place} has not reached {file.path!r} yet", hint="ask again in a moment"
-            )
+        if not self.wait(has_begun, seconds):
+            return None
         [descriptor] = opened
 
         def wait(start: int, end: int, seconds: float) -> bool:
@@ -295,6 +299,7 @@ class Download:
             layout.directory,
             digest,
             self.restricted,
+            self.owner,
         )
         write_record(self._root, record)
         return record
