@@ -28,6 +28,7 @@ BENCHMARKS = (
     "corruption",
     "control_plane",
     "p2p",
+    "streaming",
     "errors",
 )
 #: Benchmarks that run only if named: they take long, or need another environment, or root.

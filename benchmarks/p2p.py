@@ -55,7 +55,7 @@ def run(plan: Plan) -> Report:
                 name = f"{way}, digests {label}"
                 specifications[name] = (
                     "benchmarks.peer_contenders:PeerInto",
-                    {"mib": mib, "uri": uri},
+                    {"mib": mib, "uri": uri, "pid": source["pid"]},
                     {**environ, **digests},
                 )
                 entries.append(Entry(f"modelexpress {name}", name, {}, "touched"))
@@ -80,12 +80,36 @@ def _targets(limit: float | None, measured: Sequence[Entry]) -> list[Target]:
         below = fastest(measured, (name,))
         return above / below if above is not None and below is not None else None
 
+    def details(name: str) -> Mapping[str, Any]:
+        return next(
+            (each.measurements[-1].details for each in measured if each.contender == f"modelexpress {name}"), {}
+        )
+
+    def most_memory(name: str) -> float | None:
+        found = details(name)
+        return max(found["reader_mib"], found["source_mib"]) if found else None
+
     bare, raw = fastest(measured, (_BARE,)), fastest(measured, (_RAW,))
     return [
         Target(
             "nixl, digests verified, connecting counted: goodput over one raw READ",
             ratio(raw, "nixl, digests verified"),
             0.8,
+        ),
+        Target(
+            "nixl, digests not verified: reads alone, goodput over one raw READ",
+            raw / details("nixl, digests not verified")["phase_seconds"]["load"] if raw is not None else None,
+            0.9,
+        ),
+        *(
+            Target(
+                f"{way}: memory of either side, beside the tensors",
+                most_memory(f"{way}, digests verified"),
+                150.0,
+                at_most=True,
+                unit="MiB",
+            )
+            for way in ("nixl", "grpc", _FRAMES)
         ),
         Target(
             "grpc, digests verified: goodput over that of plain sockets", ratio(limit, "grpc, digests verified"), 0.8

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import Contender, in_threads
@@ -28,22 +30,41 @@ class _Reader(Contender):
 
 
 class PeerInto(_Reader):
-    """``load_into`` from a worker."""
+    """``load_into`` from a worker; measures how much memory both sides take meanwhile, beside the tensors.
 
-    def __init__(self, mib: int, uri: str) -> None:
+    Args:
+        mib: Size of the tensors.
+        uri: The worker.
+        pid: The process of the worker.
+    """
+
+    def __init__(self, mib: int, uri: str, pid: int) -> None:
         super().__init__(mib)
         self.uri = uri
+        self.pids = {"reader_mib": os.getpid(), "source_mib": pid}
 
     def run(self, **_setting: Any) -> Mapping[str, Any]:  # noqa: ANN401 - JSON
         import modelexpress_core as mx
 
+        before = {name: _memory_before(pid) for name, pid in self.pids.items()}
         report = mx.load_into(self.tensors, self.uri)
         return {
             "phase_seconds": dict(report.phase_seconds),
             "requests": report.requests,
             "verified": dict(report.verified),
-            "peak_rss_bytes": report.peak_rss_bytes,
+            **{name: (_kibibytes(pid, "VmHWM") - before[name]) / 1024 for name, pid in self.pids.items()},
         }
+
+
+def _memory_before(pid: int) -> int:
+    """The memory of a process now, in KiB; its peak begins there."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return _kibibytes(pid, "VmRSS")
+
+
+def _kibibytes(pid: int, name: str) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 class PeersInto(_Reader):

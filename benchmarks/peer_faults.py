@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import attrs
 import torch
@@ -30,18 +31,31 @@ from safetensors.torch import save_file
 import modelexpress_core as mx
 from benchmarks.measuring import Plan, Report, Target, median, print_report, write_json
 from benchmarks.peer_fault_workers import Amid, Lane, Source, even_sizes, identity_of, sources, start_reader, tensors_of
+from modelexpress_core.bulk import reading
 from modelexpress_core.plugins import TRANSPORT, PluginManager
 
-__all__ = ["GRPC", "NIXL", "Counts", "Lane", "flips_in_memory", "flips_on_the_wire", "kills", "readers", "run", "stops"]
+__all__ = [
+    "FRAMES",
+    "GRPC",
+    "NIXL",
+    "Counts",
+    "Lane",
+    "flips_in_memory",
+    "flips_on_the_wire",
+    "kills",
+    "readers",
+    "run",
+    "stops",
+]
 
 
 GRPC = Lane("grpc", "grpc")
-_FRAMES = Lane("grpc, no bulk channel", "grpc", {"MX_BULK_PORT": "0"})
+FRAMES = Lane("grpc, no bulk channel", "grpc", {"MX_BULK_PORT": "0"})
 NIXL = Lane("nixl, shared memory", "nixl")
 _NIXL_TCP = Lane("nixl, TCP", "nixl", {}, "tcp")
 
 #: The ways that are measured. Over TCP, NIXL comes after other transports, and only stopped sources are of interest.
-LANES = (NIXL, GRPC, _FRAMES)
+LANES = (NIXL, GRPC, FRAMES)
 
 #: How long a source may be silent, and a call may take.
 _STALL_SECONDS = 2.0
@@ -378,41 +392,48 @@ def flips_in_memory(lane: Lane, count: int, say: _Say = lambda _: None) -> dict[
     }
 
 
-def flips_on_the_wire(count: int, say: _Say = lambda _: None) -> dict[str, Any]:
-    """Flip one bit of what a source sends over gRPC in plain text: anywhere, also in the frames of HTTP/2."""
-    chance = random.Random("flips on the wire")
+def flips_on_the_wire(lane: Lane, count: int, say: _Say = lambda _: None) -> dict[str, Any]:
+    """Flip one bit of what a source sends in plain text: over gRPC anywhere, also in the frames of HTTP/2.
+
+    Over the bulk channel, the relay is on its way alone: gRPC has one without a relay.
+    """
+    chance = random.Random(f"flips on the wire of {lane.name}")
     ends: Counter[str] = Counter()
     longest = 0.0
-    with sources() as start:
+    with sources() as start, contextlib.ExitStack() as stack:
         model = _Model.of(_ODD_SIZES)
-        source = start(model.sizes, _FRAMES)
-        with _FlippingRelay(source.port) as relay:
+        source = start(model.sizes, lane)
+        if lane is GRPC:
+            uri = source.uri("grpc")
+            relay = stack.enter_context(_bulk_through_relay(lambda: model.load(uri, _undisturbed())))
+        else:
+            relay = stack.enter_context(_FlippingRelay(source.port))
             uri = source.uri("grpc", relay.port)
-            model.load(uri, _undisturbed())
-            sent = relay.sent_bytes
-            while ends.total() < count:
-                # In every other load among the first bytes, which are those of HTTP/2, of layouts and of digests.
-                most = sent if ends.total() % 2 else _FIRST_BYTES
-                relay.arm(chance.randrange(most), chance.randrange(8))
-                model.fill(0)
-                begun = time.monotonic()
-                try:
-                    report, _ = model.load(uri, _undisturbed(), **_PATIENCE)
-                except mx.ModelExpressError:
-                    ends["failed"] += 1
+        model.load(uri, _undisturbed())
+        sent = relay.sent_bytes
+        while ends.total() < count:
+            # In every other load among the first bytes: those of HTTP/2, of layouts and of digests, or of heads.
+            most = sent if ends.total() % 2 else _FIRST_BYTES
+            relay.arm(chance.randrange(most), chance.randrange(8))
+            model.fill(0)
+            begun = time.monotonic()
+            try:
+                report, _ = model.load(uri, _undisturbed(), **_PATIENCE)
+            except mx.ModelExpressError:
+                ends["failed"] += 1
+            else:
+                if relay.armed:  # the load needed fewer bytes than the first one
+                    continue
+                if not model.has_arrived():
+                    ends["delivered"] += 1
                 else:
-                    if relay.armed:  # the load needed fewer bytes than the first one
-                        continue
-                    if not model.has_arrived():
-                        ends["delivered"] += 1
-                    else:
-                        ends["read again" if report.retries else "without effect"] += 1
-                longest = max(longest, time.monotonic() - begun)
-                if ends.total() % 50 == 0:
-                    say(f"{ends.total()} of {count} bits flipped on the wire, {ends['delivered']} delivered")
+                    ends["read again" if report.retries else "without effect"] += 1
+            longest = max(longest, time.monotonic() - begun)
+            if ends.total() % 50 == 0:
+                say(f"{ends.total()} of {count} bits flipped on the wire, {ends['delivered']} delivered")
     return {
         "fault": "bit on the wire",
-        "over": _FRAMES.name,
+        "over": lane.name,
         "count": count,
         "right": ends.total() - ends["delivered"],
         "wrong": ends["delivered"],
@@ -421,6 +442,28 @@ def flips_on_the_wire(count: int, say: _Say = lambda _: None) -> dict[str, Any]:
         "notes": ", ".join(f"{number} {end}" for end, number in ends.most_common()),
         "details": dict(ends),
     }
+
+
+@contextlib.contextmanager
+def _bulk_through_relay(load: Callable[[], object]) -> Iterator[_FlippingRelay]:
+    """A relay before the bulk channel that ``load`` opens, which readers of this process use in the block."""
+    original = reading.BulkReader.__init__
+    ports: list[int] = []
+
+    def note(reader: reading.BulkReader, offer: reading.BulkOffer, **options: Any) -> None:  # noqa: ANN401
+        ports.append(offer.origin.port)
+        original(reader, offer, **options)
+
+    with patch.object(reading.BulkReader, "__init__", note):
+        load()
+    with _FlippingRelay(ports[0]) as relay:
+
+        def lead(reader: reading.BulkReader, offer: reading.BulkOffer, **options: Any) -> None:  # noqa: ANN401
+            origin = attrs.evolve(offer.origin, port=relay.port)
+            original(reader, attrs.evolve(offer, origin=origin), **options)
+
+        with patch.object(reading.BulkReader, "__init__", lead):
+            yield relay
 
 
 class _FlippingRelay:
@@ -528,11 +571,8 @@ def run(plan: Plan, counts: Counts | None = None) -> Report:
     if counts.kills:
         for lane in lanes:
             add(kills(lane, counts.kills, counts.mib, plan.say))
-    if counts.flips:
-        of_each = -(-counts.flips // (len(lanes) + 1))
-        for lane in lanes:
-            add(flips_in_memory(lane, of_each, plan.say))
-        add(flips_on_the_wire(of_each, plan.say))
+    for row in _flips(lanes, counts.flips, plan.say):
+        add(row)
     if counts.readers:
         for lane in lanes:
             add(readers(lane, counts.readers, counts.mib, plan.say))
@@ -549,6 +589,15 @@ def run(plan: Plan, counts: Counts | None = None) -> Report:
         1,
         plan.quick,
     )
+
+
+def _flips(lanes: Sequence[Lane], count: int, say: _Say) -> Iterator[dict[str, Any]]:
+    """Flip ``count`` bits in all, in memory and on the wire."""
+    wires = [lane for lane in (GRPC, FRAMES) if lane in lanes]
+    of_each = -(-count // max(1, len(lanes) + len(wires)))
+    if count:
+        yield from (flips_in_memory(lane, of_each, say) for lane in lanes)
+        yield from (flips_on_the_wire(lane, of_each, say) for lane in wires)
 
 
 def _targets(rows: Sequence[Mapping[str, Any]]) -> Sequence[Target]:

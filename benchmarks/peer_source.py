@@ -129,6 +129,7 @@ def main() -> None:
         said = {
             "worker": f"{offer.endpoint}/{identity.source_id}/{offer.worker_id}",
             "transports": offer.transports,
+            "pid": os.getpid(),
             "sockets": _serve_sockets(memory),
             "bare gRPC": _serve_bare_grpc(mib << 20),
         }

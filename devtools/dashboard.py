@@ -89,6 +89,44 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
         ),
     ),
     (
+        "Model cache",
+        (
+            Panel(
+                "Requests",
+                [(_rate("mx_cache_hits_total"), "in the cache"), (_rate("mx_cache_misses_total"), "downloaded")],
+                "reqps",
+            ),
+            Panel(
+                "Bytes",
+                [
+                    (_rate("mx_cache_origin_bytes_total"), "from storages"),
+                    (_rate("mx_cache_replica_bytes_total"), "from other replicas"),
+                    (_rate("mx_cache_sent_bytes_total", "channel"), "to readers, over {{channel}}"),
+                ],
+                "Bps",
+            ),
+            Panel("Downloads under way", [("sum(mx_cache_downloads)", "downloads")]),
+            Panel(
+                "Size",
+                [("sum(mx_cache_bytes)", "models"), ("sum(mx_cache_limit_bytes)", "limit; 0: what the disk holds")],
+                "bytes",
+            ),
+            Panel(
+                "Versions",
+                [("sum(mx_cache_models)", "complete"), (_rate("mx_cache_evictions_total"), "removed per second")],
+            ),
+            Panel(
+                "Trouble",
+                [
+                    (_rate("mx_cache_download_failures_total"), "downloads that failed"),
+                    (_rate("mx_cache_damaged_chunks_total"), "damaged chunks"),
+                ],
+                "ops",
+                "Damaged chunks: the disk of the cache, or another program that writes to it.",
+            ),
+        ),
+    ),
+    (
         "Workers that read from others",
         (
             Panel("Bytes read", [(_rate("mx_p2p_read_bytes_total", "transport"), "{{transport}}")], "Bps"),

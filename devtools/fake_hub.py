@@ -282,7 +282,15 @@ class FakeHub:
         if kind == "paths-info":
             wanted = parse_qs(request.body.decode()).get("paths", [])
             return _json([files[path].entry(path) for path in wanted if path in files])
-        described: dict[str, Any] = {"_id": "1", "id": name, "sha": commit}
+        repository = self.repositories[name]
+        gated = "manual" if repository.gated else False
+        described: dict[str, Any] = {
+            "_id": "1",
+            "id": name,
+            "sha": commit,
+            "gated": gated,
+            "private": repository.private,
+        }
         if "expand" not in request.query:
             described["siblings"] = [{"rfilename": path} for path in files]
         return _json(described)

@@ -86,6 +86,7 @@ class TcpProxy:
         port: Port of the server.
         policy: Returns the fault for the response to each request; by default none.
         listen: The address to listen on.
+        listen_port: The port to listen on; by default any free one.
 
     Attributes:
         connections: Connections so far.
@@ -93,20 +94,29 @@ class TcpProxy:
         sent_bytes: Bytes sent to clients so far, headers included.
     """
 
-    def __init__(self, host: str, port: int, policy: Policy | None = None, *, listen: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        policy: Policy | None = None,
+        *,
+        listen: str = "127.0.0.1",
+        listen_port: int = 0,
+    ) -> None:
         self.policy: Policy = policy or (lambda _number, _head: None)
         self.connections = 0
         self.requests = 0
         self.sent_bytes = 0
         self._behind = (host, port)
         self._listen = listen
+        self._listen_port = listen_port
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> TcpProxy:
         family = socket.AF_INET6 if ":" in self._listen else socket.AF_INET
-        self._listener = socket.create_server((self._listen, 0), family=family)
+        self._listener = socket.create_server((self._listen, self._listen_port), family=family)
         self.port: int = self._listener.getsockname()[1]
         self._spawn(self._accept)
         return self

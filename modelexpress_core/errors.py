@@ -19,6 +19,7 @@
         ├── NotFoundError
         ├── AccessDeniedError
         ├── UnavailableError          a temporary fault, unreachable, connection lost: a retry may help
+        │   ├── StillArrivingError    the bytes are on their way to the server: wait while they come (.present_bytes)
         │   └── ThrottledError        it receives too many requests: retry later, with fewer at a time
         ├── DeadlineError             no answer in time
         ├── IntegrityError            the bytes differ from those that were stored
@@ -58,6 +59,7 @@ __all__ = [
     "ResourceError",
     "SettingsError",
     "SourceChangedError",
+    "StillArrivingError",
     "ThrottledError",
     "UnavailableError",
     "UnknownSchemeError",
@@ -301,6 +303,20 @@ class UnavailableError(BackendError):
     """The server has a temporary fault or cannot be reached, or the connection broke."""
 
     default_retryable = True
+
+
+class StillArrivingError(UnavailableError):
+    """The server does not have the bytes yet, and is getting them. Core waits for as long as more of them arrive.
+
+    Args:
+        reason: As in ``BackendError``.
+        present_bytes: How many bytes of the model have arrived at the server so far.
+        details: The other arguments of ``BackendError``.
+    """
+
+    def __init__(self, reason: str, *, present_bytes: int = 0, **details: Any) -> None:  # noqa: ANN401 - of BackendError
+        super().__init__(reason, **details)
+        self.present_bytes = present_bytes
 
 
 class ThrottledError(UnavailableError):

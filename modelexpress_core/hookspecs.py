@@ -21,7 +21,7 @@ Importing a plugin module must not import torch or an SDK: factories import them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from modelexpress_core.hooks import hookspec
@@ -211,11 +211,12 @@ def mx_register_commands() -> Iterable[CommandProvider]:  # type: ignore[empty-b
 
 
 @hookspec(firstresult=True)
-def mx_rewrite_uri(uri: ModelURI) -> ModelURI | None:
+def mx_rewrite_uri(uri: ModelURI, environ: Mapping[str, str]) -> ModelURI | None:
     """Return another URI to load from in place of ``uri``, or None to keep it.
 
-    Called once for each load, with the URI that the caller passed. Not called for the candidates that a discovery
-    returns, nor again for the URI that this hook returned.
+    Called once for each load, with the URI that the caller passed and the environment variables of the load. An
+    implementation that needs no variables leaves ``environ`` out of its arguments. Not called for the candidates
+    that a discovery returns, nor again for the URI that this hook returned.
 
     Example:
         >>> from modelexpress_core import ModelURI, hookimpl

@@ -36,6 +36,8 @@ KNOWN_SCHEMES: Mapping[str, KnownScheme] = {
     "az": KnownScheme("mx-azure", "azure"),
     "hf": KnownScheme("mx-hf", "hf"),
     "grpc": KnownScheme("mx-grpc-stream", "grpc"),
+    "mx": KnownScheme("mx-grpc-stream", "grpc"),
+    "mxs": KnownScheme("mx-grpc-stream", "grpc"),
     "nixl": KnownScheme("mx-nixl", "nixl"),
 }
 

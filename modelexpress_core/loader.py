@@ -26,7 +26,7 @@ from typing import TypeVar
 import attrs
 
 from modelexpress_core.checkpoint import Checkpoint
-from modelexpress_core.contracts.candidates import Candidate, LoadRequest
+from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Tier
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import BackendError, CheckpointError, ModelExpressError, PluginLoadError, ResolveError
 from modelexpress_core.loads.candidate_queue import CandidateQueue
@@ -34,7 +34,6 @@ from modelexpress_core.loads.checkpoint import CheckpointLoad, Headers
 from modelexpress_core.loads.context import LoadContext
 from modelexpress_core.loads.destination import Destination, DestinationTouchedError
 from modelexpress_core.loads.load import Load
-from modelexpress_core.loads.peer import PeerLoad
 from modelexpress_core.plugins import STORAGE
 from modelexpress_core.report import LoadReport
 from modelexpress_core.sources.discovery import find_candidates
@@ -75,7 +74,7 @@ class Loader(LoadContext):
         Raises:
             InvalidURIError: ``uri`` is not valid.
         """
-        return LoadRequest(self.plugins.rewrite_uri(ModelURI.parse(uri)), identity, worker_rank, reader)
+        return LoadRequest(self.plugins.rewrite_uri(ModelURI.parse(uri), self.environ), identity, worker_rank, reader)
 
     def candidates(self, request: LoadRequest) -> tuple[Candidate, ...]:
         """Return the candidates to try, best first.
@@ -124,7 +123,9 @@ class Loader(LoadContext):
                     raise
                 if destination is not None:
                     _prepare_for_next(destination, exc)
-                _log.warning("trying the next candidate, because loading from %s failed: %s", candidate.uri, exc)
+                # Without a server's cache a load is as it would be: one line says so.
+                reason = exc.headline if candidate.tier is Tier.CACHE and candidate.origin != "caller" else exc
+                _log.warning("trying the next candidate, because loading from %s failed: %s", candidate.uri, reason)
 
     def load(self, request: LoadRequest, destination: Destination) -> LoadReport:
         """Load into ``destination`` from the first candidate that succeeds."""
@@ -213,6 +214,8 @@ class Loader(LoadContext):
         headers: Headers | None = None,
     ) -> Load:
         if candidate.is_peer:
+            from modelexpress_core.loads.peer import PeerLoad  # needs gRPC, which loads of files do without
+
             return PeerLoad(candidate, self, destination, request, left)
         return CheckpointLoad(candidate, self, destination, headers if candidate.uri == request.uri else None)
 

@@ -19,6 +19,7 @@ from modelexpress_core.providers import (
     TransportProvider,
 )
 from modelexpress_core.server.settings import (
+    CacheSettings,
     ConfigPath,
     LimitSettings,
     LogSettings,
@@ -32,6 +33,7 @@ from modelexpress_core.sources.settings import (
     DiscoverySettings,
     PublishingSettings,
     ServerAddress,
+    SharedCacheSettings,
     StaticSources,
     TrustSettings,
     WorkerSettings,
@@ -39,6 +41,8 @@ from modelexpress_core.sources.settings import (
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings, TokenSettings
 
 if TYPE_CHECKING:
+    import typer
+
     from modelexpress_core.contracts.authenticator import Authenticator
     from modelexpress_core.contracts.discovery import Discovery
     from modelexpress_core.contracts.metadata_store import MetadataStore
@@ -81,6 +85,12 @@ def _health() -> Callable[..., None]:
     return health
 
 
+def _models() -> typer.Typer:
+    from modelexpress_core.cli.models import models
+
+    return models()
+
+
 def _sources() -> Callable[..., None]:
     from modelexpress_core.cli.sources import sources
 
@@ -89,7 +99,7 @@ def _sources() -> Callable[..., None]:
 
 @hookimpl
 def mx_register_commands() -> list[CommandProvider]:
-    """``mx serve``, ``mx health`` and ``mx sources``."""
+    """``mx serve``, ``mx health``, ``mx sources`` and ``mx models``."""
     return [
         CommandProvider(
             "serve",
@@ -98,6 +108,7 @@ def mx_register_commands() -> list[CommandProvider]:
             settings=(
                 ConfigPath,
                 ServerSettings,
+                CacheSettings,
                 LimitSettings,
                 TlsSettings,
                 AuthSettings,
@@ -114,6 +125,12 @@ def mx_register_commands() -> list[CommandProvider]:
             _sources,
             help="List the workers that hold models.",
             settings=_CLIENT_SETTINGS,
+        ),
+        CommandProvider(
+            "models",
+            _models,
+            help="Show and manage the models in a cache.",
+            settings=(*_CLIENT_SETTINGS, CacheSettings),
         ),
     ]
 
@@ -196,7 +213,7 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
             ("server",),
             _open_server_discovery,
             install_hint="modelexpress-core[server]",
-            settings=(DiscoverySettings, TrustSettings, PublishingSettings, WorkerSettings),
+            settings=(DiscoverySettings, SharedCacheSettings, TrustSettings, PublishingSettings, WorkerSettings),
         ),
         DiscoveryProvider("static", ("static",), _open_static_discovery, settings=StaticSources),
     ]
@@ -248,14 +265,36 @@ def _make_access(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
     return make_access(context)
 
 
+def _make_models(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
+    from modelexpress_core.server.services import no_cache
+
+    if context.cache is None:
+        return no_cache.make_models()
+    from modelexpress_core.server.services.models import make_models
+
+    return make_models(context)
+
+
+def _make_cache(context: ServiceContext) -> Any:  # noqa: ANN401 - likewise
+    from modelexpress_core.server.services import no_cache
+
+    if context.cache is None:
+        return no_cache.make_cache()
+    from modelexpress_core.server.services.cache import make_cache
+
+    return make_cache(context)
+
+
 @hookimpl
 def mx_register_server_services() -> list[ServerServiceProvider]:
-    """Health, pings, the metadata of sources, and read grants."""
+    """Health, pings, the metadata of sources, read grants, and the model cache."""
     return [
         ServerServiceProvider("model_express.health.HealthService", _make_health),
         ServerServiceProvider("model_express.api.ApiService", _make_api),
         ServerServiceProvider("model_express.p2p.P2pService", _make_p2p, settings=ServerSettings),
         ServerServiceProvider("modelexpress.access.AccessService", _make_access),
+        ServerServiceProvider("model_express.model.ModelService", _make_models, settings=CacheSettings),
+        ServerServiceProvider("modelexpress.cache.CacheService", _make_cache, settings=CacheSettings),
     ]
 
 

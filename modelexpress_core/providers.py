@@ -94,7 +94,10 @@ class StorageCapabilities:
         read_runs: Reads many short runs in one call: a ``RunStorage``.
         recheck: Compares the version of an object again at the end of a load: a ``RecheckingStorage``.
         patience: Gives up a read after ``patience_seconds`` without a byte: a ``PatientStorage``.
+        compares: Compares what it reads with digests of pieces of files: a ``ComparingStorage``. Core then compares no
+            digests of whole files while it loads.
         diagnosis: Reports its endpoint and its credentials to ``mx doctor``: a ``DiagnosableStorage``.
+        restriction: Tells whether a place is for some readers alone: a ``RestrictedStorage``.
         stat_digests: ``stat`` may return digests that ``list`` does not: core sends one request per file for them.
         global_versions: The version of an object is the same for every reader on every machine, and another for other
             content, as ETags and generations are: it tells which workers hold the same content.
@@ -102,18 +105,22 @@ class StorageCapabilities:
         most_concurrency: Upper bound of concurrent reads.
         request_cost_bytes: Cost of one more request, as the bytes that could be read in the same time.
             Gaps up to this size are read and discarded, rather than skipped.
+        run_cost_bytes: Cost of one more run of ``read_runs``, likewise; by default that of a request.
     """
 
     read_batch: bool = False
     read_runs: bool = False
     recheck: bool = False
     patience: bool = False
+    compares: bool = False
     diagnosis: bool = False
+    restriction: bool = False
     stat_digests: bool = False
     global_versions: bool = False
     concurrency: int = field(default=8, validator=attrs.validators.ge(1))
     most_concurrency: int = field(default=64, validator=attrs.validators.ge(1))
     request_cost_bytes: int = field(default=256 << 10, validator=attrs.validators.ge(0))
+    run_cost_bytes: int | None = field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
 
     def __attrs_post_init__(self) -> None:
         if self.read_batch and self.read_runs:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import attrs
 from attrs import frozen
 
-__all__ = ["LoadReport", "PullReport", "PulledFile", "SourceReport", "format_bytes", "format_files"]
+__all__ = ["LoadReport", "PullReport", "PulledFile", "SourceReport", "format_bytes", "format_compared", "format_files"]
 
 
 @frozen
@@ -59,6 +59,9 @@ class LoadReport:
         content_version: The same for every load of the same content, on any machine; empty where the storage cannot
             tell it, as for local files. ``own_identity`` takes it.
         sources: Each worker that the load read from; empty for a checkpoint.
+        bytes_compared: Bytes that were compared with digests of pieces of the files, as a chunk manifest has them.
+        bytes_compared_by_server: Bytes that the server compared in place of this reader: they make up no whole pieces.
+        channel: The way of the bytes, where the storage has several, and why it is not a faster one; else empty.
     """
 
     uri: str
@@ -83,6 +86,9 @@ class LoadReport:
     peak_rss_bytes: int
     content_version: str = ""
     sources: Sequence[SourceReport] = ()
+    bytes_compared: int = 0
+    bytes_compared_by_server: int = 0
+    channel: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
@@ -95,6 +101,7 @@ class LoadReport:
             f"{format_bytes(self.bytes_needed)} needed, "
             f"{format_bytes(self.bytes_fetched)} fetched in {self.requests} reads, {self.seconds:.2f} s, "
             f"{format_bytes(self.goodput_bytes_per_second)}/s, {self.retries} retries"
+            f"{format_compared(self.bytes_compared, self.bytes_compared_by_server, before=', ')}"
         )
 
 
@@ -139,6 +146,9 @@ class PullReport:
         concurrency: Most reads in flight at once.
         verified_digests: Number of files whose bytes were compared with a published digest in this pull, by algorithm.
         file_list: Each file, sorted by name.
+        bytes_compared: As in ``LoadReport``.
+        bytes_compared_by_server: As in ``LoadReport``.
+        channel: As in ``LoadReport``.
     """
 
     uri: str
@@ -157,6 +167,9 @@ class PullReport:
     concurrency: int
     verified_digests: Mapping[str, int]
     file_list: Sequence[PulledFile]
+    bytes_compared: int = 0
+    bytes_compared_by_server: int = 0
+    channel: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data, for JSON."""
@@ -167,7 +180,21 @@ class PullReport:
             f"{self.files} files from {self.uri} in {self.directory}: {format_bytes(self.bytes_copied)} copied, "
             f"{format_bytes(self.bytes_resumed)} resumed, {format_bytes(self.bytes_skipped)} skipped, "
             f"{self.seconds:.2f} s, {format_bytes(self.bytes_per_second)}/s, {self.retries} retries"
+            f"{format_compared(self.bytes_compared, self.bytes_compared_by_server, before=', ')}"
         )
+
+
+def format_compared(here: int, by_server: int, *, before: str = "") -> str:
+    """What was compared with a chunk manifest, as text: ``"1.20 GB compared here, 3.00 MB by the server"``.
+
+    Args:
+        here: Bytes that the reader compared.
+        by_server: Bytes that the server compared for it.
+        before: Put before a text that is not empty.
+    """
+    parts = [f"{format_bytes(here)} compared here"] if here or by_server else []
+    parts += [f"{format_bytes(by_server)} by the server"] if by_server else []
+    return before * bool(parts) + ", ".join(parts)
 
 
 def format_files(count: int) -> str:

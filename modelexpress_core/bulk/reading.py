@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +13,15 @@ from typing import TYPE_CHECKING
 
 from attrs import field, frozen
 
+from modelexpress_core.bulk.output import CHECKSUM_BYTES, PIECE_BYTES
 from modelexpress_core.bulk.requests import Run, target_of
-from modelexpress_core.bulk.serving import CHECKSUM_BYTES, PIECE_BYTES
-from modelexpress_core.errors import AccessDeniedError, BackendError, IntegrityError, UnavailableError
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    BackendError,
+    IntegrityError,
+    StillArrivingError,
+    UnavailableError,
+)
 from modelexpress_core.messages import printable
 from modelexpress_core.storage.http.answers import Answer
 from modelexpress_core.storage.http.connections import ConnectionPool
@@ -53,13 +60,13 @@ class BulkRead:
     """A range of bytes, and where it goes.
 
     Attributes:
-        run: The range.
-        destination: One dimension of uint8, of the length of the range, on any device.
+        run: The range, or the pieces.
+        destination: One dimension of uint8, as long as all pieces together: a tensor on any device, or memory.
         landed: Called with the number of its first bytes that are in place, for destinations in host memory.
     """
 
     run: Run
-    destination: torch.Tensor = field(repr=False)
+    destination: torch.Tensor | memoryview = field(repr=False)
     landed: Callable[[int], None] | None = field(default=None, repr=False, eq=False)
 
 
@@ -74,6 +81,9 @@ class BulkReader:
         patience_seconds: How long a read waits for its next bytes.
         tls_context: Returns the context of each TLS connection; None for the authorities of this system.
         tls_name: The name that the certificate of the server has to have; None for that of the origin.
+
+    Attributes:
+        patience_seconds: As above; may be set while reads run.
     """
 
     def __init__(
@@ -88,7 +98,7 @@ class BulkReader:
         self._origin = offer.origin
         self._target = target_of(offer.content)
         self._headers = (("Authorization", f"Bearer {offer.ticket}"), ("Content-Type", "application/json"))
-        self._patience_seconds = patience_seconds
+        self.patience_seconds = patience_seconds
         self._changed = threading.Condition()
         self._writes = 0
         self._pool = ConnectionPool(
@@ -120,26 +130,28 @@ class BulkReader:
             The position of each range, in order, when all its bytes are in place.
 
         Raises:
+            StillArrivingError: The server itself does not have the first bytes yet.
             UnavailableError: The connection could not be made, or broke; what was not yielded can be read again.
             IntegrityError: Bytes do not have their checksum.
             BackendError: The server refuses the request.
         """
-        runs = [(each.run.name, each.run.offset, each.run.length) for each in reads]
+        runs = [each.run.on_wire for each in reads]
         body = json.dumps({"runs": runs, "checksums": checksums}, separators=(",", ":")).encode()
         length = ("Content-Length", str(len(body)))
         request = Request("POST", self._origin, self._target, (*self._headers, length), body)
-        expected = sum(_length_sent(each.run.length, checksums=checksums) for each in reads)
+        expected = sum(_length_sent(each.run.nbytes, checksums=checksums) for each in reads)
         try:
-            with self._pool.send(request, lambda: self._patience_seconds) as answer:
+            with self._pool.send(request, lambda: self.patience_seconds) as answer:
                 _check(answer, expected)
                 staging: Staging | None = None
                 for position, each in enumerate(reads):
                     with self._writing():
-                        if each.destination.device.type == "cpu":
+                        destination = each.destination
+                        if isinstance(destination, memoryview) or destination.device.type == "cpu":
                             _receive_in_place(answer, each, checksums=checksums)
                         else:
-                            staging = staging or _staging(each.destination.device)
-                            staging.copy_in(each.destination, lambda view: _receive(answer, view, checksums=checksums))
+                            staging = staging or _staging(destination.device)
+                            staging.copy_in(destination, lambda view: _receive(answer, view, checksums=checksums))
                     yield position
         except OSError as exc:
             where = self._origin.host_and_port
@@ -178,6 +190,15 @@ def _length_sent(length: int, *, checksums: bool) -> int:
 def _check(answer: Answer, expected: int) -> None:
     if answer.status != HTTPStatus.OK:
         said = printable(answer.read(_MAX_REASON_BYTES).decode("utf-8", "replace").strip())
+        later, present = answer.headers.get("retry-after", ""), answer.headers.get("mx-present-bytes", "")
+        if answer.status == HTTPStatus.SERVICE_UNAVAILABLE and re.fullmatch(r"[0-9]{1,3}", later):
+            raise StillArrivingError(
+                f"the bulk channel has no bytes to send yet: {said}",
+                present_bytes=int(present) if re.fullmatch(r"[0-9]{1,19}", present) else 0,
+                retry_after_seconds=float(later),
+                cause="the server is still downloading the model",
+                hint="read again when the download has advanced",
+            )
         cls = AccessDeniedError if answer.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN} else BackendError
         raise cls(
             f"the bulk channel answered HTTP {answer.status}: {said}",
@@ -193,15 +214,19 @@ def _check(answer: Answer, expected: int) -> None:
 
 
 def _receive_in_place(answer: Answer, read: BulkRead, *, checksums: bool) -> None:
-    from modelexpress_core.transport.tensor_bytes import host_memory
-
-    memory = host_memory(read.destination)
+    memory = read.destination if isinstance(read.destination, memoryview) else _memory_of(read.destination)
     step = PIECE_BYTES if checksums else _LANDING_BYTES
     for start in range(0, len(memory), step):
         piece = memory[start : start + step]
         _receive(answer, piece, checksums=checksums)
         if read.landed is not None:
             read.landed(start + len(piece))
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    from modelexpress_core.transport.tensor_bytes import host_memory
+
+    return host_memory(tensor)
 
 
 def _receive(answer: Answer, view: memoryview, *, checksums: bool) -> None:

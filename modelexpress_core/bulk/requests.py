@@ -1,7 +1,9 @@
 """Requests to a bulk server, read strictly and within bounds, and what they ask for.
 
 ``GET /<content>/<name>`` asks for the bytes of one name, or a range of them; ``POST /<content>`` for many ranges at
-once, as JSON: ``{"runs": [[name, offset, length], ...], "checksums": false}``.
+once, as JSON: ``{"runs": [[name, offset, length], ...], "checksums": false}``. A range may stand for many that are
+equally far apart, such as the columns of a matrix, which are sent one after another:
+``[name, offset, length, stride, count]``.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from modelexpress_core.storage.http.answers import read_headers, read_lines
 from modelexpress_core.storage.http.connections import Connection
 from modelexpress_core.storage.http.failures import BadAnswerError
 
-__all__ = ["MAX_RUNS", "BulkRequest", "RefusedError", "Run", "read_request", "target_of"]
+__all__ = ["MAX_PIECES", "MAX_RUNS", "BulkRequest", "RefusedError", "Run", "read_request", "target_of"]
 
 #: A request is complete in this time, or the connection is closed.
 _REQUEST_SECONDS = 10.0
@@ -30,32 +32,84 @@ _MAX_BODY_BYTES = 1 << 20
 #: Ranges that one request may ask for.
 MAX_RUNS = 4096
 
+#: Pieces of all ranges of one request: each may cost the server a system call.
+MAX_PIECES = 1 << 20
+
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]{0,8191}) HTTP/1\.1")
 _RANGE = re.compile(r"bytes=([0-9]{0,19})-([0-9]{0,19})")
 
 
 class RefusedError(Exception):
-    """A request is answered with ``status`` and ``reason``, and its connection is closed."""
+    """A request is answered with ``status`` and ``reason``, and its connection is closed.
 
-    def __init__(self, status: HTTPStatus, reason: str) -> None:
+    Args:
+        status: The status of the answer.
+        reason: What the answer says.
+        retry_after_seconds: When the same request may succeed; None if it will not.
+        headers: Further headers of the answer.
+    """
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        reason: str,
+        *,
+        retry_after_seconds: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(reason)
         self.status = status
         self.reason = reason
+        self.headers = dict(headers or {})
+        if retry_after_seconds is not None:
+            self.headers["Retry-After"] = str(retry_after_seconds)
 
 
 @frozen
 class Run:
-    """A range of bytes.
+    """A range of bytes, or pieces that are equally far apart, one after another.
 
     Attributes:
         name: Whose bytes.
         offset: The first one.
-        length: How many.
+        length: How many; of each piece, if there are several.
+        stride: From the start of a piece to the start of the next; at least ``length``.
+        count: How many pieces.
     """
 
     name: str
     offset: int
     length: int
+    stride: int = 0
+    count: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pieces."""
+        return self.length * self.count
+
+    @property
+    def end(self) -> int:
+        """Where the last piece ends."""
+        return self.offset + (self.count - 1) * self.stride + self.length
+
+    @property
+    def on_wire(self) -> tuple[str | int, ...]:
+        """As a request has it."""
+        whole = (self.name, self.offset, self.length)
+        return whole if self.count == 1 else (*whole, self.stride, self.count)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether its numbers make sense, for content of any size."""
+        numbers = (self.offset, self.length, self.stride, self.count)
+        return (
+            isinstance(self.name, str)
+            and all(type(each) is int for each in numbers)
+            and self.offset >= 0 < self.length
+            and self.count >= 1
+            and (self.count == 1 or self.stride >= self.length)
+        )
 
 
 @frozen
@@ -134,9 +188,10 @@ def _runs_of(body: bytes) -> tuple[Sequence[Run], bool]:
         asked: Any = json.loads(body)
         runs = tuple(Run(*each) for each in asked["runs"])
         checksums = asked.get("checksums", False)
-        right = isinstance(checksums, bool) and all(
-            isinstance(run.name, str) and type(run.offset) is type(run.length) is int and run.offset >= 0 < run.length
-            for run in runs
+        right = (
+            isinstance(checksums, bool)
+            and all(len(each) in {3, 5} for each in asked["runs"])
+            and all(run.is_valid for run in runs)
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         right = False
@@ -145,6 +200,8 @@ def _runs_of(body: bytes) -> tuple[Sequence[Run], bool]:
         raise RefusedError(HTTPStatus.BAD_REQUEST, reason)
     if len(runs) > MAX_RUNS:
         raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {MAX_RUNS} ranges")
+    if sum(run.count for run in runs) > MAX_PIECES:
+        raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {MAX_PIECES} pieces of ranges")
     return runs, checksums
 
 

@@ -1,4 +1,4 @@
-"""The server's end of the bulk channel: a thread for each connection, which sends memory as it is.
+"""The server's end of the bulk channel: a thread for each connection, which sends memory and files as they are.
 
 Without a valid ticket nothing is answered. All that strangers can use up is bounded: connections, time until a request
 is complete, size of a request.
@@ -7,17 +7,19 @@ is complete, size of a request.
 from __future__ import annotations
 
 import contextlib
+import enum
 import logging
 import select
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from modelexpress_core.bulk.requests import BulkRequest, RefusedError, Run, read_request
+from modelexpress_core.bulk.output import CHECKSUM_BYTES, PIECE_BYTES, Output
+from modelexpress_core.bulk.requests import MAX_RUNS, BulkRequest, RefusedError, Run, read_request
 from modelexpress_core.bulk.tickets import Ticket, Tickets
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.resources import start_thread
@@ -27,19 +29,13 @@ __all__ = ["CHECKSUM_BYTES", "PIECE_BYTES", "BulkServer", "BulkSource", "Content
 
 _log = logging.getLogger(__name__)
 
-#: Bytes that are sent at once. Before each piece the lease is looked at; each has a checksum, if there are any.
-PIECE_BYTES = 4 << 20
-
-CHECKSUM_BYTES = 8
-
 #: Connections in all, and those of them that have shown no ticket yet.
 _MAX_CONNECTIONS = 256
 _MAX_STRANGERS = 64
 
-#: How long the first request of a connection may take, a next one, and the sending of a piece.
+#: How long the first request of a connection may take, and a next one.
 _FIRST_REQUEST_SECONDS = 10.0
 _IDLE_SECONDS = 75.0
-_SEND_SECONDS = 60.0
 
 #: How long the rest of a request that was refused is read.
 _LINGER_SECONDS = 1.0
@@ -59,11 +55,12 @@ class Content(Protocol):
         """How many there are."""
         ...
 
-    def pieces(self, start: int, end: int) -> contextlib.AbstractContextManager[Iterator[memoryview]]:
-        """The bytes from ``start`` to ``end``, at most ``PIECE_BYTES`` at a time; a piece is valid until the next one.
+    def send(self, output: Output, run: Run) -> None:
+        """Give ``output`` the bytes of ``run``, which lies within these."""
+        ...
 
-        It holds resources until the end of the ``with`` block.
-        """
+    def close(self) -> None:
+        """Release what this holds, at the end of a request."""
         ...
 
 
@@ -75,7 +72,7 @@ class BulkSource(Protocol):
         ...
 
     def content(self, ticket: Ticket, name: str) -> Content | None:
-        """The bytes of ``name``; None if there is no such name, or the ticket does not include it."""
+        """The bytes of ``name``, for one request; None if there is no such name, or the ticket does not include it."""
         ...
 
     def count_sent(self, ticket: Ticket, nbytes: int) -> None:
@@ -92,6 +89,8 @@ class BulkServer:
         host: Address to listen on; empty for all addresses.
         port: Port to listen on; any free port if it is in use.
         tls: Returns the context of each TLS connection; None for plain text.
+        max_connections: How many there may be. The one that has been idle longest makes room for a new one.
+        max_names: How many names one request may ask for, each of which may be an open file.
 
     Attributes:
         port: The port it listens on.
@@ -109,13 +108,17 @@ class BulkServer:
         host: str = "",
         port: int = 0,
         tls: Callable[[], ssl.SSLContext] | None = None,
+        max_connections: int | None = None,
+        max_names: int = MAX_RUNS,
     ) -> None:
         self._source = source
         self._tickets = tickets
         self._tls = tls
+        self._max_connections = max_connections
+        self._max_names = max_names
         self._changed = threading.Condition()
-        #: Whether each open connection has shown a ticket, the oldest first.
-        self._connections: dict[Any, bool] = {}
+        #: The state of each open connection; of those in one state, the one first that has been in it longest.
+        self._connections: dict[Any, _State] = {}
         self._closed = False
         self._listening = _listen(host, port)
         self.port: int = self._listening.getsockname()[1]
@@ -169,7 +172,7 @@ class BulkServer:
             if not self._has_room():
                 sock.close()
                 return
-            self._connections[sock] = False
+            self._connections[sock] = _State.STRANGER
         try:
             thread = threading.Thread(target=self._serve, args=(sock,), name="mx-bulk-connection", daemon=True)
             start_thread(thread, "serve a reader")
@@ -178,16 +181,29 @@ class BulkServer:
             self._forget(sock)
 
     def _has_room(self) -> bool:
-        """Whether there is room for one more connection, for which the oldest stranger may have to go.
+        """Whether there is room for one more connection, for which the oldest stranger, or an idle one, may have to go.
 
         The lock is held; it is given up while a connection that was shut down ends.
         """
-        strangers = [sock for sock, known in self._connections.items() if not known]
-        if strangers and (len(self._connections) >= _MAX_CONNECTIONS or len(strangers) >= _MAX_STRANGERS):
-            _shut_down(strangers[0])
-            self._connections[strangers[0]] = True  # it ends by itself, and is not chosen again
-        self._changed.wait_for(lambda: self._closed or len(self._connections) < _MAX_CONNECTIONS, _ROOM_SECONDS)
-        return not self._closed and len(self._connections) < _MAX_CONNECTIONS
+        most = self._max_connections or _MAX_CONNECTIONS
+        strangers = [sock for sock, state in self._connections.items() if state is _State.STRANGER]
+        idle = (sock for sock, state in self._connections.items() if state is _State.IDLE)
+        leaving = None
+        if len(strangers) >= _MAX_STRANGERS or (strangers and len(self._connections) >= most):
+            leaving = strangers[0]
+        elif len(self._connections) >= most:
+            leaving = next(idle, None)
+        if leaving is not None:
+            _shut_down(leaving)
+            self._connections[leaving] = _State.LEAVING
+        self._changed.wait_for(lambda: self._closed or len(self._connections) < most, _ROOM_SECONDS)
+        return not self._closed and len(self._connections) < most
+
+    def _enter(self, sock: socket.socket, state: _State) -> None:
+        with self._changed:
+            if self._connections.pop(sock) is _State.LEAVING:
+                state = _State.LEAVING
+            self._connections[sock] = state
 
     def _forget(self, sock: socket.socket) -> None:
         with self._changed:
@@ -233,9 +249,9 @@ class BulkServer:
                 if request is None:
                     return
                 ticket = self._ticket_of(request, names)
-                with self._changed:
-                    self._connections[sock] = True
+                self._enter(sock, _State.BUSY)
                 self._answer(request, ticket, connection)
+                self._enter(sock, _State.IDLE)
             except RefusedError as exc:
                 _refuse(connection, exc)
                 return
@@ -256,55 +272,69 @@ class BulkServer:
         if request.headers.get("if-match", version) != version:
             raise RefusedError(HTTPStatus.PRECONDITION_FAILED, "it has another version")
         lines = [f"ETag: {version}", "Accept-Ranges: bytes", "Content-Type: application/octet-stream"]
-        if request.method == "POST":
-            runs, checksums = request.runs(connection)
-            parts = [(self._content(ticket, run), run.offset, run.offset + run.length) for run in runs]
-            length = sum(run.length + checksums * CHECKSUM_BYTES * -(-run.length // PIECE_BYTES) for run in runs)
-            status = HTTPStatus.OK
-        else:
-            content = self._content(ticket, Run(request.name, 0, 0))
-            start, end, partial = request.range_of(content.nbytes)
-            if partial:
-                lines.append(f"Content-Range: bytes {start}-{end - 1}/{content.nbytes}")
-            status = HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK
-            parts, checksums, length = [(content, start, end)], False, end - start
-        head = _head(status, [*lines, f"Content-Length: {length}"])
-        if request.method == "HEAD":
-            connection.send_all(head)
-        else:
-            self._send(connection, ticket, head, parts, checksums=checksums)
+        with contextlib.ExitStack() as opened:
+            contents = _Opened(self._source, ticket, opened, self._max_names)
+            if request.method == "POST":
+                runs, checksums = request.runs(connection)
+                parts = [(contents.of(run), run) for run in runs]
+                length = sum(run.nbytes + checksums * CHECKSUM_BYTES * -(-run.nbytes // PIECE_BYTES) for run in runs)
+                status = HTTPStatus.OK
+            else:
+                content = contents.of(Run(request.name, 0, 0))
+                start, end, partial = request.range_of(content.nbytes)
+                if partial:
+                    lines.append(f"Content-Range: bytes {start}-{end - 1}/{content.nbytes}")
+                status = HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK
+                parts, checksums, length = [(content, Run(request.name, start, end - start))], False, end - start
+            head = _head(status, [*lines, f"Content-Length: {length}"])
+            if request.method == "HEAD":
+                connection.send_all(head)
+                return
+            output = Output(
+                connection,
+                head,
+                checksums=checksums,
+                is_ended=lambda: self._closed or not self._source.holds(ticket),
+                count_sent=lambda nbytes: self._source.count_sent(ticket, nbytes),
+            )
+            for content, run in parts:
+                output.send(content, run)
+            output.finish()
 
-    def _content(self, ticket: Ticket, run: Run) -> Content:
-        content = self._source.content(ticket, run.name)
-        if content is None or run.offset + run.length > content.nbytes:
-            where = f" with bytes {run.offset} to {run.offset + run.length - 1}" if content else ""
+
+class _State(enum.Enum):
+    """What a connection does."""
+
+    STRANGER = enum.auto()  # it has shown no ticket yet
+    BUSY = enum.auto()  # a request of it is answered
+    IDLE = enum.auto()  # it may send a next request
+    LEAVING = enum.auto()  # it was shut down, and ends by itself
+
+
+class _Opened:
+    """The contents of one request, each opened once."""
+
+    def __init__(self, source: BulkSource, ticket: Ticket, opened: contextlib.ExitStack, max_names: int) -> None:
+        self._source = source
+        self._ticket = ticket
+        self._opened = opened
+        self._max_names = max_names
+        self._contents: dict[str, Content] = {}
+
+    def of(self, run: Run) -> Content:
+        """The content that ``run`` lies in."""
+        content = self._contents.get(run.name)
+        if content is None and len(self._contents) == self._max_names:
+            raise RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request has at most {self._max_names} names")
+        if content is None:
+            content = self._source.content(self._ticket, run.name)
+            if content is not None:
+                self._contents[run.name] = content
+                self._opened.callback(content.close)
+        if content is None or run.end > content.nbytes:
+            where = f" with bytes {run.offset} to {run.end - 1}" if content else ""
             raise RefusedError(HTTPStatus.NOT_FOUND, f"there is no {run.name[:200]!r}{where}")
         return content
-
-    def _send(
-        self,
-        connection: Connection,
-        ticket: Ticket,
-        head: bytes,
-        parts: Iterable[tuple[Content, int, int]],
-        *,
-        checksums: bool,
-    ) -> None:
-        """Send the head and all parts. The connection is closed amid them if the lease ends: the bytes may change."""
-        connection.wait_at_most(_SEND_SECONDS)
-        begun: Sequence[bytes] = [head]
-        for content, start, end in parts:
-            with content.pieces(start, end) as pieces:
-                for piece in pieces:
-                    if not self._source.holds(ticket):
-                        message = "the lease ended while its bytes were sent"
-                        raise ConnectionAbortedError(message)
-                    ending = [_checksum(piece)] if checksums else []
-                    connection.send_gathered([*begun, piece, *ending], _SEND_SECONDS)
-                    begun = []
-                    self._source.count_sent(ticket, len(piece))
-        for each in begun:
-            connection.send_all(each)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -334,12 +364,6 @@ def _names_of(sock: socket.socket) -> frozenset[str]:
     return frozenset([*(value for _, value in certificate.get("subjectAltName", ())), *common])
 
 
-def _checksum(piece: memoryview) -> bytes:
-    from awscrt import checksums
-
-    return int(checksums.crc64nvme(piece, 0)).to_bytes(CHECKSUM_BYTES, "big")
-
-
 def _head(status: HTTPStatus, lines: Iterable[str]) -> bytes:
     return "".join(f"{line}\r\n" for line in (f"HTTP/1.1 {status} {status.phrase}", *lines, "")).encode("latin-1")
 
@@ -349,6 +373,7 @@ def _refuse(connection: Connection, exc: RefusedError) -> None:
     lines = [f"Content-Length: {len(content)}", "Content-Type: text/plain; charset=utf-8", "Connection: close"]
     if exc.status is HTTPStatus.UNAUTHORIZED:
         lines.append("WWW-Authenticate: Bearer")
+    lines += [f"{name}: {value}" for name, value in exc.headers.items()]
     connection.wait_at_most(_FIRST_REQUEST_SECONDS)
     connection.send_all(_head(exc.status, lines) + content)
     # Closing a connection with bytes that nobody read resets it, and the client might not see the answer.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterator
 
 import torch
 
-from modelexpress_core.bulk.serving import PIECE_BYTES
+from modelexpress_core.bulk.output import PIECE_BYTES, Output
+from modelexpress_core.bulk.requests import Run
 from modelexpress_core.transport.staging import Staging
 from modelexpress_core.transport.tensor_bytes import host_memory
 
@@ -35,17 +35,26 @@ class TensorContent:
         """How many bytes there are."""
         return len(self._tensor)
 
-    @contextlib.contextmanager
-    def pieces(self, start: int, end: int) -> Iterator[Iterator[memoryview]]:
-        """The memory itself, or copies of that of a device."""
-        part = self._tensor[start:end]
-        if part.device.type == "cpu":
-            yield _cut(host_memory(part))
-            return
-        with _staging:
-            yield Staging(part.device, piece_bytes=PIECE_BYTES).copied_out(part)
+    def send(self, output: Output, run: Run) -> None:
+        """Send the memory itself, or copies of that of a device."""
+        for part in self._parts(run):
+            if part.device.type == "cpu":
+                output.write(host_memory(part))
+                continue
+            with _staging:
+                for piece in Staging(part.device, piece_bytes=PIECE_BYTES).copied_out(part):
+                    output.write(piece)
 
+    def _parts(self, run: Run) -> Iterator[torch.Tensor]:
+        """One tensor for a range; for many pieces, tensors in which they lie one after another."""
+        per_part = max(1, PIECE_BYTES // run.length) if run.count > 1 else 1
+        for first in range(0, run.count, per_part):
+            start, count = run.offset + first * run.stride, min(per_part, run.count - first)
+            if count == 1:
+                yield self._tensor[start : start + run.length]
+            else:
+                lying = self._tensor[start:].as_strided((count, run.length), (run.stride, 1))
+                yield lying.reshape(-1)
 
-def _cut(memory: memoryview) -> Iterator[memoryview]:
-    for start in range(0, len(memory), PIECE_BYTES):
-        yield memory[start : start + PIECE_BYTES]
+    def close(self) -> None:
+        """Do nothing: the tensor belongs to the source."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from modelexpress_core.immutable import unmodifiable
 from modelexpress_core.uri import ModelURI
@@ -31,6 +31,7 @@ class CheckpointFile:
         digests: Digests that the storage publishes, by algorithm, in hex.
         metadata: Free text of the writer, from the header.
         header: The bytes before those of the tensors, kept if there are digests to compare.
+        origin: As in ``ObjectInfo``.
     """
 
     path: str
@@ -41,6 +42,7 @@ class CheckpointFile:
     digests: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
     metadata: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
     header: bytes = field(default=b"", repr=False, eq=False)
+    origin: tuple[str, str] | None = None
 
 
 @define(frozen=True, slots=True, eq=False)
@@ -91,9 +93,12 @@ class Checkpoint:
     def content_version(self) -> str | None:
         """Differs for other content: a digest of the URIs, sizes and versions of all files; None if one has no version.
 
+        The query of the URI is not part of it: a branch and the commit that it points at have the same content.
         Whether it is the same on other machines depends on the storage: see ``StorageCapabilities.global_versions``.
         """
-        described = [[str(self.uri.with_path(file.path)), file.size, file.version] for file in self.files]
+        place = evolve(self.uri, query={})
+        named = ((file, file.origin or (str(place.with_path(file.path)), file.version)) for file in self.files)
+        described = [[uri, file.size, version] for file, (uri, version) in named]
         if any(file.version is None for file in self.files):
             return None
         text = json.dumps(sorted(described), separators=(",", ":"), ensure_ascii=False)

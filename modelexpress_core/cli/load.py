@@ -22,7 +22,7 @@ from modelexpress_core.errors import ModelExpressError, PlacementError
 from modelexpress_core.events import LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.report import LoadReport, format_bytes, format_files
+from modelexpress_core.report import LoadReport, format_bytes, format_compared, format_files
 
 if TYPE_CHECKING:
     import torch
@@ -174,6 +174,10 @@ def _print(report: LoadReport, digests: Path | None) -> None:
         "verified": ", ".join(f"{kind} of {format_files(count)}" for kind, count in report.verified.items() if count),
         "peak RSS": format_bytes(report.peak_rss_bytes),
     }
+    if compared := format_compared(report.bytes_compared, report.bytes_compared_by_server):
+        rows["chunks"] = compared
+    if report.channel:
+        rows["channel"] = report.channel
     if digests is not None:
         rows["digests"] = str(digests)
     for name, value in rows.items():

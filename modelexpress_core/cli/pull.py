@@ -15,7 +15,7 @@ from modelexpress_core.cli.output import JsonOption, console, print_json, progre
 from modelexpress_core.copying import PullProgress
 from modelexpress_core.copying import pull as pull_files
 from modelexpress_core.plugins import PluginManager
-from modelexpress_core.report import PullReport, format_bytes, format_files
+from modelexpress_core.report import PullReport, format_bytes, format_compared, format_files
 
 __all__ = ["pull"]
 
@@ -101,6 +101,8 @@ def _print(report: PullReport) -> None:
         "time": f"{report.seconds:.2f} s, {format_bytes(report.bytes_per_second)}/s",
         "concurrency": f"at most {report.concurrency} reads at once",
         "verified": ", ".join(["sizes", *digests]),
+        "chunks": format_compared(report.bytes_compared, report.bytes_compared_by_server),
+        "channel": report.channel,
     }
     for name, value in rows.items():
         if value:

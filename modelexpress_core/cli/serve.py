@@ -21,6 +21,7 @@ from modelexpress_core.messages import hide_credentials, printable, with_hint
 from modelexpress_core.plugins import CORE, METADATA_STORE, PluginManager
 from modelexpress_core.server.logs import announce, write_log
 from modelexpress_core.server.settings import (
+    CacheSettings,
     ConfigPath,
     LimitSettings,
     LogSettings,
@@ -43,6 +44,7 @@ _log = logging.getLogger(__name__)
 #: Settings class of each section of the configuration file; the empty name is its top.
 _SECTIONS = {
     "": ServerSettings,
+    "cache": CacheSettings,
     "limits": LimitSettings,
     "tls": TlsSettings,
     "auth": AuthSettings,
@@ -62,6 +64,10 @@ def serve(
     metadata: Annotated[
         str | None, typer.Option(help="Where metadata is kept: memory:// or redis://host:6379/0", metavar="URI")
     ] = None,
+    cache_dir: Annotated[
+        str | None,
+        typer.Option(help="Directory in which the server keeps models that it downloads.", metavar="DIR"),
+    ] = None,
     log_format: Annotated[
         str | None, typer.Option(help="text for people, json for programs; logs go to stderr.", metavar="FORMAT")
     ] = None,
@@ -76,7 +82,10 @@ def serve(
         ),
     ] = False,
 ) -> None:
-    """Run a server: workers publish the models that they hold, and others find them. Ends on SIGTERM or Ctrl-C."""
+    """Run a server: workers publish the models that they hold, and others find them; it also keeps models in a cache.
+
+    Ends on SIGTERM or Ctrl-C.
+    """
     overrides = {
         key: Override(value, f"--{key.replace('_', '-')}")
         for key, value in {
@@ -88,6 +97,8 @@ def serve(
         }.items()
         if value is not None
     }
+    if cache_dir is not None:
+        overrides["cache.directory"] = Override(cache_dir, "--cache-dir")
     if log_format is not None:
         overrides["log.format"] = Override(_known_format(log_format), "--log-format")
     root = context.find_root()
@@ -240,9 +251,18 @@ def _check_start(config: Config, plugins: PluginManager) -> None:
 
     async def check() -> None:
         _, store = plugins.open(METADATA_STORE, ModelURI.parse(settings.metadata), os.environ)
-        tls, auth, limits = config.get(TlsSettings), config.get(AuthSettings), config.get(LimitSettings)
+        server = Server(
+            settings,
+            store,
+            plugins,
+            tls=config.get(TlsSettings),
+            auth=config.get(AuthSettings),
+            limits=config.get(LimitSettings),
+            cache=config.get(CacheSettings),
+            environ=os.environ,
+        )
         try:
-            await Server(settings, store, plugins, tls=tls, auth=auth, limits=limits, environ=os.environ).check()
+            await server.check()
         except StoreUnavailableError as exc:
             _log.warning("the metadata store does not answer, so a server would answer calls with UNAVAILABLE: %s", exc)
 
@@ -263,11 +283,14 @@ def _serve(config: Config) -> int:
                 config.get(TlsSettings),
                 config.get(AuthSettings),
                 config.get(LimitSettings),
+                config.get(CacheSettings),
             )
         )
 
 
-async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, limits: LimitSettings) -> int:
+async def _run(
+    settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, limits: LimitSettings, cache: CacheSettings
+) -> int:
     try:
         from modelexpress_core.server.app import Server
         from modelexpress_core.server.files import raise_limit
@@ -279,7 +302,7 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, l
     uri = ModelURI.parse(settings.metadata)
     plugins = PluginManager.discover()
     _, store = plugins.open(METADATA_STORE, uri, os.environ)
-    server = Server(settings, store, plugins, tls=tls, auth=auth, limits=limits, environ=os.environ)
+    server = Server(settings, store, plugins, tls=tls, auth=auth, limits=limits, cache=cache, environ=os.environ)
     collect_seldom()
     async with server:
         grpc = host_and_port(settings.host, server.port)
@@ -294,6 +317,11 @@ async def _run(settings: ServerSettings, tls: TlsSettings, auth: AuthSettings, l
         )
         if warning := risk(settings.host, auth, tls):
             _log.warning("%s", warning)
+        if cache.directory is not None:
+            channel = f"sent as raw bytes on port {server.bulk_port}" if server.bulk_port else "sent over gRPC alone"
+            _log.info("models are kept in %s, and %s", cache.directory, channel)
+            if server.bulk_port not in {0, cache.bulk_port}:
+                _log.warning("port %d is in use: raw bytes have port %d", cache.bulk_port, server.bulk_port)
         _log.info("authentication: %s; TLS: %s", auth.mode, "no" if tls.certificate is None else "yes")
         number = await end
         announce("ending: calls in flight may end first")

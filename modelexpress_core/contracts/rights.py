@@ -9,15 +9,21 @@ from typing import Any
 
 from attrs import frozen
 
-__all__ = ["PUBLISH", "READ", "Rights", "Rule"]
+__all__ = ["DELETE", "ENSURE", "PUBLISH", "READ", "Rights", "Rule"]
 
 #: To publish records of a model.
 PUBLISH = "publish"
 
-#: To find workers that hold a model, and to read it from them.
+#: To find workers that hold a model, and to read it from them or from the server's cache.
 READ = "read"
 
-_KNOWN = (PUBLISH, READ)
+#: To have the server download a model into its cache, with the server's own credentials.
+ENSURE = "ensure"
+
+#: To remove a model from the server's cache, where the server allows that at all.
+DELETE = "delete"
+
+_KNOWN = (PUBLISH, READ, ENSURE, DELETE)
 
 _KEYS = ("names", "models", "allow")
 
@@ -32,7 +38,7 @@ class Rule:
     Attributes:
         names: Patterns of callers' names.
         models: Patterns of models' names; upper and lower case are the same, as in source ids.
-        allow: Rights that these callers have for these models: ``"publish"``, ``"read"``.
+        allow: Rights that these callers have for these models: ``"publish"``, ``"read"``, ``"ensure"``, ``"delete"``.
     """
 
     names: tuple[str, ...]

@@ -14,6 +14,8 @@ from modelexpress_core.immutable import unmodifiable
 
 __all__ = [
     "BatchStorage",
+    "Compared",
+    "ComparingStorage",
     "Completion",
     "DiagnosableStorage",
     "Endpoint",
@@ -21,6 +23,7 @@ __all__ = [
     "PatientStorage",
     "ReadRequest",
     "RecheckingStorage",
+    "RestrictedStorage",
     "RunStorage",
     "Storage",
 ]
@@ -37,16 +40,19 @@ class ObjectInfo:
             versions.
         digests: Digests of the whole object that the storage publishes, by algorithm
             (``"crc32"``, ``"crc32c"``, ``"crc64nvme"``, ``"md5"``, ``"sha1"``, ``"sha256"``), in lower-case hex.
+        origin: For a copy: the URI of the original, without a query, and its version there. A model has the same
+            content version wherever it is loaded from, if a storage that copies says so. It vouches for the copy.
     """
 
     path: str
     size: int = field(validator=attrs.validators.ge(0))
     version: str | None = None
     digests: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
+    origin: tuple[str, str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A read-only mapping cannot be pickled or copied as it is.
-        return ObjectInfo, (self.path, self.size, self.version, dict(self.digests))
+        return ObjectInfo, (self.path, self.size, self.version, dict(self.digests), self.origin)
 
 
 @runtime_checkable
@@ -214,6 +220,53 @@ class RecheckingStorage(Storage, Protocol):
 
         Raises:
             SourceChangedError: It has another version.
+            BackendError: Any other failure.
+        """
+        ...
+
+
+@frozen
+class Compared:
+    """What a storage has compared so far.
+
+    Attributes:
+        here_bytes: Bytes that it compared itself with digests of pieces of the files.
+        by_server_bytes: Bytes that the server compared for it, since they make up no whole pieces.
+        channel: The way of the bytes, where there are several, and why it is not a faster one; else empty.
+    """
+
+    here_bytes: int = 0
+    by_server_bytes: int = 0
+    channel: str = ""
+
+
+class ComparingStorage(Storage, Protocol):
+    """A storage that compares what it reads with digests of pieces of the files, so that any part can be compared.
+
+    Declared with the capability ``compares``, and together with ``recheck``: bytes that were not compared as they came
+    are compared in ``check_unchanged`` at the latest, which raises IntegrityError if they differ.
+    """
+
+    def compared(self) -> Compared:
+        """What was compared so far. May be called after ``close``."""
+        ...
+
+
+class RestrictedStorage(Storage, Protocol):
+    """A storage that tells whether a place is for some readers alone, as gated and private repositories are.
+
+    Declared with the capability ``restriction``. A server with a model cache reads such a place with credentials of its
+    own, and then gives it to those of its callers alone for whom a rule exists.
+    """
+
+    def is_restricted(self, path: str) -> bool:
+        """Whether some readers may not read what is at ``path``; also where that is unknown.
+
+        Args:
+            path: Path of a directory or an object.
+
+        Raises:
+            NotFoundError: There is no such place.
             BackendError: Any other failure.
         """
         ...

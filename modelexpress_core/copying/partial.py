@@ -96,6 +96,11 @@ class Spans:
         """Bytes that are present."""
         return sum(self._ends) - sum(self._starts)
 
+    def covers(self, start: int, end: int) -> bool:
+        """Whether all bytes from ``start`` to ``end`` are present."""
+        at = bisect_left(self._ends, end)
+        return start >= end or (at < len(self._starts) and self._starts[at] <= start)
+
     def missing(self, size: int, most: int) -> Iterator[tuple[int, int]]:
         """Offset and length of the missing ones of ``size`` bytes, in pieces of at most ``most``."""
         position = 0
@@ -143,6 +148,11 @@ class Partial:
     def complete(self) -> bool:
         """Whether all bytes were written."""
         return self.present_bytes == self.identity.size
+
+    def covers(self, start: int, end: int) -> bool:
+        """Whether all bytes from ``start`` to ``end`` were written."""
+        with self._lock:
+            return self._spans.covers(start, end)
 
     def missing(self, most: int) -> list[tuple[int, int]]:
         """Offset and length of the missing bytes, in pieces of at most ``most``."""

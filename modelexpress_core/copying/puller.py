@@ -20,16 +20,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import cast
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from modelexpress_core.checkpoint import CheckpointFile
 from modelexpress_core.contracts.candidates import Candidate
-from modelexpress_core.contracts.storage import ObjectInfo
+from modelexpress_core.contracts.storage import Compared, ComparingStorage, ObjectInfo
 from modelexpress_core.copying.hidden_directory import HiddenDirectory, regular_size
 from modelexpress_core.copying.local import Disk, digest_of, fsync_directory, local_errors
 from modelexpress_core.copying.partial import Identity, Partial
-from modelexpress_core.copying.selection import select, with_stat
+from modelexpress_core.copying.selection import WEIGHT_SUFFIXES, Selection, select, with_stat
 from modelexpress_core.errors import IntegrityError, ModelExpressError
 from modelexpress_core.fetch import FetchEngine, ProgressReporter, Range, RetryingStorage, RetryPolicy, Segment, Ticket
 from modelexpress_core.fetch.digests import best_digest
@@ -42,7 +43,7 @@ from modelexpress_core.report import PulledFile, PullReport
 from modelexpress_core.resources import starting_threads
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["FileProgress", "PullProgress", "pull"]
+__all__ = ["FileProgress", "Pull", "PullProgress", "pull"]
 
 #: Begins a URI, perhaps with a slash that is missing.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -128,7 +129,8 @@ def pull(
     target = os.path.abspath(os.path.expanduser(text))
 
     def attempt(candidate: Candidate) -> PullReport:
-        return _Pull(loader, candidate.uri, target, weights=weights, on_progress=on_progress, disk=disk).run()
+        with Pull(loader, candidate.uri, target, weights=weights, on_progress=on_progress, disk=disk) as pull:
+            return pull.run()
 
     return loader.first(loader.request(uri), attempt)
 
@@ -144,21 +146,43 @@ class _Copy:
         self.resumed_bytes = unfinished.present_bytes
         self.wrong_digest = ""
 
-    def ranges(self, most: int) -> list[Range]:
-        """Reads of the missing bytes, of at most ``most`` each."""
+    def ranges(self, most: int, on_written: Callable[[], None]) -> list[Range]:
+        """Reads of the missing bytes, of at most ``most`` each; ``on_written`` is called after each."""
+
+        def write(data: memoryview, offset: int) -> None:
+            self.partial.write(data, offset)
+            on_written()
+
         # The digest is computed from the file on disk, which earlier pulls may have begun, not by the engine.
         file = CheckpointFile(self.info.path, self.name, self.info.size, self.info.version, 0)
         self.ticket = Ticket()
         ranges = []
         for offset, length in self.partial.missing(most):
-            write = partial(self.partial.write, offset=offset)
-            segment = Segment(offset, length, self.ticket, consume=write)
+            segment = Segment(offset, length, self.ticket, consume=partial(write, offset=offset))
             ranges.append(Range(file, offset, length, [segment]))
         return ranges
 
 
-class _Pull:
-    """One attempt to pull from one candidate."""
+class Pull:
+    """One attempt to pull from one place, in a ``with`` block.
+
+    Its files can be read while they arrive: ``open_file`` and ``has`` may be called in other threads.
+
+    Args:
+        loader: Settings and plugins.
+        uri: A directory, or one file.
+        directory: The target, as an absolute path.
+        weights: Whether files of weights are copied.
+        on_progress: As for ``pull``.
+        on_written: Called after each write, and when files are in place or the pull ends.
+        on_file: Called with the name of each file, in any thread, before it is in place, and with its path.
+        disk: The disk.
+
+    Attributes:
+        selection: What is copied, once ``select`` has returned.
+    """
+
+    selection: Selection
 
     def __init__(
         self,
@@ -166,9 +190,11 @@ class _Pull:
         uri: ModelURI,
         directory: str,
         *,
-        weights: bool,
-        on_progress: Callable[[PullProgress], None] | None,
-        disk: Disk | None,
+        weights: bool = True,
+        on_progress: Callable[[PullProgress], None] | None = None,
+        on_written: Callable[[], None] = lambda: None,
+        on_file: Callable[[str, str], None] = lambda _name, _path: None,
+        disk: Disk | None = None,
     ) -> None:
         self._disk = disk or Disk()
         self._loader = loader
@@ -176,6 +202,8 @@ class _Pull:
         self._directory = directory
         self._weights = weights
         self._on_progress = on_progress
+        self._on_written = on_written
+        self._on_file = on_file
         self._begun = time.monotonic()
         self._verify = loader.settings.verify_digests
         self._hidden = HiddenDirectory(directory, disk=self._disk)
@@ -187,31 +215,141 @@ class _Pull:
         self._in_place: dict[str, PulledFile] = {}
         self._resumed_bytes = 0
         self._verified: Counter[str] = Counter()
+        self._begun_again: Counter[str] = Counter()
+        self._opened = contextlib.ExitStack()
+
+    def __enter__(self) -> Pull:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the storage."""
+        self._opened.close()
+
+    def into(self, directory: str, *, on_written: Callable[[], None], on_file: Callable[[str, str], None]) -> Pull:
+        """This pull, into another directory and with other functions; for callers that select first."""
+        self._directory = directory
+        self._hidden = HiddenDirectory(directory, disk=self._disk)
+        self._on_written = on_written
+        self._on_file = on_file
+        return self
+
+    def like(self, loader: Loader, uri: ModelURI) -> Pull:
+        """A pull from another place, into the same directory and with the same functions."""
+        return Pull(
+            loader,
+            uri,
+            self._directory,
+            weights=self._weights,
+            on_progress=self._on_progress,
+            on_written=self._on_written,
+            on_file=self._on_file,
+            disk=self._disk,
+        )
+
+    def select(self) -> Selection:
+        """Open the storage, and list what is copied. Nothing is written yet.
+
+        Raises:
+            ResolveError, BackendError, CheckpointError: As ``pull``.
+        """
+        self._registered, self._storage = self._loader.plugins.open(STORAGE, self._uri, self._loader.environ)
+        self._opened.callback(self._storage.close)
+        self._budget = self._loader.new_budget()
+        self._retrying = RetryingStorage(
+            self._storage,
+            RetryPolicy.from_settings(self._loader.settings),
+            self._budget,
+            uri_of=redacted_uris(self._uri),
+        )
+        name = self._registered.provider.name
+        self.selection = select(self._retrying, self._uri, weights=self._weights, provider=name)
+        return self.selection
+
+    def is_restricted(self) -> bool:
+        """Whether some readers may not read what was selected, as far as its storage tells.
+
+        Raises:
+            BackendError: The storage failed.
+        """
+        if not self._registered.provider.capabilities.restriction:
+            return False
+        return self._retrying.is_restricted(self._uri.path)
+
+    def leave_out_weights(self) -> None:
+        """Copy no files of weights, of those that were selected."""
+        files = self.selection.files
+        light = tuple(each for each in files if not each[0].lower().endswith(WEIGHT_SUFFIXES))
+        weights = self.selection.weights + len(files) - len(light)
+        self.selection = evolve(self.selection, files=light, weights=weights)
+        self._weights = False
 
     def run(self) -> PullReport:
-        registered, storage = self._loader.plugins.open(STORAGE, self._uri, self._loader.environ)
-        with contextlib.closing(storage):
-            settings = self._loader.settings
-            budget = self._loader.new_budget()
-            uri_of = redacted_uris(self._uri)
-            retrying = RetryingStorage(storage, RetryPolicy.from_settings(settings), budget, uri_of=uri_of)
-            provider = registered.provider
-            self._selection = select(retrying, self._uri, weights=self._weights, provider=provider.name)
-            self._check_directory()
-            with self._hidden:
-                copies = self._compare(retrying, registered)
-                engine = FetchEngine(
-                    storage,
-                    settings,
-                    provider.capabilities,
-                    on_arrival=self._progress.arrived,
-                    budget=budget,
-                    uri_of=uri_of,
-                )
-                self._engine = engine
-                self._fetch(copies, engine)
-                self._complete_directory()
-                return self._report(registered, engine)
+        """Copy what was selected; select first, where that was not done."""
+        if not hasattr(self, "selection"):
+            self.select()
+        self._check_directory()
+        with self._hidden:
+            copies = self._compare(self._retrying, self._registered)
+            engine = FetchEngine(
+                self._storage,
+                self._loader.settings,
+                self._registered.provider.capabilities,
+                on_arrival=self._progress.arrived,
+                budget=self._budget,
+                uri_of=redacted_uris(self._uri),
+            )
+            self._engine = engine
+            self._fetch(copies, engine)
+            self._complete_directory()
+            compares = self._registered.provider.capabilities.compares
+            compared = cast("ComparingStorage", self._storage).compared() if compares else Compared()
+            return self._report(self._registered, engine, compared)
+
+    def abort(self, exc: BaseException) -> None:
+        """End ``run`` in another thread, which raises ``exc``."""
+        self._cancelled.set()
+        engine = self._engine
+        if engine is not None:
+            engine.abort(exc)
+
+    # -- reading what arrives -----------------------------------------------------------------------------------------
+
+    def open_file(self, name: str) -> int | None:
+        """A descriptor of a file, for reading; its missing bytes are holes. None if it has not begun yet.
+
+        The descriptor stays that of the file when the file is put in place.
+        """
+        with self._lock:
+            copy = self._unfinished.get(name)
+        if copy is not None:
+            try:
+                return copy.partial.open()
+            except FileNotFoundError:  # it was put in place just now, or it begins again
+                pass
+        return self._hidden.open_in_place(name) if name in self._in_place else None
+
+    def times_begun_again(self, name: str) -> int:
+        """How often a file was discarded and begun again, since its digest was wrong."""
+        return self._begun_again[name]
+
+    def has(self, name: str, start: int, end: int) -> bool:
+        """Whether the bytes of a file from ``start`` to ``end`` are there."""
+        with self._lock:
+            if name in self._in_place:
+                return True
+            copy = self._unfinished.get(name)
+        return copy is not None and copy.partial.covers(start, end)
+
+    @property
+    def present_bytes(self) -> int:
+        """Bytes of all files that are there."""
+        with self._lock:
+            in_place = sum(file.size for file in self._in_place.values())
+            unfinished = list(self._unfinished.values())
+        return in_place + sum(copy.partial.present_bytes for copy in unfinished)
 
     # -- before anything is written -----------------------------------------------------------------------------------
 
@@ -219,7 +357,7 @@ class _Pull:
         """Raise if a file cannot be put in place, for a reason that is known before the fetch."""
         self._check_apart()
         devices = {self._directory: self._device(self._directory)}
-        for name, _ in self._selection.files:
+        for name, _ in self.selection.files:
             target = self._hidden.target(name)
             with local_errors(target, "write"):
                 if os.path.isdir(target):
@@ -236,9 +374,9 @@ class _Pull:
     def _check_apart(self) -> None:
         if self._uri.scheme != "file":
             return
-        source = os.path.realpath(self._uri.path if self._selection.directory else os.path.dirname(self._uri.path))
+        source = os.path.realpath(self._uri.path if self.selection.directory else os.path.dirname(self._uri.path))
         target = os.path.realpath(self._directory)
-        inside = self._selection.directory and os.path.commonpath([source, target]) == source
+        inside = self.selection.directory and os.path.commonpath([source, target]) == source
         if inside or source == target:
             message = f"{self._directory} is, or is in, the directory to copy: {source}"
             raise ModelExpressError(message, hint="pull into another directory")
@@ -272,7 +410,7 @@ class _Pull:
     def _compare(self, storage: RetryingStorage, registered: Registered[StorageProvider]) -> list[_Copy]:
         """Skip files that are in place; returns those to fetch, with space for all of them."""
         root = str(self._uri)
-        listed = dict(self._selection.files)
+        listed = dict(self.selection.files)
         wanted = {name: Identity(root, name, info.version, info.size) for name, info in listed.items()}
         for identity in wanted.values():
             entry = self._hidden.unchanged(identity)
@@ -283,7 +421,7 @@ class _Pull:
             changed = with_stat(storage, changed)
             wanted |= {name: Identity(root, name, info.version, info.size) for name, info in changed.items()}
         self._skip_equal(wanted, changed)
-        everything = self._weights and self._selection.directory
+        everything = self._weights and self.selection.directory
         missing = [identity for name, identity in wanted.items() if name not in self._in_place]
         self._hidden.discard_superseded(wanted, missing, root=root, everything=everything)
         copies = [_Copy(changed[identity.name], self._hidden.partial(identity)) for identity in missing]
@@ -299,6 +437,7 @@ class _Pull:
         return copies
 
     def _skip(self, identity: Identity, digest: tuple[str, str] | None) -> None:
+        self._on_file(identity.name, self._hidden.target(identity.name))
         file = PulledFile(identity.name, identity.size, identity.version, "skipped", digest)
         with self._lock:
             self._in_place[identity.name] = file
@@ -350,12 +489,15 @@ class _Pull:
     # -- fetching -----------------------------------------------------------------------------------------------------
 
     def _fetch(self, copies: list[_Copy], engine: FetchEngine) -> None:
-        self._unfinished = {copy.name: copy for copy in copies}
+        with self._lock:
+            self._unfinished = {copy.name: copy for copy in copies}
+        self._on_written()
         try:
             with self._finishers() as pool:
                 wrong = self._fetch_once(copies, engine, pool)
                 for copy in wrong:
                     copy.resumed_bytes = 0
+                    self._begun_again[copy.name] += 1
                     copy.partial.restart()
                 self._refuse(self._fetch_once(wrong, engine, pool))
             engine.finish()
@@ -370,7 +512,7 @@ class _Pull:
 
     def _fetch_once(self, copies: Sequence[_Copy], engine: FetchEngine, pool: ThreadPoolExecutor) -> list[_Copy]:
         """Fetch the missing bytes of ``copies`` and put them in place; returns those with a wrong digest."""
-        ranges = {copy.name: copy.ranges(engine.chunk_bytes) for copy in copies}
+        ranges = {copy.name: copy.ranges(engine.chunk_bytes, self._on_written) for copy in copies}
         engine.submit([[range_] for of_file in ranges.values() for range_ in of_file])
         finished: list[tuple[_Copy, Future[bool]]] = []
         for copy in copies:
@@ -406,6 +548,7 @@ class _Pull:
             if actual != published[1]:
                 copy.wrong_digest = f"{published[0]} {actual}, not {published[1]}"
                 return False
+        self._on_file(copy.name, unfinished.path)
         self._hidden.publish(unfinished, published)
         file = PulledFile(
             copy.name, copy.info.size, copy.info.version, "resumed" if copy.resumed_bytes else "copied", published
@@ -417,6 +560,7 @@ class _Pull:
             self._resumed_bytes += copy.resumed_bytes
             del self._unfinished[copy.name]
         self._progress.arrived()
+        self._on_written()
         return True
 
     def _refuse(self, wrong: Sequence[_Copy]) -> None:
@@ -456,7 +600,7 @@ class _Pull:
             in_place = list(self._in_place.values())
             unfinished = list(self._unfinished.values())
         begun = [(copy, count) for copy in unfinished if (count := copy.partial.present_bytes)]
-        files = self._selection.files
+        files = self.selection.files
         self._on_progress(
             PullProgress(
                 bytes_done=sum(file.size for file in in_place) + sum(count for _, count in begun),
@@ -468,10 +612,10 @@ class _Pull:
             )
         )
 
-    def _report(self, registered: Registered[StorageProvider], engine: FetchEngine) -> PullReport:
+    def _report(self, registered: Registered[StorageProvider], engine: FetchEngine, compared: Compared) -> PullReport:
         seconds = time.monotonic() - self._begun
         ledger = engine.ledger
-        files = [self._in_place[name] for name, _ in self._selection.files]
+        files = [self._in_place[name] for name, _ in self.selection.files]
         return PullReport(
             uri=str(self._uri),
             directory=self._directory,
@@ -481,7 +625,7 @@ class _Pull:
             bytes_copied=ledger.arrived_bytes,
             bytes_skipped=sum(file.size for file in files if file.status == "skipped"),
             bytes_resumed=self._resumed_bytes,
-            left_out={"hidden": self._selection.hidden, "weights": self._selection.weights},
+            left_out={"hidden": self.selection.hidden, "weights": self.selection.weights},
             seconds=seconds,
             bytes_per_second=ledger.arrived_bytes / seconds,
             requests=ledger.requests,
@@ -489,4 +633,7 @@ class _Pull:
             concurrency=ledger.most_in_flight,
             verified_digests=dict(self._verified),
             file_list=tuple(files),
+            bytes_compared=compared.here_bytes,
+            bytes_compared_by_server=compared.by_server_bytes,
+            channel=compared.channel,
         )

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping
 
 from modelexpress_core.doctor.examination import Examination
-from modelexpress_core.doctor.peer import PeerExamination
 from modelexpress_core.doctor.step import Step
 from modelexpress_core.doctor.storage import StorageExamination
 from modelexpress_core.errors import ModelExpressError
@@ -43,8 +42,13 @@ def diagnose(
     """
     with contextlib.suppress(ModelExpressError):  # the step of the plugin reports it
         plugins = plugins or plugins_for(environ)
-    kind = PeerExamination if plugins and _names_worker(uri, plugins) else StorageExamination
-    examination: Examination = kind(uri, environ, plugins, timeout_seconds)
+    examination: Examination
+    if plugins and _names_worker(uri, plugins):
+        from modelexpress_core.doctor.peer import PeerExamination  # needs gRPC, which storages do without
+
+        examination = PeerExamination(uri, environ, plugins, timeout_seconds)
+    else:
+        examination = StorageExamination(uri, environ, plugins, timeout_seconds)
     with contextlib.closing(examination):
         yield from examination.steps()
 

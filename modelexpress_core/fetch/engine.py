@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from modelexpress_core.contracts.storage import PatientStorage, ReadRequest, RecheckingStorage, Storage
-from modelexpress_core.errors import BackendError, DeadlineError, ResourceError, ThrottledError
+from modelexpress_core.errors import BackendError, DeadlineError, ResourceError, StillArrivingError, ThrottledError
 from modelexpress_core.fetch.concurrency import ConcurrencyLimit, concurrency_for
 from modelexpress_core.fetch.integrity import Integrity
 from modelexpress_core.fetch.ledger import Ledger
@@ -106,7 +106,9 @@ class FetchEngine:
             uri_of=uri_of,
         )
         self._uri_of = uri_of
-        self._integrity = Integrity(enabled=settings.verify_digests, uri_of=uri_of)
+        # A storage that compares chunks needs no digests of whole files besides.
+        compare_files = settings.verify_digests and not capabilities.compares
+        self._integrity = Integrity(enabled=compare_files, uri_of=uri_of)
         self._stall_seconds = settings.stall_seconds
         self._patience = Patience(settings.stall_seconds)
         if capabilities.patience:
@@ -224,6 +226,11 @@ class FetchEngine:
                 )
 
     def _failed_once(self, error: BackendError) -> None:
+        if isinstance(error, StillArrivingError):
+            thread = threading.get_ident()
+            if thread in self._running:  # it is not hung: its bytes are on their way to the server
+                self._running[thread] = (time.monotonic(), *self._running[thread][1:])
+            return
         throttled = isinstance(error, ThrottledError)
         self.usage.add(failures=1, throttled=throttled)
         if throttled:

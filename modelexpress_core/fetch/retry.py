@@ -14,15 +14,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import cast
+from typing import TypeVar, cast
 
 from attrs import frozen
 
-from modelexpress_core.contracts.storage import BatchStorage, Completion, ObjectInfo, ReadRequest, RunStorage, Storage
+from modelexpress_core.contracts.storage import (
+    BatchStorage,
+    Completion,
+    ObjectInfo,
+    ReadRequest,
+    RestrictedStorage,
+    RunStorage,
+    Storage,
+)
 from modelexpress_core.errors import (
     BackendError,
     ModelExpressError,
     SourceChangedError,
+    StillArrivingError,
     ThrottledError,
     UnavailableError,
 )
@@ -30,6 +39,8 @@ from modelexpress_core.messages import byte_range
 from modelexpress_core.settings import LoadSettings
 
 __all__ = ["LoadCancelledError", "RetryBudget", "RetryPolicy", "RetryingStorage"]
+
+_R = TypeVar("_R")
 
 #: Bounds of one listing, which is kept in memory: a model has a few thousand objects at most, with names of a hundred
 #: bytes. The largest repositories of data have 100,000.
@@ -39,6 +50,13 @@ _MAX_LISTED_NAME_BYTES = 64 << 20
 #: Objects that one listing may repeat. No storage repeats any, but one that changes meanwhile might.
 _MAX_LISTED_AGAIN = 1000
 
+
+#: How long a reader waits for bytes that are still arriving at their server, while no more of them arrive: this many
+#: times MX_STALL_SECONDS.
+_ARRIVAL_STALL_FACTOR = 10
+
+#: Time between two requests for bytes that are still arriving, unless the server asks for another.
+_ARRIVAL_POLL_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -55,16 +73,18 @@ class RetryPolicy:
         attempts: Attempts of one read without a byte of progress.
         base_seconds: Bound of the first wait.
         cap_seconds: Upper bound of each wait, unless the other side asks for more.
+        arrival_seconds: How long to wait for bytes that are still arriving at their server, while no more of them do.
     """
 
     attempts: int = 8
     base_seconds: float = 0.1
     cap_seconds: float = 10.0
+    arrival_seconds: float = 300.0
 
     @classmethod
     def from_settings(cls, settings: LoadSettings) -> RetryPolicy:
         """The policy that the user set."""
-        return cls(attempts=settings.retry_attempts)
+        return cls(attempts=settings.retry_attempts, arrival_seconds=_ARRIVAL_STALL_FACTOR * settings.stall_seconds)
 
     def delay(self, failures: int, asked: float | None, uniform: Callable[[float, float], float]) -> float:
         """Seconds to wait after ``failures`` failures in a row; ``asked``: seconds that the other side asked for."""
@@ -87,6 +107,28 @@ class RetryBudget:
                 return False
             self._left -= seconds
             return True
+
+
+class _Arrival:
+    """Whether bytes of a model still arrive at their server. Thread-safe.
+
+    Args:
+        seconds: How long none may arrive.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._present_bytes = -1
+        self._since = 0.0  # when this number was first seen, by the monotonic clock
+
+    def goes_on(self, present_bytes: int) -> bool:
+        """Note how many have arrived; False if it has been this number for too long."""
+        now = time.monotonic()
+        with self._lock:
+            if present_bytes != self._present_bytes:
+                self._present_bytes, self._since = present_bytes, now
+            return now - self._since < self._seconds
 
 
 def _untranslated(exc: Exception, path: str) -> BackendError:
@@ -140,6 +182,7 @@ class RetryingStorage:
         self._uri_of = uri_of
         self._storage = storage
         self._policy = policy
+        self._arrival = _Arrival(policy.arrival_seconds)
         self._budget = budget
         self._cancelled = cancelled or threading.Event()
         self._on_retry = on_retry
@@ -197,13 +240,21 @@ class RetryingStorage:
 
     def stat(self, path: str) -> ObjectInfo:
         """As the storage's."""
+        return self._asked(path, lambda: self._storage.stat(path))
+
+    def is_restricted(self, path: str) -> bool:
+        """As the storage's; for storages that have it."""
+        storage = cast("RestrictedStorage", self._storage)
+        return self._asked(path, lambda: storage.is_restricted(path))
+
+    def _asked(self, path: str, ask: Callable[[], _R]) -> _R:
         failures = 0
         while True:
             if failures:
                 self._on_retry()
             try:
                 with _translated_errors(path):
-                    return self._storage.stat(path)
+                    return ask()
             except BackendError as exc:
                 failures += 1
                 self._wait(exc, failures)
@@ -319,8 +370,7 @@ class RetryingStorage:
             try:
                 done += read(done)
             except BackendError as exc:
-                failures += 1
-                self._wait(exc, failures)
+                failures = self._wait(exc, failures + 1)
             except (ModelExpressError, MemoryError):
                 raise
             except Exception as exc:  # noqa: BLE001 - becomes our own error
@@ -362,10 +412,15 @@ class RetryingStorage:
             )
         return UnavailableError("the stream ended before its first byte", uri=self._uri_of(path), operation=operation)
 
-    def _wait(self, exc: BackendError, failures: int) -> None:
-        """Wait before the next attempt, or raise ``exc`` if there is none."""
+    def _wait(self, exc: BackendError, failures: int) -> int:
+        """Wait before the next attempt, or raise ``exc`` if there is none; returns the failures so far."""
         exc.attempts = failures
         self._on_failure(exc)
+        if isinstance(exc, StillArrivingError) and self._arrival.goes_on(exc.present_bytes):
+            _log.debug("waiting for bytes that are still arriving: %s", exc.headline)
+            if self._cancelled.wait(exc.retry_after_seconds or _ARRIVAL_POLL_SECONDS):
+                raise LoadCancelledError("the load was cancelled") from exc
+            return failures - 1  # it is no failure
         if not exc.retryable or failures >= self._policy.attempts:
             raise exc
         delay = self._policy.delay(failures, exc.retry_after_seconds, self._uniform)
@@ -375,3 +430,4 @@ class RetryingStorage:
         _log.debug("retrying in %.2f s: %s", delay, exc.headline)
         if self._cancelled.wait(delay):
             raise LoadCancelledError("the load was cancelled") from exc
+        return failures

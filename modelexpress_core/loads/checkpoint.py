@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from attrs import frozen
 
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.contracts.candidates import Candidate
-from modelexpress_core.contracts.storage import Storage
+from modelexpress_core.contracts.storage import Compared, ComparingStorage, Storage
 from modelexpress_core.events import LoadProgress
 from modelexpress_core.fetch import FetchEngine, RetryBudget, concurrency_for
 from modelexpress_core.loads.context import LoadContext, redacted_uris
@@ -67,6 +67,7 @@ class CheckpointLoad(Load):
         """Read the headers of all files, in parallel: position of each tensor, and version of each file."""
         self._registered, storage = self._plugins.open(STORAGE, self._uri, self._context.environ)
         self._closing.callback(storage.close)
+        self._storage = storage
         budget = self._context.new_budget()
         provider, settings = self._registered.provider, self._context.settings
         headers = self._headers
@@ -138,7 +139,9 @@ class CheckpointLoad(Load):
         ended = time.monotonic()
         recorder, ledger = self.recorder, self.engine.ledger
         files = self.checkpoint.files
-        global_versions = self._registered.provider.capabilities.global_versions
+        capabilities = self._registered.provider.capabilities
+        global_versions = capabilities.global_versions
+        compared = cast("ComparingStorage", self._storage).compared() if capabilities.compares else Compared()
         return LoadReport(
             uri=str(self._uri),
             storage={"plugin": self._registered.plugin.name, "version": self._registered.plugin.version},
@@ -165,4 +168,7 @@ class CheckpointLoad(Load):
             meta_destinations=recorder.meta_destinations,
             peak_rss_bytes=peak_rss_bytes(),
             content_version=(global_versions and self.checkpoint.content_version) or "",
+            bytes_compared=compared.here_bytes,
+            bytes_compared_by_server=compared.by_server_bytes,
+            channel=compared.channel,
         )

@@ -82,6 +82,7 @@ class PendingCopies:
             engine.chunk_bytes,
             engine.capabilities.request_cost_bytes,
             reads_runs=engine.capabilities.read_runs,
+            run_cost_bytes=engine.capabilities.run_cost_bytes,
             force_staging=engine.force_staging,
         )
         self._coverage = coverage

@@ -74,16 +74,24 @@ class ReadPlanner:
         chunk_bytes: Largest range that is read at once, and size of a staging buffer.
         request_cost_bytes: Cost of one more request, in bytes that could be read in the same time.
         reads_runs: Whether the storage reads many short runs in one call.
+        run_cost_bytes: Cost of one more run of such a call, likewise; None for that of a request.
         force_staging: Whether everything is read through staging buffers.
     """
 
     def __init__(
-        self, chunk_bytes: int, request_cost_bytes: int, *, reads_runs: bool = False, force_staging: bool = False
+        self,
+        chunk_bytes: int,
+        request_cost_bytes: int,
+        *,
+        reads_runs: bool = False,
+        run_cost_bytes: int | None = None,
+        force_staging: bool = False,
     ) -> None:
         self._reads_runs = reads_runs
         self._force_staging = force_staging
         self._chunk_bytes = chunk_bytes
         self._request_cost_bytes = request_cost_bytes
+        self._run_cost_bytes = request_cost_bytes if run_cost_bytes is None else run_cost_bytes
         # Beyond this, copying out of a shared read costs more than a separate request.
         self._small_bytes = min(chunk_bytes, 8 * request_cost_bytes)
 
@@ -141,7 +149,7 @@ class ReadPlanner:
         if self._reads_runs and self._is_many_runs(dims, item):
             yield from self._many_runs(pieces, dims, start, target, item)
             return
-        if self._readable_through(dims, item):
+        if self._readable_through(dims, item, self._request_cost_bytes):
             if extent_of(dims) * item <= self._chunk_bytes:
                 yield pieces.staged(dims, start, target)
                 return
@@ -159,7 +167,7 @@ class ReadPlanner:
         if len(run) > 1 or (run and run[0][1] != 1):
             return False
         short = extent_of(run) * item <= min(_MAX_RUN_BYTES, self._chunk_bytes)
-        return short and not self._readable_through(dims, item)
+        return short and not self._readable_through(dims, item, self._run_cost_bytes)
 
     def _many_runs(self, pieces: _Pieces, dims: _Dims, start: int, target: int, item: int) -> Iterator[Segment]:
         """Segments of many runs each."""
@@ -171,11 +179,12 @@ class ReadPlanner:
             begin, position = start + index * stride * item, target + index * target_stride
             yield pieces.runs(packed, begin, position, stride * item)
 
-    def _readable_through(self, dims: _Dims, item: int) -> bool:
+    @staticmethod
+    def _readable_through(dims: _Dims, item: int, cost_bytes: int) -> bool:
         """Whether every gap between these elements costs less to read than to skip."""
         for level, (_, stride, _) in enumerate(dims):
             gap = (stride - extent_of(dims[level + 1 :])) * item
-            if gap > self._request_cost_bytes:
+            if gap > cost_bytes:
                 return False
         return True
 

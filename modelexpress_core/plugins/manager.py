@@ -305,9 +305,9 @@ class PluginManager:
 
     # -- one typed method per hook ------------------------------------------------------------------------------------
 
-    def rewrite_uri(self, uri: ModelURI) -> ModelURI:
+    def rewrite_uri(self, uri: ModelURI, environ: Mapping[str, str]) -> ModelURI:
         """The URI that the first plugin with an answer returns for ``uri``, or ``uri`` itself."""
-        rewritten = self._policy("mx_rewrite_uri", uri=uri)
+        rewritten = self._policy("mx_rewrite_uri", uri=uri, environ=environ)
         return uri if rewritten is None else self._expect(rewritten, ModelURI, "mx_rewrite_uri")
 
     def rank_candidates(self, request: LoadRequest, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
@@ -21,12 +21,13 @@ from modelexpress_core.server.calls import LoggingInterceptor
 from modelexpress_core.server.environment import with_settings
 from modelexpress_core.server.files import OpenFiles
 from modelexpress_core.server.interceptors import MetricsInterceptor
-from modelexpress_core.server.metrics import ServerMetrics
+from modelexpress_core.server.metrics import CacheMetrics, ServerMetrics
 from modelexpress_core.server.metrics_port import MetricsPort, read_token
 from modelexpress_core.server.reaper import Reaper
+from modelexpress_core.server.replicas import Replicas
 from modelexpress_core.server.services.health import StandardHealth
 from modelexpress_core.server.services.offered import OfferedServices
-from modelexpress_core.server.settings import LimitSettings, ServerSettings
+from modelexpress_core.server.settings import CacheSettings, LimitSettings, ServerSettings
 from modelexpress_core.server.stores.measured import MeasuredStore
 from modelexpress_core.server.tracing import span_interceptors
 from modelexpress_core.uri import ModelURI, host_and_port
@@ -35,6 +36,9 @@ from modelexpress_core.wire.authentication import open_authenticator
 from modelexpress_core.wire.rpc import HEALTH, STANDARD_HEALTH, handler
 from modelexpress_core.wire.serving import listen, new_server
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
+
+if TYPE_CHECKING:
+    from modelexpress_core.server.services.cached import CacheServing
 
 __all__ = ["Server"]
 
@@ -51,12 +55,14 @@ class Server:
         tls: Files of TLS; the server speaks it if a certificate is among them.
         auth: How callers are authenticated.
         limits: How much callers may make the server hold.
+        cache: Where it keeps models; without a directory it keeps none.
         environ: Variables, for the factories of plugins.
 
     Attributes:
         port: Port of the gRPC services.
         health_port: Port of the services of health alone, without TLS; 0 if none was asked for.
         metrics_port: Port of the metrics.
+        bulk_port: Port on which models are sent as raw bytes; 0 if there is none.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class Server:
         tls: TlsSettings | None = None,
         auth: AuthSettings | None = None,
         limits: LimitSettings | None = None,
+        cache: CacheSettings | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self._settings = settings
@@ -75,23 +82,33 @@ class Server:
         self._tls = tls or TlsSettings()
         self._auth = auth or AuthSettings()
         self._limits = limits or LimitSettings()
-        self._environ = with_settings(environ or {}, settings, self._tls, self._auth, self._limits)
+        self._cache = cache or CacheSettings()
+        self._environ = with_settings(environ or {}, settings, self._tls, self._auth, self._limits, self._cache)
         self._metrics = ServerMetrics()
         self._store = MeasuredStore(store, self._metrics)
         self._services = OfferedServices(plugins.records(SERVER_SERVICE))
         self._health = StandardHealth(self._services.names)
         self._closing = contextlib.AsyncExitStack()
+        self._replicas: Replicas | None = None
         self.port = 0
         self.health_port = 0
         self.metrics_port = 0
+        self.bulk_port = 0
 
     async def __aenter__(self) -> Server:
         async with contextlib.AsyncExitStack() as opened:
             opened.push_async_callback(self._store.close)
             await self._serve_metrics(opened)
-            handlers = await self._serve(opened)
+            if self._cache.endpoint is not None:
+                address = f"{'mxs' if self._tls.certificate else 'mx'}://{self._cache.endpoint}"
+                self._replicas = Replicas(self._store, address, asyncio.get_running_loop())
+            cache = self._open_cache()
+            if cache is not None:
+                opened.push_async_callback(asyncio.to_thread, cache.close)
+            handlers = await self._serve(opened, cache)
             await self._serve_health(opened, handlers)
-            for task in (self._reaper().run(), self._count_sources(), OpenFiles().watch()):
+            tasks = [self._reaper().run(), self._count_sources(), OpenFiles().watch()]
+            for task in (*tasks, self._keep_limits(cache), self._keep_claims(cache)):
                 running = asyncio.ensure_future(task)
                 opened.callback(running.cancel)
             await self._health.begin()
@@ -104,14 +121,70 @@ class Server:
     ) -> None:
         await self._closing.aclose()
 
-    async def _serve(self, opened: contextlib.AsyncExitStack) -> Mapping[str, grpc.GenericRpcHandler[Any, Any]]:
+    def _open_cache(self) -> CacheServing | None:
+        """The cache, and its bulk channel.
+
+        Raises:
+            ModelExpressError: The directory cannot be used.
+        """
+        if self._cache.directory is None:
+            return None
+        # Only a server with a cache needs what it is made of.
+        from modelexpress_core.server.cache import ModelCache
+        from modelexpress_core.server.services.cache_bulk import open_bulk
+        from modelexpress_core.server.services.cached import CacheServing
+
+        cache = ModelCache(
+            self._cache.directory,
+            settings=self._cache,
+            environ=self._environ,
+            plugins=self._plugins,
+            lease=self._replicas,
+        )
+        try:
+            metrics = CacheMetrics(self._metrics.registry, cache.stats)
+            serving = CacheServing(cache, rights=self._auth.rights, metrics=metrics, may_delete=self._cache.may_delete)
+            if self._cache.bulk_port:
+                serving.bulk = open_bulk(
+                    cache,
+                    metrics,
+                    host=self._settings.host,
+                    port=self._cache.bulk_port,
+                    plaintext=self._cache.bulk_plaintext,
+                    tls=self._tls,
+                    auth=self._auth,
+                )
+        except BaseException:
+            cache.close()
+            raise
+        self.bulk_port = serving.bulk.port if serving.bulk is not None else 0
+        return serving
+
+    async def _keep_claims(self, cache: CacheServing | None) -> None:
+        """Tell the other replicas what this one has, as long as it runs."""
+        if cache is not None and self._replicas is not None:
+            await asyncio.to_thread(cache.cache.claim_complete)
+            await self._replicas.run()
+
+    async def _keep_limits(self, cache: CacheServing | None) -> None:
+        """Remove models that nobody reads any more, where limits say so."""
+        while cache is not None:
+            await asyncio.sleep(_EVICT_SECONDS)
+            try:
+                await asyncio.to_thread(cache.cache.evict)
+            except Exception:  # noqa: BLE001 - the disk may fail, and the server goes on
+                _log.exception("removing models from the cache failed")
+
+    async def _serve(
+        self, opened: contextlib.AsyncExitStack, cache: CacheServing | None
+    ) -> Mapping[str, grpc.GenericRpcHandler[Any, Any]]:
         """Begin to serve all services; returns the handler of each."""
         # From the outermost to the innermost: what happens in a call is within its span, and before its log line.
         interceptors = [*span_interceptors(), LoggingInterceptor(), MetricsInterceptor(self._metrics)]
         authenticator = open_authenticator(self._auth, self._plugins, self._environ)
         closing = await opened.enter_async_context(contextlib.AsyncExitStack())
         handlers = {
-            **self._services.make(self._context(closing)),
+            **self._services.make(self._context(closing, cache)),
             STANDARD_HEALTH.name: handler(STANDARD_HEALTH, self._health),
         }
         limits = MessageLimits(
@@ -126,17 +199,20 @@ class Server:
         opened.push_async_callback(server.stop, self._settings.drain_seconds)
         return handlers
 
-    def _context(self, closing: contextlib.AsyncExitStack) -> ServiceContext:
+    def _context(self, closing: contextlib.AsyncExitStack, cache: CacheServing | None) -> ServiceContext:
         return ServiceContext(
             store=self._store,
             settings=self._environ,
-            plugins=_ServicePlugins(self._plugins),
+            plugins=_ServicePlugins(self._plugins, self._environ),
             metrics=self._metrics.registry,
             closing=closing,
+            cache=cache,
         )
 
     async def check(self) -> None:
-        """Do what precedes serving: make the services, read the metrics' token, and ask the store. Serves nothing.
+        """Do what precedes serving: open the cache, make the services, read the metrics' token, and ask the store.
+
+        It serves nothing.
 
         Call it once, and on a server that is not entered.
 
@@ -148,7 +224,10 @@ class Server:
         async with contextlib.AsyncExitStack() as opened:
             opened.push_async_callback(self._store.close)
             closing = await opened.enter_async_context(contextlib.AsyncExitStack())
-            self._services.make(self._context(closing))
+            cache = self._open_cache()
+            if cache is not None:
+                closing.callback(cache.close)
+            self._services.make(self._context(closing, cache))
             if self._settings.metrics_token is not None:
                 read_token(self._settings.metrics_token)
             await self._store.counts()
@@ -215,6 +294,9 @@ class Server:
 
 _COUNT_SECONDS = 5.0
 
+#: How often the limits of the cache are looked at besides before each download.
+_EVICT_SECONDS = 60.0
+
 #: A probe has the name of a service and no more.
 _MAX_PROBE_BYTES = 64 << 10
 
@@ -230,12 +312,13 @@ def _address_in_use(address: str, variable: str, exc: Exception) -> ModelExpress
 class _ServicePlugins:
     """The plugins, as services see them."""
 
-    def __init__(self, plugins: PluginManager) -> None:
+    def __init__(self, plugins: PluginManager, environ: Mapping[str, str]) -> None:
         self._plugins = plugins
+        self._environ = environ
 
     def rewrite_uri(self, uri: ModelURI) -> ModelURI:
         """The URI to use in place of ``uri``."""
-        return self._plugins.rewrite_uri(uri)
+        return self._plugins.rewrite_uri(uri, self._environ)
 
     def storage(self, uri: ModelURI, environ: Mapping[str, str]) -> Storage:
         """The storage for ``uri``."""

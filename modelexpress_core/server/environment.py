@@ -21,5 +21,5 @@ def with_settings(environ: Mapping[str, str], *settings: object) -> Mapping[str,
             for name in variable.names:
                 merged.pop(name, None)
             if value is not None:
-                merged[variable.names[0]] = str(value)
+                merged[variable.names[0]] = ",".join(value) if isinstance(value, tuple) else str(value)
     return merged

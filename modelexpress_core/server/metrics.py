@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from modelexpress_core.contracts.metadata_store import Reaped, SourceStatus
 from modelexpress_core.wire.rpc import split_path
 
-__all__ = ["ServerMetrics", "SourceServiceMetrics"]
+if TYPE_CHECKING:
+    from modelexpress_core.server.cache.cache import CacheStats
+
+__all__ = ["CacheMetrics", "ServerMetrics", "SourceServiceMetrics"]
 
 _RPC_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
 
@@ -119,3 +125,65 @@ class SourceServiceMetrics:
         self.refused = Counter(
             "mx_server_records_refused", "Publications that were refused because of a limit.", registry=registry
         )
+
+
+class CacheMetrics(Collector):
+    """Metrics of the model cache. What the cache counts itself is read when the metrics are.
+
+    Args:
+        registry: The registry of the server.
+        stats: What the cache holds and did.
+    """
+
+    def __init__(self, registry: CollectorRegistry, stats: Callable[[], CacheStats]) -> None:
+        self._stats = stats
+        sent = Counter(
+            "mx_cache_sent_bytes", "Bytes of files that were sent to readers.", ["channel"], registry=registry
+        )
+        self._damaged = Counter(
+            "mx_cache_damaged_chunks",
+            "Chunks of cached files that differ from the chunk manifest.",
+            registry=registry,
+        )
+        self._sent_over = {channel: sent.labels(channel) for channel in ("bulk", "grpc")}
+        registry.register(self)
+
+    def sent(self, channel: str, nbytes: int) -> None:
+        """Bytes were sent to a reader: over the channel ``"bulk"`` or ``"grpc"``."""
+        self._sent_over[channel].inc(nbytes)
+
+    def damaged(self, chunks: int) -> None:
+        """Chunks of cached files were found to be damaged."""
+        self._damaged.inc(chunks)
+
+    def describe(self) -> Iterator[Metric]:
+        """The metrics that ``collect`` has, without asking the cache."""
+        return self._families(None)
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics that the cache itself counts."""
+        return self._families(self._stats())
+
+    @staticmethod
+    def _families(stats: CacheStats | None) -> Iterator[Metric]:
+        for name, text, field in _CACHE_COUNTERS:
+            yield CounterMetricFamily(name, text, value=getattr(stats, field, 0))
+        for name, text, field in _CACHE_GAUGES:
+            yield GaugeMetricFamily(name, text, value=getattr(stats, field, 0) or 0)
+
+
+#: Name, help and field of the cache's statistics.
+_CACHE_COUNTERS = (
+    ("mx_cache_hits", "Requests for versions of models that were in the cache.", "hits"),
+    ("mx_cache_misses", "Requests that began a download, or joined one.", "misses"),
+    ("mx_cache_origin_bytes", "Bytes that were downloaded from storages.", "origin_bytes"),
+    ("mx_cache_replica_bytes", "Bytes that were downloaded from other replicas of the server.", "replica_bytes"),
+    ("mx_cache_evictions", "Versions of models that were removed to keep the limits.", "evictions"),
+    ("mx_cache_download_failures", "Downloads that failed.", "failures"),
+)
+_CACHE_GAUGES = (
+    ("mx_cache_downloads", "Downloads under way.", "downloads"),
+    ("mx_cache_bytes", "Bytes of all models in the cache.", "size_bytes"),
+    ("mx_cache_limit_bytes", "Limit of these bytes; 0: what the disk holds.", "limit_bytes"),
+    ("mx_cache_models", "Versions of models that are complete.", "models"),
+)

@@ -8,10 +8,21 @@ from attrs import frozen
 
 from modelexpress_core.errors import SettingsError
 from modelexpress_core.messages import without_credentials
-from modelexpress_core.settings import Override, byte_count, env, names, one_of, positive_integer, seconds, tcp_port
+from modelexpress_core.settings import (
+    Override,
+    boolean,
+    byte_count,
+    env,
+    names,
+    one_of,
+    positive_integer,
+    seconds,
+    tcp_port,
+)
 from modelexpress_core.uri import host_and_port, redacted
 
 __all__ = [
+    "CacheSettings",
     "ConfigPath",
     "LimitSettings",
     "LogSettings",
@@ -277,3 +288,72 @@ class StoreVariables:
             raise SettingsError(message, hint="correct MX_METADATA_BACKEND, or set MX_METADATA_URI, which wins over it")
         from_url = backend == "redis" and self.redis_url
         return Override(uris[backend], f"MX_METADATA_BACKEND{', REDIS_URL' if from_url else ''}")
+
+
+@frozen
+class CacheSettings:
+    """Where the server keeps models, which ones, and how many."""
+
+    directory: str | None = env(
+        "MODEL_EXPRESS_CACHE_DIRECTORY",
+        default=None,
+        help="Directory in which the server keeps models; unset: it keeps none.",
+    )
+    endpoint: str | None = env(
+        "MX_CACHE_ENDPOINT",
+        default=None,
+        help="Address (host:port) by which the other replicas of this server reach it, which share a metadata store: "
+        "one of them downloads a model, and the others read it from there. Unset: each downloads it.",
+    )
+    sources: tuple[str, ...] = env(
+        "MX_CACHE_SOURCES",
+        default=("hf",),
+        converter=names,
+        help="Where callers may have the server download from: schemes, and beginnings of URIs that may hold * and ? "
+        "(hf,s3://models-*,file:///data/models). What MX_MODEL_URI names is allowed too.",
+    )
+    max_bytes: int | None = env(
+        "MX_CACHE_MAX_BYTES",
+        default=None,
+        converter=byte_count,
+        help="Bytes of all models; those that were read least recently are removed. Unset: what the disk holds.",
+    )
+    min_free_bytes: int = env(
+        "MX_CACHE_MIN_FREE_BYTES",
+        default=1 << 30,
+        converter=byte_count,
+        help="Free bytes of the disk that models leave.",
+    )
+    max_caller_bytes: int | None = env(
+        "MX_CACHE_MAX_CALLER_BYTES",
+        default=None,
+        converter=byte_count,
+        help="Bytes of the models that one caller (its authenticated name, or else its address) may have the server "
+        "download; what was removed does not count. Unset: no limit of its own.",
+    )
+    max_idle_seconds: float | None = env(
+        "MX_CACHE_MAX_IDLE_SECONDS",
+        default=None,
+        converter=seconds,
+        help="A model that nobody has read for so long is removed; unset: none for its age.",
+    )
+    bulk_port: int = env(
+        "MX_SERVER_BULK_PORT",
+        default=8002,
+        converter=tcp_port,
+        help="Port on which the server sends models as raw bytes; any free port if it is in use. 0: no such port, "
+        "everything goes over gRPC.",
+    )
+    bulk_plaintext: bool = env(
+        "MX_BULK_PLAINTEXT",
+        default=False,
+        converter=boolean,
+        help="Send raw bytes without TLS to other hosts, though MX_AUTH_MODE authenticates callers: others on the "
+        "network can then read tickets and weights. By default they go to this host alone then.",
+    )
+    may_delete: bool = env(
+        "MX_CACHE_DELETE",
+        default=False,
+        converter=boolean,
+        help="Whether callers of the server may remove models.",
+    )

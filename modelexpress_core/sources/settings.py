@@ -7,7 +7,7 @@ import re
 
 from attrs import frozen
 
-from modelexpress_core.settings import env, names, positive_integer, seconds, tcp_port
+from modelexpress_core.settings import boolean, env, names, positive_integer, seconds, tcp_port
 from modelexpress_core.uri import redacted
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "DiscoverySettings",
     "PublishingSettings",
     "ServerAddress",
+    "SharedCacheSettings",
     "StaticSources",
     "TrustSettings",
     "WorkerSettings",
@@ -83,6 +84,24 @@ class ServerAddress:
     )
     deadline_seconds: float = env(
         "MX_SERVER_DEADLINE_SECONDS", default=10.0, converter=seconds, help="How long one call to the server may take."
+    )
+
+
+@frozen
+class SharedCacheSettings:
+    """Whether loads use the cache of the server that MODEL_EXPRESS_URL names, and how."""
+
+    no_shared_storage: bool = env(
+        "MODEL_EXPRESS_NO_SHARED_STORAGE",
+        default=False,
+        converter=boolean,
+        help="Stream models from the cache of the server that MODEL_EXPRESS_URL names, rather than from their source.",
+    )
+    directory: str | None = env(
+        "MODEL_EXPRESS_CACHE_DIRECTORY",
+        default=None,
+        help="The server's directory of models, where this worker has it too, at this path: the server downloads "
+        "models, and the worker reads the files there.",
     )
 
 

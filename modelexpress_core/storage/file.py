@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import stat as modes
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.errors import (
@@ -22,15 +19,12 @@ from modelexpress_core.errors import (
     UnsupportedError,
 )
 from modelexpress_core.messages import byte_range
+from modelexpress_core.storage.file_runs import fill, fill_runs
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["FileStorage", "open_file"]
 
 _PROVIDER = "modelexpress-core"
-
-_PAGE_BYTES = mmap.PAGESIZE
-#: Runs and the gaps between them are read by so many bytes.
-_THROUGH_BYTES = 512 << 10
 
 #: A file is first read this long after its last change: a second change in the same tick of the kernel's clock (at most
 #: 10 ms) leaves the times as they are, and a call that writes sets the times before it writes.
@@ -72,58 +66,6 @@ def _translated(exc: OSError, path: str, operation: str) -> BackendError:
         cause=cause,
         hint=hint,
     )
-
-
-def _fill(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Read into ``buffer``; fewer bytes where the file ends."""
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done
-
-
-def _fill_runs(descriptor: int, buffer: memoryview, offset: int, run_bytes: int, stride_bytes: int) -> int:
-    """Read run by run, and nothing between them."""
-    position = offset
-    for done in range(0, len(buffer), run_bytes):
-        part = buffer[done : done + run_bytes]
-        if os.preadv(descriptor, [part], position) != run_bytes and _fill(descriptor, part, position) != run_bytes:
-            return done
-        position += stride_bytes
-    return len(buffer)
-
-
-def _fill_through(descriptor: int, buffer: memoryview, offset: int, run_bytes: int, stride_bytes: int) -> int:
-    """Read many runs and the gaps between them at a time, and keep the runs."""
-    per_read = max(1, _THROUGH_BYTES // stride_bytes)
-    through = memoryview(bytearray((per_read - 1) * stride_bytes + run_bytes))
-    done = 0
-    while done < len(buffer):
-        runs = min(per_read, (len(buffer) - done) // run_bytes)
-        part = through[: (runs - 1) * stride_bytes + run_bytes]
-        count = _fill(descriptor, part, offset + done // run_bytes * stride_bytes)
-        whole = max(0, (count - run_bytes) // stride_bytes + 1)
-        _take_runs(part, stride_bytes, buffer[done : done + whole * run_bytes], run_bytes)
-        done += whole * run_bytes
-        if count < len(part):
-            break
-    return done
-
-
-def _take_runs(part: memoryview, stride_bytes: int, buffer: memoryview, run_bytes: int) -> None:
-    """Copy runs of ``run_bytes``, one every ``stride_bytes`` of ``part``, to ``buffer``, one after another."""
-    runs = len(buffer) // run_bytes
-    numpy: Any = sys.modules.get("numpy")  # torch imports it, where it is installed
-    if runs and numpy is not None:  # in a fraction of the time
-        lying = numpy.ndarray((runs, run_bytes), numpy.uint8, part, strides=(stride_bytes, 1))
-        numpy.ndarray((runs, run_bytes), numpy.uint8, buffer)[:] = lying
-        return
-    for run in range(runs):
-        start = run * stride_bytes
-        buffer[run * run_bytes : (run + 1) * run_bytes] = part[start : start + run_bytes]
 
 
 class _OpenFile:
@@ -241,21 +183,16 @@ class FileStorage:
     def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
         """Read into ``buffer``; the version is compared after reading, so a change in between is seen."""
         operation = f"read {byte_range(offset, len(buffer))}"
-        return self._reading(path, version, operation, lambda descriptor: _fill(descriptor, buffer, offset))
+        return self._reading(path, version, operation, lambda descriptor: fill(descriptor, buffer, offset))
 
     def read_runs(
         self, path: str, offset: int, run_bytes: int, stride_bytes: int, buffer: memoryview, *, version: str | None
     ) -> int:
-        """Read runs into ``buffer``.
-
-        Where every page of the file would be read anyway, the gaps are read along, through a buffer of their own: that
-        takes a tenth of the calls' time.
-        """
+        """Read runs into ``buffer``."""
         last = offset + (len(buffer) // run_bytes - 1) * stride_bytes + run_bytes - 1
         operation = f"read runs of {run_bytes} bytes in {offset}-{last}"
-        read = _fill_through if stride_bytes - run_bytes < _PAGE_BYTES else _fill_runs
         return self._reading(
-            path, version, operation, lambda descriptor: read(descriptor, buffer, offset, run_bytes, stride_bytes)
+            path, version, operation, lambda descriptor: fill_runs(descriptor, buffer, offset, run_bytes, stride_bytes)
         )
 
     def check_unchanged(self, path: str, *, version: str) -> None:

@@ -73,7 +73,9 @@ _CAPABILITY_ATTRIBUTES: Mapping[str, Sequence[str]] = {
     "read_runs": ("read_runs",),
     "recheck": ("check_unchanged",),
     "patience": ("patience_seconds",),
+    "compares": ("compared", "check_unchanged"),
     "diagnosis": ("endpoint", "credentials"),
+    "restriction": ("is_restricted",),
 }
 
 _FIRST_PARTY_FILES = frozenset({"__init__.py", "_errors.py", "plugin.py", "py.typed", "settings.py"})

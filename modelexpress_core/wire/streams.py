@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc
 
-from modelexpress_core.errors import BackendError
+from modelexpress_core.errors import BackendError, UnavailableError
 
 __all__ = ["RequestStream", "ResponseStream"]
 
@@ -92,6 +92,12 @@ class ResponseStream(Generic[_R]):
             if self._requests is not None and self._requests.error is not None:
                 raise self._requests.error from None
             raise self._translate(exc, self._closed.is_set()) from exc
+        except ValueError as exc:  # where calls are traced, gRPC raises it here if another thread closed the channel
+            raise UnavailableError(
+                "the connection was closed on this side",
+                retryable=False,
+                hint="keep the client, and the stream, open for as long as they are used",
+            ) from exc
         return response
 
     def __enter__(self) -> ResponseStream[_R]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 from prometheus_client import CollectorRegistry
 
 from devtools import dashboard
-from modelexpress_core.server.metrics import ServerMetrics, SourceServiceMetrics
+from modelexpress_core.server.metrics import CacheMetrics, ServerMetrics, SourceServiceMetrics
 from modelexpress_core.sources.metrics import SourceMetrics, WorkerMetrics
 
 #: What PromQL and Grafana define themselves.
@@ -21,14 +21,19 @@ def _known() -> dict[str, set[str]]:
     registry = ServerMetrics().registry
     for cls in (SourceServiceMetrics, SourceMetrics, WorkerMetrics):
         cls(registry)
+    CacheMetrics(registry, _no_stats)
     return _series(registry)
+
+
+def _no_stats() -> NoReturn:
+    raise NotImplementedError
 
 
 def _series(registry: CollectorRegistry) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     collectors: set[Any] = set(registry._collector_to_names)
     for collector in collectors:
-        labels = set(collector._labelnames)
+        labels = set(getattr(collector, "_labelnames", ()))
         for metric in collector.describe():
             if metric.type == "histogram":
                 found[f"{metric.name}_bucket"] = {*labels, "le"}

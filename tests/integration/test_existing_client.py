@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import modelexpress_core as mx
+from devtools.fake_hub import FakeHub
+from devtools.models import generate_sharded
 from modelexpress_core.contracts.identity import Engine
 from modelexpress_core.sources.worker_service import WorkerServer
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
@@ -24,6 +26,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _SOURCE_ID = "5a5f555570065064"
 _TOKEN = "t0ken" * 8
 _PROGRAM = Path(__file__).with_name("existing_client.py")
+_CACHE_PROGRAM = Path(__file__).with_name("existing_cache_client.py")
 
 #: What the client needs, and ours beside it. Its own requirements would bring torch and NIXL.
 _REQUIREMENTS = ("grpcio", "protobuf<7", "google-crc32c", "huggingface_hub", "pydantic", "attrs", "pluggy")
@@ -106,3 +109,37 @@ def test_it_publishes_lists_gets_and_updates(python: str, start: Callable[..., A
     assert {("w-1", "unusable"), ("w-2", "unusable")} == {(each.worker_id, each.status) for each in others}
     for place in others:
         assert {"content_version", "layout_signature", "mx_version"} <= {name for name, _, _ in place.differences}
+
+
+@pytest.mark.timeout(600)
+def test_it_installs_a_model_from_the_cache(python: str, start: Callable[..., Any], tmp_path: Path) -> None:
+    """First what is no weights, then the weights, into the snapshot that the Hub's own library finds; byte for byte."""
+    source = generate_sharded(tmp_path / "source", shards=2, layers=2, hidden=512)
+    (source / "config.json").write_text("{}")
+    (source / "empty.txt").write_text("")
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    weights = {name for name in files if name.endswith(".safetensors")}
+    with FakeHub() as hub:
+        hub.upload(source, "org/model")
+        commit = hub.repositories["org/model"].branches["main"]
+        serving = start("--cache-dir", str(tmp_path / "cache"), MX_CACHE_MIN_FREE_BYTES="1", **hub.environ())
+        directory = tmp_path / "installed"
+        done = subprocess.run(
+            [python, str(_CACHE_PROGRAM), serving.url, str(directory)],
+            env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert not done.returncode, done.stderr
+    answers = json.loads(done.stdout)
+
+    assert commit == answers["commit"]
+    assert {name: len(files[name]) for name in files if name not in weights} == answers["listed"]
+    assert {name: len(content) for name, content in files.items()} == answers["all"]
+    assert str(directory / "models--org--model" / "snapshots" / commit) == answers["snapshot"]
+    assert sorted(set(files) - weights) == answers["first"]
+    assert sorted(files) == answers["second"]
+    for snapshot in (answers["snapshot"], answers["whole"]):
+        assert files == {path.name: path.read_bytes() for path in Path(snapshot).iterdir()}
+    assert "org/none" in answers["error"]

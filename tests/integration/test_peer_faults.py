@@ -9,7 +9,7 @@ import torch
 
 import modelexpress_core as mx
 from benchmarks.peer_fault_workers import Amid, Lane
-from benchmarks.peer_faults import GRPC, NIXL, flips_in_memory, flips_on_the_wire, kills, readers, stops
+from benchmarks.peer_faults import FRAMES, GRPC, NIXL, flips_in_memory, flips_on_the_wire, kills, readers, stops
 from devtools.missing import ToolMissingError
 from modelexpress_core.errors import BackendError
 from modelexpress_core.testing import serving_worker
@@ -67,9 +67,10 @@ def test_bits_that_change_in_memory_are_found(lane: Lane) -> None:
     assert (20, 0, 0) == (row["right"], row["wrong"], row["failed"])
 
 
-def test_bits_that_change_on_the_wire_are_found() -> None:
-    """Over gRPC in plain text, also in the frames of HTTP/2: no load delivers other bytes."""
-    row = flips_on_the_wire(20)
+@pytest.mark.parametrize("wire", [GRPC, FRAMES], ids=["bulk", "frames"])
+def test_bits_that_change_on_the_wire_are_found(wire: Lane) -> None:
+    """In plain text, also in the frames of HTTP/2 and the heads of answers: no load delivers other bytes."""
+    row = flips_on_the_wire(wire, 20)
 
     assert (20, 0) == (row["right"], row["wrong"])
 

@@ -12,6 +12,7 @@ import trustme
 
 from devtools.redis_server import RedisServer
 from modelexpress_core.contracts.identity import SourceIdentity
+from modelexpress_core.server.cache import ModelCache
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from tests.support.network import CLOSED_PORT
@@ -277,7 +278,8 @@ def test_checking_finds_all_that_stops_a_server(mx: Command, config: Callable[[s
             "from modelexpress_core.providers import MetadataStoreProvider, ServerServiceProvider\n"
             f"@hookimpl\ndef {hook}():\n    return [{record}]\n"
         )
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    (tmp_path / "file").write_text("")
+    with socket.create_server(("127.0.0.1", 0)) as listening, ModelCache(tmp_path / "locked", environ={}):
         taken = str(listening.getsockname()[1])
         refused = [
             (("--port", taken), {}, "MODEL_EXPRESS_SERVER_PORT"),
@@ -293,6 +295,8 @@ def test_checking_finds_all_that_stops_a_server(mx: Command, config: Callable[[s
             ((), {"MX_AUTH_MODE": "token", "MX_AUTH_TOKENS_PATH": "/none"}, "cannot be read: /none"),
             ((), {"MX_METRICS_TOKEN_PATH": "/none"}, "MX_METRICS_TOKEN_PATH"),
             ((), {"MX_TLS_CERT_PATH": "/none", "MX_TLS_KEY_PATH": "/none"}, "/none"),
+            (("--cache-dir", str(tmp_path / "file")), {}, str(tmp_path / "file")),
+            (("--cache-dir", str(tmp_path / "locked")), {}, "another server uses the cache"),
         ]
         for options, environ, words in refused:
             served = mx("serve", *here, *options, environ=environ)
@@ -303,6 +307,18 @@ def test_checking_finds_all_that_stops_a_server(mx: Command, config: Callable[[s
             for done in (served, checked):
                 assert words in done.stderr, (options, environ, done.stderr)
                 assert "Traceback" not in done.stderr
+
+
+def test_checking_opens_the_cache(mx: Command, tmp_path: Path) -> None:
+    """And releases it: a server can start afterwards."""
+    here = ("--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", "--cache-dir", str(tmp_path / "cache"))
+
+    done = mx("serve", "--check", *here)
+
+    assert 0 == done.returncode, done.stderr
+    assert f"cache.directory = {tmp_path / 'cache'} (from --cache-dir)" in " ".join(done.stdout.split())
+    with ModelCache(tmp_path / "cache", environ={}):
+        pass
 
 
 def test_checking_finds_two_ports_that_are_one(mx: Command) -> None:

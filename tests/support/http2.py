@@ -24,13 +24,15 @@ class Http2:
 
     Args:
         target: ``host:port``.
+        reads: It keeps what it gets, and grants the server as much again.
 
     Attributes:
+        data: What it kept, by stream.
         ended: Streams that the server has ended.
         received_bytes: Bytes of data that the server has sent.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, reads: bool = False) -> None:
         host, _, port = target.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), timeout=10)
         self._socket.sendall(_PREFACE + _frame(_SETTINGS, 0, 0, b""))
@@ -42,6 +44,8 @@ class Http2:
         self._next = 1
         self.ended: set[int] = set()
         self.received_bytes = 0
+        self.data: dict[int, bytearray] = {}
+        self._reads = reads
         self._target = target
 
     def __enter__(self) -> Http2:
@@ -81,6 +85,11 @@ class Http2:
     def run(self, seconds: float) -> None:
         """Send what the server's windows allow, and take what it sends, for some time."""
         run_all([self], seconds)
+
+    def runs(self, seconds: float) -> bool:
+        """As ``run``, for conditions: true."""
+        self.run(seconds)
+        return True
 
     # -- what `run_all` calls --
 
@@ -129,9 +138,16 @@ class Http2:
                 self._windows[stream] += more
         elif kind == _DATA:
             self.received_bytes += len(payload)
+            self._keep(stream, payload)
         if kind == _RST_STREAM or (kind in {_DATA, _HEADERS} and flags & _END_STREAM):
             self.ended.add(stream)
             self._unsent.pop(stream, None)
+
+    def _keep(self, stream: int, payload: bytes) -> None:
+        if self._reads and payload:
+            self.data.setdefault(stream, bytearray()).extend(payload)
+            more = len(payload).to_bytes(4, "big")
+            self._send(_frame(_WINDOW_UPDATE, 0, 0, more) + _frame(_WINDOW_UPDATE, 0, stream, more))
 
     def _pump(self) -> None:
         for stream in [*self._unsent]:

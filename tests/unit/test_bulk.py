@@ -19,10 +19,11 @@ import torch
 import trustme
 from awscrt import checksums
 
-from modelexpress_core.bulk import requests, serving
+from modelexpress_core.bulk import output, requests, serving
+from modelexpress_core.bulk.output import PIECE_BYTES
 from modelexpress_core.bulk.reading import BulkOffer, BulkRead, BulkReader
 from modelexpress_core.bulk.requests import Run
-from modelexpress_core.bulk.serving import PIECE_BYTES, BulkServer, Content
+from modelexpress_core.bulk.serving import BulkServer, Content
 from modelexpress_core.bulk.tensor_content import TensorContent
 from modelexpress_core.bulk.tickets import Ticket, Tickets
 from modelexpress_core.errors import AccessDeniedError, BackendError, IntegrityError, UnavailableError
@@ -87,6 +88,11 @@ def serving_() -> Iterator[Serving]:
     made = Serving()
     yield made
     made.server.close()
+
+
+def tensor_of(read: BulkRead) -> torch.Tensor:
+    assert isinstance(read.destination, torch.Tensor)
+    return read.destination
 
 
 def reads_of(*runs: tuple[str, int, int]) -> list[BulkRead]:
@@ -286,19 +292,34 @@ def test_strangers_do_not_keep_readers_out(serving_: Serving, monkeypatch: pytes
 
 
 def test_connections_are_bounded(serving_: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for holders of tickets; the others are turned away."""
+    """Also for holders of tickets; while all are busy, the others are turned away."""
     monkeypatch.setattr(serving, "_MAX_CONNECTIONS", 3)
-    readers = [serving_.reader() for _ in range(4)]
-    for reader in readers[:3]:
-        reader.check()
+    reads = reads_of(*[("large", 0, PIECE_BYTES)] * 20)
+    with contextlib.ExitStack() as opened:
+        readers = [opened.enter_context(contextlib.closing(serving_.reader())) for _ in range(4)]
+        readings: list[Any] = [reader.read(reads) for reader in readers[:3]]
+        for reading in readings:
+            next(reading)  # and the rest of the answer waits to be received
 
-    with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError):
+            readers[3].check()
+        readings[0].close()
+        readers[0].close()
+        assert eventually(lambda: len(serving_.server._connections) < 3)
         readers[3].check()
-    readers[0].close()
-    assert eventually(lambda: len(serving_.server._connections) < 3)
-    readers[3].check()
-    for reader in readers:
-        reader.close()
+
+
+def test_the_longest_idle_connection_makes_room(serving_: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a new one; its reader connects again when it reads next."""
+    monkeypatch.setattr(serving, "_MAX_CONNECTIONS", 3)
+    (read,) = reads_of(("large", 3, 100))
+    with contextlib.ExitStack() as opened:
+        readers = [opened.enter_context(contextlib.closing(serving_.reader())) for _ in range(6)]
+        for reader in readers:
+            reader.check()
+        assert eventually(lambda: len(serving_.server._connections) <= 3)
+        assert [0] == list(readers[0].read([read]))
+    assert torch.equal(_BYTES[3:103], tensor_of(read))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -313,12 +334,12 @@ def test_ranges_are_in_place(serving_: Serving, with_checksums: bool) -> None:
 
     for each in reads:
         start = each.run.offset + (7 if each.run.name != "large" else 0)
-        assert torch.equal(_BYTES[start : start + each.run.length], each.destination)
+        assert torch.equal(_BYTES[start : start + each.run.length], tensor_of(each))
 
 
 def test_changed_bytes_are_noticed(serving_: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """By their checksum."""
-    monkeypatch.setattr(serving, "_checksum", lambda _piece: bytes(8))
+    monkeypatch.setattr(output, "_checksum", lambda *_: 0)
     with contextlib.closing(serving_.reader()) as reader, pytest.raises(IntegrityError, match="another checksum"):
         list(reader.read(reads_of(("large", 0, 1000)), checksums=True))
 
@@ -334,7 +355,7 @@ def test_a_lease_that_ends_ends_the_answer(serving_: Serving) -> None:
             list(reading)
         with pytest.raises(AccessDeniedError, match="HTTP 401"):
             list(reader.read(reads[:1]))
-    assert not reads[-1].destination.any()
+    assert not tensor_of(reads[-1]).any()
 
 
 def test_nothing_is_written_after_close(serving_: Serving) -> None:
@@ -346,7 +367,7 @@ def test_nothing_is_written_after_close(serving_: Serving) -> None:
     reader.close()
     with pytest.raises(UnavailableError, match="the reader was closed"):
         list(reading)
-    assert not reads[1].destination.any()
+    assert not tensor_of(reads[1]).any()
 
 
 def test_nothing_is_sent_after_close_of_the_server(serving_: Serving) -> None:
@@ -384,7 +405,7 @@ def test_answers_of_other_programs_are_refused() -> None:
         (read,) = reads_of(("large", 0, 1000))
         with contextlib.closing(reader), pytest.raises(BackendError, match="with 5 bytes"):
             list(reader.read([read]))
-    assert not read.destination.any()
+    assert not tensor_of(read).any()
 
 
 def test_a_port_in_use_is_left_to_its_owner() -> None:

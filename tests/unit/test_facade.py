@@ -37,6 +37,7 @@ PUBLIC = [
     "SettingsError",
     "SourceChangedError",
     "SourceIdentity",
+    "StillArrivingError",
     "TensorInfo",
     "ThrottledError",
     "UnavailableError",

@@ -222,6 +222,18 @@ def test_gaps_are_read_through_up_to_what_a_request_costs(cost: int, expected: l
     assert same(stored.real(info, meta)[:, 1], destination)
 
 
+@pytest.mark.parametrize(("cost", "expected"), [(11, [12]), (12, [36])])
+def test_gaps_between_runs_cost_what_a_run_costs(cost: int, expected: list[int]) -> None:
+    """A storage that gathers runs need not send gaps that are shorter than a request costs."""
+    stored = Stored.of((torch.float32, (3, 4)))
+    info, meta = stored.tensors[0]
+    planner = ReadPlanner(4096, 1 << 20, reads_runs=True, run_cost_bytes=cost)
+
+    ranges = ranges_of(planner, [Copy(info, meta[:, 1], torch.zeros(3))])
+
+    assert expected == [range_.length for range_ in ranges]
+
+
 def test_small_neighbours_share_a_read_and_large_ones_do_not() -> None:
     """Neighbouring tensors are read together as long as copying out of the read is cheaper."""
     small = Stored.of(*[(torch.float32, (4,))] * 6)

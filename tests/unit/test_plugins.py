@@ -265,7 +265,7 @@ def test_wrappers_are_allowed_on_policy_hooks(site: Site, discover: Discover) ->
 
     manager = discover()
 
-    assert "wrapped" == manager.rewrite_uri(ModelURI.parse("s3://bucket/model")).path
+    assert "wrapped" == manager.rewrite_uri(ModelURI.parse("s3://bucket/model"), {}).path
 
 
 # -- what does not ---------------------------------------------------------------------------------
@@ -564,7 +564,7 @@ def test_a_plugin_that_fails_at_registration_leaves_nothing_behind(
 
     assert "broken" == info(manager, "mx-late").status
     assert {} == info(manager, "mx-late").schemes
-    assert uri == manager.rewrite_uri(uri)
+    assert uri == manager.rewrite_uri(uri, {})
     assert not called.exists()
     assert "good" not in manager.table(STORAGE).schemes
     assert "good" not in [each.provider.name for each in manager.records(COMMAND)]

@@ -65,7 +65,7 @@ def test_without_an_opinion_core_keeps_the_order_and_the_uri() -> None:
     made = manager(mx_a="@hookimpl\ndef mx_rank_candidates(request, candidates):\n    return None\n")
 
     assert _CANDIDATES == made.rank_candidates(_REQUEST, _CANDIDATES)
-    assert _URI is made.rewrite_uri(_URI)
+    assert _URI is made.rewrite_uri(_URI, {})
 
 
 def test_the_first_opinion_settles_a_policy() -> None:
@@ -111,7 +111,14 @@ def test_a_rewritten_uri_is_used_and_not_rewritten_again() -> None:
     """The URI that a plugin returns is final."""
     source = "@hookimpl\ndef mx_rewrite_uri(uri):\n    return uri.join('x')\n"
 
-    assert "s3://bucket/model/x" == str(manager(mx_a=source).rewrite_uri(_URI))
+    assert "s3://bucket/model/x" == str(manager(mx_a=source).rewrite_uri(_URI, {}))
+
+
+def test_a_rewriting_plugin_may_ask_for_variables() -> None:
+    """Those of the load, which may differ from those of the process."""
+    source = "@hookimpl\ndef mx_rewrite_uri(uri, environ):\n    return uri.join(environ['SITE'])\n"
+
+    assert "s3://bucket/model/east" == str(manager(mx_a=source).rewrite_uri(_URI, {"SITE": "east"}))
 
 
 @pytest.mark.parametrize("guilty", ["mx_a", "mx_b", "mx_c"])
@@ -123,7 +130,7 @@ def test_a_policy_that_raises_is_attributed_to_its_plugin(guilty: str) -> None:
     made = manager(**{name: raising if name == guilty else innocent for name in names})
 
     with pytest.raises(PluginError) as caught:
-        made.rewrite_uri(_URI)
+        made.rewrite_uri(_URI, {})
 
     name = guilty.replace("_", "-")
     assert name == caught.value.plugin
@@ -140,7 +147,7 @@ def test_a_wrapper_is_not_blamed_for_what_it_wraps() -> None:
     )
 
     with pytest.raises(PluginError) as caught:
-        made.rewrite_uri(_URI)
+        made.rewrite_uri(_URI, {})
 
     assert "mx-a" == caught.value.plugin
 
@@ -169,7 +176,7 @@ def test_a_decorator_that_plugins_share_does_not_mix_them_up(guilty: int) -> Non
         made.register(namespace, name=f"mx-{number}")
 
     with pytest.raises(PluginError) as caught:
-        made.rewrite_uri(_URI)
+        made.rewrite_uri(_URI, {})
 
     assert f"mx-{guilty}" == caught.value.plugin
 
@@ -183,7 +190,7 @@ def test_where_nobody_can_be_blamed_all_that_were_asked_are_named() -> None:
             raise ZeroDivisionError
 
     with pytest.raises(PluginError) as caught:
-        manager(mx_a=Raising(), mx_b=Raising()).rewrite_uri(_URI)
+        manager(mx_a=Raising(), mx_b=Raising()).rewrite_uri(_URI, {})
 
     assert "mx-a,mx-b" == caught.value.plugin
 
@@ -198,14 +205,14 @@ def test_an_error_of_ours_that_a_policy_raises_is_passed_on() -> None:
             raise SettingsError(message)
 
     with pytest.raises(SettingsError, match="not allowed here"):
-        manager(mx_a=Refusing()).rewrite_uri(_URI)
+        manager(mx_a=Refusing()).rewrite_uri(_URI, {})
 
 
 @pytest.mark.parametrize("result", ["'s3://bucket/other'", "42", "(uri,)"])
 def test_a_rewriter_that_returns_something_else_is_an_error(result: str) -> None:
     """Text is the usual slip: the message names plugin, hook, what came and what belongs there."""
     with pytest.raises(PluginError) as caught:
-        manager(mx_a=f"@hookimpl\ndef mx_rewrite_uri(uri):\n    return {result}\n").rewrite_uri(_URI)
+        manager(mx_a=f"@hookimpl\ndef mx_rewrite_uri(uri):\n    return {result}\n").rewrite_uri(_URI, {})
 
     assert "mx-a" == caught.value.plugin
     for part in ("mx-a", "mx_rewrite_uri", "ModelURI"):

@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from modelexpress_core.contracts.storage import ObjectInfo
-from modelexpress_core.errors import AccessDeniedError, BackendError, SourceChangedError, UnavailableError
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    BackendError,
+    SourceChangedError,
+    StillArrivingError,
+    UnavailableError,
+)
 from modelexpress_core.fetch import RetryBudget, RetryingStorage, RetryPolicy
 from modelexpress_core.fetch.retry import LoadCancelledError
 
@@ -108,6 +114,41 @@ def test_attempts_without_progress_are_bounded_and_counted_in_the_message() -> N
 
     assert caught.value.attempts == 4
     assert len(errors) == 9 - 4
+
+
+def arriving(present_bytes: int) -> StillArrivingError:
+    return StillArrivingError("not there yet", present_bytes=present_bytes, retry_after_seconds=0.001)
+
+
+def test_bytes_that_still_arrive_are_waited_for_without_end() -> None:
+    """It spends neither attempts nor waiting time, as long as more of them arrive."""
+    script: list[BackendError | int] = [arriving(present) for present in range(100)]
+    storage = Scripted(script)
+
+    assert read(retrying(storage, attempts=1, budget=0)) == CONTENT[:100]
+    assert len(storage.calls) == 101
+
+
+def test_bytes_that_arrive_no_more_end_the_wait() -> None:
+    """After a time in which their number was the same, the attempts are those of other errors."""
+    storage = RetryingStorage(
+        Scripted([arriving(7) for _ in range(1000)]), RetryPolicy(attempts=1, arrival_seconds=0.05), RetryBudget(0)
+    )
+
+    with pytest.raises(StillArrivingError, match="not there yet") as caught:
+        read(storage)
+
+    assert 7 == caught.value.present_bytes
+
+
+def test_a_wait_for_arriving_bytes_ends_with_the_load() -> None:
+    """Also where the server asks for a long one."""
+    cancelled = threading.Event()
+    error = StillArrivingError("not there yet", present_bytes=1, retry_after_seconds=3600)
+    threading.Timer(0.05, cancelled.set).start()
+
+    with pytest.raises(LoadCancelledError):
+        read(retrying(Scripted([error]), cancelled=cancelled))
 
 
 @pytest.mark.parametrize("error", [AccessDeniedError("no"), SourceChangedError("other"), BackendError("broken")])

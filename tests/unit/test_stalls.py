@@ -10,7 +10,7 @@ import pytest
 
 from modelexpress_core.checkpoint import CheckpointFile
 from modelexpress_core.contracts.storage import Completion, ObjectInfo, ReadRequest
-from modelexpress_core.errors import BackendError, DeadlineError
+from modelexpress_core.errors import BackendError, DeadlineError, StillArrivingError
 from modelexpress_core.fetch import FetchEngine, Range, Segment, Ticket
 from modelexpress_core.fetch.concurrency import FixedConcurrency
 from modelexpress_core.fetch.stalls import Patience
@@ -133,6 +133,31 @@ class Hung(Silent):
         self.closed.wait()
         raise BackendError("closed")
         yield
+
+
+class Arriving(Silent):
+    """A storage whose server gets the bytes for longer than a read may take."""
+
+    there_at = 0.0
+
+    def read_into(self, path: str, offset: int, buffer: memoryview, *, version: str | None) -> int:
+        now = time.monotonic()
+        if now < self.there_at:
+            raise StillArrivingError("not there yet", present_bytes=int(now * 1000), retry_after_seconds=0.05)
+        return len(buffer)
+
+
+@pytest.mark.slow
+def test_a_read_of_bytes_that_still_arrive_is_not_hung() -> None:
+    """It may take any time, as long as bytes arrive at the server, and counts as no failure."""
+    storage = Arriving()
+    storage.there_at = time.monotonic() + 3.0
+    engine = FetchEngine(storage, LoadSettings(stall_seconds=0.1), StorageCapabilities(), limit=FixedConcurrency(2))
+
+    engine.submit(ranges(1))
+    engine.finish()
+
+    assert 1000 == engine.ledger.arrived_bytes
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from modelexpress_core.plugins import DISCOVERY, STORAGE, TRANSPORT, Kind, Plugi
 from modelexpress_core.providers import TransportProvider
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.metrics import source_metrics
+from modelexpress_core.sources.server_cache import SERVER_VARIABLES, cache_candidates
 from modelexpress_core.sources.settings import DiscoverySettings
 from modelexpress_core.uri import ModelURI
 
@@ -24,15 +25,12 @@ __all__ = ["find_candidates", "finds_workers"]
 
 _log = logging.getLogger(__name__)
 
-#: If one of these is set and no discovery is, ``server://`` is used.
-_SERVER_VARIABLES = ("MODEL_EXPRESS_URL", "MX_SERVER_ADDRESS")
-
 #: A plugin's error may quote what a worker published.
 _MAX_REASON_LENGTH = 200
 
 
 def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request: LoadRequest) -> tuple[Candidate, ...]:
-    """Return the candidates for a load, best first: those that discoveries find, and the requested URI.
+    """Return the candidates for a load, best first: workers, the cache of the server, the requested URI.
 
     Without an identity no discovery is used. A discovery that fails is skipped with a warning; the requested URI always
     remains. A candidate that no installed plugin reads is skipped with a debug message. ``request.on_skipped`` gets the
@@ -48,8 +46,13 @@ def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request:
         PluginError: The ranking of a plugin failed.
     """
     own = _with_tier(plugins, environ, Candidate(request.uri), request) or Candidate(request.uri)
+    cached = [
+        attrs.evolve(readable, tier=Tier.CACHE)
+        for candidate in cache_candidates(plugins, environ, request)
+        if (readable := _with_tier(plugins, environ, candidate, request)) is not None
+    ]
     if request.identity is None:
-        return plugins.rank_candidates(request, (own,))
+        return plugins.rank_candidates(request, (*cached, own))
     settings = from_env(DiscoverySettings, environ)
     reader = request.reader or f"{socket.gethostname()}/{os.getpid()}/{request.worker_rank}"
     assumed = (record.provider for record in plugins.records(TRANSPORT) if record.provider.assumed)
@@ -66,7 +69,7 @@ def find_candidates(plugins: PluginManager, environ: Mapping[str, str], request:
         if (readable := _with_tier(plugins, environ, candidate, request)) is not None
     ]
     candidates: dict[ModelURI, Candidate] = {}
-    for candidate in (*found, own):
+    for candidate in (*found, *cached, own):
         candidates.setdefault(candidate.uri, candidate)
     peers = {candidate.peer.worker_id for candidate in candidates.values() if candidate.peer is not None}
     metrics = source_metrics()
@@ -87,7 +90,7 @@ def finds_workers(environ: Mapping[str, str]) -> bool:
         SettingsError: One of them is not valid.
     """
     settings = from_env(DiscoverySettings, environ)
-    named = any(environ.get(name, "").strip() for name in _SERVER_VARIABLES)
+    named = any(environ.get(name, "").strip() for name in SERVER_VARIABLES)
     return bool(settings.uris) or settings.backend is not None or named
 
 
@@ -97,7 +100,7 @@ def _discovery_uris(settings: DiscoverySettings, environ: Mapping[str, str], req
         return settings.uris
     if settings.backend is not None:
         return (settings.backend,)
-    if any(environ.get(name, "").strip() for name in _SERVER_VARIABLES):
+    if any(environ.get(name, "").strip() for name in SERVER_VARIABLES):
         return ("server://",)
     request.skip("other workers", "no server is named that lists them", "set MODEL_EXPRESS_URL, or MX_DISCOVERY")
     return ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import select
 import socket
 import ssl
@@ -37,6 +38,9 @@ _MIN_WAIT_SECONDS = 0.001
 
 #: Parts that are sent with one system call: every system takes so many.
 _MAX_GATHERED = 512
+
+#: What poll reports of a connection that the other side ended.
+_ENDED = getattr(select, "POLLRDHUP", select.POLLHUP)
 
 #: Systems where the layout of a socket's own timeout is known.
 _KERNEL_WAITS = sys.platform == "linux" and sys.maxsize > 2**32
@@ -163,6 +167,37 @@ class Connection:
                 left[0] = left[0][count:]
             if left and time.monotonic() > deadline:
                 raise TimeoutError("the other side takes bytes too slowly")
+
+    @property
+    def sends_files(self) -> bool:
+        """Whether ``send_file`` can be called: the system copies bytes of a file to this connection by itself."""
+        return self._kernel_waits and hasattr(os, "sendfile")
+
+    def send_file(self, descriptor: int, offset: int, count: int, seconds: float) -> None:
+        """Send ``count`` bytes of a file, which do not pass through this program.
+
+        Raises:
+            EOFError: The file ends before.
+            OSError: The connection broke, or did not take everything in ``seconds``.
+        """
+        deadline = time.monotonic() + seconds
+        while count:
+            try:
+                sent = os.sendfile(self._sock.fileno(), descriptor, offset, count)
+            except BlockingIOError as exc:  # from the kernel's timeout
+                raise TimeoutError("timed out") from exc
+            if not sent:
+                message = "the file ends before the bytes that were asked for"
+                raise EOFError(message)
+            offset, count = offset + sent, count - sent
+            if count and time.monotonic() > deadline:
+                raise TimeoutError("the other side takes bytes too slowly")
+
+    def is_ended(self) -> bool:
+        """Whether the other side has closed the connection, or its sending half."""
+        poll = select.poll()
+        poll.register(self._sock.fileno(), _ENDED)
+        return bool(poll.poll(0))
 
     def receive(self, view: memoryview, *, whole: bool = False) -> int:
         """Put the next bytes into ``view``.

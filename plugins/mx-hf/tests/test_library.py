@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -14,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import modelexpress_core as mx
 from devtools.fake_hub import FakeHub
 from devtools.models import generate_sharded
 from modelexpress_core.contracts.storage import ObjectInfo
-from modelexpress_core.errors import UnavailableError
+from modelexpress_core.errors import InvalidURIError, UnavailableError
+from modelexpress_core.server.cache import ModelCache
+from modelexpress_core.server.settings import CacheSettings
 from mx_hf._storage import HfStorage
 from tests.support.tools import skip_without
 
@@ -179,16 +181,89 @@ def test_the_library_and_the_plugin_agree(
     ] == printed["failures"]
 
 
-def test_the_copy_that_the_offline_error_names_can_be_loaded(
+def test_offline_the_copy_of_the_library_is_loaded(
     used: Callable[[], tuple[Mapping[str, Any], Mapping[str, str]]], hub: FakeHub, checkpoint: Path
 ) -> None:
-    """It is the directory that the library wrote, of either layout."""
+    """The directory that the library wrote, of either layout; no request is sent, and what is not there fails."""
     printed, environ = used()
+    offline = {**environ, "HF_HUB_OFFLINE": "1"}
+    expected = mx.load_state_dict(str(checkpoint))
+    hub.requests.clear()
 
-    with pytest.raises(UnavailableError) as caught:
-        mx.load_state_dict("hf://org/model", environ={**environ, "HF_HUB_OFFLINE": "1"})
-    named = re.search(r"load the downloaded copy: (.*)", str(caught.value.hint))
+    for uri in (
+        "hf://org/model",
+        f"hf://org/model?revision={printed['commit']}",
+        f"hf://org/model@{printed['commit']}",
+    ):
+        loaded = mx.load_state_dict(uri, environ=offline)
+        assert expected.keys() == loaded.keys()
+        assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+    one = mx.load_state_dict("hf://org/model/model-00001-of-00002.safetensors", environ=offline)
+    assert set() < one.keys() < expected.keys()
+    for uri in ("hf://org/model?revision=v9", "hf://org/other", "hf://org"):
+        with pytest.raises((UnavailableError, InvalidURIError)):
+            mx.load_state_dict(uri, environ=offline)
+    assert [] == hub.requests
 
-    assert named is not None
-    assert printed["snapshot"] == named[1].rstrip("/")
-    assert mx.load_state_dict(named[1]).keys() == mx.load_state_dict(str(checkpoint)).keys()
+
+#: Finds models in a cache, or downloads them into it; prints their directories and contents.
+_SNAPSHOTS = """
+import hashlib, json, sys
+from pathlib import Path
+from huggingface_hub import scan_cache_dir, snapshot_download
+found = {}
+for name in sys.argv[2:]:
+    directory = Path(snapshot_download(name, local_files_only=sys.argv[1] == "offline"))
+    found[name] = [
+        directory.name,
+        {
+            path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in directory.rglob("*") if path.is_file()
+        },
+    ]
+found["warnings"] = [str(each) for each in scan_cache_dir().warnings]
+print(json.dumps(found))
+"""
+
+
+def test_the_cache_and_the_library_find_what_the_other_wrote(
+    hub: FakeHub, library: tuple[str, str], tmp_path: Path
+) -> None:
+    """In one directory: neither downloads what the other has. A scan warns of our own directory alone."""
+    digests: dict[str, dict[str, str]] = {}
+    for name in ("org/ours", "org/theirs"):
+        files = {"config.json": b"{}", "sub/large.bin": name.encode() * 1000, "weights.safetensors": os.urandom(50_000)}
+        for path, content in files.items():
+            hub.put(name, path, content)
+        digests[name] = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+    environ = {**os.environ, **hub.environ(), "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": library[1]}
+
+    def library_finds(how: str, *names: str) -> Mapping[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-c", _SNAPSHOTS, how, *names],
+            env=environ,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+        assert 0 == done.returncode, done.stderr
+        printed: Mapping[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return printed
+
+    theirs = library_finds("online", "org/theirs")
+    settings = CacheSettings(min_free_bytes=0)
+    with ModelCache(tmp_path, settings=settings, environ=hub.environ()) as cache:
+        for name, downloaded in {"org/ours": True, "org/theirs": False}.items():
+            hub.requests.clear()
+            snapshot = cache.begin(name)
+            assert snapshot.wait(60)
+            assert [] == list(cache.validate(snapshot))
+            assert downloaded == any(each.path.endswith(".safetensors") for each in hub.requests)
+    found = library_finds("offline", "org/ours", "org/theirs")
+
+    assert theirs["org/theirs"] == found["org/theirs"]
+    assert digests == {name: found[name][1] for name in digests}
+    assert snapshot.version == found["org/theirs"][0]
+    [warning] = found["warnings"]
+    assert warning.endswith(str(tmp_path / ".mx"))

@@ -44,15 +44,17 @@ def test_a_load_has_the_bytes_that_safetensors_reads(folder: str, hub: FakeHub, 
 
 
 def test_two_workers_agree_on_the_content_version(hub: FakeHub, checkpoint: Path) -> None:
-    """It differs once the branch has moved."""
+    """Also if one names the branch, or its commit; it differs once the branch has moved."""
     uri = hub.upload(checkpoint, "org/model")
     state = {name: torch.zeros_like(tensor) for name, tensor in read_by_safetensors(checkpoint).items()}
 
-    one, other = (mx.load_into(state, uri, environ=hub.environ()).content_version for _ in range(2))
+    uris = [uri, uri, f"{uri}?revision=main", f"{uri}?revision={hub.repositories['org/model'].branches['main']}"]
+    one, *others = (mx.load_into(state, each, environ=hub.environ()).content_version for each in uris)
     hub.put("org/model", "README.md", b"changed")
     after = mx.load_into(state, uri, environ=hub.environ()).content_version
 
-    assert one == other != after
+    assert {one} == set(others)
+    assert one != after
 
 
 def test_a_load_stays_with_its_commit(hub: FakeHub, checkpoint: Path) -> None:

@@ -307,3 +307,20 @@ def test_the_url_of_a_file_is_encoded(private: FakeHub, on_hub: Callable[..., Hf
     assert CONTENT == read(storage, f"model/{name}")
     assert any(request.path.endswith("/revision/a%2Fbranch") for request in private.requests)
     assert any(request.path.endswith(f"/{quote(name)}") for request in private.requests)
+
+
+# -- who may read a repository -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["open", "gated", "private", "unknown"])
+@pytest.mark.parametrize("at", ["", "?revision=main", "?revision=COMMIT"])
+def test_whether_a_repository_is_restricted(hub: FakeHub, on_hub: Callable[..., HfStorage], kind: str, at: str) -> None:
+    """Also with a pinned commit; a server that does not say so is not believed to be open."""
+    repository = hub.repositories["org/model"]
+    repository.gated, repository.private = kind == "gated", kind == "private"
+    repository.readers.add(TOKEN)
+    if kind == "unknown":
+        hub.before = lambda request: (200, {}, b"{}") if request.query.get("expand") == "private" else None
+    storage = on_hub(f"hf://org/model{at.replace('COMMIT', repository.branches['main'])}", HF_TOKEN=TOKEN)
+
+    assert (kind != "open") == storage.is_restricted("model")

@@ -39,7 +39,7 @@ def check_settings(environ: Mapping[str, str] | None = None) -> None:
     if settings.model_uri is None:
         return
     try:
-        uri = plugins.rewrite_uri(ModelURI.parse(settings.model_uri))
+        uri = plugins.rewrite_uri(ModelURI.parse(settings.model_uri), environ)
         _, storage = plugins.open(STORAGE, uri, environ)
     except SettingsError:
         raise

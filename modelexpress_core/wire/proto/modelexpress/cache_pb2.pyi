@@ -18,7 +18,7 @@ class OpenModelRequest(_message.Message):
     def __init__(self, place: _Optional[str] = ..., revision: _Optional[str] = ..., version: _Optional[str] = ..., no_weights: bool = ...) -> None: ...
 
 class OpenModelResponse(_message.Message):
-    __slots__ = ("place", "source", "version", "files", "next_page_token", "size_bytes", "present_bytes", "complete", "manifest_digest")
+    __slots__ = ("place", "source", "version", "files", "next_page_token", "size_bytes", "present_bytes", "complete", "manifest_digest", "directory")
     PLACE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class OpenModelResponse(_message.Message):
     PRESENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     place: str
     source: str
     version: str
@@ -37,7 +38,8 @@ class OpenModelResponse(_message.Message):
     present_bytes: int
     complete: bool
     manifest_digest: str
-    def __init__(self, place: _Optional[str] = ..., source: _Optional[str] = ..., version: _Optional[str] = ..., files: _Optional[_Iterable[_Union[CachedFile, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., size_bytes: _Optional[int] = ..., present_bytes: _Optional[int] = ..., complete: bool = ..., manifest_digest: _Optional[str] = ...) -> None: ...
+    directory: str
+    def __init__(self, place: _Optional[str] = ..., source: _Optional[str] = ..., version: _Optional[str] = ..., files: _Optional[_Iterable[_Union[CachedFile, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., size_bytes: _Optional[int] = ..., present_bytes: _Optional[int] = ..., complete: bool = ..., manifest_digest: _Optional[str] = ..., directory: _Optional[str] = ...) -> None: ...
 
 class CachedFile(_message.Message):
     __slots__ = ("path", "size", "version", "digests")
@@ -95,12 +97,16 @@ class ReadFileRequest(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelVersion, _Mapping]] = ..., path: _Optional[str] = ..., ranges: _Optional[_Iterable[_Union[FileRange, _Mapping]]] = ..., checksums: bool = ...) -> None: ...
 
 class FileRange(_message.Message):
-    __slots__ = ("offset", "length")
+    __slots__ = ("offset", "length", "stride", "count")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
     offset: int
     length: int
-    def __init__(self, offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    stride: int
+    count: int
+    def __init__(self, offset: _Optional[int] = ..., length: _Optional[int] = ..., stride: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class OpenBulkRequest(_message.Message):
     __slots__ = ("model",)
@@ -149,16 +155,20 @@ class ComparePartsRequest(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelVersion, _Mapping]] = ..., parts: _Optional[_Iterable[_Union[FilePart, _Mapping]]] = ...) -> None: ...
 
 class FilePart(_message.Message):
-    __slots__ = ("path", "offset", "length", "crc64nvme")
+    __slots__ = ("path", "offset", "length", "crc64nvme", "stride", "count")
     PATH_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     CRC64NVME_FIELD_NUMBER: _ClassVar[int]
+    STRIDE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
     path: str
     offset: int
     length: int
     crc64nvme: int
-    def __init__(self, path: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., crc64nvme: _Optional[int] = ...) -> None: ...
+    stride: int
+    count: int
+    def __init__(self, path: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., crc64nvme: _Optional[int] = ..., stride: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class ComparePartsResponse(_message.Message):
     __slots__ = ("different", "damaged")

@@ -17,10 +17,10 @@ import torch
 from modelexpress_core.contracts.transport import TensorTable
 from modelexpress_core.transport.tensor_bytes import host_memory
 from modelexpress_core.wire.authentication import certificate_names
+from modelexpress_core.wire.frames import FRAME_BYTES, frame_of
 from modelexpress_core.wire.proto.modelexpress import peer_pb2
 from modelexpress_core.wire.rpc import Method, RpcContext, Service
 from mx_grpc_stream._bulk import ServedBulk
-from mx_grpc_stream._frames import FRAME_BYTES, frame_of
 
 __all__ = ["TENSORS", "StreamedTensors"]
 

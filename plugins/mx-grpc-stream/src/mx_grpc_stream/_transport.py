@@ -18,13 +18,13 @@ from modelexpress_core.storage.http.requests import Origin
 from modelexpress_core.transport.tensor_bytes import host_memory
 from modelexpress_core.uri import ModelURI, worker_endpoint
 from modelexpress_core.wire.client import Client, Security
+from modelexpress_core.wire.frames import opened
 from modelexpress_core.wire.proto.modelexpress import peer_pb2
 from modelexpress_core.wire.settings import AuthSettings
 from modelexpress_core.wire.streams import ResponseStream
 from modelexpress_core.wire.tls import client_contexts
 from mx_grpc_stream._bulk import serve_bulk
 from mx_grpc_stream._errors import damaged, ended_early, of_stream, session_closed
-from mx_grpc_stream._frames import opened
 from mx_grpc_stream._serving import TENSORS, StreamedTensors
 from mx_grpc_stream.settings import GrpcStreamSettings
 

@@ -242,6 +242,21 @@ class HubRequests:
             _log.warning("hf://%s has another name now: hf://%s", place.repository, name[:200])
         return commit
 
+    def is_restricted(self, place: Place, path: str, operation: str) -> bool:
+        """Whether the repository of ``place`` is private or gated, or the server does not say that it is neither.
+
+        Args:
+            place: The repository.
+            path: The object in question, for errors.
+            operation: For errors.
+        """
+        revision = quote(place.revision, safe="")
+        url = f"{self._endpoint}/api/models/{place.repository}/revision/{revision}?expand=gated&expand=private"
+        request, answer, _ = self._followed("GET", url)
+        described = self._content(request, answer, path, operation)
+        is_open = isinstance(described, dict) and described.get("gated") is False and described.get("private") is False
+        return not is_open
+
     def tree(
         self, place: Place, commit: str, cursor: str | None, *, recursive: bool, path: str, operation: str
     ) -> ListingPage[Any]:

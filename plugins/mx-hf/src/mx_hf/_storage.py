@@ -11,7 +11,6 @@ from typing import Any
 
 from modelexpress_core.contracts.storage import Endpoint, ObjectInfo
 from modelexpress_core.errors import InvalidURIError, NotFoundError, UnavailableError, UnsupportedError
-from modelexpress_core.settings import from_env, variables
 from modelexpress_core.storage.http import (
     ConnectionPool,
     HttpStorage,
@@ -24,10 +23,11 @@ from modelexpress_core.storage.http import (
 )
 from modelexpress_core.uri import ModelURI
 from mx_hf._errors import NAMES, PROVIDER, HfFailures
+from mx_hf._offline import copy_of
 from mx_hf._repositories import ORGANISATION, RESERVED, Place, PlaceError
 from mx_hf._requests import COMMIT, VERSIONS, HubRequests, Version
 from mx_hf._tokens import Identity
-from mx_hf.settings import HfSettings
+from mx_hf.settings import HfSettings, hf_settings
 
 __all__ = ["HfStorage", "open_hf"]
 
@@ -56,7 +56,7 @@ _NO_METADATA = Meaning(
 )
 _OFFLINE = Meaning(
     UnavailableError,
-    "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, and hf:// always asks the Hub",
+    "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, and huggingface_hub has downloaded no such revision",
     retryable=False,
 )
 
@@ -120,6 +120,16 @@ class HfStorage(HttpStorage):
         """Which token requests carry, by the place where it was found."""
         with self._explained("", "find the token"):
             return self._identity.describe()
+
+    def is_restricted(self, path: str) -> bool:
+        """Whether the repository is private or gated."""
+        operation = "ask who may read it"
+        place = self._place(path, operation)
+        self._failures.check_open(path, operation)
+        if self._settings.offline:
+            raise self._offline(place, path, operation)
+        with self._explained(path, operation):
+            return self._requests.is_restricted(place, path, operation)
 
     def resolve_again(self) -> None:
         """Forget the commits of revisions, so that the next request asks for them.
@@ -187,20 +197,11 @@ class HfStorage(HttpStorage):
 
     def _offline(self, place: Place, path: str, operation: str) -> Exception:
         """The error for a request that may not be sent; names the downloaded copy, if there is one."""
-        name = f"models--{place.repository.replace('/', '--')}"
-        directory = os.path.join(self._settings.cache_directory, name)
-        commit = place.revision
-        try:
-            with open(os.path.join(directory, "refs", place.revision), encoding="ascii") as file:
-                commit = file.read(100).strip()
-        except (OSError, ValueError):
-            pass
-        copy = os.path.join(directory, "snapshots", commit)
-        if COMMIT.fullmatch(commit) and os.path.isdir(copy):
+        cache = self._settings.cache_directory
+        copy = copy_of(place, cache)
+        hint = f"unset it, or download {place.repository} into {cache} where there is a network"
+        if copy is not None:
             hint = f"load the downloaded copy: {os.path.join(copy, place.inside)}"
-        else:
-            cache = self._settings.cache_directory
-            hint = f"unset it, or download {place.repository} into {cache} where there is a network"
         return self._failures.described(_OFFLINE, "no request was sent", path, operation, hint=hint)
 
     # -- trees --------------------------------------------------------------------------------------------------------
@@ -318,15 +319,9 @@ def open_hf(uri: ModelURI, settings: Mapping[str, str], *, clock: Callable[[], f
             hint="write hf://org/name, hf://org/name/directory or hf://org/name?revision=REVISION; old names without "
             "an organisation have one now: gpt2 is openai-community/gpt2",
         ) from None
-    values = from_env(HfSettings, _with_environment(settings))
+    values = hf_settings(settings)
     proxies = Proxies.from_environ(settings, os.environ)
     pool = ConnectionPool(
         connect_timeout_seconds=values.connect_timeout_seconds, proxies=proxies, ca_bundle=values.ca_bundle
     )
     return HfStorage(values, uri, pool, clock=clock)
-
-
-def _with_environment(settings: Mapping[str, str]) -> Mapping[str, str]:
-    """``settings``, and the variables of huggingface_hub in the process's environment that they do not name."""
-    shared = [name for name in variables(HfSettings) if not name.startswith("MX_")]
-    return {**{name: os.environ[name] for name in shared if name in os.environ}, **settings}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.providers import StorageCapabilities, StorageProvider
-from mx_hf.settings import HfSettings
+from mx_hf.settings import HfSettings, hf_settings
 
 if TYPE_CHECKING:
     from modelexpress_core.contracts.storage import Storage
@@ -18,6 +18,19 @@ def _open_hf(uri: ModelURI, settings: Mapping[str, str]) -> Storage:
     from mx_hf._storage import open_hf
 
     return open_hf(uri, settings)
+
+
+@hookimpl
+def mx_rewrite_uri(uri: ModelURI, environ: Mapping[str, str]) -> ModelURI | None:
+    """The copy that huggingface_hub has downloaded, where HF_HUB_OFFLINE forbids requests."""
+    if uri.scheme != "hf":
+        return None
+    settings = hf_settings(environ)
+    if not settings.offline:
+        return None
+    from mx_hf._offline import downloaded
+
+    return downloaded(uri, settings)
 
 
 @hookimpl
@@ -32,6 +45,7 @@ def mx_register_storages() -> list[StorageProvider]:
             capabilities=StorageCapabilities(
                 patience=True,
                 diagnosis=True,
+                restriction=True,
                 global_versions=True,
                 concurrency=16,
                 most_concurrency=64,

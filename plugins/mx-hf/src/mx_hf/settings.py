@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from attrs import frozen
 
-from modelexpress_core.settings import boolean, env
+from modelexpress_core.settings import boolean, env, from_env, variables
 from modelexpress_core.settings.http import (
     ca_bundle,
     connect_timeout,
@@ -16,7 +17,7 @@ from modelexpress_core.settings.http import (
     refuse_credentials_in_urls,
 )
 
-__all__ = ["HfSettings"]
+__all__ = ["HfSettings", "hf_settings"]
 
 
 def _is_usable(url: str) -> bool:
@@ -62,7 +63,7 @@ class HfSettings:
         "HF_HUB_CACHE",
         "HUGGINGFACE_HUB_CACHE",
         default=None,
-        help="Directory of downloaded repositories, which messages name; unset: hub in HF_HOME.",
+        help="Directory of what huggingface_hub downloads, which is read offline; unset: hub in HF_HOME.",
     )
     token_disabled: bool = env(
         "HF_HUB_DISABLE_IMPLICIT_TOKEN",
@@ -81,7 +82,7 @@ class HfSettings:
         "TRANSFORMERS_OFFLINE",
         default=False,
         converter=boolean,
-        help="Send no requests: loads of hf:// fail, and name the directory of a downloaded copy.",
+        help="Send no requests: loads of hf:// read what huggingface_hub has downloaded, or fail.",
     )
     ca_bundle: str | None = ca_bundle("MX_HF_CA_BUNDLE", "REQUESTS_CA_BUNDLE", unset="those of this system")
     connect_timeout_seconds: float = connect_timeout("MX_HF")
@@ -104,6 +105,16 @@ class HfSettings:
     @property
     def _home(self) -> str:
         return self.home or os.path.join(self.cache_home, "huggingface")
+
+
+def hf_settings(environ: Mapping[str, str]) -> HfSettings:
+    """The settings in ``environ``; huggingface_hub's own variables that it does not name, from the process.
+
+    Raises:
+        SettingsError: A variable has a value that cannot be used.
+    """
+    shared = [name for name in variables(HfSettings) if not name.startswith("MX_")]
+    return from_env(HfSettings, {**{name: os.environ[name] for name in shared if name in os.environ}, **environ})
 
 
 def _expanded(path: str) -> str:

@@ -232,10 +232,10 @@ def close_unsafe(nbytes: int, uri: str) -> BackendError:
     )
 
 
-def quarantine_full(nbytes: int, uri: str) -> UnavailableError:
-    """Too much memory is kept because reads may still write to it."""
+def quarantine_full(kept: str, uri: str) -> UnavailableError:
+    """Too much is kept because of reads that have not ended."""
     return UnavailableError(
-        f"{nbytes >> 20} MiB are kept because reads from other workers have not ended, and may still write to them",
+        f"{kept} are kept because reads from other workers have not ended",
         uri=uri,
         operation="connect",
         provider=PROVIDER,

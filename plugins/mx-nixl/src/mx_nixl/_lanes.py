@@ -99,6 +99,7 @@ class Lane:
         reason: Why it is not a faster one; empty for those that are fast.
         on_host: Whether reads go straight into memory of the host.
         on_device: Whether they go straight into memory of devices.
+        in_calls: Whether this process alone writes what it reads, in its calls of NIXL: no device of a fabric does.
         low_bytes_per_second: A rate below it is far less than the lane can carry; 0 if nothing is known of it.
     """
 
@@ -106,6 +107,7 @@ class Lane:
     reason: str = ""
     on_host: bool = False
     on_device: bool = False
+    in_calls: bool = False
     low_bytes_per_second: float = 0.0
 
     @property
@@ -145,7 +147,7 @@ def lane_between(theirs: Location, ours: Location, *, proven: bool) -> Lane:
     if common:
         return Lane(f"the fabric {common[0]}", on_host=True, on_device=True, low_bytes_per_second=_LOW_FABRIC)
     if cma:
-        return Lane("shared memory (CMA)", on_host=True, low_bytes_per_second=_LOW_CMA)
+        return Lane("shared memory (CMA)", on_host=True, in_calls=True, low_bytes_per_second=_LOW_CMA)
     return Lane("TCP or another lane", _why_neither(theirs, ours))
 
 

@@ -2,6 +2,9 @@
 
 NIXL cannot take back a read that has begun: if the worker is stopped and goes on later, the bytes arrive even after the
 handle was released and the memory deregistered. Only a final state of the read makes its memory free.
+
+Between processes of one host without a fabric, the reading process writes the bytes itself, in calls of its agent. An
+agent that is never called again writes nothing: it is kept for ever, and the memory of its reads is free.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class Quarantine:
     def __init__(self) -> None:
         self.total_bytes = 0
         self._kept: list[KeptMemory] = []
+        self._abandoned: list[Any] = []
         self._lock = threading.Lock()
 
     @property
@@ -67,6 +71,24 @@ class Quarantine:
             kept.uri,
             nbytes,
         )
+
+    def abandon(self, agent: Any, uri: str) -> None:  # noqa: ANN401 - whatever must not be destroyed
+        """Keep an agent and its reads for ever, since only calls of them would write to memory.
+
+        Args:
+            agent: All of it.
+            uri: Redacted URI of the worker.
+        """
+        with self._lock:
+            self._abandoned.append(agent)
+            count = len(self._abandoned)
+        _log.warning("leaving the connection to %s as it is, because its reads do not end; %d are left", uri, count)
+
+    @property
+    def abandoned(self) -> int:
+        """How many agents are kept for ever."""
+        with self._lock:
+            return len(self._abandoned)
 
     def release_ended(self) -> None:
         """Free the memory of reads that have ended since then."""

@@ -1,9 +1,10 @@
 """The reader's side: reads of one worker's memory, straight into place, or through buffers of the transport's own.
 
 A read that has begun cannot be taken back. Over CMA the reading process copies the bytes itself, and over RDMA reads
-end or fail by themselves, so both read straight into place. Over every other lane a worker that is stopped may go on
-later, and write then: these reads go into buffers, and the bytes are copied once they have arrived. Buffers of reads
-that never end are kept; see ``_quarantine``.
+end or fail by themselves, so both read straight into place. The end of a read needs an answer of the worker, also over
+CMA; without one, the agent of the session is never called again, and so writes nothing. Over every other lane a worker
+that is stopped may go on later, and write then: these reads go into buffers, and the bytes are copied once they have
+arrived. Buffers of reads that never end are kept; see ``_quarantine``.
 """
 
 from __future__ import annotations
@@ -389,11 +390,18 @@ class NixlSession:
 
     def _end(self) -> None:
         in_place = any(transfer.in_place for transfer in list(self._under_way))
-        deadline = time.monotonic() + (_PLACES_STOP_SECONDS if in_place else _BUFFERS_STOP_SECONDS)
+        patient = in_place and not self._lane.in_calls
+        deadline = time.monotonic() + (_PLACES_STOP_SECONDS if patient else _BUFFERS_STOP_SECONDS)
         while not self._all_ended() and time.monotonic() < deadline:
             time.sleep(_LATE_SLEEP_SECONDS)
         if self._all_ended():
             self._destroy()
+            return
+        if self._lane.in_calls and not self._moving:
+            handles = [transfer.handle for transfer in self._under_way]
+            buffers = [each.memory for each in self._buffers.values()]
+            self._under_way.clear()
+            self._quarantine.abandon((self._agent, handles, buffers), self._uri)
             return
         with self._changed:
             places = [each for transfer in self._under_way if transfer.in_place for each in transfer.memory]

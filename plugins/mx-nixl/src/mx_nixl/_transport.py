@@ -28,6 +28,10 @@ _log = logging.getLogger(__name__)
 _MAX_QUARANTINED_BYTES = 512 << 20
 
 
+#: Connections that were left as they are, since their reads do not end: each takes some megabytes.
+_MOST_ABANDONED = 64
+
+
 class NixlTransport:
     """Serves and reads tensors over NIXL.
 
@@ -66,7 +70,9 @@ class NixlTransport:
             raise other_backend(description.backend[:20], self._settings.backend, uri)
         self._quarantine.release_ended()
         if self._quarantine.nbytes + BUFFER_BYTES > self._quarantine_bytes:
-            raise quarantine_full(self._quarantine.nbytes, uri)
+            raise quarantine_full(f"{self._quarantine.nbytes >> 20} MiB", uri)
+        if self._quarantine.abandoned >= _MOST_ABANDONED:
+            raise quarantine_full(f"{self._quarantine.abandoned} connections", uri)
         theirs, ours = description.location, here(self._settings)
         proven = shares_memory(theirs, ours) and _proves(description.proof)
         lane = lane_between(theirs, ours, proven=proven)

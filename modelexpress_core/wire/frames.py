@@ -1,4 +1,4 @@
-"""The frames of a stream: a header of 12 bytes, and up to four mebibytes of a tensor.
+"""The frames of a stream: a header of 12 bytes, and up to four mebibytes of a tensor or a file.
 
 The header has the position of the range in the request (32 bits) and the CRC-64/NVME of the bytes that follow it (64
 bits), both little-endian; the CRC is 0 where the reader wants none, because it knows the digests of the bytes. The
@@ -14,7 +14,7 @@ from awscrt import checksums
 
 __all__ = ["FRAME_BYTES", "HEADER_BYTES", "frame_of", "opened"]
 
-#: Bytes of a tensor in one frame: gRPC is fastest with messages of one to four mebibytes, and fewer cost less here.
+#: Bytes of content in one frame: gRPC is fastest with messages of one to four mebibytes, and fewer cost less here.
 FRAME_BYTES = 4 << 20
 
 _HEADER = struct.Struct("<IQ")
