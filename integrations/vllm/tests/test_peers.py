@@ -130,6 +130,12 @@ def test_a_model_is_withdrawn_while_it_is_reloaded_and_offered_as_its_new_versio
     assert results[0] == results[1] != (tokens, checksums)
     assert ["s3", "s3"] == [_scheme(place) for place in first.loaded_from()]
     assert ["grpc"] == [_scheme(place) for place in second.loaded_from()]
+    # vLLM for CPUs only pretends to sleep.
+    server.wait_for(2)
+    second.do("call", "sleep", {"level": 1})
+    server.wait_for(1)
+    second.do("call", "wake_up")
+    server.wait_for(2)
 
 
 @pytest.mark.timeout(1800)

@@ -11,9 +11,9 @@ import attrs
 import typer
 from attrs import frozen
 
+import modelexpress_core as mx
 from modelexpress_core import ModelExpressError, ModelURI, PluginManager
 from modelexpress_core.cli.output import JsonOption, console, print_json, verbatim
-from modelexpress_core.explaining import explain as mx_explain
 from modelexpress_core.loader import Loader
 from modelexpress_core.messages import hide_credentials
 from modelexpress_core.report import format_bytes, format_files
@@ -110,7 +110,7 @@ def _workers(model: str, settings: VllmSettings) -> Iterator[Place]:
         return
     name = default_directory(ModelURI.parse(model)).name if is_uri else name_of(model)
     try:
-        found = mx_explain(uri, model_name=name).places
+        found = mx.explain(uri, model_name=name).places
     except ModelExpressError as exc:
         yield Place("other workers", "MODEL_EXPRESS_URL is set", "unusable", "ModelExpress", problem=str(exc))
         return

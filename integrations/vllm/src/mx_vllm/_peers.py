@@ -125,7 +125,7 @@ def _attempt(
         if touched and not isinstance(exc, loader.try_next):
             _written_to.append(tensors)
         if isinstance(exc, NoWorkerError):
-            return PeerResult(reason=_reasons(skipped, identity) or exc.headline)
+            return PeerResult(reason="; ".join(filter(None, (exc.headline, _reasons(skipped, identity)))))
         return PeerResult(reason=_headline(exc), touched=touched)
 
 
@@ -134,7 +134,8 @@ def _headline(exc: BaseException) -> str:
 
 
 def _reasons(skipped: list[Skipped], identity: SourceIdentity) -> str:
-    """Return why places were left out, on one line."""
+    """Return why workers and discoveries were left out, on one line."""
+    skipped = [each for each in skipped if each.peer is not None or _is_discovery(each.place)]
     told = []
     for each in skipped[:_MOST_REASONS]:
         reasons = list(each.reasons)
@@ -148,3 +149,8 @@ def _reasons(skipped: list[Skipped], identity: SourceIdentity) -> str:
         told.append(f"{each.place} is not read, because {'; '.join(reasons)}")
     more = len(skipped) - len(told)
     return "; ".join(told) + (f"; and {more} more" if more > 0 else "")
+
+
+def _is_discovery(place: str) -> bool:
+    """Return whether a place without a worker is a discovery, or all of them; else it is the server's cache."""
+    return place == "other workers" or ("://" in place and not place.startswith(("mx://", "mxs://")))
