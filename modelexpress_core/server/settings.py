@@ -299,6 +299,12 @@ class CacheSettings:
         default=None,
         help="Directory in which the server keeps models; unset: it keeps none.",
     )
+    endpoint: str | None = env(
+        "MX_CACHE_ENDPOINT",
+        default=None,
+        help="Address (host:port) by which the other replicas of this server reach it, which share a metadata store: "
+        "one of them downloads a model, and the others read it from there. Unset: each downloads it.",
+    )
     sources: tuple[str, ...] = env(
         "MX_CACHE_SOURCES",
         default=("hf",),

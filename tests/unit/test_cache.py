@@ -244,7 +244,7 @@ def test_who_waits_for_a_storage_that_fails_asks_it_no_second_time(opened: Calla
         cache = opened(**hub.environ())
 
         def ask() -> str:
-            with pytest.raises(ModelExpressError) as raised:
+            with pytest.raises(NotFoundError) as raised:
                 cache.begin("org/model")
             return str(raised.value)
 
@@ -508,6 +508,31 @@ def test_an_import_needs_a_commit_of_the_hub(opened: Callable[..., ModelCache], 
     assert one.version == cache.import_directory(model, "s3/bucket/model").version
     assert files_of(model) == contents(one)
     assert one.version == cache.begin("s3/bucket/model", version=one.version).version
+
+
+def test_blobs_in_the_store_that_repositories_share_are_read(opened: Callable[..., ModelCache]) -> None:
+    """huggingface_hub 2 links ``blobs/ETAG`` to a store of the whole cache. Removal takes the link, not the store."""
+    content = os.urandom(50_000)
+    etag, xet_hash = hashlib.sha256(content).hexdigest(), "ab" * 32
+    with FakeHub() as hub:
+        hub.put("org/model", "model.safetensors", content)
+        cache = opened(**hub.environ())
+        shared = Path(cache.directory, "blobs", xet_hash[:2], xet_hash)
+        blob = Path(cache.directory, "models--org--model", "blobs", etag)
+        for path in (shared, blob):
+            path.parent.mkdir(parents=True)
+        shared.write_bytes(content)
+        shared.chmod(0o444)
+        blob.symlink_to(f"../../blobs/{xet_hash[:2]}/{xet_hash}")
+
+        snapshot = complete(cache, "org/model")
+
+        assert [] == [each.path for each in hub.requests if each.server == "cdn"], "nothing was downloaded"
+    assert {"model.safetensors": content} == contents(snapshot)
+    assert () == tuple(cache.validate(snapshot))
+    assert (True, 1) == (blob.is_symlink(), shared.stat().st_nlink)
+    assert 0 == cache.remove(snapshot)
+    assert (False, content) == (os.path.lexists(blob), shared.read_bytes())
 
 
 def test_an_import_uses_what_the_library_noted(opened: Callable[..., ModelCache], tmp_path: Path) -> None:

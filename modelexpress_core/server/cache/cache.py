@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Protocol
 
 from attrs import define, field, frozen
 
@@ -33,13 +32,14 @@ from modelexpress_core.server.cache.checking import Damage, described, validate
 from modelexpress_core.server.cache.downloads import Download, record_path, remove_files
 from modelexpress_core.server.cache.layout import OWN
 from modelexpress_core.server.cache.places import HUB, Place, Sources
-from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, version_of
+from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, key_of, version_of
+from modelexpress_core.server.cache.replica_pulls import DownloadLease, always, claim_all, nearest
 from modelexpress_core.server.cache.snapshots import Snapshot
 from modelexpress_core.server.settings import CacheSettings
 from modelexpress_core.settings import from_env
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["CacheStats", "DownloadLease", "ModelCache"]
+__all__ = ["CacheStats", "ModelCache"]
 
 _log = logging.getLogger(__name__)
 
@@ -64,18 +64,6 @@ _MAX_RESOLVED = 1000
 _COMMIT_DIGITS = 40
 
 
-class DownloadLease(Protocol):
-    """Which replica of a server downloads a version."""
-
-    def claim(self, key: str) -> tuple[ModelURI | None, Callable[[], bool]]:
-        """Where to download ``key`` from in place of its storage (None: from its storage), and whether that lasts."""
-        ...
-
-    def release(self, key: str) -> None:
-        """This replica does not have ``key`` any more."""
-        ...
-
-
 @frozen
 class CacheStats:
     """What the cache holds and did since it was opened.
@@ -88,7 +76,8 @@ class CacheStats:
         free_bytes: Free bytes of the disk.
         hits: Requests for versions that were there.
         misses: Requests that began a download, or joined one.
-        origin_bytes: Bytes that were downloaded.
+        origin_bytes: Bytes that were downloaded from storages.
+        replica_bytes: Bytes that were downloaded from other replicas.
         sent_bytes: Bytes that readers got.
         evictions: Versions that were removed to keep the limits.
         downloads: Downloads under way.
@@ -103,6 +92,7 @@ class CacheStats:
     hits: int
     misses: int
     origin_bytes: int
+    replica_bytes: int
     sent_bytes: int
     evictions: int
     downloads: int
@@ -481,6 +471,18 @@ class ModelCache:
         restricted: bool = False,
         owner: str = "",
     ) -> Snapshot:
+        key = key_of(place.name, version, weights=weights)
+        with self._lock:
+            self._check_open()
+            failed = self._failures.get(key)
+            if failed is not None and time.monotonic() < failed.until:
+                pull.close()
+                raise failed.error
+        replica, lasts = "", always
+        if self._lease is not None:
+            pull, replica, lasts = nearest(
+                self._lease, pull, loader=self.loader, place=place, version=version, files=files, key=key
+            )
         download = Download(
             self.directory,
             self.loader,
@@ -499,14 +501,11 @@ class ModelCache:
             on_end=self._ended,
             stored=self._stored,
             publish=self._publish,
+            replica=replica,
+            lasts=lasts,
             disk=self._disk,
         )
         with self._lock:
-            self._check_open()
-            failed = self._failures.get(download.key)
-            if failed is not None and time.monotonic() < failed.until:
-                pull.close()
-                raise failed.error
             present = self._downloads.setdefault(download.key, download)
         if present is not download:  # asked for under another revision at the same time
             pull.close()
@@ -520,8 +519,15 @@ class ModelCache:
                 del self._downloads[download.key]
             pull.close()
             raise
-        _log.info("downloading %s at %s from %s", place.shown, version[:12], place.uri)
+        _log.info("downloading %s at %s from %s", place.shown, version[:12], replica or place.uri)
         return self._snapshot(download=download)
+
+    def claim_complete(self) -> None:
+        """Tell the other replicas which versions this one has; to be called after a start."""
+        with self._lock:
+            keys = list(self._records)
+        if self._lease is not None:
+            claim_all(self._lease, keys)
 
     def _stored(self, blob: str) -> Sequence[StoredFile]:
         with self._lock:
@@ -538,7 +544,7 @@ class ModelCache:
     def _ended(self, download: Download) -> None:
         with self._lock:
             self._downloads.pop(download.key, None)
-            self._counts["origin_bytes"] += download.origin_bytes
+            self._counts["replica_bytes" if download.replica else "origin_bytes"] += download.pulled_bytes
             if download.record is not None:
                 self._failures.pop(download.key, None)
                 _log.info("%s at %s is complete", download.place, download.version[:12])
@@ -548,6 +554,8 @@ class ModelCache:
                 pause = min(_LONGEST_PAUSE_SECONDS, 2 * last.pause if last else _FIRST_PAUSE_SECONDS)
                 self._failures[download.key] = _Failure(download.error, time.monotonic() + pause, pause)
                 _log.warning("the download of %s failed: %s", download.place, download.error)
+                if self._lease is not None:
+                    self._lease.release(download.key)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -860,6 +868,7 @@ class ModelCache:
             hits=counts["hits"],
             misses=counts["misses"],
             origin_bytes=counts["origin_bytes"],
+            replica_bytes=counts["replica_bytes"],
             sent_bytes=counts["sent_bytes"],
             evictions=counts["evictions"],
             downloads=downloads,

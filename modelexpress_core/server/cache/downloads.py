@@ -49,6 +49,7 @@ class Download:
         on_end: Called when it has ended, with this object.
         stored: Returns what other versions have stored in a blob.
         publish: Calls a function that makes the record of the version, while no version is removed.
+        replica: Address of the replica that the bytes come from; empty for the storage of the model.
         lasts: Whether this replica still is the one that downloads the version.
         disk: The disk.
 
@@ -56,6 +57,8 @@ class Download:
         record: What is known of the version, once it is complete.
         error: Why it failed.
         changed: Notified when bytes have arrived.
+        replica: As above.
+        pulled_bytes: Bytes that it fetched.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class Download:
         on_end: Callable[[Download], None],
         stored: Callable[[str], Sequence[StoredFile]],
         publish: Callable[[Callable[[], Record]], Record],
+        replica: str = "",
         lasts: Callable[[], bool] = lambda: True,
         disk: Disk | None = None,
     ) -> None:
@@ -90,13 +94,14 @@ class Download:
         self.record: Record | None = None
         self.error: ModelExpressError | None = None
         self.changed = threading.Condition()
-        self.origin_bytes = 0
+        self.pulled_bytes = 0
         self._root = root
         self._loader = loader
         self._uri = uri
         self._on_end = on_end
         self._stored = stored
         self._publish = publish
+        self.replica = replica
         self._lasts = lasts
         self._disk = disk or Disk()
         self._digests: dict[str, tuple[ManifestFile, ChunkDigests]] = {}
@@ -236,7 +241,7 @@ class Download:
         with self._pull as pull:
             self._take_known(layout)
             report = pull.run()
-        self.origin_bytes = report.bytes_copied
+        self.pulled_bytes = report.bytes_copied
         with local_errors(self._root, "put the files of a version into"):
             record = self._publish(lambda: self._published(layout))
         shutil.rmtree(self.directory, ignore_errors=True)
