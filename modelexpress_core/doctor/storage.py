@@ -11,7 +11,13 @@ from typing import Any, cast
 
 from modelexpress_core.checkpoint import Checkpoint
 from modelexpress_core.checkpoint.index import INDEX_SUFFIX, SUFFIX
-from modelexpress_core.contracts.storage import DiagnosableStorage, ObjectInfo, PatientStorage, Storage
+from modelexpress_core.contracts.storage import (
+    ComparingStorage,
+    DiagnosableStorage,
+    ObjectInfo,
+    PatientStorage,
+    Storage,
+)
 from modelexpress_core.doctor.examination import Examination, SkippedError, set_variables
 from modelexpress_core.doctor.network import call_with_deadline
 from modelexpress_core.doctor.step import Step
@@ -208,6 +214,10 @@ class StorageExamination(Examination):
         facts["bytes"] = len(start)
         pinned = f"version {info.version}" if info.version else "which has no version to pin"
         seen = f"{format_bytes(len(start))} of {printable(info.path)} ({pinned}) in {milliseconds:.1f} ms"
+        channel = self._channel()
+        if channel:
+            facts["channel"] = channel
+            seen += f", over the {channel}" if channel.startswith("bulk") else f", over {channel}"
         offset = info.size // 2
         if not offset:
             return "ok", seen
@@ -216,6 +226,12 @@ class StorageExamination(Examination):
         facts["bytes_in_the_middle"] = len(middle)
         self._check_middle(info, start, middle, offset)
         return "ok", f"{seen}, and {format_bytes(len(middle))} from its middle"
+
+    def _channel(self) -> str:
+        """The way of the bytes, where the storage has several."""
+        registered, storage = self._opened()
+        compares = registered.provider.capabilities.compares
+        return cast("ComparingStorage", storage).compared().channel if compares else ""
 
     def _bytes_at(self, storage: Storage, info: ObjectInfo, offset: int) -> bytes:
         buffer = memoryview(bytearray(min(_READ_BYTES, info.size - offset)))

@@ -30,6 +30,7 @@ NAMES = {
     "faults": {"failing", "loads", "right", "fetched twice"},
     "corruption": {"digest", "corruptions", "repaired", "failed", "wrong"},
     "control_plane": {"what", "store", "workers", "wrong"},
+    "streaming": {"contender", "destination", "seconds", "GB/s", "of limit", "CPU-s/GB"},
     "errors": {"store", "failure", "error", "score", "seconds", "doctor", "runai score"},
 }
 
@@ -54,6 +55,7 @@ CORRECT: dict[str, Callable[[Rows], bool]] = {
     "s3": _moved_the_same_bytes,
     "gcs": _moved_the_same_bytes,
     "azure": _moved_the_same_bytes,
+    "streaming": _moved_the_same_bytes,
     "concurrency": _each_positive("best fixed", "of best"),
     "recording": _each_positive("us a tensor", "seconds"),
     "memory": lambda rows: all(row["peak over it MiB"] >= 0 for row in rows),

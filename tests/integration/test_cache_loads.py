@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trustme
 
 import modelexpress_core as mx_api
 from devtools.fake_hub import FakeHub, HubAnswer, HubRequest
@@ -179,6 +180,7 @@ def test_commands_take_the_uri(
     assert {path.name for path in sharded.iterdir()} == {
         path.name for path in (tmp_path / "copy").iterdir() if not path.name.startswith(".")
     }
+    assert "over the bulk channel on port" in doctor.stdout
     shown = mx("load", uri)
     assert re.search(r"chunks +\S+ MB compared here", shown.stdout)
 
@@ -219,6 +221,33 @@ def test_a_token_goes_to_no_server_that_is_not_named(
 
     assert "MODEL_EXPRESS_URL" in str(raised.value)
     assert checkpoint.tensors
+
+
+def test_mxs_is_tls_on_both_channels(
+    start: Callable[..., Serving],
+    sharded: Path,
+    tmp_path: Path,
+    expected: Callable[[Path], dict[str, torch.Tensor]],
+    assert_equal: Equal,
+) -> None:
+    """With the name of the server verified; without its authority nothing is read."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    ca, certificate, key = tmp_path / "ca.pem", tmp_path / "server.pem", tmp_path / "key.pem"
+    authority.cert_pem.write_to_path(str(ca))
+    certificate.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+    issued.private_key_pem.write_to_path(str(key))
+    serving = start(
+        *cache_of(tmp_path / "cache"), MX_TLS_CERT_PATH=str(certificate), MX_TLS_KEY_PATH=str(key), **ALLOWED
+    )
+    uri = f"mxs://127.0.0.1:{port_of(serving.url)}/file{sharded}"
+
+    state, report = state_of(uri, MX_TLS_CA_PATH=str(ca))
+    with pytest.raises(mx_api.BackendError):
+        mx_api.open_checkpoint(uri, environ={"MX_RETRY_ATTEMPTS": "1"})
+
+    assert_equal(expected(sharded), state)
+    assert report.channel.startswith("bulk channel")
 
 
 def test_a_copy_that_was_damaged_on_the_server_is_found(start: Callable[..., Serving], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -17,6 +19,7 @@ import pytest
 from devtools.fake_hub import FakeHub, HubAnswer, HubRequest
 from devtools.models import generate_sharded
 from modelexpress_core.checkpoint.manifest import chunk_digest
+from modelexpress_core.copying.puller import Pull
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
@@ -328,6 +331,38 @@ def test_bytes_can_be_read_before_the_download_ends(opened: Callable[..., ModelC
             assert reader.wait(0, reader.size, _SECONDS)
             assert snapshot.wait(_SECONDS)
             assert content == os.pread(reader.descriptor, reader.size, 0), "the descriptor is still that of the file"
+
+
+def test_a_file_of_a_pull_that_has_just_ended_is_waited_for(
+    opened: Callable[..., ModelCache], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory is closed, and how it ended is not known yet."""
+    reached, release = threading.Event(), threading.Event()
+    run = Pull.run
+
+    def fail(self: Pull) -> Any:
+        run(self)
+        unfinished: Any = self._unfinished
+        unfinished["config.json"] = Unfinished()
+        reached.set()
+        assert release.wait(_SECONDS)
+
+    class Unfinished:
+        """A file whose directory was closed."""
+
+        partial: Any
+
+        def __init__(self) -> None:
+            self.partial = self
+
+        def open(self) -> int:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(Pull, "run", fail)
+    snapshot = opened().begin(f"file{model}")
+    assert reached.wait(_SECONDS)
+    assert snapshot.try_open_file("config.json", 0) is None
+    release.set()
 
 
 # -- the directory -----------------------------------------------------------------------------------------------------

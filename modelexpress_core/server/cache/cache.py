@@ -12,13 +12,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Protocol
 
 from attrs import define, field, frozen
 
 from modelexpress_core.copying.local import Disk, local_errors
 from modelexpress_core.copying.puller import Pull
-from modelexpress_core.errors import ModelExpressError, ResolveError, SourceChangedError, UnavailableError
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    ModelExpressError,
+    ResolveError,
+    SourceChangedError,
+    UnavailableError,
+)
 from modelexpress_core.loader import Loader
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import format_bytes
@@ -27,13 +32,14 @@ from modelexpress_core.server.cache.checking import Damage, described, validate
 from modelexpress_core.server.cache.downloads import Download, put_back, record_path, remove_files
 from modelexpress_core.server.cache.layout import OWN
 from modelexpress_core.server.cache.places import HUB, Place, Sources
-from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, version_of
+from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, key_of, version_of
+from modelexpress_core.server.cache.replica_pulls import DownloadLease, always, claim_all, nearest
 from modelexpress_core.server.cache.snapshots import Snapshot
 from modelexpress_core.server.settings import CacheSettings
 from modelexpress_core.settings import from_env
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["CacheStats", "DownloadLease", "ModelCache"]
+__all__ = ["CacheStats", "ModelCache"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,18 +64,6 @@ _MAX_RESOLVED = 1000
 _COMMIT_DIGITS = 40
 
 
-class DownloadLease(Protocol):
-    """Which replica of a server downloads a version."""
-
-    def claim(self, key: str) -> tuple[ModelURI | None, Callable[[], bool]]:
-        """Where to download ``key`` from in place of its storage (None: from its storage), and whether that lasts."""
-        ...
-
-    def release(self, key: str) -> None:
-        """This replica does not have ``key`` any more."""
-        ...
-
-
 @frozen
 class CacheStats:
     """What the cache holds and did since it was opened.
@@ -82,7 +76,8 @@ class CacheStats:
         free_bytes: Free bytes of the disk.
         hits: Requests for versions that were there.
         misses: Requests that began a download, or joined one.
-        origin_bytes: Bytes that were downloaded.
+        origin_bytes: Bytes that were downloaded from storages.
+        replica_bytes: Bytes that were downloaded from other replicas.
         sent_bytes: Bytes that readers got.
         evictions: Versions that were removed to keep the limits.
         downloads: Downloads under way.
@@ -97,6 +92,7 @@ class CacheStats:
     hits: int
     misses: int
     origin_bytes: int
+    replica_bytes: int
     sent_bytes: int
     evictions: int
     downloads: int
@@ -146,6 +142,10 @@ class _Question:
     callers: int = 0
     error: ModelExpressError | None = None
     failed_at: float = 0.0
+
+
+class _OwnerLimitError(AccessDeniedError):
+    """The owner of a download has as much in the cache as it may have."""
 
 
 class ModelCache:
@@ -291,7 +291,13 @@ class ModelCache:
         return found
 
     def begin(
-        self, path: str, *, revision: str | None = None, version: str | None = None, weights: bool = True
+        self,
+        path: str,
+        *,
+        revision: str | None = None,
+        version: str | None = None,
+        weights: bool = True,
+        owner: str = "",
     ) -> Snapshot:
         """A version of a model: one that is there, or one whose download has begun.
 
@@ -303,9 +309,10 @@ class ModelCache:
             revision: A branch, tag or commit; None for the default.
             version: Only this version.
             weights: Whether files of weights are needed.
+            owner: Who asks, whose bytes have a limit (MX_CACHE_MAX_CALLER_BYTES); empty for nobody.
 
         Raises:
-            InvalidURIError, AccessDeniedError: As ``place``.
+            InvalidURIError, AccessDeniedError: As ``place``; also if the limit of the owner is reached.
             SourceChangedError: The storage has another version than ``version``.
             ModelExpressError: The storage failed, or the download failed a moment ago.
         """
@@ -320,7 +327,7 @@ class ModelCache:
         if version and _pinned(version) and place.name.startswith(f"{HUB}/"):
             revision = version  # also where no branch points at it any more
             place = self.place(path, revision)
-        return self._begin(place, revision or "", version, weights=weights)
+        return self._begin(place, revision or "", version, weights=weights, owner=owner)
 
     def _find(self, place: Place, version: str | None, *, weights: bool) -> Snapshot | None:
         """A complete version, or one that arrives; the lock is held."""
@@ -346,7 +353,7 @@ class ModelCache:
         ]
         return max(found)[1] if found else None
 
-    def _begin(self, place: Place, revision: str, version: str | None, *, weights: bool) -> Snapshot:
+    def _begin(self, place: Place, revision: str, version: str | None, *, weights: bool, owner: str) -> Snapshot:
         name = (place.name, revision, weights)
         since = time.monotonic()
         with self._lock:
@@ -365,8 +372,8 @@ class ModelCache:
                         self._count("hits" if found.complete else "misses")
                         return found
                 try:
-                    return self._resolve(place, revision, version, name, weights=weights)
-                except SourceChangedError:  # of the version that this caller asked for
+                    return self._resolve(place, revision, version, name, weights=weights, owner=owner)
+                except (SourceChangedError, _OwnerLimitError):  # of the version, or the limit, of this caller alone
                     raise
                 except ModelExpressError as exc:
                     question.error, question.failed_at = exc, time.monotonic()
@@ -387,7 +394,14 @@ class ModelCache:
             self._resolved[name] = _Resolved(version, now)
 
     def _resolve(
-        self, place: Place, revision: str, version: str | None, name: tuple[str, str, bool], *, weights: bool
+        self,
+        place: Place,
+        revision: str,
+        version: str | None,
+        name: tuple[str, str, bool],
+        *,
+        weights: bool,
+        owner: str,
     ) -> Snapshot:
         """Ask the storage which files the model has now."""
         pull = Pull(self.loader, place.uri, self.directory, disk=self._disk)
@@ -428,7 +442,7 @@ class ModelCache:
         except BaseException:
             pull.close()
             raise
-        return self._download(place, revision, found, files, pull, weights=weights, restricted=restricted)
+        return self._download(place, revision, found, files, pull, weights=weights, restricted=restricted, owner=owner)
 
     def _latest_of(
         self, place: Place, revision: str, version: str | None, exc: ModelExpressError, *, weights: bool
@@ -455,7 +469,20 @@ class ModelCache:
         *,
         weights: bool,
         restricted: bool = False,
+        owner: str = "",
     ) -> Snapshot:
+        key = key_of(place.name, version, weights=weights)
+        with self._lock:
+            self._check_open()
+            failed = self._failures.get(key)
+            if failed is not None and time.monotonic() < failed.until:
+                pull.close()
+                raise failed.error
+        replica, lasts = "", always
+        if self._lease is not None:
+            pull, replica, lasts = nearest(
+                self._lease, pull, loader=self.loader, place=place, version=version, files=files, key=key
+            )
         download = Download(
             self.directory,
             self.loader,
@@ -466,6 +493,7 @@ class ModelCache:
             revision=revision,
             weights=weights,
             restricted=restricted,
+            owner=owner,
             pull=lambda download: pull.into(
                 download.directory, on_written=download.written, on_file=download.file_complete
             ),
@@ -473,19 +501,17 @@ class ModelCache:
             on_end=self._ended,
             stored=self._stored,
             publish=self._publish,
+            replica=replica,
+            lasts=lasts,
             disk=self._disk,
         )
         with self._lock:
-            self._check_open()
-            failed = self._failures.get(download.key)
-            if failed is not None and time.monotonic() < failed.until:
-                pull.close()
-                raise failed.error
             present = self._downloads.setdefault(download.key, download)
         if present is not download:  # asked for under another revision at the same time
             pull.close()
             return self._snapshot(download=present)
         try:
+            self._check_owner(download)
             self._make_room(sum(file.size for file in files), download)
             download.start()
         except BaseException:
@@ -493,8 +519,15 @@ class ModelCache:
                 del self._downloads[download.key]
             pull.close()
             raise
-        _log.info("downloading %s at %s from %s", place.shown, version[:12], place.uri)
+        _log.info("downloading %s at %s from %s", place.shown, version[:12], replica or place.uri)
         return self._snapshot(download=download)
+
+    def claim_complete(self) -> None:
+        """Tell the other replicas which versions this one has; to be called after a start."""
+        with self._lock:
+            keys = list(self._records)
+        if self._lease is not None:
+            claim_all(self._lease, keys)
 
     def _stored(self, blob: str) -> Sequence[StoredFile]:
         with self._lock:
@@ -511,7 +544,7 @@ class ModelCache:
     def _ended(self, download: Download) -> None:
         with self._lock:
             self._downloads.pop(download.key, None)
-            self._counts["origin_bytes"] += download.origin_bytes
+            self._counts["replica_bytes" if download.replica else "origin_bytes"] += download.pulled_bytes
             if download.record is not None:
                 self._failures.pop(download.key, None)
                 _log.info("%s at %s is complete", download.place, download.version[:12])
@@ -521,6 +554,8 @@ class ModelCache:
                 pause = min(_LONGEST_PAUSE_SECONDS, 2 * last.pause if last else _FIRST_PAUSE_SECONDS)
                 self._failures[download.key] = _Failure(download.error, time.monotonic() + pause, pause)
                 _log.warning("the download of %s failed: %s", download.place, download.error)
+                if self._lease is not None:
+                    self._lease.release(download.key)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -729,6 +764,26 @@ class ModelCache:
 
     # -- limits -------------------------------------------------------------------------------------------------------
 
+    def _check_owner(self, download: Download) -> None:
+        """Raise unless the owner of a download, which is in the list of downloads, is within its limit.
+
+        Raises:
+            AccessDeniedError: It is not.
+        """
+        limit = self.settings.max_caller_bytes
+        if limit is None or not download.owner:
+            return
+        with self._lock:
+            complete = sum(each.size_bytes for each in self._records.values() if each.owner == download.owner)
+            arriving = [each.files for each in self._downloads.values() if each.owner == download.owner]
+        used = complete + sum(file.size for files in arriving for file in files)
+        if used > limit:
+            raise _OwnerLimitError(
+                f"{download.owner!r} would have {format_bytes(used)} in the cache with {download.place}",
+                cause=f"MX_CACHE_MAX_CALLER_BYTES is {format_bytes(limit)}",
+                hint="have the server's operator raise it, or remove models",
+            )
+
     def _make_room(self, nbytes: int, download: Download) -> None:
         """Remove versions until ``nbytes`` fit, the ones first that were read least recently.
 
@@ -827,6 +882,7 @@ class ModelCache:
             hits=counts["hits"],
             misses=counts["misses"],
             origin_bytes=counts["origin_bytes"],
+            replica_bytes=counts["replica_bytes"],
             sent_bytes=counts["sent_bytes"],
             evictions=counts["evictions"],
             downloads=downloads,

@@ -187,7 +187,8 @@ class CacheStorage:
             with self._lock:
                 while len(self._models) >= _MAX_MODELS:
                     self._models.pop(next(iter(self._models))).channel.close()
-                self._models[model.root, opened.version] = model
+                # One that is open already keeps what it has compared.
+                model = self._models.setdefault((model.root, opened.version), model)
                 if not version:
                     self._latest[model.root] = opened.version
             return model

@@ -1,0 +1,119 @@
+"""What the storage of ``mx`` does beyond the contract of storages, against a server of this process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from modelexpress_core.errors import BackendError, SourceChangedError
+from modelexpress_core.server.app import Server
+from modelexpress_core.sources.cache_client import CacheClient
+from modelexpress_core.uri import ModelURI
+from mx_grpc_stream._storage import CacheStorage, open_cache
+from tests.support.caching import serving_cache
+
+_CONTENT = bytes(range(256)) * 12_000  # three chunks, the last one shorter
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one file."""
+    source = tmp_path_factory.mktemp("source")
+    (source / "model").mkdir()
+    (source / "model" / "weights.bin").write_bytes(_CONTENT)
+    return source
+
+
+@pytest.fixture(scope="module")
+def server(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that has the model."""
+    with serving_cache(tmp_path_factory.mktemp("cache"), (f"file://{source}",), {}) as server:
+        with CacheClient.from_env(f"127.0.0.1:{server.port}", {}) as client:
+            client.follow(client.open(f"file{source}/model"))
+        yield server
+
+
+@pytest.fixture
+def uri(server: Server, source: Path) -> ModelURI:
+    """Of the model."""
+    return ModelURI.parse(f"mx://127.0.0.1:{server.port}/file{source}/model")
+
+
+@pytest.fixture
+def storage(uri: ModelURI) -> Iterator[CacheStorage]:
+    """Opened."""
+    with contextlib.closing(open_cache(uri, {})) as storage:
+        yield storage
+
+
+def _read(storage: CacheStorage, path: str, start: int, end: int, version: str | None) -> bytes:
+    buffer = bytearray(end - start)
+    assert len(buffer) == storage.read_into(path, start, memoryview(buffer), version=version)
+    return bytes(buffer)
+
+
+def test_parts_of_chunks_are_compared_by_the_server(storage: CacheStorage, uri: ModelURI) -> None:
+    """At the end, together with runs; the two are counted apart."""
+    (info,) = storage.list(uri.path)
+    assert info.version is not None
+    got = _read(storage, info.path, 100, 1_500_000, info.version)
+    runs = bytearray(3000)
+    assert 3000 == storage.read_runs(info.path, 50, 100, 1000, memoryview(runs), version=info.version)
+    before = storage.compared()
+    storage.check_unchanged(info.path, version=info.version)
+
+    assert _CONTENT[100:1_500_000] == got
+    assert b"".join(_CONTENT[at : at + 100] for at in range(50, 30_000, 1000)) == runs
+    assert (0, 0) == (before.here_bytes, before.by_server_bytes)
+    after = storage.compared()
+    assert (0, len(got) + 3000) == (after.here_bytes, after.by_server_bytes)
+
+
+def test_reads_in_any_order_make_up_chunks(storage: CacheStorage, uri: ModelURI) -> None:
+    """Nothing is left for the server then."""
+    (info,) = storage.list(uri.path)
+    assert info.version is not None
+    for start, end in ((2_000_000, len(_CONTENT)), (0, 700_000), (700_000, 2_000_000)):
+        assert _CONTENT[start:end] == _read(storage, info.path, start, end, info.version)
+    storage.check_unchanged(info.path, version=info.version)
+
+    assert (len(_CONTENT), 0) == (storage.compared().here_bytes, storage.compared().by_server_bytes)
+
+
+def test_what_was_compared_is_kept_where_the_model_is_opened_again(uri: ModelURI, storage: CacheStorage) -> None:
+    """By its name, after it was opened by its version: as a load does whose headers another storage has read."""
+    (info,) = storage.list(uri.path)
+    assert info.version is not None
+    with contextlib.closing(open_cache(uri, {})) as other:
+        _read(other, info.path, 100, 200, info.version)
+        assert [info] == list(other.list(uri.path))
+        other.check_unchanged(info.path, version=info.version)
+
+        assert 100 == other.compared().by_server_bytes
+
+
+def test_a_version_that_is_nowhere_is_changed(storage: CacheStorage, uri: ModelURI) -> None:
+    """It is not replaced by the one that there is."""
+    with pytest.raises(SourceChangedError, match="could not read 10 bytes at 0 of mx://"):
+        storage.read_into(f"{uri.path}/weights.bin", 0, memoryview(bytearray(10)), version="0" * 64)
+
+
+def test_nothing_is_compared_where_that_is_turned_off(uri: ModelURI) -> None:
+    """With the variable that turns off all digests."""
+    with contextlib.closing(open_cache(uri, {"MX_VERIFY_DIGESTS": "0"})) as storage:
+        (info,) = storage.list(uri.path)
+        assert _CONTENT[5:50] == _read(storage, info.path, 5, 50, info.version)
+        storage.check_unchanged(info.path, version=info.version or "")
+
+        assert (0, 0) == (storage.compared().here_bytes, storage.compared().by_server_bytes)
+
+
+def test_the_root_of_a_server_names_no_model(storage: CacheStorage) -> None:
+    """And the message has the form of a URI."""
+    with pytest.raises(BackendError) as raised:
+        storage.stat("")
+
+    assert "mx://server:8001/org/name" in str(raised.value)
