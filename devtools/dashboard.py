@@ -100,6 +100,7 @@ ROWS: Sequence[tuple[str, Sequence[Panel]]] = (
                 "Bytes",
                 [
                     (_rate("mx_cache_origin_bytes_total"), "from storages"),
+                    (_rate("mx_cache_replica_bytes_total"), "from other replicas"),
                     (_rate("mx_cache_sent_bytes_total", "channel"), "to readers, over {{channel}}"),
                 ],
                 "Bps",

@@ -31,6 +31,7 @@ class CheckpointFile:
         digests: Digests that the storage publishes, by algorithm, in hex.
         metadata: Free text of the writer, from the header.
         header: The bytes before those of the tensors, kept if there are digests to compare.
+        origin: As in ``ObjectInfo``.
     """
 
     path: str
@@ -41,6 +42,7 @@ class CheckpointFile:
     digests: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
     metadata: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
     header: bytes = field(default=b"", repr=False, eq=False)
+    origin: tuple[str, str] | None = None
 
 
 @define(frozen=True, slots=True, eq=False)
@@ -95,7 +97,8 @@ class Checkpoint:
         Whether it is the same on other machines depends on the storage: see ``StorageCapabilities.global_versions``.
         """
         place = evolve(self.uri, query={})
-        described = [[str(place.with_path(file.path)), file.size, file.version] for file in self.files]
+        named = ((file, file.origin or (str(place.with_path(file.path)), file.version)) for file in self.files)
+        described = [[uri, file.size, version] for file, (uri, version) in named]
         if any(file.version is None for file in self.files):
             return None
         text = json.dumps(sorted(described), separators=(",", ":"), ensure_ascii=False)

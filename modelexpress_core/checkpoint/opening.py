@@ -316,6 +316,7 @@ class _Opening:
             info.digests,
             header.metadata,
             start[:end] if info.digests else b"",
+            info.origin,
         )
         return file, header
 

@@ -40,16 +40,19 @@ class ObjectInfo:
             versions.
         digests: Digests of the whole object that the storage publishes, by algorithm
             (``"crc32"``, ``"crc32c"``, ``"crc64nvme"``, ``"md5"``, ``"sha1"``, ``"sha256"``), in lower-case hex.
+        origin: For a copy: the URI of the original, without a query, and its version there. A model has the same
+            content version wherever it is loaded from, if a storage that copies says so. It vouches for the copy.
     """
 
     path: str
     size: int = field(validator=attrs.validators.ge(0))
     version: str | None = None
     digests: Mapping[str, str] = field(factory=dict, converter=unmodifiable, hash=False)
+    origin: tuple[str, str] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A read-only mapping cannot be pickled or copied as it is.
-        return ObjectInfo, (self.path, self.size, self.version, dict(self.digests))
+        return ObjectInfo, (self.path, self.size, self.version, dict(self.digests), self.origin)
 
 
 @runtime_checkable

@@ -236,6 +236,19 @@ class Pull:
         self._on_file = on_file
         return self
 
+    def like(self, loader: Loader, uri: ModelURI) -> Pull:
+        """A pull from another place, into the same directory and with the same functions."""
+        return Pull(
+            loader,
+            uri,
+            self._directory,
+            weights=self._weights,
+            on_progress=self._on_progress,
+            on_written=self._on_written,
+            on_file=self._on_file,
+            disk=self._disk,
+        )
+
     def select(self) -> Selection:
         """Open the storage, and list what is copied. Nothing is written yet.
 

@@ -24,6 +24,7 @@ from modelexpress_core.server.interceptors import MetricsInterceptor
 from modelexpress_core.server.metrics import CacheMetrics, ServerMetrics
 from modelexpress_core.server.metrics_port import MetricsPort, read_token
 from modelexpress_core.server.reaper import Reaper
+from modelexpress_core.server.replicas import Replicas
 from modelexpress_core.server.services.health import StandardHealth
 from modelexpress_core.server.services.offered import OfferedServices
 from modelexpress_core.server.settings import CacheSettings, LimitSettings, ServerSettings
@@ -88,6 +89,7 @@ class Server:
         self._services = OfferedServices(plugins.records(SERVER_SERVICE))
         self._health = StandardHealth(self._services.names)
         self._closing = contextlib.AsyncExitStack()
+        self._replicas: Replicas | None = None
         self.port = 0
         self.health_port = 0
         self.metrics_port = 0
@@ -97,12 +99,16 @@ class Server:
         async with contextlib.AsyncExitStack() as opened:
             opened.push_async_callback(self._store.close)
             await self._serve_metrics(opened)
+            if self._cache.endpoint is not None:
+                address = f"{'mxs' if self._tls.certificate else 'mx'}://{self._cache.endpoint}"
+                self._replicas = Replicas(self._store, address, asyncio.get_running_loop())
             cache = self._open_cache()
             if cache is not None:
                 opened.push_async_callback(asyncio.to_thread, cache.close)
             handlers = await self._serve(opened, cache)
             await self._serve_health(opened, handlers)
-            for task in (self._reaper().run(), self._count_sources(), OpenFiles().watch(), self._keep_limits(cache)):
+            tasks = [self._reaper().run(), self._count_sources(), OpenFiles().watch()]
+            for task in (*tasks, self._keep_limits(cache), self._keep_claims(cache)):
                 running = asyncio.ensure_future(task)
                 opened.callback(running.cancel)
             await self._health.begin()
@@ -128,7 +134,13 @@ class Server:
         from modelexpress_core.server.services.cache_bulk import open_bulk
         from modelexpress_core.server.services.cached import CacheServing
 
-        cache = ModelCache(self._cache.directory, settings=self._cache, environ=self._environ, plugins=self._plugins)
+        cache = ModelCache(
+            self._cache.directory,
+            settings=self._cache,
+            environ=self._environ,
+            plugins=self._plugins,
+            lease=self._replicas,
+        )
         try:
             metrics = CacheMetrics(self._metrics.registry, cache.stats)
             serving = CacheServing(cache, rights=self._auth.rights, metrics=metrics, may_delete=self._cache.may_delete)
@@ -147,6 +159,12 @@ class Server:
             raise
         self.bulk_port = serving.bulk.port if serving.bulk is not None else 0
         return serving
+
+    async def _keep_claims(self, cache: CacheServing | None) -> None:
+        """Tell the other replicas what this one has, as long as it runs."""
+        if cache is not None and self._replicas is not None:
+            await asyncio.to_thread(cache.cache.claim_complete)
+            await self._replicas.run()
 
     async def _keep_limits(self, cache: CacheServing | None) -> None:
         """Remove models that nobody reads any more, where limits say so."""

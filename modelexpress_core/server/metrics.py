@@ -177,6 +177,7 @@ _CACHE_COUNTERS = (
     ("mx_cache_hits", "Requests for versions of models that were in the cache.", "hits"),
     ("mx_cache_misses", "Requests that began a download, or joined one.", "misses"),
     ("mx_cache_origin_bytes", "Bytes that were downloaded from storages.", "origin_bytes"),
+    ("mx_cache_replica_bytes", "Bytes that were downloaded from other replicas of the server.", "replica_bytes"),
     ("mx_cache_evictions", "Versions of models that were removed to keep the limits.", "evictions"),
     ("mx_cache_download_failures", "Downloads that failed.", "failures"),
 )

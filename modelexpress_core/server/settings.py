@@ -299,6 +299,12 @@ class CacheSettings:
         default=None,
         help="Directory in which the server keeps models; unset: it keeps none.",
     )
+    endpoint: str | None = env(
+        "MX_CACHE_ENDPOINT",
+        default=None,
+        help="Address (host:port) by which the other replicas of this server reach it, which share a metadata store: "
+        "one of them downloads a model, and the others read it from there. Unset: each downloads it.",
+    )
     sources: tuple[str, ...] = env(
         "MX_CACHE_SOURCES",
         default=("hf",),
@@ -317,6 +323,13 @@ class CacheSettings:
         default=1 << 30,
         converter=byte_count,
         help="Free bytes of the disk that models leave.",
+    )
+    max_caller_bytes: int | None = env(
+        "MX_CACHE_MAX_CALLER_BYTES",
+        default=None,
+        converter=byte_count,
+        help="Bytes of the models that one caller (its authenticated name, or else its address) may have the server "
+        "download; what was removed does not count. Unset: no limit of its own.",
     )
     max_idle_seconds: float | None = env(
         "MX_CACHE_MAX_IDLE_SECONDS",

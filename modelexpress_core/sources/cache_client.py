@@ -30,6 +30,7 @@ from modelexpress_core.messages import printable
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.settings import DiscoverySettings, ServerAddress
 from modelexpress_core.storage.http.requests import Origin
+from modelexpress_core.uri import ModelURI
 from modelexpress_core.wire.client import Client, Security
 from modelexpress_core.wire.proto.modelexpress import cache_pb2
 from modelexpress_core.wire.rpc import CACHE
@@ -129,6 +130,7 @@ class CachedModel:
         complete: Whether all have.
         manifest_digest: Digest of the chunk manifest; empty unless it is complete.
         directory: Where its files are below the directory of the cache; empty if the server does not say.
+        versions: Version of each file in the storage that it comes from; empty if that has none.
     """
 
     place: str
@@ -140,6 +142,16 @@ class CachedModel:
     complete: bool
     manifest_digest: str
     directory: str = ""
+    versions: Mapping[str, str] = field(factory=dict, repr=False)
+
+    def origin(self, path: str) -> tuple[str, str] | None:
+        """The URI and version of a file in the storage that it comes from; None if that is unknown."""
+        try:
+            uri = ModelURI.parse(self.source)
+        except InvalidURIError:
+            return None
+        version = self.versions.get(path)
+        return (str(attrs.evolve(uri, query={}).join(path)), version) if version else None
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -243,6 +255,11 @@ class CacheClient(Client):
     def endpoint(self) -> Endpoint:
         """The server."""
         return self._endpoint
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the variables name this server, which vouches then for what it says of models."""
+        return not self._withheld_token
 
     @property
     def security(self) -> Security:
@@ -437,12 +454,14 @@ class CacheClient(Client):
             answer.directory,
         )
         files: dict[str, tuple[int, Mapping[str, str]]] = {}
+        versions: dict[str, str] = {}
         for file in self._pages(answer, model):
             if not _is_path(file.path) or file.size > _MAX_FILE_BYTES or file.path in files or len(files) >= _MAX_FILES:
                 reason = f"the server listed the file {printable(file.path)[:200]!r}, or too many files"
                 raise BackendError(reason, uri=self.url, operation=operation)
             files[file.path] = (file.size, MappingProxyType(dict(file.digests)))
-        return attrs.evolve(model, files=MappingProxyType(files))
+            versions[file.path] = printable(file.version)[:_MAX_PATH_BYTES]
+        return attrs.evolve(model, files=MappingProxyType(files), versions=MappingProxyType(versions))
 
     def _pages(self, answer: cache_pb2.OpenModelResponse, model: CachedModel) -> Iterator[cache_pb2.CachedFile]:
         yield from answer.files

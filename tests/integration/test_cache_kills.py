@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from devtools.fake_hub import FakeHub, HubAnswer, HubRequest
 from modelexpress_core.server.cache import ModelCache
 from modelexpress_core.server.settings import CacheSettings
+from tests.support.waiting import eventually
 
 #: How often the process is killed; by hand it was 100 times.
 _KILLS = int(os.environ.get("MX_TEST_KILLS", "6"))
@@ -97,3 +99,36 @@ def test_a_killed_download_goes_on(hub: FakeHub, tmp_path: Path) -> None:
     assert complete < _KILLS, "it was always done before it was killed"
     assert [] == list((directory / ".mx" / "downloads").iterdir())
     assert not list(directory.rglob("*.mx-new"))
+
+
+def test_what_had_arrived_is_not_downloaded_again(tmp_path: Path) -> None:
+    """The process is killed at half the download: less than 2 % of the bytes cross the network twice."""
+    size = 64 << 20
+    content = random.Random(1).randbytes(size)
+    sent = 0
+    lock = threading.Lock()
+    with FakeHub() as hub:
+        hub.put("org/model", "model.bin", content)
+
+        def count(request: HubRequest) -> HubAnswer | None:
+            nonlocal sent
+            if request.server == "cdn":
+                begin, end = request.headers["Range"].removeprefix("bytes=").split("-")
+                with lock:
+                    sent += int(end) + 1 - int(begin)
+                time.sleep(0.01)
+            return None
+
+        hub.before = count
+        with _start(hub, tmp_path / "cache") as child:
+            eventually(lambda: sent > size // 2)
+            child.send_signal(signal.SIGKILL)
+        assert size // 2 < sent < size
+        with _start(hub, tmp_path / "cache") as child:
+            assert child.wait(240) == 0
+
+    assert size <= sent < 1.02 * size
+    with ModelCache(tmp_path / "cache", settings=_SETTINGS, environ=hub.environ()) as cache:
+        found = cache.find("org/model")
+        assert found is not None
+        assert () == tuple(cache.validate(found))

@@ -487,3 +487,16 @@ def test_files_of_this_machine_are_not_asked_for(sharded: Path) -> None:
 
     assert [Tier.ORIGIN] == [tier for _, tier in candidates(str(sharded), environ)]
     assert [Tier.ORIGIN] == [tier for _, tier in candidates("s3://bucket/model?endpoint=http://127.0.0.1:1", environ)]
+
+
+def test_the_content_version_is_that_of_the_source(start: Callable[..., Serving], hub: FakeHub, tmp_path: Path) -> None:
+    """So workers that load from the cache and from the Hub read from each other. Only a named server is believed."""
+    serving = start(*cache_of(tmp_path / "cache"), **ALLOWED, **hub.environ())
+    cached = mx_uri(serving, "org/model")
+
+    original = mx_api.open_checkpoint("hf://org/model", environ=hub.environ()).content_version
+    named = mx_api.open_checkpoint(cached, environ={"MODEL_EXPRESS_URL": serving.url}).content_version
+    foreign = mx_api.open_checkpoint(cached, environ={}).content_version
+
+    assert original == named
+    assert foreign not in {original, None}

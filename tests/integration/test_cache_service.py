@@ -513,6 +513,37 @@ def test_a_model_that_the_server_alone_may_read(serve: Callable[..., Caller], tm
         assert [b"{}"] == serve(**environ).read(version, "config.json", Run("", 0, 2))
 
 
+def test_what_a_caller_may_have_downloaded(serve: Callable[..., Caller], tmp_path: Path) -> None:
+    """Is limited for each name; what others had downloaded is free, and what was removed does not count."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.bin").write_bytes(os.urandom(600_000))
+    tokens = {name: f"{name}-token-0123456789" for name in ("first", "second")}
+    (tmp_path / "tokens").write_text("".join(f"{name}:{token}\n" for name, token in tokens.items()))
+    environ = {
+        "MX_AUTH_MODE": "token",
+        "MX_AUTH_TOKENS_PATH": str(tmp_path / "tokens"),
+        "MX_CACHE_MAX_CALLER_BYTES": "1000000",
+        "MX_CACHE_DELETE": "1",
+    }
+    places = [f"file{tmp_path}/{name}" for name in ("one", "two")]
+    first = serve(token=tokens["first"], **environ)
+    one = version_of(first.complete(places[0]))
+    first.serving.end()  # the limit counts what is in the cache, whenever it was downloaded
+    first = serve(token=tokens["first"], **environ)
+    second = Caller(first.serving, tokens["second"])
+
+    with pytest.raises(grpc.RpcError) as raised:
+        first.complete(places[1])
+    assert (_Code.PERMISSION_DENIED, True) == (status_of(raised)[0], "'first' would have" in status_of(raised)[1])
+    second.complete(places[1])
+    assert first.complete(places[1]).complete
+    first("RemoveModel", cache_pb2.RemoveModelRequest(model=one))
+    second("RemoveModel", cache_pb2.RemoveModelRequest(model=cache_pb2.ModelVersion(place=places[1])))
+    assert first.complete(places[1]).complete
+    second.channel.close()
+
+
 def test_a_ticket_ends_with_its_version(serve: Callable[..., Caller], model: Path) -> None:
     """What was removed is not sent any more."""
     caller = serve(MX_CACHE_DELETE="1")

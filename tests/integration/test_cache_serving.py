@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,44 @@ def test_bytes_that_do_not_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         served(use, settings_of(tmp_path), environ={**hub.environ(), "MX_RETRY_BUDGET_SECONDS": "30"})
 
 
+def test_those_who_wait_do_not_keep_others_from_reading(tmp_path: Path, model: Path) -> None:
+    """More wait for a file that has not begun than the server has threads."""
+    release = threading.Event()
+
+    def hold(request: HubRequest) -> HubAnswer | None:
+        if request.server == "cdn":
+            release.wait(_SECONDS)
+        return None
+
+    def use(server: Server) -> None:
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            there = opened(channel, f"file{model}")
+            calls = stub(CACHE, channel)
+            first = next(calls["OpenModel"](cache_pb2.OpenModelRequest(place="org/model"), timeout=_SECONDS))
+            version = cache_pb2.ModelVersion(place=first.place, version=first.version)
+
+            def read(version: cache_pb2.ModelVersion, path: str, length: int) -> Any:
+                ranges = [cache_pb2.FileRange(length=length)]
+                request = cache_pb2.ReadFileRequest(model=version, path=path, ranges=ranges)
+                return calls["ReadFile"](request, timeout=_SECONDS)
+
+            waiting = [read(version, "model.safetensors", 1000) for _ in range(40)]
+            begun = time.monotonic()
+            assert 1 == len(list(read(there, "config.json", 2)))
+            assert time.monotonic() - begun < 10
+            assert not any(each.done() for each in waiting)
+            release.set()
+            assert all(len(list(each)) == 1 for each in waiting)
+
+    with FakeHub() as hub:
+        hub.put("org/model", "model.safetensors", bytes(5000))
+        hub.before = hold
+        try:
+            served(use, settings_of(tmp_path), environ=hub.environ())
+        finally:
+            release.set()
+
+
 def test_the_bulk_channel_has_the_certificate_of_the_server(tmp_path: Path, model: Path) -> None:
     """And a ticket is worth nothing without the certificate that its reader showed."""
     authority = trustme.CA()
@@ -138,7 +177,9 @@ def test_without_tls_tickets_stay_on_this_host(tmp_path: Path, model: Path, plai
     """Where callers are authenticated; unless the operator trusts the network."""
     (tmp_path / "tokens").write_text("reader:reader-token-0123456789\n")
     auth = AuthSettings(mode="token", tokens=str(tmp_path / "tokens"), rights=Rights())
-    other = next((each[4][0] for each in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)), "127.0.0.1")
+    other = next(
+        (str(each[4][0]) for each in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)), "127.0.0.1"
+    )
 
     def use(server: Server) -> None:
         token = (("authorization", "Bearer reader-token-0123456789"),)

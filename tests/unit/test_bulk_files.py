@@ -46,7 +46,7 @@ class Arriving:
         self.size = len(_BYTES)
         self.present = self.size
         self.error: Exception | None = None
-        self.waits = 0
+        self.waits = self.closed = 0
         self._changed = threading.Condition()
 
     def wait(self, start: int, end: int, seconds: float) -> bool:
@@ -56,6 +56,9 @@ class Arriving:
             if self.error:
                 raise self.error
             return end <= self.present
+
+    def close(self) -> None:
+        self.closed += 1
 
     def advance(self, present: int) -> None:
         with self._changed:
@@ -68,7 +71,7 @@ class Serving:
 
     def __init__(self, path: Path, **options: Any) -> None:
         self.file = Arriving(path)
-        self.opened = self.closed = self.sent = 0
+        self.opened = self.ended = self.sent = 0
         self.tickets = Tickets()
         self.server = BulkServer(self, self.tickets, host="127.0.0.1", **options)
 
@@ -80,11 +83,20 @@ class Serving:
             import torch
 
             return TensorContent(torch.frombuffer(bytearray(_BYTES), dtype=torch.uint8))
+        if name != "file":
+            return None
+        return FileContent(
+            self.file.size, self._open, close=self._close, present_bytes=lambda: max(0, self.file.present)
+        )
+
+    def _open(self, seconds: float) -> Arriving | None:
+        if not self.file.wait(0, 0, seconds):
+            return None
         self.opened += 1
-        return FileContent(self.file, self._close, lambda: self.file.present) if name == "file" else None
+        return self.file
 
     def _close(self) -> None:
-        self.closed += 1
+        self.ended += 1
 
     def count_sent(self, ticket: Ticket, nbytes: int) -> None:
         self.sent += nbytes
@@ -146,7 +158,7 @@ def test_ranges_and_pieces_are_in_place(made: Serving, name: str, with_checksums
 
     assert [bytes_of(run) for run in runs] == read_all(made, runs, with_checksums=with_checksums)
     assert eventually(lambda: sum(run.nbytes for run in runs) == made.sent)
-    assert eventually(lambda: made.opened == made.closed)
+    assert eventually(lambda: made.opened == made.file.closed)
     assert made.opened <= 1
 
 
@@ -237,7 +249,7 @@ def test_pieces_that_make_no_sense(made: Serving, run: list[Any], status: int) -
         body = json.dumps({"runs": [run]}).encode()
         connection.request("POST", "/model", body, {"Authorization": f"Bearer {made.ticket()}"})
         assert status == connection.getresponse().status
-    assert made.opened == made.closed
+    assert made.opened == made.file.closed
     assert not made.sent
 
 
@@ -286,7 +298,26 @@ def test_bytes_that_do_not_come(made: Serving, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UnavailableError, match="closed amid") as ended:
         read_all(made, [Run("file", 5, 5), Run("file", 5, 10)])
     assert not isinstance(ended.value, StillArrivingError)
-    assert made.opened == made.closed == 2
+    assert made.opened == made.file.closed == made.ended == 2
+
+
+def test_a_file_that_does_not_begin(made: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is waited for like its bytes."""
+    made.file.advance(-1)
+    found: list[bytes] = []
+    thread = threading.Thread(target=lambda: found.extend(read_all(made, [Run("file", 5, 10)])))
+    thread.start()
+    assert eventually(lambda: made.file.waits > 1)
+    made.file.advance(len(_BYTES))
+    thread.join(60)
+    assert [_BYTES[5:15]] == found
+
+    monkeypatch.setattr(output, "_WAIT_SECONDS", 0.2)
+    made.file.advance(-1)
+    with pytest.raises(StillArrivingError):
+        read_all(made, [Run("file", 5, 10)])
+    assert eventually(lambda: made.ended == 2)
+    assert 1 == made.opened == made.file.closed
 
 
 def test_a_download_that_failed(made: Serving) -> None:
@@ -310,7 +341,7 @@ def test_waits_end_with_their_connection(made: Serving, who: str) -> None:
         if who == "server":
             made.server.close()
     begun = time.monotonic()
-    assert eventually(lambda: made.closed == 1)
+    assert eventually(lambda: made.ended == 1)
     assert time.monotonic() - begun < 15
 
 
@@ -325,7 +356,7 @@ def test_a_file_that_was_truncated(tmp_path: Path, run: Run, with_checksums: boo
             read_all(made, [run], with_checksums=with_checksums)
     finally:
         made.server.close()
-    assert made.opened == made.closed
+    assert made.opened == made.file.closed
 
 
 def test_gathering_many_short_pieces_is_quick(made: Serving) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -16,9 +19,11 @@ import pytest
 from devtools.fake_hub import FakeHub, HubAnswer, HubRequest
 from devtools.models import generate_sharded
 from modelexpress_core.checkpoint.manifest import chunk_digest
+from modelexpress_core.copying.puller import Pull
 from modelexpress_core.errors import (
     AccessDeniedError,
     BackendError,
+    IntegrityError,
     InvalidURIError,
     ModelExpressError,
     NotFoundError,
@@ -181,6 +186,80 @@ def test_versions_share_the_files_that_both_have(opened: Callable[..., ModelCach
     assert {"config.json": b"{}", "weights.bin": b"two" * 5000} == contents(new)
 
 
+def test_a_version_without_weights_is_removed_from_beside_one_with_them(opened: Callable[..., ModelCache]) -> None:
+    """In the Hub's layout both have the same directory: the names that the other one has stay."""
+    with FakeHub() as hub:
+        files = {"config.json": b"{}", "weights.bin": b"one" * 5000}
+        for path, content in files.items():
+            hub.put("org/model", path, content)
+        cache = opened(**hub.environ())
+        light = complete(cache, "org/model", weights=False)
+        whole = complete(cache, "org/model")
+
+    assert 0 == cache.remove(light)
+    assert whole.directory is not None
+    assert files == contents(whole) == files_of(Path(whole.directory))
+    assert sum(len(content) for content in files.values()) == cache.remove(whole)
+    assert [".mx"] == os.listdir(cache.directory), "nothing is left of the model"
+
+
+def test_an_old_version_that_is_asked_for_moves_no_branch(opened: Callable[..., ModelCache]) -> None:
+    """The branch still has the version that it had, for us without a network and for the Hub's tools."""
+    with FakeHub() as hub:
+        hub.put("org/model", "config.json", b"{}")
+        cache = opened(**hub.environ())
+        old = complete(cache, "org/model").version
+        hub.put("org/model", "config.json", b"[]")
+        cache._resolved.clear()
+        new = complete(cache, "org/model").version
+        [first] = [each for each, _ in cache.snapshots() if each.version == old]
+        cache.remove(first)
+
+        assert old == complete(cache, "org/model", version=old).version
+
+    cache._resolved.clear()
+    found = cache.find("org/model")
+    assert found is not None
+    assert new == found.version
+    assert new == Path(cache.directory, "models--org--model", "refs", "main").read_text()
+
+
+@pytest.mark.parametrize("revision", ["../../../outside", "/etc/outside", "a//b", "a\nb", "a" * 300, "refs/../x"])
+def test_what_is_no_revision(opened: Callable[..., ModelCache], revision: str) -> None:
+    """It would be the name of a file; nothing is asked or written."""
+    with pytest.raises(InvalidURIError, match="is no revision"):
+        opened().begin("org/model", revision=revision)
+
+
+def test_who_waits_for_a_storage_that_fails_asks_it_no_second_time(opened: Callable[..., ModelCache]) -> None:
+    """Eight callers wait for one answer, which is an error; a later one asks again. Nothing is remembered of names."""
+    asked = threading.Event()
+    with FakeHub() as hub:
+
+        def refused(request: HubRequest) -> HubAnswer | None:
+            assert asked.wait(_SECONDS)
+            return 404, {"X-Error-Code": "RepoNotFound"}, b""
+
+        hub.before = refused
+        cache = opened(**hub.environ())
+
+        def ask() -> str:
+            with pytest.raises(NotFoundError) as raised:
+                cache.begin("org/model")
+            return str(raised.value)
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(ask) for _ in range(8)]
+            eventually(lambda: [8] == [each.callers for each in cache._questions.values()])
+            asked.set()
+            assert 1 == len({answer.result() for answer in answers})
+        requests = len(hub.requests)
+        ask()
+
+        assert 2 * requests == len(hub.requests)
+        assert ({}, {}) == (cache._questions, cache._resolved)
+
+
 def test_a_source_that_cannot_be_reached_has_its_latest_version(
     opened: Callable[..., ModelCache], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -252,6 +331,38 @@ def test_bytes_can_be_read_before_the_download_ends(opened: Callable[..., ModelC
             assert reader.wait(0, reader.size, _SECONDS)
             assert snapshot.wait(_SECONDS)
             assert content == os.pread(reader.descriptor, reader.size, 0), "the descriptor is still that of the file"
+
+
+def test_a_file_of_a_pull_that_has_just_ended_is_waited_for(
+    opened: Callable[..., ModelCache], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory is closed, and how it ended is not known yet."""
+    reached, release = threading.Event(), threading.Event()
+    run = Pull.run
+
+    def fail(self: Pull) -> Any:
+        run(self)
+        unfinished: Any = self._unfinished
+        unfinished["config.json"] = Unfinished()
+        reached.set()
+        assert release.wait(_SECONDS)
+
+    class Unfinished:
+        """A file whose directory was closed."""
+
+        partial: Any
+
+        def __init__(self) -> None:
+            self.partial = self
+
+        def open(self) -> int:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(Pull, "run", fail)
+    snapshot = opened().begin(f"file{model}")
+    assert reached.wait(_SECONDS)
+    assert snapshot.try_open_file("config.json", 0) is None
+    release.set()
 
 
 # -- the directory -----------------------------------------------------------------------------------------------------
@@ -338,7 +449,31 @@ def test_validation_finds_flipped_bits(opened: Callable[..., ModelCache], model:
         assert path == damage.path
         assert "has other" in damage.reason
         assert not cache.snapshots(), "it is forgotten, so that it is downloaded again"
-        blob.unlink()
+
+
+def test_a_damaged_file_that_versions_share_is_replaced_for_both(opened: Callable[..., ModelCache]) -> None:
+    """Both are downloaded again, though the file looks unchanged from outside."""
+    with FakeHub() as hub:
+        hub.put("org/model", "config.json", b"{}")
+        hub.put("org/model", "weights.bin", b"one" * 5000)
+        cache = opened(**hub.environ())
+        old = complete(cache, "org/model")
+        hub.put("org/model", "weights.bin", b"two" * 5000)
+        cache._resolved.clear()
+        new = complete(cache, "org/model")
+        assert new.directory is not None
+        blob = Path(new.directory, "config.json").resolve()
+        before = blob.stat()
+        blob.write_bytes(b"[]")
+        os.utime(blob, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+        assert ["config.json"] == [damage.path for damage in cache.validate(old)]
+
+        assert () == tuple(cache.snapshots())
+        for snapshot, weights in ((old, b"one"), (new, b"two")):
+            again = complete(cache, "org/model", version=snapshot.version)
+            assert {"config.json": b"{}", "weights.bin": weights * 5000} == contents(again)
+            assert () == tuple(cache.validate(again))
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -373,6 +508,84 @@ def test_an_import_needs_a_commit_of_the_hub(opened: Callable[..., ModelCache], 
     assert one.version == cache.import_directory(model, "s3/bucket/model").version
     assert files_of(model) == contents(one)
     assert one.version == cache.begin("s3/bucket/model", version=one.version).version
+
+
+def test_blobs_in_the_store_that_repositories_share_are_read(opened: Callable[..., ModelCache]) -> None:
+    """huggingface_hub 2 links ``blobs/ETAG`` to a store of the whole cache. Removal takes the link, not the store."""
+    content = os.urandom(50_000)
+    etag, xet_hash = hashlib.sha256(content).hexdigest(), "ab" * 32
+    with FakeHub() as hub:
+        hub.put("org/model", "model.safetensors", content)
+        cache = opened(**hub.environ())
+        shared = Path(cache.directory, "blobs", xet_hash[:2], xet_hash)
+        blob = Path(cache.directory, "models--org--model", "blobs", etag)
+        for path in (shared, blob):
+            path.parent.mkdir(parents=True)
+        shared.write_bytes(content)
+        shared.chmod(0o444)
+        blob.symlink_to(f"../../blobs/{xet_hash[:2]}/{xet_hash}")
+
+        snapshot = complete(cache, "org/model")
+
+        assert [] == [each.path for each in hub.requests if each.server == "cdn"], "nothing was downloaded"
+    assert {"model.safetensors": content} == contents(snapshot)
+    assert () == tuple(cache.validate(snapshot))
+    assert (True, 1) == (blob.is_symlink(), shared.stat().st_nlink)
+    assert 0 == cache.remove(snapshot)
+    assert (False, content) == (os.path.lexists(blob), shared.read_bytes())
+
+
+def test_an_import_uses_what_the_library_noted(opened: Callable[..., ModelCache], tmp_path: Path) -> None:
+    """``hf download --local-dir`` notes the commit, and the id of each file; a file that has another one is refused."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    files = {"config.json": b"{}", "sub/weights.bin": b"weights" * 100}
+    ids = {
+        "config.json": hashlib.sha1(b"blob 2\0{}").hexdigest(),
+        "sub/weights.bin": hashlib.sha256(files["sub/weights.bin"]).hexdigest(),
+    }
+    directory = tmp_path / "local"
+    for path, content in files.items():
+        note = directory / ".cache/huggingface/download" / f"{path}.metadata"
+        for each in (directory / path, note):
+            each.parent.mkdir(parents=True, exist_ok=True)
+        (directory / path).write_bytes(content)
+        note.write_text(f"{commit}\n{ids[path]}\n1712656091.123\n")
+    cache = opened()
+
+    snapshot = cache.import_directory(directory, "org/name")
+
+    assert (commit, files) == (snapshot.version, contents(snapshot))
+    assert {each: f"{commit}/{ids[each]}" for each in files} == {
+        path: file.version for path, file in snapshot.files.items()
+    }
+    cache.remove(snapshot)
+    (directory / "config.json").write_bytes(b"[]")
+    with pytest.raises(IntegrityError, match=r"'config.json' .* the Hub published"):
+        cache.import_directory(directory, "org/name")
+    assert () == tuple(cache.snapshots())
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_snapshot_of_another_cache_is_imported(
+    opened: Callable[..., ModelCache], tmp_path: Path, damaged: bool
+) -> None:
+    """Its links have the ids of their files, which are compared."""
+    content = b"weights" * 100
+    commit, sha256 = "0123456789abcdef0123456789abcdef01234567", hashlib.sha256(content).hexdigest()
+    directory = tmp_path / "models--org--name" / "snapshots" / commit
+    blob = directory.parents[1] / "blobs" / sha256
+    for each in (directory, blob.parent):
+        each.mkdir(parents=True)
+    blob.write_bytes(b"other" if damaged else content)
+    (directory / "weights.bin").symlink_to(f"../../blobs/{sha256}")
+    cache = opened()
+
+    if damaged:
+        with pytest.raises(IntegrityError, match="the Hub published"):
+            cache.import_directory(directory, "org/name")
+    else:
+        snapshot = cache.import_directory(directory, "org/name")
+        assert (commit, {"weights.bin": content}) == (snapshot.version, contents(snapshot))
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------
@@ -433,6 +646,60 @@ def test_what_nobody_reads_goes(
 
     assert 1 == cache.evict()
     assert [f"file{two}"] == [snapshot.place for snapshot, _ in cache.snapshots()]
+
+
+def test_a_model_leaves_the_free_space_that_it_has_to(opened: Callable[..., ModelCache], tmp_path: Path) -> None:
+    """It is refused before a byte is written."""
+    [directory] = _models(tmp_path, 1)
+    cache = opened(attrs.evolve(SETTINGS, min_free_bytes=1 << 60))
+
+    with pytest.raises(ModelExpressError, match="MX_CACHE_MIN_FREE_BYTES"):
+        cache.begin(f"file{directory}")
+
+    assert () == tuple(cache.snapshots())
+    assert not Path(cache.directory, ".mx", "downloads").exists()
+
+
+def test_downloads_that_ended_early_count_and_go(
+    opened: Callable[..., ModelCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First, and before any version that is complete."""
+    monkeypatch.setattr(cache_module, "_IN_USE_SECONDS", -1.0)
+    one, two = _models(tmp_path, 2)
+    cache = opened()
+    complete(cache, f"file{one}")
+    part = Path(cache.directory, ".mx", "downloads", "0" * 32, ".mx-pull", "part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(20_000))
+    assert 20_000 + 1000 <= cache.size_bytes()
+    assert 0 == cache.evict()
+    assert part.exists()
+
+    cache = opened(attrs.evolve(SETTINGS, max_bytes=10_000))
+    complete(cache, f"file{two}")
+
+    assert not part.exists()
+    assert (2, 0, 2000) == (cache.stats().models, cache.stats().evictions, cache.size_bytes())
+
+
+def test_what_a_crash_left_is_removed(opened: Callable[..., ModelCache], tmp_path: Path) -> None:
+    """Files that no version refers to, at the next start; what versions refer to, and the Hub's files, stay."""
+    [one] = _models(tmp_path, 1)
+    cache = opened()
+    snapshot = complete(cache, f"file{one}")
+    own = Path(cache.directory, ".mx")
+    left = [own / each for each in ("begun/x/a", "manifests/x/index", "models/x/a", "files/ab/abcd", "records/x.new")]
+    theirs = Path(cache.directory, "models--org--name", "blobs", "abcd")
+    for path in (*left, theirs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"left")
+
+    cache = opened()
+
+    assert [] == [path for path in left if path.exists()]
+    assert b"left" == theirs.read_bytes()
+    assert contents(snapshot) == contents(cache.begin(f"file{one}"))
+    assert () == tuple(cache.validate(cache.begin(f"file{one}")))
 
 
 # -- places ------------------------------------------------------------------------------------------------------------

@@ -5,32 +5,41 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Set as AbstractSet
 
 from attrs import define, field, frozen
 
 from modelexpress_core.copying.local import Disk, local_errors
 from modelexpress_core.copying.puller import Pull
-from modelexpress_core.errors import ModelExpressError, ResolveError, SourceChangedError, UnavailableError
+from modelexpress_core.errors import (
+    AccessDeniedError,
+    ModelExpressError,
+    ResolveError,
+    SourceChangedError,
+    UnavailableError,
+)
 from modelexpress_core.loader import Loader
 from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import format_bytes
+from modelexpress_core.server.cache import leftovers
 from modelexpress_core.server.cache.checking import Damage, described, validate
 from modelexpress_core.server.cache.downloads import Download, record_path, remove_files
 from modelexpress_core.server.cache.layout import OWN
 from modelexpress_core.server.cache.places import HUB, Place, Sources
-from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, version_of
+from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, key_of, version_of
+from modelexpress_core.server.cache.replica_pulls import DownloadLease, always, claim_all, nearest
 from modelexpress_core.server.cache.snapshots import Snapshot
 from modelexpress_core.server.settings import CacheSettings
 from modelexpress_core.settings import from_env
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["CacheStats", "DownloadLease", "ModelCache"]
+__all__ = ["CacheStats", "ModelCache"]
 
 _log = logging.getLogger(__name__)
 
@@ -44,19 +53,15 @@ _LONGEST_PAUSE_SECONDS = 60.0
 #: Who has read a file lately goes on reading, with requests of its own for each range.
 _IN_USE_SECONDS = 600.0
 
+#: A download that ended early is removed if nobody went on with it for so long.
+_ABANDONED_SECONDS = 7 * 86400.0
+
+_UNKNOWN_FREE_BYTES = 1 << 60
+
+#: So many answers are remembered; older ones are asked for again.
+_MAX_RESOLVED = 1000
+
 _COMMIT_DIGITS = 40
-
-
-class DownloadLease(Protocol):
-    """Which replica of a server downloads a version."""
-
-    def claim(self, key: str) -> tuple[ModelURI | None, Callable[[], bool]]:
-        """Where to download ``key`` from in place of its storage (None: from its storage), and whether that lasts."""
-        ...
-
-    def release(self, key: str) -> None:
-        """This replica does not have ``key`` any more."""
-        ...
 
 
 @frozen
@@ -71,7 +76,8 @@ class CacheStats:
         free_bytes: Free bytes of the disk.
         hits: Requests for versions that were there.
         misses: Requests that began a download, or joined one.
-        origin_bytes: Bytes that were downloaded.
+        origin_bytes: Bytes that were downloaded from storages.
+        replica_bytes: Bytes that were downloaded from other replicas.
         sent_bytes: Bytes that readers got.
         evictions: Versions that were removed to keep the limits.
         downloads: Downloads under way.
@@ -86,6 +92,7 @@ class CacheStats:
     hits: int
     misses: int
     origin_bytes: int
+    replica_bytes: int
     sent_bytes: int
     evictions: int
     downloads: int
@@ -114,12 +121,31 @@ class _Resolved:
     Attributes:
         version: The version.
         at: When, by the monotonic clock.
-        files: Its files, if they are known.
     """
 
     version: str
     at: float
-    files: Sequence[CachedFile] = field(factory=tuple)
+
+
+@define
+class _Question:
+    """A name whose version is being asked for.
+
+    Attributes:
+        lock: Held while the storage is asked.
+        callers: How many wait for the answer.
+        error: Why the storage gave none.
+        failed_at: When, by the monotonic clock.
+    """
+
+    lock: threading.Lock = field(factory=threading.Lock)
+    callers: int = 0
+    error: ModelExpressError | None = None
+    failed_at: float = 0.0
+
+
+class _OwnerLimitError(AccessDeniedError):
+    """The owner of a download has as much in the cache as it may have."""
 
 
 class ModelCache:
@@ -160,7 +186,7 @@ class ModelCache:
         self._downloads: dict[str, Download] = {}
         self._failures: dict[str, _Failure] = {}
         self._resolved: dict[tuple[str, str, bool], _Resolved] = {}
-        self._resolving: dict[tuple[str, str, bool], threading.Lock] = {}
+        self._questions: dict[tuple[str, str, bool], _Question] = {}
         self._counts: Counter[str] = Counter()
         #: Held while files get the names that they keep, and while versions are removed: versions share files.
         self._publishing = threading.Lock()
@@ -168,6 +194,7 @@ class ModelCache:
         self._lock_file = self._locked()
         try:
             self._read_records()
+            leftovers.sweep(self.directory, self._records.values())
         except BaseException:
             os.close(self._lock_file)
             raise
@@ -264,7 +291,13 @@ class ModelCache:
         return found
 
     def begin(
-        self, path: str, *, revision: str | None = None, version: str | None = None, weights: bool = True
+        self,
+        path: str,
+        *,
+        revision: str | None = None,
+        version: str | None = None,
+        weights: bool = True,
+        owner: str = "",
     ) -> Snapshot:
         """A version of a model: one that is there, or one whose download has begun.
 
@@ -276,9 +309,10 @@ class ModelCache:
             revision: A branch, tag or commit; None for the default.
             version: Only this version.
             weights: Whether files of weights are needed.
+            owner: Who asks, whose bytes have a limit (MX_CACHE_MAX_CALLER_BYTES); empty for nobody.
 
         Raises:
-            InvalidURIError, AccessDeniedError: As ``place``.
+            InvalidURIError, AccessDeniedError: As ``place``; also if the limit of the owner is reached.
             SourceChangedError: The storage has another version than ``version``.
             ModelExpressError: The storage failed, or the download failed a moment ago.
         """
@@ -291,8 +325,9 @@ class ModelCache:
                 self._count("hits")
                 return found
         if version and _pinned(version) and place.name.startswith(f"{HUB}/"):
-            place = self.place(path, version)  # also where no branch points at it any more
-        return self._begin(place, revision or "", version, weights=weights)
+            revision = version  # also where no branch points at it any more
+            place = self.place(path, revision)
+        return self._begin(place, revision or "", version, weights=weights, owner=owner)
 
     def _find(self, place: Place, version: str | None, *, weights: bool) -> Snapshot | None:
         """A complete version, or one that arrives; the lock is held."""
@@ -318,23 +353,55 @@ class ModelCache:
         ]
         return max(found)[1] if found else None
 
-    def _begin(self, place: Place, revision: str, version: str | None, *, weights: bool) -> Snapshot:
+    def _begin(self, place: Place, revision: str, version: str | None, *, weights: bool, owner: str) -> Snapshot:
         name = (place.name, revision, weights)
+        since = time.monotonic()
         with self._lock:
             self._check_open()
-            resolving = self._resolving.setdefault(name, threading.Lock())
-        with resolving:  # one question at a time for each name
-            resolved = self._resolved.get(name)
-            if resolved is not None and time.monotonic() - resolved.at < _RESOLVED_SECONDS:
-                with self._lock:
-                    found = self._find(place, resolved.version, weights=weights)
-                if found is not None and version in {None, resolved.version}:
-                    self._count("hits" if found.complete else "misses")
-                    return found
-            return self._resolve(place, revision, version, name, weights=weights)
+            question = self._questions.setdefault(name, _Question())
+            question.callers += 1
+        try:
+            with question.lock:  # one question at a time for each name
+                if question.error is not None and question.failed_at >= since:
+                    raise question.error  # it was asked for this caller too
+                resolved = self._resolved.get(name)
+                if resolved is not None and time.monotonic() - resolved.at < _RESOLVED_SECONDS:
+                    with self._lock:
+                        found = self._find(place, resolved.version, weights=weights)
+                    if found is not None and version in {None, resolved.version}:
+                        self._count("hits" if found.complete else "misses")
+                        return found
+                try:
+                    return self._resolve(place, revision, version, name, weights=weights, owner=owner)
+                except (SourceChangedError, _OwnerLimitError):  # of the version, or the limit, of this caller alone
+                    raise
+                except ModelExpressError as exc:
+                    question.error, question.failed_at = exc, time.monotonic()
+                    raise
+        finally:
+            with self._lock:
+                question.callers -= 1
+                if not question.callers:
+                    self._questions.pop(name, None)
+
+    def _note_resolved(self, name: tuple[str, str, bool], version: str) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if len(self._resolved) >= _MAX_RESOLVED:
+                oldest = sorted(self._resolved, key=lambda each: self._resolved[each].at)
+                for each in oldest[: _MAX_RESOLVED // 2]:
+                    del self._resolved[each]
+            self._resolved[name] = _Resolved(version, now)
 
     def _resolve(
-        self, place: Place, revision: str, version: str | None, name: tuple[str, str, bool], *, weights: bool
+        self,
+        place: Place,
+        revision: str,
+        version: str | None,
+        name: tuple[str, str, bool],
+        *,
+        weights: bool,
+        owner: str,
     ) -> Snapshot:
         """Ask the storage which files the model has now."""
         pull = Pull(self.loader, place.uri, self.directory, disk=self._disk)
@@ -342,7 +409,10 @@ class ModelCache:
             selection = pull.select()
         except (UnavailableError, ResolveError) as exc:
             pull.close()
-            return self._latest_of(place, revision, version, exc, weights=weights)
+            latest = self._latest_of(place, revision, version, exc, weights=weights)
+            if version is None:
+                self._note_resolved(name, latest.version)  # other callers do not wait for the storage again
+            return latest
         except BaseException:
             pull.close()
             raise
@@ -351,7 +421,7 @@ class ModelCache:
             pull.leave_out_weights()
             selection = pull.selection
         files = [CachedFile(name, info.size, info.version, info.digests) for name, info in selection.files]
-        self._resolved[name] = _Resolved(found, time.monotonic(), files)
+        self._note_resolved(name, found)
         if version and found != version:
             pull.close()
             raise SourceChangedError(
@@ -372,7 +442,7 @@ class ModelCache:
         except BaseException:
             pull.close()
             raise
-        return self._download(place, revision, found, files, pull, weights=weights, restricted=restricted)
+        return self._download(place, revision, found, files, pull, weights=weights, restricted=restricted, owner=owner)
 
     def _latest_of(
         self, place: Place, revision: str, version: str | None, exc: ModelExpressError, *, weights: bool
@@ -399,7 +469,20 @@ class ModelCache:
         *,
         weights: bool,
         restricted: bool = False,
+        owner: str = "",
     ) -> Snapshot:
+        key = key_of(place.name, version, weights=weights)
+        with self._lock:
+            self._check_open()
+            failed = self._failures.get(key)
+            if failed is not None and time.monotonic() < failed.until:
+                pull.close()
+                raise failed.error
+        replica, lasts = "", always
+        if self._lease is not None:
+            pull, replica, lasts = nearest(
+                self._lease, pull, loader=self.loader, place=place, version=version, files=files, key=key
+            )
         download = Download(
             self.directory,
             self.loader,
@@ -410,6 +493,7 @@ class ModelCache:
             revision=revision,
             weights=weights,
             restricted=restricted,
+            owner=owner,
             pull=lambda download: pull.into(
                 download.directory, on_written=download.written, on_file=download.file_complete
             ),
@@ -417,19 +501,17 @@ class ModelCache:
             on_end=self._ended,
             stored=self._stored,
             publish=self._publish,
+            replica=replica,
+            lasts=lasts,
             disk=self._disk,
         )
         with self._lock:
-            self._check_open()
-            failed = self._failures.get(download.key)
-            if failed is not None and time.monotonic() < failed.until:
-                pull.close()
-                raise failed.error
             present = self._downloads.setdefault(download.key, download)
         if present is not download:  # asked for under another revision at the same time
             pull.close()
             return self._snapshot(download=present)
         try:
+            self._check_owner(download)
             self._make_room(sum(file.size for file in files), download)
             download.start()
         except BaseException:
@@ -437,8 +519,15 @@ class ModelCache:
                 del self._downloads[download.key]
             pull.close()
             raise
-        _log.info("downloading %s at %s from %s", place.shown, version[:12], place.uri)
+        _log.info("downloading %s at %s from %s", place.shown, version[:12], replica or place.uri)
         return self._snapshot(download=download)
+
+    def claim_complete(self) -> None:
+        """Tell the other replicas which versions this one has; to be called after a start."""
+        with self._lock:
+            keys = list(self._records)
+        if self._lease is not None:
+            claim_all(self._lease, keys)
 
     def _stored(self, blob: str) -> Sequence[StoredFile]:
         with self._lock:
@@ -455,7 +544,7 @@ class ModelCache:
     def _ended(self, download: Download) -> None:
         with self._lock:
             self._downloads.pop(download.key, None)
-            self._counts["origin_bytes"] += download.origin_bytes
+            self._counts["replica_bytes" if download.replica else "origin_bytes"] += download.pulled_bytes
             if download.record is not None:
                 self._failures.pop(download.key, None)
                 _log.info("%s at %s is complete", download.place, download.version[:12])
@@ -465,6 +554,8 @@ class ModelCache:
                 pause = min(_LONGEST_PAUSE_SECONDS, 2 * last.pause if last else _FIRST_PAUSE_SECONDS)
                 self._failures[download.key] = _Failure(download.error, time.monotonic() + pause, pause)
                 _log.warning("the download of %s failed: %s", download.place, download.error)
+                if self._lease is not None:
+                    self._lease.release(download.key)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -556,8 +647,8 @@ class ModelCache:
                 return 0
             with local_errors(self.directory, "remove a model from"), contextlib.suppress(FileNotFoundError):
                 os.unlink(record_path(self.directory, record.key))
-            referenced = {stored.blob for each in self._records.values() for stored in each.files}
-            freed = remove_files(self.directory, record, referenced)
+            others = list(self._records.values())
+            freed = remove_files(self.directory, record, others)
         if self._lease is not None:
             self._lease.release(record.key)
         return freed
@@ -581,8 +672,33 @@ class ModelCache:
         with self.hold(snapshot):
             damaged = validate(snapshot, on_progress)
         if damaged:
-            self._forget(snapshot)
+            self._forget_damaged(snapshot, {each.path for each in damaged})
         return damaged
+
+    def _forget_damaged(self, snapshot: Snapshot, paths: AbstractSet[str]) -> None:
+        """Remove damaged files of a version, and drop all versions that share them."""
+        record = snapshot.record
+        assert record is not None  # noqa: S101 - for the type checker: only complete versions are validated
+        damaged = {(stored.blob, stored.inode) for stored in record.files if stored.file.path in paths}
+        with self._publishing:
+            with self._lock:
+                dropped = [
+                    each
+                    for each in self._records.values()
+                    if any((stored.blob, stored.inode) in damaged for stored in each.files)
+                ]
+                for each in dropped:
+                    del self._records[each.key]
+                    self._used.pop(each.key, None)
+            for each in dropped:
+                _log.warning("%s at %s is damaged on disk, and is forgotten", each.place, each.version[:12])
+                with contextlib.suppress(OSError):
+                    os.unlink(record_path(self.directory, each.key))
+            for blob, inode in damaged:
+                path = os.path.join(self.directory, blob)
+                with contextlib.suppress(OSError):
+                    if os.stat(path).st_ino == inode:
+                        os.unlink(path)
 
     def import_directory(
         self,
@@ -598,10 +714,11 @@ class ModelCache:
             directory: Has the files of the model under their names.
             path: The path of an ``mx`` URI, which names the model.
             revision: For the Hub: the commit that the files are of. A directory of the Hub's own cache has it in its
-                name.
+                name, and one that ``hf download --local-dir`` filled in its notes.
             on_begin: Called with the version once its files are known.
 
         Raises:
+            IntegrityError: A file is not the one that the Hub published.
             ModelExpressError: The directory cannot be read, or it is unknown which commit it has.
         """
         place = self.place(path)
@@ -633,6 +750,26 @@ class ModelCache:
 
     # -- limits -------------------------------------------------------------------------------------------------------
 
+    def _check_owner(self, download: Download) -> None:
+        """Raise unless the owner of a download, which is in the list of downloads, is within its limit.
+
+        Raises:
+            AccessDeniedError: It is not.
+        """
+        limit = self.settings.max_caller_bytes
+        if limit is None or not download.owner:
+            return
+        with self._lock:
+            complete = sum(each.size_bytes for each in self._records.values() if each.owner == download.owner)
+            arriving = [each.files for each in self._downloads.values() if each.owner == download.owner]
+        used = complete + sum(file.size for files in arriving for file in files)
+        if used > limit:
+            raise _OwnerLimitError(
+                f"{download.owner!r} would have {format_bytes(used)} in the cache with {download.place}",
+                cause=f"MX_CACHE_MAX_CALLER_BYTES is {format_bytes(limit)}",
+                hint="have the server's operator raise it, or remove models",
+            )
+
     def _make_room(self, nbytes: int, download: Download) -> None:
         """Remove versions until ``nbytes`` fit, the ones first that were read least recently.
 
@@ -646,7 +783,16 @@ class ModelCache:
                 cause=f"MX_CACHE_MAX_BYTES is {format_bytes(limit)}",
                 hint="raise MX_CACHE_MAX_BYTES",
             )
-        self.evict(nbytes)
+        needed = max(0, nbytes - leftovers.disk_bytes(download.directory))
+        self.evict(needed)
+        free, reserve = self.free_bytes(), self.settings.min_free_bytes
+        if free < needed + reserve:
+            raise ModelExpressError(
+                f"{download.place} needs {format_bytes(needed)} more on the disk, and {format_bytes(free)} are free",
+                cause=f"{format_bytes(reserve)} stay free (MX_CACHE_MIN_FREE_BYTES), and what else is in the cache is "
+                "being read, or was a moment ago",
+                hint="free space, choose a larger disk, or lower MX_CACHE_MIN_FREE_BYTES",
+            )
         if limit is not None and self.size_bytes() > limit:
             raise ModelExpressError(
                 f"there is no room for {download.place} ({format_bytes(nbytes)}) in the cache",
@@ -655,13 +801,16 @@ class ModelCache:
             )
 
     def evict(self, incoming_bytes: int = 0) -> int:
-        """Remove versions until the limits hold; returns how many were removed.
+        """Remove abandoned downloads and versions until the limits hold; returns how many versions were removed.
 
         Args:
             incoming_bytes: Bytes that downloads under way still need on the disk.
         """
         removed = 0
         idle = self.settings.max_idle_seconds
+        for path, seconds in leftovers.abandoned(self.directory, self._active()):
+            if seconds > min(idle or math.inf, _ABANDONED_SECONDS) or self._over_limits(incoming_bytes):
+                leftovers.remove(path)
         for snapshot, seconds in sorted(self.snapshots(), key=lambda each: -each[1]):
             too_old = idle is not None and seconds > idle
             if not (too_old or self._over_limits(incoming_bytes)):
@@ -687,17 +836,24 @@ class ModelCache:
         return self.free_bytes() < incoming_bytes + self.settings.min_free_bytes
 
     def size_bytes(self) -> int:
-        """Bytes of all complete versions and of what arrives; what several share counts once."""
+        """Bytes of complete versions, of what arrives and of ended downloads; what several share counts once."""
+        abandoned = sum(leftovers.disk_bytes(path) for path, _ in leftovers.abandoned(self.directory, self._active()))
         with self._lock:
             blobs = {stored.blob: stored.file.size for each in self._records.values() for stored in each.files}
             arriving = sum(file.size for download in self._downloads.values() for file in download.files)
-        return sum(blobs.values()) + arriving
+        return sum(blobs.values()) + arriving + abandoned
+
+    def _active(self) -> AbstractSet[str]:
+        """The keys of the downloads under way."""
+        with self._lock:
+            return set(self._downloads)
 
     def free_bytes(self) -> int:
         """Free bytes of the disk."""
         with local_errors(self.directory, "ask for the free space of"):
             found = os.statvfs(self.directory)
-        return found.f_bavail * found.f_frsize
+        # Some network file systems report nothing.
+        return found.f_bavail * found.f_frsize if found.f_blocks else _UNKNOWN_FREE_BYTES
 
     def stats(self) -> CacheStats:
         """What the cache holds, and did since it was opened."""
@@ -712,6 +868,7 @@ class ModelCache:
             hits=counts["hits"],
             misses=counts["misses"],
             origin_bytes=counts["origin_bytes"],
+            replica_bytes=counts["replica_bytes"],
             sent_bytes=counts["sent_bytes"],
             evictions=counts["evictions"],
             downloads=downloads,

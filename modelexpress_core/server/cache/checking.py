@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 
@@ -12,7 +14,7 @@ from attrs import frozen
 from modelexpress_core.checkpoint.manifest import ManifestFile, chunk_digest
 from modelexpress_core.copying.local import digest_of, local_errors
 from modelexpress_core.copying.selection import WEIGHT_SUFFIXES, reason_to_refuse
-from modelexpress_core.errors import CheckpointError, ModelExpressError, SourceChangedError
+from modelexpress_core.errors import CheckpointError, IntegrityError, ModelExpressError, SourceChangedError
 from modelexpress_core.fetch.digests import best_digest
 from modelexpress_core.server.cache.chunk_tables import chunks_of, pieces
 from modelexpress_core.server.cache.places import HUB, Place
@@ -28,6 +30,12 @@ _ROW_BYTES = 32
 _LARGE_BYTES = 10_000_000
 
 _COMMIT_DIGITS = 40
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+#: What the Hub calls the content of a file: git's id, or the SHA-256 of a large one.
+_ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+_MAX_NOTE_CHARACTERS = 1000
 
 
 @frozen
@@ -95,6 +103,7 @@ def described(directory: str, place: Place, revision: str | None) -> tuple[Seque
     """The files of a directory as the storage of ``place`` would describe them, and their version.
 
     Raises:
+        IntegrityError: A file is not the one that the Hub published, as far as huggingface_hub noted that.
         ModelExpressError: It cannot be read, or it is unknown which commit of the Hub it has.
     """
     paths = _paths(directory)
@@ -107,18 +116,47 @@ def described(directory: str, place: Place, revision: str | None) -> tuple[Seque
         text = "\0".join(f"{path}\0{sizes[path]}\0{digests[path]}" for path in paths)
         version = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         return [CachedFile(path, sizes[path], digests[path], {"sha256": digests[path]}) for path in paths], version
-    commit = revision or os.path.basename(directory)
-    if len(commit) != _COMMIT_DIGITS or not set(commit) <= set("0123456789abcdef"):
+    noted = {path: _noted_by_the_library(directory, path) for path in paths}
+    commits = {commit for commit, _ in noted.values() if commit}
+    commit = revision or (commits.pop() if len(commits) == 1 else os.path.basename(directory))
+    if not _COMMIT.fullmatch(commit):
         raise ModelExpressError(
             f"it is unknown which commit of {place.shown} is in {directory}",
-            cause="the name of the directory is no commit, and --revision gives none",
+            cause="huggingface_hub noted none there, the name of the directory is none, and --revision gives none",
             hint="give the commit with --revision, 40 digits as the page of the repository shows it",
         )
     files = []
     for path in paths:
-        etag = digests[path] if _is_large(path, sizes[path]) else _git_id(os.path.join(directory, path))
-        files.append(CachedFile(path, sizes[path], f"{commit}/{etag}", {"sha256": digests[path]}))
+        etag = noted[path][1]
+        actual = digests[path]
+        if len(etag) == _COMMIT_DIGITS or (not etag and not _is_large(path, sizes[path])):
+            actual = _git_id(os.path.join(directory, path))
+        if etag not in {"", actual}:
+            raise IntegrityError(
+                f"{path!r} in {directory} has the digest {actual}, and the Hub published {etag}",
+                cause="it was changed or damaged since it was downloaded",
+                hint="download it again, then import the directory",
+            )
+        files.append(CachedFile(path, sizes[path], f"{commit}/{actual}", {"sha256": digests[path]}))
     return files, commit
+
+
+def _noted_by_the_library(directory: str, path: str) -> tuple[str, str]:
+    """Commit and id of a file as huggingface_hub noted them, each empty if it did not.
+
+    In its cache, a file is a link to a blob with that id as its name. Beside files of a local directory it has notes.
+    """
+    with contextlib.suppress(OSError):
+        target = os.readlink(os.path.join(directory, path))
+        if os.path.basename(os.path.dirname(target)) == "blobs" and _ID.fullmatch(os.path.basename(target)):
+            return "", os.path.basename(target)
+    note = os.path.join(directory, ".cache", "huggingface", "download", f"{path}.metadata")
+    with contextlib.suppress(OSError, ValueError), open(note, encoding="ascii") as file:
+        commit, _, rest = file.read(_MAX_NOTE_CHARACTERS).partition("\n")
+        etag = rest.partition("\n")[0]
+        if _COMMIT.fullmatch(commit) and _ID.fullmatch(etag):
+            return commit, etag
+    return "", ""
 
 
 def _paths(directory: str) -> Sequence[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import attrs
 
@@ -28,9 +29,6 @@ __all__ = ["Download", "write_manifest", "write_record"]
 
 _log = logging.getLogger(__name__)
 
-#: How long a reader waits for a file to begin.
-_BEGIN_SECONDS = 20.0
-
 
 class Download:
     """Brings one version of a model into the cache, in a thread of its own.
@@ -45,11 +43,13 @@ class Download:
         revision: What was asked for.
         weights: Whether files of weights are copied.
         restricted: Whether the storage gives the model to some readers alone.
+        owner: Who asked for it.
         pull: The pull, which has selected its files; None to select them again.
         files: The files.
         on_end: Called when it has ended, with this object.
         stored: Returns what other versions have stored in a blob.
         publish: Calls a function that makes the record of the version, while no version is removed.
+        replica: Address of the replica that the bytes come from; empty for the storage of the model.
         lasts: Whether this replica still is the one that downloads the version.
         disk: The disk.
 
@@ -57,6 +57,8 @@ class Download:
         record: What is known of the version, once it is complete.
         error: Why it failed.
         changed: Notified when bytes have arrived.
+        replica: As above.
+        pulled_bytes: Bytes that it fetched.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class Download:
         revision: str,
         weights: bool,
         restricted: bool,
+        owner: str,
         pull: Callable[[Download], Pull],
         files: Sequence[CachedFile],
         on_end: Callable[[Download], None],
         stored: Callable[[str], Sequence[StoredFile]],
         publish: Callable[[Callable[[], Record]], Record],
+        replica: str = "",
         lasts: Callable[[], bool] = lambda: True,
         disk: Disk | None = None,
     ) -> None:
@@ -85,17 +89,19 @@ class Download:
         self.revision = revision
         self.weights = weights
         self.restricted = restricted
+        self.owner = owner
         self.files = tuple(files)
         self.record: Record | None = None
         self.error: ModelExpressError | None = None
         self.changed = threading.Condition()
-        self.origin_bytes = 0
+        self.pulled_bytes = 0
         self._root = root
         self._loader = loader
         self._uri = uri
         self._on_end = on_end
         self._stored = stored
         self._publish = publish
+        self.replica = replica
         self._lasts = lasts
         self._disk = disk or Disk()
         self._digests: dict[str, tuple[ManifestFile, ChunkDigests]] = {}
@@ -160,24 +166,27 @@ class Download:
 
         return wait_for(self.changed, met_or_failed, seconds)
 
-    def open_file(self, file: CachedFile) -> CachedFileReader:
-        """Open a file that arrives."""
+    def open_file(self, file: CachedFile, seconds: float) -> CachedFileReader | None:
+        """Open a file that arrives; None if it does not begin within ``seconds``."""
         opened: list[int] = []
 
         begun_again = self._pull.times_begun_again(file.path)
 
         def has_begun() -> bool:
-            descriptor = self._pull.open_file(file.path)
+            try:
+                descriptor = self._pull.open_file(file.path)
+            except OSError as exc:
+                if exc.errno != errno.EBADF:
+                    raise
+                descriptor = None  # the pull has ended, and its files are being put in place
             if descriptor is None and self.record is not None:
                 [blob] = [stored.blob for stored in self.record.files if stored.file.path == file.path]
                 descriptor = os.open(os.path.join(self._root, blob), os.O_RDONLY | os.O_CLOEXEC)
             opened.extend(() if descriptor is None else (descriptor,))
             return bool(opened)
 
-        if not self.wait(has_begun, _BEGIN_SECONDS):
-            raise UnavailableError(
-                f"the download of {self.place} has not reached {file.path!r} yet", hint="ask again in a moment"
-            )
+        if not self.wait(has_begun, seconds):
+            return None
         [descriptor] = opened
 
         def wait(start: int, end: int, seconds: float) -> bool:
@@ -232,7 +241,7 @@ class Download:
         with self._pull as pull:
             self._take_known(layout)
             report = pull.run()
-        self.origin_bytes = report.bytes_copied
+        self.pulled_bytes = report.bytes_copied
         with local_errors(self._root, "put the files of a version into"):
             record = self._publish(lambda: self._published(layout))
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -290,6 +299,7 @@ class Download:
             layout.directory,
             digest,
             self.restricted,
+            self.owner,
         )
         write_record(self._root, record)
         return record
@@ -357,24 +367,26 @@ def _write(path: str, content: bytes) -> None:
     os.replace(new, path)
 
 
-def remove_files(root: str, record: Record, referenced: Mapping[str, int] | set[str]) -> int:
+def remove_files(root: str, record: Record, others: Collection[Record]) -> int:
     """Remove a version whose record is gone; returns the bytes that were freed.
 
     Args:
         root: The directory of the cache.
         record: The version.
-        referenced: Blobs that others refer to.
+        others: All other versions; their files and names stay.
     """
     layout = layout_of(record.place, record.version, record.key)
-    layout.remove_names(root, [stored.file.path for stored in record.files])
-    linked = set(layout.linked_blobs(root))
+    kept = {stored.file.path for each in others if each.directory == record.directory for stored in each.files}
+    layout.remove_names(root, [stored.file.path for stored in record.files if stored.file.path not in kept])
+    referenced = {stored.blob for each in others for stored in each.files}.union(layout.linked_blobs(root))
     freed = 0
-    for blob in {stored.blob for stored in record.files}:
-        if blob in referenced or blob in linked:
-            continue
+    for blob in {stored.blob for stored in record.files} - referenced:
+        path = os.path.join(root, blob)
         with contextlib.suppress(OSError):
-            size = os.path.getsize(os.path.join(root, blob))
-            os.unlink(os.path.join(root, blob))
+            # A link leads to a store of another program, which keeps the bytes.
+            size = 0 if os.path.islink(path) else os.path.getsize(path)
+            os.unlink(path)
             freed += size
+    layout.tidy(root)
     shutil.rmtree(manifest_directory(root, record.key), ignore_errors=True)
     return freed

@@ -145,6 +145,25 @@ class Layout:
                     break
                 parent = os.path.dirname(parent)
 
+    def tidy(self, root: str) -> None:
+        """After names were removed: remove revisions that point at a version without names, and empty directories."""
+        if self.refs is None or os.path.isdir(os.path.join(root, self.directory)):
+            return
+        commit = os.path.basename(self.directory)
+        refs = os.path.join(root, self.refs)
+        for parent, _, names in os.walk(refs, topdown=False):
+            for name in names:
+                path = os.path.join(parent, name)
+                with contextlib.suppress(OSError):
+                    if _beginning(path) == commit.encode():
+                        os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.rmdir(parent)
+        base = os.path.dirname(refs)
+        for empty in (os.path.join(root, self.blobs), os.path.join(base, "snapshots"), base):
+            with contextlib.suppress(OSError):
+                os.rmdir(empty)
+
 
 def layout_of(place: str, version: str, key: str) -> Layout:
     """Where a version of the model at ``place`` is."""
@@ -158,3 +177,8 @@ def layout_of(place: str, version: str, key: str) -> Layout:
 def _etag(file: CachedFile) -> str:
     """The name of a blob as the Hub's tools have it: the SHA-256 of a large file, or git's id of a small one."""
     return (file.version or "").rpartition("/")[2]
+
+
+def _beginning(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(100).strip()

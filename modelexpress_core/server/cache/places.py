@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from attrs import frozen
 
+from modelexpress_core.copying.selection import reason_to_refuse
 from modelexpress_core.errors import AccessDeniedError, InvalidURIError
 from modelexpress_core.known_schemes import KNOWN_SCHEMES
 from modelexpress_core.messages import printable
@@ -22,6 +23,7 @@ __all__ = ["HUB", "Place", "Sources", "place_of"]
 HUB = "hf"
 
 _MAX_CHARACTERS = 2048
+_MAX_REVISION_CHARACTERS = 250
 
 #: What names a file of a model, not a model.
 _FILES = (".safetensors", ".json")
@@ -90,6 +92,9 @@ class Sources:
         if wrong or len(asked) > _MAX_CHARACTERS:
             message = f"{printable(asked[:200])!r} names no model"
             raise InvalidURIError(message, hint="write org/name, or SCHEME/BUCKET/PATH")
+        if revision and (len(revision) > _MAX_REVISION_CHARACTERS or reason_to_refuse(revision)):
+            message = f"{printable(revision[:200])!r} is no revision"
+            raise InvalidURIError(message, hint="give a branch, a tag or a commit")
         scheme, rest = HUB, parts
         if len(parts) > 1 and parts[0] in {HUB, *self.schemes}:
             scheme, rest = parts[0], parts[1:]

@@ -88,6 +88,7 @@ class Record:
         directory: The directory with the files under their names, relative to that of the cache.
         manifest_digest: Digest of its chunk manifest.
         restricted: Whether its storage gives it to some readers alone.
+        owner: Who had it downloaded.
     """
 
     place: str = field(validator=instance_of(str))
@@ -99,6 +100,7 @@ class Record:
     directory: str = field(validator=instance_of(str))
     manifest_digest: str = field(validator=instance_of(str))
     restricted: bool = field(default=False, validator=instance_of(bool))
+    owner: str = field(default="", validator=instance_of(str))
 
     @property
     def key(self) -> str:

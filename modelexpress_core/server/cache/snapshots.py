@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from modelexpress_core.checkpoint.manifest import TABLES, Manifest
 from modelexpress_core.copying.local import local_errors
-from modelexpress_core.errors import ModelExpressError, NotFoundError, SourceChangedError
+from modelexpress_core.errors import ModelExpressError, NotFoundError, SourceChangedError, UnavailableError
 from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, key_of
 
 if TYPE_CHECKING:
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["CachedFileReader", "Snapshot"]
 
 _COMMIT_DIGITS = 40
+
+#: How long a reader waits for a file to begin.
+_BEGIN_SECONDS = 20.0
 
 #: Whoever waits for bytes looks at least so often whether the download still runs.
 _LOOK_SECONDS = 1.0
@@ -170,6 +173,15 @@ class Snapshot:
 
     def open_file(self, path: str) -> CachedFileReader:
         """As ``open``, for callers that close it."""
+        reader = self.try_open_file(path, _BEGIN_SECONDS)
+        if reader is None:
+            raise UnavailableError(
+                f"the download of {self.place} has not reached {path!r} yet", hint="ask again in a moment"
+            )
+        return reader
+
+    def try_open_file(self, path: str, seconds: float) -> CachedFileReader | None:
+        """As ``open_file``; None if the file does not begin within ``seconds``."""
         file = self.files.get(path)
         if file is None:
             raise NotFoundError(
@@ -179,7 +191,7 @@ class Snapshot:
             )
         if self.record is None:
             assert self._download is not None  # noqa: S101 - for the type checker: it has a record, or a download
-            return self._download.open_file(file)
+            return self._download.open_file(file, seconds)
         return self._open_stored(self._stored[path])
 
     def _open_stored(self, stored: StoredFile) -> CachedFileReader:

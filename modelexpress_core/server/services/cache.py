@@ -122,7 +122,7 @@ class CacheService:
             await context.abort(_Code.OUT_OF_RANGE, f"there are no {wrong}")
         try:
             with serving.cache.hold(snapshot):
-                reader = await serving.in_thread(lambda: snapshot.open_file(request.path))
+                reader = await serving.opened(snapshot, request.path, context)
                 try:
                     stream = await serving.streams.open(context)
                     making = serving.made(

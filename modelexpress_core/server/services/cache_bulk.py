@@ -8,16 +8,12 @@ import logging
 import socket
 import threading
 import time
-from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from modelexpress_core.bulk.file_content import FileContent
-from modelexpress_core.bulk.output import PRESENT_BYTES
-from modelexpress_core.bulk.requests import RefusedError
 from modelexpress_core.bulk.serving import BulkServer, Content
 from modelexpress_core.bulk.tickets import Ticket, Tickets
-from modelexpress_core.errors import ModelExpressError, NotFoundError, UnavailableError
-from modelexpress_core.messages import printable
+from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.wire.peers import peer_address
 from modelexpress_core.wire.settings import AuthSettings, TlsSettings
 from modelexpress_core.wire.tls import server_contexts
@@ -63,22 +59,14 @@ class _CacheSource:
         snapshot = self._snapshot(ticket)
         if snapshot is None or name not in snapshot.files:
             return None
-        with contextlib.ExitStack() as opened:
-            opened.enter_context(self._cache.hold(snapshot))
-            try:
-                reader = opened.enter_context(snapshot.open(name))
-            except NotFoundError:
-                return None
-            except UnavailableError as exc:
-                raise RefusedError(
-                    HTTPStatus.SERVICE_UNAVAILABLE,
-                    printable(exc.headline),
-                    retry_after_seconds=1,
-                    headers={PRESENT_BYTES: str(snapshot.present_bytes)},
-                ) from exc
-            except ModelExpressError as exc:
-                raise RefusedError(HTTPStatus.BAD_GATEWAY, printable(exc.headline)) from exc
-            return FileContent(reader, opened.pop_all().close, lambda: snapshot.present_bytes)
+        holding = contextlib.ExitStack()
+        holding.enter_context(self._cache.hold(snapshot))
+        return FileContent(
+            snapshot.files[name].size,
+            lambda seconds: snapshot.try_open_file(name, seconds),
+            close=holding.close,
+            present_bytes=lambda: snapshot.present_bytes,
+        )
 
     def count_sent(self, ticket: Ticket, nbytes: int) -> None:  # noqa: ARG002 - all tickets count alike
         """Count bytes."""

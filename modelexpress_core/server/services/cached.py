@@ -32,6 +32,7 @@ from modelexpress_core.resources import start_thread
 from modelexpress_core.server.services.authorization import require_right
 from modelexpress_core.server.services.streams import Streams
 from modelexpress_core.wire.authentication import caller
+from modelexpress_core.wire.peers import peer_host
 from modelexpress_core.wire.rpc import RpcContext
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class CacheServing:
         self._rights = rights
         self._asking = asyncio.Semaphore(_MOST_QUESTIONS)
         self._reading = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="mx-cache-read")
-        self._begun: dict[tuple[str, str, str, bool], asyncio.Future[Snapshot]] = {}
+        self._begun: dict[tuple[str, str, str, bool, str], asyncio.Future[Snapshot]] = {}
         self._present: dict[str, tuple[float, int]] = {}
 
     def close(self) -> None:
@@ -174,12 +175,16 @@ class CacheServing:
         elif not self._may_ensure(place):
             await self.check_restriction(found, context)
             return found
-        key = (path, revision, version, weights)
+        # Only a limit of callers makes a difference between those who ask for the same.
+        owner = (caller.get() or peer_host(context.peer())) if self.cache.settings.max_caller_bytes else ""
+        key = (path, revision, version, weights, owner)
         begun = self._begun.get(key)
         if begun is None:
             begun = asyncio.ensure_future(
                 self._asked(
-                    lambda: self.cache.begin(path, revision=revision or None, version=version or None, weights=weights)
+                    lambda: self.cache.begin(
+                        path, revision=revision or None, version=version or None, weights=weights, owner=owner
+                    )
                 )
             )
             self._begun[key] = begun
@@ -191,7 +196,7 @@ class CacheServing:
     def _may_ensure(self, place: Place) -> bool:
         return self._rights.allows(caller.get(), ENSURE, place.shown)
 
-    def _answered(self, key: tuple[str, str, str, bool], done: asyncio.Future[Snapshot]) -> None:
+    def _answered(self, key: tuple[str, str, str, bool, str], done: asyncio.Future[Snapshot]) -> None:
         del self._begun[key]
         if not done.cancelled():
             done.exception()  # somebody has seen it, or everybody has left
@@ -252,6 +257,19 @@ class CacheServing:
             # Threads of the download change it, and so there is no event of asyncio's.
             while time.monotonic() < end and not snapshot.complete and snapshot.error is None:  # noqa: ASYNC110
                 await asyncio.sleep(_LOOK_SECONDS)
+
+    async def opened(self, snapshot: Snapshot, path: str, context: RpcContext) -> CachedFileReader:
+        """A file of a version; the call ends with UNAVAILABLE if the download does not reach it in time.
+
+        Raises:
+            ModelExpressError: The download failed, or the file cannot be opened.
+        """
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while (reader := await self.in_thread(lambda: snapshot.try_open_file(path, 0))) is None:
+            if time.monotonic() > deadline:
+                await self.abort_not_there(snapshot, context)
+            await asyncio.sleep(_LOOK_SECONDS)
+        return reader
 
     async def wait_for_bytes(
         self, reader: CachedFileReader, start: int, end: int, snapshot: Snapshot, context: RpcContext

@@ -165,7 +165,7 @@ class ModelService:
             yield model_pb2.FileChunk(relative_path=file.path, is_last_chunk=True)
             return
         serving = self._serving
-        reader = await serving.in_thread(lambda: snapshot.open_file(file.path))
+        reader = await serving.opened(snapshot, file.path, context)
         try:
             offset = 0
             # Small chunks are cut from larger parts: to read in another thread costs as much as 100 KiB.

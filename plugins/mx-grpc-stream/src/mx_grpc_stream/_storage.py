@@ -263,7 +263,9 @@ class _OpenModel:
     def info(self, name: str) -> ObjectInfo:
         """What is known of a file."""
         size, digests = self.model.files[name]
-        return ObjectInfo(self.path_of(name), size, self.model.version, digests)
+        # Workers with the same content version read from each other: a server that nobody named could make up one.
+        origin = self.model.origin(name) if self._client.is_named else None
+        return ObjectInfo(self.path_of(name), size, self.model.version, digests, origin)
 
     @property
     def patience(self) -> float:
