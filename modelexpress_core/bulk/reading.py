@@ -157,8 +157,8 @@ class BulkReader:
             where = self._origin.host_and_port
             raise UnavailableError(
                 f"the bulk channel on {where} cannot be read: {exc.strerror or exc or type(exc).__name__}",
-                cause="the worker ended, or a firewall lets only its gRPC port through",
-                hint="allow connections to this port between workers",
+                cause="the other side ended, or a firewall lets only its gRPC port through",
+                hint="allow connections to this port",
             ) from exc
 
     @contextlib.contextmanager

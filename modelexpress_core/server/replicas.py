@@ -11,11 +11,10 @@ import concurrent.futures
 import hashlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from attrs import define, field, frozen
+from attrs import field, frozen
 
 from modelexpress_core.contracts.metadata_store import LeaderLease, MetadataStore, StoreUnavailableError
 
@@ -40,26 +39,15 @@ class Claim:
         holder: Endpoint of the replica that does.
         own: Whether it is this one.
         token: Grows with each change of holder.
-        lasts: Whether this replica still has the role. One that lost it stops its download: another has begun one.
+        lasts: Whether this replica still has the role, as far as it knows. One that lost it stops its download: another
+            has begun one. A metadata store that does not answer ends no download: each replica writes to a directory
+            of its own, so that the worst is a download more.
     """
 
     holder: str
     own: bool
     token: int
     lasts: Callable[[], bool] = field(repr=False, eq=False)
-
-
-@define
-class _Held:
-    """A role of this replica.
-
-    Attributes:
-        token: Its token.
-        until: When its lease ends, by the monotonic clock.
-    """
-
-    token: int
-    until: float
 
 
 class Replicas:
@@ -70,7 +58,6 @@ class Replicas:
         endpoint: The ``host:port`` by which the others reach this replica.
         loop: The event loop of the store.
         seconds: How long a lease lasts without renewal: so long do others wait if this replica is killed.
-        clock: A monotonic clock, in seconds.
     """
 
     def __init__(
@@ -80,15 +67,13 @@ class Replicas:
         loop: asyncio.AbstractEventLoop,
         *,
         seconds: float = 15.0,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._endpoint = endpoint
         self._loop = loop
         self._seconds = seconds
-        self._clock = clock
         self._lock = threading.Lock()
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, int] = {}
 
     async def run(self) -> None:
         """Renew all claims at intervals until cancelled."""
@@ -128,10 +113,9 @@ class Replicas:
 
     async def _claim(self, key: str) -> Claim:
         for _ in range(_MAX_QUESTIONS):
-            begun = self._clock()
             lease = await self._store.lead(_role(key), self._endpoint, self._seconds)
             if lease is not None:
-                return self._own(key, lease, begun)
+                return self._own(key, lease)
             other = await self._store.leader(_role(key))
             if other is not None:
                 self.release(key)
@@ -139,29 +123,25 @@ class Replicas:
         message = "the role of a download changes hands at each question"
         raise StoreUnavailableError(message)
 
-    def _own(self, key: str, lease: LeaderLease, begun: float) -> Claim:
+    def _own(self, key: str, lease: LeaderLease) -> Claim:
         with self._lock:
-            self._held[key] = _Held(lease.token, begun + self._seconds)
+            self._held[key] = lease.token
         return Claim(self._endpoint, own=True, token=lease.token, lasts=lambda: self._lasts(key, lease.token))
 
     def _lasts(self, key: str, token: int) -> bool:
         with self._lock:
-            held = self._held.get(key)
-        return held is not None and held.token == token and self._clock() < held.until
+            return self._held.get(key) == token
 
     async def _renew(self, key: str) -> None:
-        begun = self._clock()
         lease = await self._store.lead(_role(key), self._endpoint, self._seconds)
         with self._lock:
             held = self._held.get(key)
             if held is None:  # released meanwhile: the lease ends by itself
                 return
-            if lease is None or lease.token != held.token:
+            if lease is None or lease.token != held:
                 # With another token, somebody else had the role in between, and may have begun a download.
                 del self._held[key]
                 _log.info("another replica has taken a version over: %s", key)
-                return
-            held.until = begun + self._seconds
 
     def _wait(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)

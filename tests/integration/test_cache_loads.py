@@ -10,6 +10,7 @@ import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -374,8 +375,13 @@ def test_a_load_goes_on_after_the_server_was_restarted(
         first, rest = bytearray(1_000_000), bytearray(len(whole) - 1_000_000)
         assert len(first) == storage.read_into(info.path, 0, memoryview(first), version=info.version)
         serving.end()
-        with pytest.raises(mx_api.UnavailableError):
-            storage.read_into(info.path, len(first), memoryview(rest), version=info.version)
+
+        def fail(_number: int) -> None:
+            with pytest.raises(mx_api.UnavailableError):
+                storage.read_into(info.path, len(first), memoryview(bytearray(1_000_000)), version=info.version)
+
+        with ThreadPoolExecutor(8) as pool:  # as many as a load has
+            list(pool.map(fail, range(16)))
         start(*cache_of(tmp_path / "cache"), "--port", port, **ALLOWED)
 
         def read() -> bool:
@@ -387,6 +393,7 @@ def test_a_load_goes_on_after_the_server_was_restarted(
         storage.check_unchanged(info.path, version=info.version)  # type: ignore[attr-defined]
 
         assert whole == bytes(first + rest)
+        assert storage.compared().channel.startswith("bulk channel")  # type: ignore[attr-defined]
         assert len(whole) == storage.compared().here_bytes  # type: ignore[attr-defined]
 
 

@@ -451,6 +451,47 @@ def test_validation_finds_flipped_bits(opened: Callable[..., ModelCache], model:
         assert not cache.snapshots(), "it is forgotten, so that it is downloaded again"
 
 
+def test_what_is_right_of_a_damaged_version_is_kept_for_its_download(
+    opened: Callable[..., ModelCache], model: Path
+) -> None:
+    """It counts for the limits meanwhile, and its own storage of files has no others."""
+    cache = opened()
+    snapshot = complete(cache, f"file{model}")
+    assert snapshot.directory is not None
+    damaged = Path(snapshot.directory, "config.json").resolve()
+    damaged.write_bytes(b"other")
+
+    assert ["config.json"] == [damage.path for damage in cache.validate(snapshot)]
+
+    kept = Path(cache.directory, ".mx", "downloads", snapshot.key)
+    expected = files_of(model)
+    del expected["config.json"]
+    assert expected == files_of(kept)
+    assert cache.size_bytes() >= sum(map(len, expected.values()))
+    again = complete(cache, f"file{model}")
+    assert files_of(model) == contents(again)
+    eventually(lambda: not cache.stats().downloads)
+    blobs = {each.blob for each in again.record.files}  # type: ignore[union-attr]
+    own = Path(cache.directory, ".mx", "files")
+    assert {f".mx/files/{path}" for path in files_of(own)} == blobs
+    assert not kept.exists()
+
+
+def test_an_old_snapshot_does_not_drop_the_new_download(opened: Callable[..., ModelCache], model: Path) -> None:
+    """Whoever still has the version as it was gets an error; the version that was downloaded since stays."""
+    cache = opened()
+    old = complete(cache, f"file{model}")
+    assert old.directory is not None
+    Path(old.directory, "config.json").resolve().write_bytes(b"other")
+    for _ in range(2):
+        with pytest.raises(SourceChangedError), old.open("config.json"):
+            pass
+        new = complete(cache, f"file{model}")
+        assert files_of(model) == contents(new)
+
+    assert (2, [new.key]) == (cache.stats().misses, [each.key for each, _ in cache.snapshots()])
+
+
 def test_a_damaged_file_that_versions_share_is_replaced_for_both(opened: Callable[..., ModelCache]) -> None:
     """Both are downloaded again, though the file looks unchanged from outside."""
     with FakeHub() as hub:

@@ -29,7 +29,7 @@ from modelexpress_core.plugins import PluginManager
 from modelexpress_core.report import format_bytes
 from modelexpress_core.server.cache import leftovers
 from modelexpress_core.server.cache.checking import Damage, described, validate
-from modelexpress_core.server.cache.downloads import Download, record_path, remove_files
+from modelexpress_core.server.cache.downloads import Download, put_back, record_path, remove_files
 from modelexpress_core.server.cache.layout import OWN
 from modelexpress_core.server.cache.places import HUB, Place, Sources
 from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, key_of, version_of
@@ -612,24 +612,38 @@ class ModelCache:
 
     def _forget(self, snapshot: Snapshot) -> None:
         """Drop a version whose files are not those any more that were verified."""
-        with self._lock:
-            record = self._records.pop(snapshot.key, None)
-            self._used.pop(snapshot.key, None)
-        if record is not None:
-            _log.warning("%s at %s was changed on disk, and is forgotten", record.place, record.version[:12])
-            with contextlib.suppress(OSError):
-                os.unlink(record_path(self.directory, record.key))
-            # The changed file must not be taken for a known one again.
-            self._remove_changed(record)
-
-    def _remove_changed(self, record: Record) -> None:
         with self._publishing:
-            for stored in record.files:
+            with self._lock:
+                record = self._records.get(snapshot.key)
+                if record is None or record != snapshot.record:  # it was downloaded again since
+                    return
+                self._drop([record])
+            _log.warning("%s at %s was changed on disk, and is forgotten", record.place, record.version[:12])
+            for stored in record.files:  # a changed file must not be taken for a known one again
                 path = os.path.join(self.directory, stored.blob)
                 with contextlib.suppress(OSError):
                     found = os.stat(path)
                     if not any(each.is_unchanged(found) for each in (stored, *self._stored(stored.blob))):
                         os.unlink(path)
+            self._put_back([record])
+
+    def _drop(self, records: Sequence[Record]) -> None:
+        """Forget versions; the lock is held."""
+        for record in records:
+            del self._records[record.key]
+            self._used.pop(record.key, None)
+            with contextlib.suppress(OSError):
+                os.unlink(record_path(self.directory, record.key))
+
+    def _put_back(self, dropped: Sequence[Record]) -> None:
+        """Keep what is right of versions that were dropped for their next downloads."""
+        with self._lock:
+            others = list(self._records.values())
+        for record in dropped:
+            put_back(self.directory, record)
+        for record in dropped:
+            if record.directory.startswith(f"{OWN}/"):  # other programs use the rest of the Hub's
+                remove_files(self.directory, record, others)
 
     def remove(self, snapshot: Snapshot) -> int:
         """Remove a version; returns the bytes that were freed. Files that other versions share stay.
@@ -669,8 +683,10 @@ class ModelCache:
         Returns:
             The damaged files.
         """
+        # Without its function for damage: all files are compared before it is forgotten.
+        compared = Snapshot(self.directory, record=snapshot.record) if snapshot.record is not None else snapshot
         with self.hold(snapshot):
-            damaged = validate(snapshot, on_progress)
+            damaged = validate(compared, on_progress)
         if damaged:
             self._forget_damaged(snapshot, {each.path for each in damaged})
         return damaged
@@ -687,18 +703,16 @@ class ModelCache:
                     for each in self._records.values()
                     if any((stored.blob, stored.inode) in damaged for stored in each.files)
                 ]
-                for each in dropped:
-                    del self._records[each.key]
-                    self._used.pop(each.key, None)
+                self._drop(dropped)
             for each in dropped:
                 _log.warning("%s at %s is damaged on disk, and is forgotten", each.place, each.version[:12])
-                with contextlib.suppress(OSError):
-                    os.unlink(record_path(self.directory, each.key))
-            for blob, inode in damaged:
+            for blob, _ in damaged:
                 path = os.path.join(self.directory, blob)
                 with contextlib.suppress(OSError):
-                    if os.stat(path).st_ino == inode:
+                    found = os.stat(path)
+                    if not any(each.is_unchanged(found) for each in self._stored(blob)):
                         os.unlink(path)
+            self._put_back(dropped)
 
     def import_directory(
         self,

@@ -367,6 +367,20 @@ def _write(path: str, content: bytes) -> None:
     os.replace(new, path)
 
 
+def put_back(root: str, record: Record) -> None:
+    """Give the files of a version, whose record is gone, to its next download, which compares them with their digests.
+
+    The Hub's files need that not: downloads find them by their names.
+    """
+    if layout_of(record.place, record.version, record.key).by_etag:
+        return
+    for stored in record.files:
+        target = os.path.join(download_directory(root, record.key), stored.file.path)
+        with contextlib.suppress(OSError):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.link(os.path.join(root, stored.blob), target)
+
+
 def remove_files(root: str, record: Record, others: Collection[Record]) -> int:
     """Remove a version whose record is gone; returns the bytes that were freed.
 

@@ -37,8 +37,8 @@ _CONNECT_SECONDS = 2.0
 #: A new ticket is fetched after this share of the time for which the last one is valid.
 _TICKET_SHARE = 0.8
 
-#: How often one read tries the bulk channel before it reads frames, and how often in a row all reads together may fail
-#: before frames alone are read.
+#: How often one read tries the bulk channel before it reads frames, and how often in a row the channel may be opened
+#: without a byte before frames alone are read.
 _BULK_ATTEMPTS = 2
 _BULK_FAILURES = 2
 
@@ -73,6 +73,7 @@ class CacheChannel:
         self._wants_bulk = wants_bulk
         self._closed = False
         self._failures = 0
+        self._worked: BulkReader | None = None  # the one that brought bytes last
         self.description = "" if wants_bulk else "gRPC, since MX_BULK_PORT is 0"
 
     def set_patience(self, seconds: float) -> None:
@@ -124,9 +125,10 @@ class CacheChannel:
                 break
             came = 0
 
-            def note(nbytes: int) -> None:
+            def note(nbytes: int, bulk: BulkReader = bulk) -> None:
                 nonlocal came
                 came = nbytes
+                self._worked = bulk
                 landed(nbytes)
 
             failure = self._over_bulk(bulk, BulkRead(run, view, note), checksums=checksums)
@@ -137,7 +139,6 @@ class CacheChannel:
             if not isinstance(failure, (UnavailableError, AccessDeniedError)):
                 _log.debug("%s is asked over gRPC, which says why: %s", self._client.url, failure)
                 break
-            self._failures += 1
             if self._failures >= _BULK_FAILURES:
                 self._leave_bulk(failure)
         self._read_frames(run, view, landed)
@@ -160,6 +161,7 @@ class CacheChannel:
             return exc
         except BackendError as exc:
             return exc
+        self._worked = bulk
         self._failures = 0
         return None
 
@@ -198,10 +200,11 @@ class CacheChannel:
         self._bulk = bulk
 
     def _drop(self, bulk: BulkReader) -> None:
-        """A channel does not work any more, since the server was restarted, or a ticket ended."""
+        """A channel does not work, or not any more, since the server was restarted or a ticket ended."""
         with self._lock:
             if self._bulk is bulk:
                 self._replace(None)
+                self._failures += self._worked is not bulk
 
     def _leave_bulk(self, exc: BackendError) -> None:
         """Read over gRPC from now on; if the server itself is gone, that says so."""
