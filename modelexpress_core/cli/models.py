@@ -28,6 +28,7 @@ from modelexpress_core.cli.output import (
 from modelexpress_core.errors import InvalidURIError, ModelExpressError, UnsupportedError
 from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.report import format_bytes
+from modelexpress_core.server.settings import directory_path
 from modelexpress_core.uri import ModelURI
 
 if TYPE_CHECKING:
@@ -413,6 +414,10 @@ def _cache(cache_dir: str | None, url: str | None, *, only_directory: str = "") 
         message = "--cache-dir and --url exclude each other"
         raise typer.BadParameter(message)
     directory = cache_dir or os.environ.get("MODEL_EXPRESS_CACHE_DIRECTORY")
+    try:
+        directory = directory and directory_path(directory)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--cache-dir") from exc
     try:
         if server:
             with _open_server(server) as cache:

@@ -28,6 +28,7 @@ from modelexpress_core.server.settings import (
     ServerSettings,
     SpanSettings,
     StoreVariables,
+    directory_path,
     has_stray_password,
 )
 from modelexpress_core.settings import Override, SettingSources, find_problems, from_env
@@ -98,7 +99,7 @@ def serve(
         if value is not None
     }
     if cache_dir is not None:
-        overrides["cache.directory"] = Override(cache_dir, "--cache-dir")
+        overrides["cache.directory"] = Override(_directory(cache_dir), "--cache-dir")
     if log_format is not None:
         overrides["log.format"] = Override(_known_format(log_format), "--log-format")
     root = context.find_root()
@@ -132,6 +133,13 @@ def _known_format(text: str) -> str:
         message = f"{hide_credentials(text)!r} is none of text, json"
         raise typer.BadParameter(message, param_hint="--log-format")
     return text
+
+
+def _directory(text: str) -> str:
+    try:
+        return directory_path(text)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--cache-dir") from exc
 
 
 def _settings(path: str | None, overrides: dict[str, Override]) -> Config:

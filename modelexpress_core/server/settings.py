@@ -29,6 +29,7 @@ __all__ = [
     "ServerSettings",
     "SpanSettings",
     "StoreVariables",
+    "directory_path",
     "has_stray_password",
 ]
 
@@ -290,6 +291,22 @@ class StoreVariables:
         return Override(uris[backend], f"MX_METADATA_BACKEND{', REDIS_URL' if from_url else ''}")
 
 
+#: Begins a URL, perhaps with a slash that is missing.
+_BEGINS_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def directory_path(text: str) -> str:
+    """``text``, which is the path of a directory.
+
+    Raises:
+        ValueError: It is a URL; it may hold credentials, which the name of a directory would show.
+    """
+    if _BEGINS_URL.match(text):
+        reason = "expected the path of a directory, not a URL"
+        raise ValueError(reason)
+    return text
+
+
 @frozen
 class CacheSettings:
     """Where the server keeps models, which ones, and how many."""
@@ -297,6 +314,7 @@ class CacheSettings:
     directory: str | None = env(
         "MODEL_EXPRESS_CACHE_DIRECTORY",
         default=None,
+        converter=directory_path,
         help="Directory in which the server keeps models; unset: it keeps none.",
     )
     endpoint: str | None = env(

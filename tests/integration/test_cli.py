@@ -153,8 +153,10 @@ def test_plugins_lists_the_installed_ones(mx: Run) -> None:
             "model_express.api.ApiService",
             "model_express.p2p.P2pService",
             "modelexpress.access.AccessService",
+            "model_express.model.ModelService",
+            "modelexpress.cache.CacheService",
         ],
-        "command": ["serve", "health", "sources"],
+        "command": ["serve", "health", "sources", "models"],
     }
     assert listed["mx-s3"]["schemes"] == {"storage": ["s3"]}
     assert listed["mx-s3"]["status"] == "loaded"

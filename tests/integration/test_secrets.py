@@ -158,8 +158,13 @@ USUAL = {"uri": "MODEL", "model": "MODEL", "directory": "OUT"}
 
 
 def commands_of(app: Any) -> dict[str, Any]:
+    """By the words after ``mx``; those of groups have two."""
     group: Any = typer.main.get_command(app)
-    return dict(group.commands)
+    found = {}
+    for name, command in group.commands.items():
+        below = getattr(command, "commands", None)
+        found |= {f"{name} {word}": each for word, each in below.items()} if below else {name: command}
+    return found
 
 
 def arguments_of(app: Any) -> Iterator[tuple[str, str]]:
@@ -192,6 +197,10 @@ def test_every_command_has_its_arguments_in_the_matrix(app: Any) -> None:
         ("explain", "model"),
         ("explain", "uri"),
         ("explain-vllm", "model"),
+        ("models download", "model"),
+        ("models import", "directory"),
+        ("models list", "url"),
+        ("models list", "cache_dir"),
     } <= found
 
 
@@ -201,9 +210,10 @@ def test_no_command_shows_a_secret_in_an_argument(
 ) -> None:
     """As text and as JSON, where the command has it."""
     monkeypatch.chdir(tmp_path)
+    variables = {"MODEL_EXPRESS_CACHE_DIRECTORY": str(tmp_path / "cache")}
     for command, planted in arguments_of(app):
         parameters = commands_of(app)[command].params
-        line = [command]
+        line = command.split()
         for parameter in parameters:
             if parameter.name == planted:
                 line += [URLS[kind]] if parameter.param_type_name == "argument" else [parameter.opts[0], URLS[kind]]
@@ -214,7 +224,7 @@ def test_no_command_shows_a_secret_in_an_argument(
             ways.append(["--json"])
         for more in ways:
             with monkeypatch.context() as patched:
-                text = said(app, [*line, *more], {}, patched)
+                text = said(app, [*line, *more], variables, patched)
 
             assert SECRET not in text, f"mx {' '.join([*line, *more])}:\n{text}"
 

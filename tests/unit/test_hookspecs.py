@@ -27,7 +27,7 @@ _REGISTER = {
     "mx_register_server_services",
     "mx_register_commands",
 }
-_POLICY = {"mx_rank_candidates": ("request", "candidates"), "mx_rewrite_uri": ("uri",)}
+_POLICY = {"mx_rank_candidates": ("request", "candidates"), "mx_rewrite_uri": ("uri", "environ")}
 _OBSERVE = {"mx_load_started", "mx_load_progress", "mx_load_finished", "mx_load_failed"}
 
 

@@ -196,7 +196,7 @@ def test_settings_of_the_integration_are_listed(run: Run) -> None:
     done = run("settings", "--json", MX_MODEL_URI="s3://key:hunter2@bucket/model", MX_FALLBACK="0")
 
     found = {setting["name"]: setting for setting in json.loads(done.stdout) if setting["owner"] == "mx-vllm"}
-    assert {"MX_MODEL_URI", "MX_FALLBACK"} == set(found)
+    assert {"MX_MODEL_URI", "MX_FALLBACK", "MX_SOURCE_QUERY_TIMEOUT"} == set(found)
     assert "False" == found["MX_FALLBACK"]["value"]
     assert "s3://***@bucket/model" == found["MX_MODEL_URI"]["value"]
     assert "hunter2" not in done.stdout
