@@ -131,7 +131,9 @@ class Engine:
                 response = native.runai_response(self._streamer, _CLOSED_CHECK_MS)
             except TimeoutError:
                 continue
-            if response is None:  # the engine ended by itself
+            if response is None:  # the engine ended: by itself, or because the storage was closed
+                if closing.is_set():
+                    raise closed()
                 break
             code, _, file, position, done = response
             said = native.runai_response_str(code)
