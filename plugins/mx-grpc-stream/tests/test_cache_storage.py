@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from modelexpress_core.errors import BackendError, SourceChangedError
+from devtools.tcp_proxy import Fault, TcpProxy
+from modelexpress_core.errors import BackendError, IntegrityError, SourceChangedError
 from modelexpress_core.server.app import Server
 from modelexpress_core.sources.cache_client import CacheClient
 from modelexpress_core.uri import ModelURI
 from mx_grpc_stream._storage import CacheStorage, open_cache
 from tests.support.caching import serving_cache
+
+#: A run of a thousand finds the same.
+_FLIPS = 40
 
 _CONTENT = bytes(range(256)) * 12_000  # three chunks, the last one shorter
 
@@ -93,6 +98,53 @@ def test_what_was_compared_is_kept_where_the_model_is_opened_again(uri: ModelURI
         other.check_unchanged(info.path, version=info.version)
 
         assert 100 == other.compared().by_server_bytes
+
+
+def test_every_flip_on_the_wire_is_repaired_or_found(server: Server, source: Path) -> None:
+    """Whole chunks are read again; the server finds damage in parts of chunks, and in runs."""
+    draw = random.Random(3)
+    flip: list[int] = []  # where to flip a bit of the next answer
+
+    def policy(_number: int, head: bytes) -> Fault | None:
+        if b"POST" not in head or not flip:
+            return None
+        return Fault("flip", flip.pop(), of_body=True, bits=1 << draw.randrange(8))
+
+    repaired = found = 0
+    with (
+        TcpProxy("127.0.0.1", server.port, listen="127.0.0.4") as grpc,
+        TcpProxy("127.0.0.1", server.bulk_port, policy, listen="127.0.0.4", listen_port=server.bulk_port),
+    ):
+        uri = ModelURI.parse(f"mx://127.0.0.4:{grpc.port}/file{source}/model")
+        for number in range(_FLIPS):
+            with contextlib.closing(open_cache(uri, {})) as storage:
+                (info,) = storage.list(uri.path)
+                assert info.version is not None
+                start, end = sorted(draw.sample(range(len(_CONTENT) + 1), 2))
+                buffer = bytearray(end - start)
+                expected = _CONTENT[start:end]
+                run, stride = 100, 1000
+                if number % 4 == 3 and end - start >= stride:
+                    count = (end - start) // stride
+                    buffer = bytearray(count * run)
+                    expected = b"".join(_CONTENT[start + n * stride :][:run] for n in range(count))
+                flip.append(draw.randrange(len(buffer)))
+                try:
+                    if expected == _CONTENT[start:end]:
+                        storage.read_into(info.path, start, memoryview(buffer), version=info.version)
+                    else:
+                        storage.read_runs(info.path, start, run, stride, memoryview(buffer), version=info.version)
+                    assert not flip
+                    storage.check_unchanged(info.path, version=info.version)
+                except IntegrityError:
+                    found += 1
+                else:
+                    assert expected == buffer, (start, end)
+                    repaired += 1
+
+    assert _FLIPS == repaired + found
+    assert repaired
+    assert found
 
 
 def test_a_version_that_is_nowhere_is_changed(storage: CacheStorage, uri: ModelURI) -> None:
