@@ -32,7 +32,7 @@ from modelexpress_core.server.cache.checking import Damage, described, validate
 from modelexpress_core.server.cache.downloads import Download, put_back, record_path, remove_files
 from modelexpress_core.server.cache.layout import OWN
 from modelexpress_core.server.cache.places import HUB, Place, Sources
-from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, key_of, version_of
+from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, is_commit, key_of, version_of
 from modelexpress_core.server.cache.replica_pulls import DownloadLease, always, claim_all, nearest
 from modelexpress_core.server.cache.snapshots import Snapshot
 from modelexpress_core.server.settings import CacheSettings
@@ -60,8 +60,6 @@ _UNKNOWN_FREE_BYTES = 1 << 60
 
 #: So many answers are remembered; older ones are asked for again.
 _MAX_RESOLVED = 1000
-
-_COMMIT_DIGITS = 40
 
 
 @frozen
@@ -904,5 +902,4 @@ def _patterns(settings: CacheSettings, environ: Mapping[str, str]) -> tuple[str,
 
 def _pinned(revision: str | None) -> str | None:
     """The version that a revision names by itself: a commit."""
-    digits = set("0123456789abcdef")
-    return revision if revision and len(revision) == _COMMIT_DIGITS and set(revision) <= digits else None
+    return revision if revision and is_commit(revision) else None

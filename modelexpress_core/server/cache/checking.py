@@ -18,7 +18,7 @@ from modelexpress_core.errors import CheckpointError, IntegrityError, ModelExpre
 from modelexpress_core.fetch.digests import best_digest
 from modelexpress_core.server.cache.chunk_tables import chunks_of, pieces
 from modelexpress_core.server.cache.places import HUB, Place
-from modelexpress_core.server.cache.records import CachedFile
+from modelexpress_core.server.cache.records import COMMIT_DIGITS, CachedFile, is_commit
 from modelexpress_core.server.cache.snapshots import Snapshot
 
 __all__ = ["Damage", "described", "validate"]
@@ -28,9 +28,6 @@ _ROW_BYTES = 32
 
 #: The Hub keeps files of at least so many bytes by their SHA-256, and smaller ones by the id that git gives them.
 _LARGE_BYTES = 10_000_000
-
-_COMMIT_DIGITS = 40
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 #: What the Hub calls the content of a file: git's id, or the SHA-256 of a large one.
 _ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -119,7 +116,7 @@ def described(directory: str, place: Place, revision: str | None) -> tuple[Seque
     noted = {path: _noted_by_the_library(directory, path) for path in paths}
     commits = {commit for commit, _ in noted.values() if commit}
     commit = revision or (commits.pop() if len(commits) == 1 else os.path.basename(directory))
-    if not _COMMIT.fullmatch(commit):
+    if not is_commit(commit):
         raise ModelExpressError(
             f"it is unknown which commit of {place.shown} is in {directory}",
             cause="huggingface_hub noted none there, the name of the directory is none, and --revision gives none",
@@ -129,7 +126,7 @@ def described(directory: str, place: Place, revision: str | None) -> tuple[Seque
     for path in paths:
         etag = noted[path][1]
         actual = digests[path]
-        if len(etag) == _COMMIT_DIGITS or (not etag and not _is_large(path, sizes[path])):
+        if len(etag) == COMMIT_DIGITS or (not etag and not _is_large(path, sizes[path])):
             actual = _git_id(os.path.join(directory, path))
         if etag not in {"", actual}:
             raise IntegrityError(
@@ -154,7 +151,7 @@ def _noted_by_the_library(directory: str, path: str) -> tuple[str, str]:
     with contextlib.suppress(OSError, ValueError), open(note, encoding="ascii") as file:
         commit, _, rest = file.read(_MAX_NOTE_CHARACTERS).partition("\n")
         etag = rest.partition("\n")[0]
-        if _COMMIT.fullmatch(commit) and _ID.fullmatch(etag):
+        if is_commit(commit) and _ID.fullmatch(etag):
             return commit, etag
     return "", ""
 

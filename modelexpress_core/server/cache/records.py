@@ -18,14 +18,17 @@ from modelexpress_core.contracts.storage import ObjectInfo
 from modelexpress_core.copying.selection import reason_to_refuse
 from modelexpress_core.immutable import unmodifiable
 
-__all__ = ["CachedFile", "Record", "StoredFile", "key_of", "version_of"]
+__all__ = ["COMMIT_DIGITS", "CachedFile", "Record", "StoredFile", "is_commit", "key_of", "version_of"]
 
 #: The number of the format: a record of another one is not read.
 _FORMAT = 1
 
 _MAX_RECORD_BYTES = 64 << 20
 
-_COMMIT = re.compile(r"[0-9a-f]{40}(?=/)")
+#: Hex digits of a commit.
+COMMIT_DIGITS = 40
+
+_COMMIT = re.compile(rf"[0-9a-f]{{{COMMIT_DIGITS}}}")
 
 
 @frozen
@@ -149,6 +152,11 @@ def key_of(place: str, version: str, *, weights: bool) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def is_commit(text: str) -> bool:
+    """Whether ``text`` is the name of a commit, as git has them."""
+    return _COMMIT.fullmatch(text) is not None
+
+
 def version_of(files: Iterable[ObjectInfo]) -> str:
     """The version of a model with these files.
 
@@ -157,7 +165,8 @@ def version_of(files: Iterable[ObjectInfo]) -> str:
     version of this moment: what is downloaded again is another version.
     """
     listed = list(files)
-    commits = {match[0] if (match := _COMMIT.match(info.version or "")) else "" for info in listed}
+    begun = {version.partition("/")[0] if "/" in (version := info.version or "") else "" for info in listed}
+    commits = {commit if is_commit(commit) else "" for commit in begun}
     if len(commits) == 1 and (commit := commits.pop()):
         return commit
     facts = [

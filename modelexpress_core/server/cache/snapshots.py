@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 from modelexpress_core.checkpoint.manifest import TABLES, Manifest
 from modelexpress_core.copying.local import local_errors
 from modelexpress_core.errors import ModelExpressError, NotFoundError, SourceChangedError, UnavailableError
-from modelexpress_core.server.cache.records import CachedFile, Record, StoredFile, key_of
+from modelexpress_core.server.cache.records import COMMIT_DIGITS, CachedFile, Record, StoredFile, key_of
 
 if TYPE_CHECKING:
     from modelexpress_core.server.cache.downloads import Download
 
 __all__ = ["CachedFileReader", "Snapshot"]
-
-_COMMIT_DIGITS = 40
 
 #: How long a reader waits for a file to begin.
 _BEGIN_SECONDS = 20.0
@@ -117,7 +115,7 @@ class Snapshot:
     @property
     def commit_hash(self) -> str:
         """The version as 40 hex digits, which existing clients expect."""
-        return self.version[:_COMMIT_DIGITS]
+        return self.version[:COMMIT_DIGITS]
 
     @property
     def record(self) -> Record | None:
