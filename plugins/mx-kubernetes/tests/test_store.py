@@ -21,6 +21,7 @@ from devtools.kube_apiserver import KubeApiServer
 from modelexpress_core.contracts.metadata_store import (
     NotPublisherError,
     PodReference,
+    Reaped,
     SourceQuery,
     SourceRecord,
     SourceStatus,
@@ -250,6 +251,44 @@ def test_the_reaper_counts_what_other_servers_heard(
     with_stores(publish, lambda: new_store(heartbeat_seconds=1.0))
     assert 1 == len(objects(api_server, namespace, "sourceheartbeats"))
     with_stores(scenario, lambda: new_store(heartbeat_seconds=0.2), new_store)
+
+
+def test_no_worker_is_marked_soon_after_an_outage(new_store: NewStore) -> None:
+    """Other servers may have heartbeats to write that came in time."""
+
+    async def scenario(store: KubernetesStore) -> None:
+        await store.publish(source())
+        await asyncio.sleep(1.1)
+        assert store._opened is not None
+        store._opened.view.troubled_at = time.monotonic()  # as when the API server did not answer
+        assert Reaped() == await store.reap(1.0, 3600)
+
+        async def marked() -> bool:
+            return (await store.reap(1.0, 3600)).stale == 1
+
+        assert await eventually(marked)
+
+    with_stores(scenario, new_store)
+
+
+def test_heartbeats_of_very_many_workers_are_several_objects(
+    api_server: KubeApiServer, namespace: str, new_store: NewStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is below the limit of an object, and together they have all."""
+    monkeypatch.setattr("mx_kubernetes._heartbeats._OBJECT_BEATS", 10)
+    names = [f"w{number}" for number in range(45)]
+
+    async def scenario(store: KubernetesStore) -> None:
+        for name in names:
+            await store.publish(source(name))
+        for name in names:
+            await store.update("source", name, _READY, None, "")
+
+    with_stores(scenario, new_store)
+
+    written = [each["spec"]["beats"] for each in objects(api_server, namespace, "sourceheartbeats")]
+    assert 5 == len(written)
+    assert {name_of("source", name) for name in names} == {name for beats in written for name in beats}
 
 
 def test_a_role_of_a_server_that_is_gone_goes_to_another(new_store: NewStore) -> None:
