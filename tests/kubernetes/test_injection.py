@@ -1,7 +1,7 @@
 """What the chart's MutatingAdmissionPolicy does to pods.
 
-No API server that runs here has this API. So its expressions are evaluated by an implementation of CEL in Python, and what
-they return is applied as the API server does it: lists are merged by the keys that Kubernetes merges them by.
+No API server that runs here has this API. So its expressions are evaluated by an implementation of CEL in Python, and
+what they return is applied as the API server does it: lists are merged by the keys that Kubernetes merges them by.
 """
 
 from __future__ import annotations
