@@ -171,8 +171,7 @@ def _cell(text: str) -> str:
 def main() -> None:
     """Update the chart."""
     for name, origin in COPIES.items():
-        if origin.is_file():
-            (CHART / "files" / name).write_bytes(origin.read_bytes())
+        (CHART / "files" / name).write_bytes(origin.read_bytes())
     _SCHEMA.write_text(schema_text(load_schema()))
     schema = load_schema()
     (CHART / "values.yaml").write_text(values_text(schema))

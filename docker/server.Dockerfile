@@ -7,13 +7,13 @@ WORKDIR /source
 # hadolint ignore=DL3042
 RUN python -m venv /opt/uv && /opt/uv/bin/pip install --no-cache-dir "uv>=0.9,<1"
 COPY . .
-# Storages that the cache downloads from, and spans.
+# Storages that the cache downloads from, metadata in custom resources, and spans.
 RUN /opt/uv/bin/uv export --frozen --no-dev --no-emit-workspace --prune torch --output-file /requirements.txt \
-        --extra server --extra azure --extra gcs --extra grpc --extra hf --extra s3 --extra otel \
+        --extra server --extra azure --extra gcs --extra grpc --extra hf --extra kubernetes --extra s3 --extra otel \
     && python -m venv /opt/modelexpress \
     && /opt/modelexpress/bin/pip install --no-cache-dir --require-hashes --requirement /requirements.txt \
     && /opt/modelexpress/bin/pip install --no-cache-dir --no-deps \
-        . plugins/mx-azure plugins/mx-gcs plugins/mx-grpc-stream plugins/mx-hf plugins/mx-s3
+        . plugins/mx-azure plugins/mx-gcs plugins/mx-grpc-stream plugins/mx-hf plugins/mx-kubernetes plugins/mx-s3
 
 FROM python:3.12-slim-bookworm
 

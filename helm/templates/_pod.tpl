@@ -195,12 +195,12 @@ spec:
       securityContext:
         {{- toYaml .Values.securityContext | nindent 8 }}
       ports:
-        - {name: grpc, containerPort: 8001}
+        - {name: grpc, containerPort: 8001, protocol: TCP}
         {{- if include "mx.bulk" . }}
-        - {name: bulk, containerPort: 8002}
+        - {name: bulk, containerPort: 8002, protocol: TCP}
         {{- end }}
-        - {name: health, containerPort: 8003}
-        - {name: metrics, containerPort: 9401}
+        - {name: health, containerPort: 8003, protocol: TCP}
+        - {name: metrics, containerPort: 9401, protocol: TCP}
       env:
         {{- include "mx.env" . | nindent 8 }}
         {{- with .Values.extraEnv }}

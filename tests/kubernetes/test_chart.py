@@ -296,15 +296,8 @@ def test_variables_are_settings(case: Manifests) -> None:
     client = next(each for each in case.of("ConfigMap") if each["metadata"]["name"].endswith("-client"))
     set_here = {*(entry["name"] for entry in case.server["env"]), *client["data"]}
 
-    assert set() == set_here - known - OTHER_VARIABLES - _extra(case)
-
-
-def _extra(case: Manifests) -> set[str]:
-    """Variables of extraEnv, which are not the chart's, and those of a plugin that is not in this repository yet."""
     extra = {entry["name"] for values in CASES.values() for entry in values.get("extraEnv", ())}
-    if not (ROOT / "plugins" / "mx-kubernetes").exists():
-        extra |= {entry["name"] for entry in case.server["env"] if entry["name"].startswith("MODEL_EXPRESS_SECURITY_")}
-    return extra
+    assert set() == set_here - known - OTHER_VARIABLES - extra
 
 
 def _config(case: Manifests, tmp_path: Path) -> Config:
@@ -449,12 +442,12 @@ def test_a_network_policy_lets_in_whom_it_names(manifests: Any) -> None:
     """Clients and replicas to gRPC and bulk, Prometheus to metrics; egress only where rules are given."""
     grpc, metrics, health = manifests("everything else").one("NetworkPolicy")["spec"]["ingress"]
 
-    assert [{"port": "grpc"}, {"port": "bulk"}] == grpc["ports"]
+    assert [{"port": "grpc", "protocol": "TCP"}, {"port": "bulk", "protocol": "TCP"}] == grpc["ports"]
     replicas, clients = grpc["from"]
     assert replicas["podSelector"]["matchLabels"]["app.kubernetes.io/instance"] == RELEASE
     assert clients == {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "vllm"}}}
-    assert ([{"port": "metrics"}], 1) == (metrics["ports"], len(metrics["from"]))
-    assert {"ports": [{"port": "health"}]} == health
+    assert ([{"port": "metrics", "protocol": "TCP"}], 1) == (metrics["ports"], len(metrics["from"]))
+    assert {"ports": [{"port": "health", "protocol": "TCP"}]} == health
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -530,11 +523,7 @@ def test_the_chart_is_written_from_the_code() -> None:
 @pytest.mark.parametrize("name", helm_chart.COPIES)
 def test_copies_are_equal(name: str) -> None:
     """Of files that the chart shares with docs and packages."""
-    origin = helm_chart.COPIES[name]
-    if not origin.parent.exists():
-        pytest.skip(f"{origin.parent.name} is not in this repository yet")
-
-    assert origin.read_bytes() == (CHART / "files" / name).read_bytes()
+    assert helm_chart.COPIES[name].read_bytes() == (CHART / "files" / name).read_bytes()
 
 
 def test_versions_are_those_of_the_package() -> None:
