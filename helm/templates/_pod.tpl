@@ -116,6 +116,7 @@ metadata:
   labels:
     {{- include "mx.labels" . | nindent 4 }}
     app.kubernetes.io/component: server
+    {{ .Values.injection.namespaceLabel }}: disabled
     {{- if .Values.credentials.workloadIdentity.azureClientId }}
     azure.workload.identity/use: "true"
     {{- end }}

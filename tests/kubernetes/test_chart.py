@@ -167,6 +167,15 @@ def test_notes_name_what_is_made() -> None:
     assert "auth.mode is none" in notes["text"]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_notes_can_be_written(name: str) -> None:
+    """For each case: helm renders them when it installs, and not with the templates."""
+    (notes,) = render(CASES[name], notes=True)
+
+    assert notes["text"].startswith("ModelExpress ")
+    assert "<" not in notes["text"]
+
+
 def test_a_cache_is_of_one_server(manifests: Any) -> None:
     """A pod with a volume that lasts ends before the next one starts; without one, the next one is ready first."""
     assert manifests("a claim").workload["spec"]["strategy"] == {"type": "Recreate"}

@@ -1,7 +1,7 @@
 """The chart on a real API server: installed, upgraded, rolled back, tested and uninstalled by helm.
 
-The API server is of Kubernetes 1.20, and there is no kubelet: no pod runs. What newer versions have besides, test_chart.py
-checks by their schemas.
+The API server is of Kubernetes 1.20, and there is no kubelet: no pod runs. test_chart.py checks by their schemas what newer
+versions have besides.
 """
 
 from __future__ import annotations

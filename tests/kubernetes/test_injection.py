@@ -191,12 +191,16 @@ def test_text_cannot_leave_its_place() -> None:
 
 
 def test_only_pods_of_labelled_namespaces_are_changed(everything: Manifests) -> None:
-    """And the policy's binding names the policy."""
+    """Unless they opt out, as those of the server do. The policy's binding names the policy."""
     policy, binding = everything.one("MutatingAdmissionPolicy"), everything.one("MutatingAdmissionPolicyBinding")
 
     assert binding["spec"]["policyName"] == policy["metadata"]["name"]
     labels = binding["spec"]["matchResources"]["namespaceSelector"]["matchLabels"]
     assert {"modelexpress.io/inject": "enabled"} == labels
+    (opt_out,) = policy["spec"]["matchConstraints"]["objectSelector"]["matchExpressions"]
+    assert {"key": "modelexpress.io/inject", "operator": "NotIn", "values": ["disabled"]} == opt_out
+    for own in (everything.workload["spec"]["template"], everything.one("Pod")):
+        assert own["metadata"]["labels"]["modelexpress.io/inject"] == "disabled"
     (rule,) = policy["spec"]["matchConstraints"]["resourceRules"]
     assert (["CREATE"], ["pods"]) == (rule["operations"], rule["resources"])
     assert policy["spec"]["failurePolicy"] == "Fail"
