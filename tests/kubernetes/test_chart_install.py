@@ -1,14 +1,17 @@
 """The chart on a real API server: installed, upgraded, rolled back, tested and uninstalled by helm.
 
-The API server is of Kubernetes 1.20, and there is no kubelet: no pod runs. test_chart.py checks by their schemas what newer
-versions have besides.
+The API server is of Kubernetes 1.20, and there is no kubelet: no pod runs. What newer versions have besides, their
+schemas check in test_chart.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,11 @@ import yaml
 from devtools import helm
 from devtools.helm_chart import CHART
 from devtools.kube_apiserver import KubeApiError, KubeApiServer
+from devtools.processes import started
+from modelexpress_core.contracts.identity import Engine, SourceIdentity
+from modelexpress_core.errors import AccessDeniedError
+from modelexpress_core.sources.client import ServerClient
+from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from tests.support.charts import RefusedError, run_helm
 from tests.support.waiting import eventually
 
@@ -267,3 +275,86 @@ def test_helm_test_waits_for_the_pod(cluster: Cluster, phase: str, code: int) ->
 
     assert ["health"] == pod["spec"]["containers"][0]["args"]
     assert (running.returncode != 0) == (code != 0), printed
+
+
+# -- the server that the chart describes -------------------------------------------------------------------------------
+
+
+class Pod:
+    """The server's process with what a kubelet would give it, on free ports of loopback; ends with its block.
+
+    Args:
+        cluster: Where the chart is installed.
+        directory: For its files.
+    """
+
+    def __init__(self, cluster: Cluster, directory: Path) -> None:
+        config = directory / "server.yaml"
+        config.write_text(cluster.get(f"configmaps/{SERVER}")["data"]["server.yaml"])
+        token = cluster.api.new_token(cluster.namespace, SERVER)
+        kubeconfig = cluster.api.kubeconfig(directory / "of-the-pod", cluster.namespace, token)
+        given = {name: value for name, value in cluster.environ().items() if value is not None}
+        given["MX_CACHE_ENDPOINT"] = given["MX_CACHE_ENDPOINT"].replace("$(POD_IP)", "127.0.0.1")
+        here = {"MX_SERVER_CONFIG": str(config), "KUBECONFIG": str(kubeconfig), "HOME": str(directory)}
+        # A flag wins over the variable of the chart: its ports and paths are those of a container.
+        options = ["--host", "127.0.0.1", *("--port", "0", "--metrics-port", "0", "--health-port", "0")]
+        command = [
+            sys.executable,
+            "-m",
+            "modelexpress_core",
+            "serve",
+            *options,
+            "--cache-dir",
+            str(directory / "cache"),
+        ]
+        self._process = started(command, directory, {**given, **here})
+        self._log = directory / "log"
+
+    def __enter__(self) -> str:
+        """The address of the server, when it serves."""
+        found = eventually(lambda: re.search(r"serving on (\S+),", self._log.read_text()) or self._process.poll())
+        if isinstance(found, re.Match):
+            return found[1]
+        self.__exit__()
+        raise AssertionError(self._log.read_text())
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def test_the_server_works_with_what_the_chart_gives_it(cluster: Cluster, tmp_path: Path) -> None:
+    """Its variables, its file and the rights of its account suffice: it reviews tokens, and keeps records.
+
+    A worker with a token for this server publishes; one of another account, or with a token for others, is refused.
+    """
+    for name in ("worker", "stranger"):
+        cluster.api.new_account(cluster.namespace, name)
+    accounts = [f"{cluster.namespace}:worker"]
+    auth = {"mode": "kubernetes", "acceptPlaintextTokens": True, "kubernetes": {"serviceAccounts": accounts}}
+    config = {"heartbeat_timeout_seconds": 120, "limits": {"records_bytes": "1GiB"}}
+    cluster.helm("install", values={**KUBERNETES, "auth": auth, "config": config})
+    tokens = {
+        "worker": cluster.api.new_token(cluster.namespace, "worker", ["modelexpress"]),
+        "stranger": cluster.api.new_token(cluster.namespace, "stranger", ["modelexpress"]),
+        "other audience": cluster.api.new_token(cluster.namespace, "worker", ["others"]),
+    }
+
+    def publish(url: str, caller: str) -> Any:
+        file = tmp_path / caller
+        file.write_text(tokens[caller])
+        identity = SourceIdentity("acme/model", backend_framework=Engine.VLLM)
+        worker = p2p_pb2.WorkerMetadata(worker_rank=3, status=2)
+        with contextlib.closing(ServerClient.from_env({"MX_AUTH_TOKEN_PATH": str(file)}, url=url)) as client:
+            return client.publish(identity, worker, "w-1")
+
+    with Pod(cluster, tmp_path) as url:
+        published = publish(url, "worker")
+        for caller in ("stranger", "other audience"):
+            with pytest.raises(AccessDeniedError):
+                publish(url, caller)
+
+    assert published.success, published.message
+    (source,) = cluster.get("modelsources", "apis/modelexpress.io/v1alpha1")["items"]
+    assert ("acme/model", 3, True) == (source["spec"]["modelName"], source["spec"]["rank"], source["status"]["ready"])
+    assert f"system:serviceaccount:{cluster.namespace}:worker" in source["spec"]["publisher"]
