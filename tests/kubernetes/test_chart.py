@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -67,6 +68,26 @@ def test_helm_finds_nothing_to_complain_about() -> None:
 def test_objects_fit_the_schemas(name: str, version: str, rendered: Mapping[tuple[str, str], Manifests]) -> None:
     """Of three versions of Kubernetes, strictly: no field that the version does not have."""
     assert [] == schema_errors(rendered[name, version], version)
+
+
+def test_the_schemas_find_what_is_wrong(manifests: Any) -> None:
+    """A field that does not exist, one that is missing, and a kind that the version does not have."""
+    wrong = copy.deepcopy(manifests("defaults").workload)
+    container = wrong["spec"]["template"]["spec"]["containers"][0]
+    container["readOnly"] = True
+    del container["ports"][0]["containerPort"]
+
+    (errors,) = schema_errors([wrong], "1.32")
+
+    assert "'readOnly' was unexpected" in errors
+    assert "'containerPort' is a required property" in errors
+    policy = {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "MutatingAdmissionPolicy",
+        "metadata": {"name": "x"},
+    }
+    (errors,) = schema_errors([policy], "1.32")
+    assert "1.32 has no admissionregistration.k8s.io/v1" in errors
 
 
 def test_kinds_without_a_schema_are_of_others(rendered: Mapping[tuple[str, str], Manifests]) -> None:
