@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,16 +26,17 @@ def _fetched() -> Path:
 
 
 def binary() -> str:
-    """Return the path of helm: of this checkout, else of this machine.
+    """Return the path of helm in this checkout.
+
+    One of the machine is not taken: messages and options differ between versions.
 
     Raises:
-        ToolMissingError: Neither has it.
+        ToolMissingError: It was not fetched.
     """
-    found = str(_fetched()) if _fetched().is_file() else shutil.which("helm")
-    if found is None:
-        message = "helm: run python -m devtools.helm, or install helm 3.14 or newer"
+    if not _fetched().is_file():
+        message = "helm: run python -m devtools.helm"
         raise ToolMissingError(message)
-    return found
+    return str(_fetched())
 
 
 def fetch() -> Path:
