@@ -310,14 +310,14 @@ class KubeApiServer:
         answer = self.request("POST", path, {"spec": spec})
         return str(answer["status"]["token"])
 
-    def kubeconfig(self, path: Path, namespace: str, token: str | None = None) -> Path:
-        """Write a kubeconfig for ``namespace`` to ``path``: of the administrator, or with another ``token``."""
+    def kubeconfig(self, path: Path, namespace: str, token: str | None = None, url: str | None = None) -> Path:
+        """Write a kubeconfig for ``namespace`` to ``path``, of the administrator if there is no other ``token``."""
         authority = base64.b64encode(self.authority.read_bytes()).decode()
         config = {
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [
-                {"name": "test", "cluster": {"server": self.url, "certificate-authority-data": authority}},
+                {"name": "test", "cluster": {"server": url or self.url, "certificate-authority-data": authority}},
             ],
             "users": [{"name": "test", "user": {"token": token or self.token}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": namespace}}],

@@ -355,3 +355,17 @@ def test_checking_serves_nothing_and_changes_nothing(mx: Command, start: Start) 
 
         assert (0, "") == (done.returncode, done.stderr)
         assert 1 == len(client.list_sources())
+
+
+def test_a_security_mode_that_contradicts_ours(mx: Command) -> None:
+    """Nobody is let in who was to be kept out: the server does not start."""
+    enforce = {"MODEL_EXPRESS_SECURITY_MODE": "enforce"}
+
+    contradicted = mx("serve", "--check", environ={**enforce, "MX_AUTH_MODE": "off"})
+    unfinished = mx("serve", "--check", environ=enforce)
+    unknown = mx("serve", "--check", environ={"MODEL_EXPRESS_SECURITY_MODE": "permissive"})
+
+    said = "auth.mode is off (from MX_AUTH_MODE), and MODEL_EXPRESS_SECURITY_MODE is enforce, which means kubernetes"
+    assert (1, True) == (contradicted.returncode, said in " ".join(contradicted.stderr.split()))
+    assert (1, True) == (unfinished.returncode, "MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES" in unfinished.stderr)
+    assert (1, True) == (unknown.returncode, "MODEL_EXPRESS_SECURITY_MODE" in unknown.stderr)

@@ -22,6 +22,7 @@ from attrs import frozen
 
 from modelexpress_core.contracts.authenticator import Call, Refusal, RefusedError
 from modelexpress_core.errors import SettingsError
+from modelexpress_core.server.deadlines import time_out
 from modelexpress_core.settings import from_env
 from mx_kubernetes._client import Kubernetes, Object, in_background
 from mx_kubernetes._errors import ApiError
@@ -171,7 +172,7 @@ class ReviewAuthenticator:
             review.add_done_callback(lambda _: self._reviews.pop(key, None))
         try:
             # A caller that goes away does not end the review for the others.
-            await asyncio.wait_for(asyncio.shield(review), 2 * _REVIEW_SECONDS)
+            await asyncio.wait_for(asyncio.shield(review), time_out(2 * _REVIEW_SECONDS))
         except (ApiError, asyncio.TimeoutError) as exc:
             reason = f"the API server of Kubernetes cannot review the token: {exc or 'it takes too long'}"
             raise RefusedError(Refusal.UNAVAILABLE, reason) from exc
