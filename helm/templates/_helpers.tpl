@@ -1,13 +1,16 @@
-{{/* The beginning of all names: the release's name, with the chart's where the release has another. */}}
+{{/*
+The beginning of all names: the release's name, with the chart's where the release has another. With what follows it, and a
+statefulset's own suffix, a name has at most 63 characters.
+*/}}
 {{- define "mx.base" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride -}}
 {{- else -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 48 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 44 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 48 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 44 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -178,6 +178,23 @@ def test_the_service_has_the_name_that_clients_expect(manifests: Any) -> None:
     assert "mx-model-express-server" == render(release="mx").workload["metadata"]["name"]
 
 
+def test_long_names_fit() -> None:
+    """Kubernetes takes 63 characters; a statefulset adds a hyphen and ten to its own in a label."""
+    longest = render({"workload": {"kind": "statefulset"}, "cache": {"volume": "claim"}}, release="r" * 53)
+
+    assert len(longest.workload["metadata"]["name"]) <= 63 - 11
+    assert all(len(each["metadata"]["name"]) <= 63 for each in longest)
+
+
+def test_removed_values_have_defaults() -> None:
+    """As with `--set config=null`, with which Helm removes a value."""
+    case = render({"config": None, "resources": None, "podSecurityContext": {"runAsUser": None, "fsGroup": None}})
+
+    assert "{}" == case.one("ConfigMap", "model-express-server")["data"]["server.yaml"].strip()
+    assert "runAsUser" not in case.pod["securityContext"]
+    assert [] == schema_errors(case, "1.37")
+
+
 def test_notes_name_what_is_made() -> None:
     """The ConfigMap, the next commands, and that every caller is answered."""
     (notes,) = render(notes=True)

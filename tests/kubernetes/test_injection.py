@@ -14,8 +14,10 @@ from typing import Any
 
 import celpy
 import pytest
+import yaml
 from celpy import celtypes, json_to_cel
 
+from devtools.packages import ROOT
 from tests.support.charts import Manifests, RefusedError, render, schema_errors
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("helm")]
@@ -219,3 +221,21 @@ def test_a_cluster_without_the_api_is_named() -> None:
     """The message says from which version on it is there."""
     with pytest.raises(RefusedError, match=r"since Kubernetes 1\.36"):
         render({"injection": {"enabled": True}}, kubernetes="1.33.0")
+
+
+def test_the_example_needs_nothing_else() -> None:
+    """The pods of the example with injection get address, authority and token, and fit the schema."""
+    folder = ROOT / "examples" / "k8s"
+    manifests = render(yaml.safe_load((folder / "kubernetes-values.yaml").read_text()), apis=[V1])
+    namespace, _, deployment = yaml.safe_load_all((folder / "service-accounts.yaml").read_text())
+    template = deployment["spec"]["template"]
+    binding = manifests.one("MutatingAdmissionPolicyBinding")["spec"]["matchResources"]["namespaceSelector"]
+    item = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {"name": "worker", **template["metadata"]}}
+
+    found = admitted(manifests, item)
+
+    assert binding["matchLabels"].items() <= namespace["metadata"]["labels"].items()
+    (container,) = found["spec"]["containers"]
+    assert manifests.one("ConfigMap", "model-express-client")["data"].items() <= variables(container).items()
+    assert {"shm", "modelexpress-ca", "modelexpress-token"} == {each["name"] for each in found["spec"]["volumes"]}
+    assert [] == schema_errors([found], "1.37")
