@@ -63,6 +63,15 @@ def test_helm_finds_nothing_to_complain_about() -> None:
     assert "0 chart(s) failed" in run_helm("lint", str(CHART), "--strict")
 
 
+def test_a_package_of_the_chart_is_complete(tmp_path: Path) -> None:
+    """What `helm package` writes makes the same objects: no template reads a file outside it."""
+    run_helm("package", str(CHART), "--destination", str(tmp_path))
+    (package,) = tmp_path.glob("*.tgz")
+    options = ("--namespace", NAMESPACE, "--set", "metadata.store=kubernetes,metrics.dashboard.enabled=true")
+
+    assert run_helm("template", RELEASE, str(CHART), *options) == run_helm("template", RELEASE, str(package), *options)
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", CASES)
 def test_objects_fit_the_schemas(name: str, version: str, rendered: Mapping[tuple[str, str], Manifests]) -> None:
