@@ -32,6 +32,7 @@ from modelexpress_core.settings import from_env
 from modelexpress_core.sources.ranking import rank
 from modelexpress_core.sources.settings import (
     DiscoverySettings,
+    PodSettings,
     PublishingSettings,
     ServerAddress,
     SharedCacheSettings,
@@ -215,7 +216,14 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
             ("server",),
             _open_server_discovery,
             install_hint="modelexpress-core[server]",
-            settings=(DiscoverySettings, SharedCacheSettings, TrustSettings, PublishingSettings, WorkerSettings),
+            settings=(
+                DiscoverySettings,
+                SharedCacheSettings,
+                TrustSettings,
+                PublishingSettings,
+                PodSettings,
+                WorkerSettings,
+            ),
         ),
         DiscoveryProvider("static", ("static",), _open_static_discovery, settings=StaticSources),
     ]

@@ -25,7 +25,7 @@ from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.discovery.server import ENDPOINT_KEY, TRANSPORTS_KEY
 from modelexpress_core.sources.offered_tensors import OfferedTensors
 from modelexpress_core.sources.publishing import Publisher, PublishingState, withdraw_on_exit
-from modelexpress_core.sources.settings import PublishingSettings, ServerAddress, WorkerSettings
+from modelexpress_core.sources.settings import PodSettings, PublishingSettings, ServerAddress, WorkerSettings
 from modelexpress_core.sources.worker_service import Leases, WorkerServer
 from modelexpress_core.uri import ModelURI
 from modelexpress_core.wire.authentication import open_authenticator
@@ -194,6 +194,7 @@ class Offer:
                 interval_seconds=from_env(PublishingSettings, environ).interval_seconds,
                 load=load,
                 grants=grants,
+                pod=from_env(PodSettings, environ).reference(),
             )
             self._closing = opened.pop_all()
 

@@ -7,12 +7,14 @@ import re
 
 from attrs import frozen
 
+from modelexpress_core.contracts.metadata_store import PodReference
 from modelexpress_core.settings import boolean, env, names, positive_integer, seconds, tcp_port
 from modelexpress_core.uri import redacted
 
 __all__ = [
     "SELECTORS",
     "DiscoverySettings",
+    "PodSettings",
     "PublishingSettings",
     "ServerAddress",
     "SharedCacheSettings",
@@ -115,6 +117,23 @@ class PublishingSettings:
         converter=seconds,
         help="Time between two heartbeats of a worker; well below MX_HEARTBEAT_TIMEOUT_SECS of the server.",
     )
+
+
+@frozen
+class PodSettings:
+    """The pod of Kubernetes that a worker runs in, which the downward API can tell it."""
+
+    name: str = env("POD_NAME", default="", help="Name of the worker's pod; a server in Kubernetes keeps it.")
+    uid: str = env(
+        "POD_UID",
+        default="",
+        help="Uid of the worker's pod: with name and namespace, Kubernetes removes the worker's record with the pod.",
+    )
+    namespace: str = env("POD_NAMESPACE", default="", help="Namespace of the worker's pod.")
+
+    def reference(self) -> PodReference | None:
+        """The pod; None if it is not known."""
+        return PodReference(self.name, self.uid, self.namespace) if self.uid else None
 
 
 @frozen

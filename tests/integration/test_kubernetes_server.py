@@ -7,11 +7,14 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 
 from devtools.kube_apiserver import KubeApiServer
 from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.errors import AccessDeniedError
 from modelexpress_core.sources.client import ServerClient
+from modelexpress_core.sources.identity import own_identity
+from modelexpress_core.sources.offering import Offer
 from modelexpress_core.wire.client import Security
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from modelexpress_core.wire.settings import TlsSettings, TokenSettings
@@ -27,7 +30,10 @@ _READY = p2p_pb2.SOURCE_STATUS_READY
 def test_two_servers_with_service_accounts(
     kube_apiserver: KubeApiServer, start: Callable[..., Serving], tmp_path: Path
 ) -> None:
-    """What one caller publishes at one server, another finds at the other; records stay if a server is killed."""
+    """What one caller publishes at one server, another finds at the other; records stay if a server is killed.
+
+    A worker that knows its pod belongs to it.
+    """
     kube_apiserver.apply(files("mx_kubernetes").joinpath("crds.yaml").read_text("utf-8"))
     namespace = kube_apiserver.new_namespace()
     for name in ("vllm", "stranger"):
@@ -57,6 +63,27 @@ def test_two_servers_with_service_accounts(
         found = second.metadata(_IDENTITY.source_id, "w")
         assert (True, 3) == (found.found, found.worker.worker_rank)
         assert f"system:serviceaccount:{namespace}:vllm" == found.publisher
+    uid = "0a1b2c3d-0000-4000-8000-0123456789ab"
+    weights = {"w": torch.ones(3)}
+    environ = {
+        "MODEL_EXPRESS_URL": other.url,
+        "MX_WORKER_GRPC_PORT": "0",
+        "MX_AUTH_TOKEN_PATH": str(tmp_path / "vllm-modelexpress"),
+        "POD_NAME": "worker-0",
+        "POD_UID": uid,
+        "POD_NAMESPACE": namespace,
+    }
+    identity = own_identity("acme/other", weights)
+    with calling(other, "vllm") as client:
+        with Offer(identity, weights, transports=["grpc"], environ=environ) as offer:
+            assert eventually(lambda: client.metadata(identity.source_id, offer.worker_id).found)
+        path = f"/apis/modelexpress.io/v1alpha1/namespaces/{namespace}/modelsources"
+        [owned] = [
+            each for each in kube_apiserver.request("GET", path)["items"] if each["spec"]["modelName"] == "acme/other"
+        ]
+        reference = {"apiVersion": "v1", "kind": "Pod", "name": "worker-0", "uid": uid}
+        assert [reference] == owned["metadata"]["ownerReferences"]
+        assert owned["status"]["ready"] is False, "it was withdrawn"
     for wrong, status in ((("stranger",), "PERMISSION_DENIED"), (("vllm", "other"), "UNAUTHENTICATED")):
         with calling(other, *wrong) as client, pytest.raises(AccessDeniedError, match=status):
             client.list_sources()

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 
+import attrs
 import pytest
 
 from devtools.kube_apiserver import KubeApiServer
@@ -379,6 +380,33 @@ def test_a_change_that_the_watch_did_not_bring(
             store._index.deleted(entry.source.name, entry.source.uid)
             assert await listed(store) == {"b"}
             await eventually(lambda: _has_all(store, ["a", "b"]))
+
+    asyncio.run(scenario())
+
+
+def test_an_api_server_that_was_set_back(server: KubeApiServer, new_store: Callable[..., KubernetesStore]) -> None:
+    """As from a backup: its versions are smaller than those that are known, and nothing would replace these."""
+
+    async def scenario() -> None:
+        async with Relay(server.url) as relay:
+            store, other = new_store(relay.port), new_store()
+            async with opened(store, other):
+                await store.publish(source("a"))
+                await eventually(lambda: _has_all(other, ["a"]))
+                relay.cut = True
+                await relay.close_all()
+                entry = store._index.get(name_of("source", "a"))
+                assert entry is not None
+                assert store._opened is not None
+                later = "9" * 12
+                entry.source = attrs.evolve(entry.source, version=later)
+                store._opened.view._sources.version = later
+                await other.publish(source("a", b"after the backup"))
+                await other.publish(source("b"))
+                relay.cut = False
+
+                await eventually(lambda: _has_all(store, ["a", "b"]))
+                await eventually(lambda: _holds(store, "a", b"after the backup"))
 
     asyncio.run(scenario())
 

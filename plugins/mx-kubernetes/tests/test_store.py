@@ -9,16 +9,19 @@ import secrets
 import time
 import urllib.request
 from collections.abc import Awaitable, Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
 import pytest
+import trustme
 
 from devtools.kube_apiserver import KubeApiServer
 from modelexpress_core.contracts.metadata_store import (
     NotPublisherError,
     PodReference,
+    Reaped,
     SourceQuery,
     SourceRecord,
     SourceStatus,
@@ -28,6 +31,7 @@ from modelexpress_core.contracts.metadata_store import (
 )
 from modelexpress_core.errors import InvalidURIError, SettingsError
 from modelexpress_core.uri import ModelURI
+from mx_kubernetes._client import Kubernetes
 from mx_kubernetes._index import Clock
 from mx_kubernetes._objects import name_of
 from mx_kubernetes._store import KubernetesStore, open_kubernetes
@@ -247,6 +251,44 @@ def test_the_reaper_counts_what_other_servers_heard(
     with_stores(publish, lambda: new_store(heartbeat_seconds=1.0))
     assert 1 == len(objects(api_server, namespace, "sourceheartbeats"))
     with_stores(scenario, lambda: new_store(heartbeat_seconds=0.2), new_store)
+
+
+def test_no_worker_is_marked_soon_after_an_outage(new_store: NewStore) -> None:
+    """Other servers may have heartbeats to write that came in time."""
+
+    async def scenario(store: KubernetesStore) -> None:
+        await store.publish(source())
+        await asyncio.sleep(1.1)
+        assert store._opened is not None
+        store._opened.view.troubled_at = time.monotonic()  # as when the API server did not answer
+        assert Reaped() == await store.reap(1.0, 3600)
+
+        async def marked() -> bool:
+            return (await store.reap(1.0, 3600)).stale == 1
+
+        assert await eventually(marked)
+
+    with_stores(scenario, new_store)
+
+
+def test_heartbeats_of_very_many_workers_are_several_objects(
+    api_server: KubeApiServer, namespace: str, new_store: NewStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is below the limit of an object, and together they have all."""
+    monkeypatch.setattr("mx_kubernetes._heartbeats._OBJECT_BEATS", 10)
+    names = [f"w{number}" for number in range(45)]
+
+    async def scenario(store: KubernetesStore) -> None:
+        for name in names:
+            await store.publish(source(name))
+        for name in names:
+            await store.update("source", name, _READY, None, "")
+
+    with_stores(scenario, new_store)
+
+    written = [each["spec"]["beats"] for each in objects(api_server, namespace, "sourceheartbeats")]
+    assert 5 == len(written)
+    assert {name_of("source", name) for name in names} == {name for beats in written for name in beats}
 
 
 def test_a_role_of_a_server_that_is_gone_goes_to_another(new_store: NewStore) -> None:
@@ -503,6 +545,42 @@ def test_the_uri(api_server: KubeApiServer, namespace: str, tmp_path: Path) -> N
     for wrong in ("kubernetes://ns/path", "kubernetes://user@ns", "kubernetes://ns?context=x"):
         with pytest.raises(InvalidURIError, match="has more than a namespace"):
             open_kubernetes(ModelURI.parse(wrong), {"KUBECONFIG": str(config)})
+
+
+def test_a_pod_uses_its_own_account(api_server: KubeApiServer, namespace: str, tmp_path: Path) -> None:
+    """Token, authority and namespace are in the files of the pod, the address in its variables."""
+    rules = json.loads(files("mx_kubernetes").joinpath("rbac.json").read_text("utf-8"))["store"]["rules"]
+    api_server.new_account(namespace, "server", rules)
+    (tmp_path / "token").write_text(api_server.new_token(namespace, "server"))
+    (tmp_path / "ca.crt").write_bytes(api_server.authority.read_bytes())
+    (tmp_path / "namespace").write_text(f"{namespace}\n")
+    port = api_server.url.rpartition(":")[2]
+    variables = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": port}
+
+    with_stores(lambda store: store.publish(source()), lambda: KubernetesStore(Kubernetes(variables, str(tmp_path))))
+
+    assert 1 == len(objects(api_server, namespace, "modelsources"))
+
+
+def test_a_certificate_of_another_authority_is_refused(
+    api_server: KubeApiServer, namespace: str, tmp_path: Path
+) -> None:
+    """The token goes to the API server alone."""
+    (tmp_path / "token").write_text("hush-hush")
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "ca.crt"))
+    (tmp_path / "namespace").write_text(namespace)
+    port = api_server.url.rpartition(":")[2]
+    variables = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": port}
+
+    async def scenario(store: KubernetesStore) -> str:
+        with pytest.raises(StoreUnavailableError) as raised:
+            await store.check()
+        return str(raised.value)
+
+    said = with_stores(scenario, lambda: KubernetesStore(Kubernetes(variables, str(tmp_path))))
+
+    assert "CERTIFICATE_VERIFY_FAILED" in said
+    assert "hush" not in said
 
 
 def test_without_an_api_server_the_error_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,7 @@ from attrs import frozen
 from kubernetes_asyncio.client import Configuration
 from kubernetes_asyncio.client.api_client import ApiClient
 from kubernetes_asyncio.config import ConfigException
-from kubernetes_asyncio.config.incluster_config import (
-    SERVICE_CERT_FILENAME,
-    SERVICE_TOKEN_FILENAME,
-    InClusterConfigLoader,
-)
+from kubernetes_asyncio.config.incluster_config import InClusterConfigLoader
 from kubernetes_asyncio.config.kube_config import load_kube_config
 
 from modelexpress_core.errors import SettingsError
@@ -55,7 +51,9 @@ _MAX_ERROR_BYTES = 64 << 10
 _REREAD_SECONDS = 60.0
 
 _KUBECONFIG = "~/.kube/config"
-_NAMESPACE_FILE = os.path.join(os.path.dirname(SERVICE_TOKEN_FILENAME), "namespace")
+
+#: Where Kubernetes puts the credentials of a pod.
+_ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 
 @frozen
@@ -76,12 +74,14 @@ class Kubernetes:
 
     Args:
         settings: Variables that say where it is.
+        account: Directory with the token, the namespace and the certificate authority of a pod.
 
     Raises:
         SettingsError: Nothing says where the API server is.
     """
 
-    def __init__(self, settings: Mapping[str, str]) -> None:
+    def __init__(self, settings: Mapping[str, str], account: str = _ACCOUNT) -> None:
+        self._account = account
         self._settings = from_env(ConnectionSettings, settings)
         self._in_pod = self._settings.kubeconfig is None and self._settings.host is not None
         self._path = os.path.expanduser(self._settings.kubeconfig or _KUBECONFIG)
@@ -93,8 +93,9 @@ class Kubernetes:
             )
             hint = "set KUBECONFIG to a file with the address of the API server, or run the program in a pod"
             raise SettingsError(message, hint=hint)
-        if self._in_pod and not os.path.isfile(SERVICE_TOKEN_FILENAME):
-            message = f"the pod has no token for the API server of Kubernetes: {SERVICE_TOKEN_FILENAME} does not exist"
+        token = os.path.join(account, "token")
+        if self._in_pod and not os.path.isfile(token):
+            message = f"the pod has no token for the API server of Kubernetes: {token} does not exist"
             raise SettingsError(message, hint="set automountServiceAccountToken: true for the pod")
         self._client: ApiClient | None = None
         self._clients: list[ApiClient] = []
@@ -242,10 +243,9 @@ class Kubernetes:
                 "KUBERNETES_SERVICE_HOST": self._settings.host or "",
                 "KUBERNETES_SERVICE_PORT": self._settings.port or "443",
             }
-            InClusterConfigLoader(SERVICE_TOKEN_FILENAME, SERVICE_CERT_FILENAME, environ=environ).load_and_set(
-                configuration
-            )
-            with open(_NAMESPACE_FILE, encoding="utf-8") as file:  # noqa: ASYNC230 - in memory
+            files = [os.path.join(self._account, name) for name in ("token", "ca.crt", "namespace")]
+            InClusterConfigLoader(files[0], files[1], environ=environ).load_and_set(configuration)
+            with open(files[2], encoding="utf-8") as file:  # noqa: ASYNC230 - in memory
                 self._namespace = file.read(256).strip()
             return
         loader = await load_kube_config(config_file=self._path, client_configuration=configuration)
