@@ -22,18 +22,23 @@ import yaml
 from devtools import helm
 from devtools.helm_chart import CHART
 from devtools.kube_apiserver import KubeApiError, KubeApiServer
+from devtools.packages import ROOT
 from devtools.processes import started
 from modelexpress_core.contracts.identity import Engine, SourceIdentity
 from modelexpress_core.errors import AccessDeniedError
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
-from tests.support.charts import RefusedError, run_helm
+from tests.support.chart_cases import APIS, CASES
+from tests.support.charts import NAMESPACE, RefusedError, render, run_helm
 from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.xdist_group("chart_install")]
 
 NAME = "model-express"
 SERVER = f"{NAME}-server"
+#: Kinds of others, which the API server does not have.
+FOREIGN = {"Certificate", "ClusterStorageContainer", "DynamoGraphDeployment", "InferenceService", "ServiceMonitor"}
+
 KUBERNETES = {"metadata": {"store": "kubernetes"}, "workload": {"replicas": 2}}
 
 
@@ -275,6 +280,54 @@ def test_helm_test_waits_for_the_pod(cluster: Cluster, phase: str, code: int) ->
 
     assert ["health"] == pod["spec"]["containers"][0]["args"]
     assert (running.returncode != 0) == (code != 0), printed
+
+
+# -- what schemas do not check -----------------------------------------------------------------------------------------
+
+#: Paths of kinds whose plural is another word than the kind with an s.
+_PLURALS = {"NetworkPolicy": "networkpolicies"}
+
+
+@pytest.fixture(scope="module")
+def namespaces(api: KubeApiServer) -> list[str]:
+    """Those that the chart's cases and the examples name."""
+    found = [NAMESPACE, "vllm"]
+    for name in found:
+        api.request("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
+    return found
+
+
+def refusals(api: KubeApiServer, manifests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why the API server would refuse objects: it checks names, labels, ports and references, and makes nothing."""
+    found = []
+    for each in manifests:
+        kind, version = each["kind"], each["apiVersion"]
+        if kind == "Namespace" or kind in FOREIGN:
+            continue
+        plural = _PLURALS.get(kind, f"{kind.lower()}s")
+        cluster_wide = kind.startswith("Cluster") or kind == "CustomResourceDefinition"
+        place = "" if cluster_wide else f"namespaces/{each['metadata'].get('namespace', NAMESPACE)}/"
+        try:
+            api.request("POST", f"/{'apis' if '/' in version else 'api'}/{version}/{place}{plural}?dryRun=All", each)
+        except KubeApiError as exc:
+            found.append(f"{kind} {each['metadata']['name']}: {exc}")
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_api_server_takes_each_case(name: str, api: KubeApiServer, namespaces: list[str]) -> None:
+    """All objects, as the chart writes them for this version."""
+    assert NAMESPACE in namespaces
+
+    assert [] == refusals(api, render(CASES[name], kubernetes="1.20.2", apis=APIS))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples" / "k8s").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_api_server_takes_each_example(file: Path, api: KubeApiServer, namespaces: list[str]) -> None:
+    """All objects; those of KServe and Dynamo are of kinds that it does not have, and values are none."""
+    assert "vllm" in namespaces
+
+    assert [] == refusals(api, [each for each in yaml.safe_load_all(file.read_text()) if "kind" in each])
 
 
 # -- the server that the chart describes -------------------------------------------------------------------------------
