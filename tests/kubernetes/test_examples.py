@@ -136,6 +136,9 @@ def test_names_are_those_of_the_chart(file: Path) -> None:
     text, made = file.read_text(), render()
     ports = {port["port"] for port in made.one("Service", "model-express-server")["spec"]["ports"]}
 
+    url = made.one("ConfigMap", "model-express-client")["data"]["MODEL_EXPRESS_URL"]
+    for address in re.findall(r"mxs?://([^/ ]+)/", text):  # a token goes to this address alone
+        assert url == f"http://{address}"
     for host, port in re.findall(r"(model-express-server[\w.-]*):(\d+)", text):
         assert host in {
             f"model-express-server{end}" for end in ("", ".model-express", ".model-express.svc.cluster.local")
