@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +26,7 @@ from devtools.packages import ROOT
 from devtools.processes import started
 from modelexpress_core.contracts.identity import Engine, SourceIdentity
 from modelexpress_core.errors import AccessDeniedError
+from modelexpress_core.sources.cache_management import CacheManagement
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from tests.support.chart_cases import APIS, CASES
@@ -334,63 +335,78 @@ def test_the_api_server_takes_each_example(file: Path, api: KubeApiServer, names
 
 
 class Pod:
-    """The server's process with what a kubelet would give it, on free ports of loopback; ends with its block.
+    """The server's process with what a kubelet would give it, on loopback; ends with its block.
 
     Args:
         cluster: Where the chart is installed.
         directory: For its files.
+
+    Attributes:
+        url: Its address.
     """
 
     def __init__(self, cluster: Cluster, directory: Path) -> None:
+        directory.mkdir()
+        pod = cluster.get(f"deployments/{SERVER}", "apis/apps/v1")["spec"]["template"]["spec"]
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            self.url = f"127.0.0.1:{listening.getsockname()[1]}"
         config = directory / "server.yaml"
         config.write_text(cluster.get(f"configmaps/{SERVER}")["data"]["server.yaml"])
-        token = cluster.api.new_token(cluster.namespace, SERVER)
-        kubeconfig = cluster.api.kubeconfig(directory / "of-the-pod", cluster.namespace, token)
+        token = cluster.api.new_token(cluster.namespace, pod["serviceAccountName"])
+        kubeconfig = cluster.api.kubeconfig(directory / "kubeconfig", cluster.namespace, token)
         given = {name: value for name, value in cluster.environ().items() if value is not None}
-        given["MX_CACHE_ENDPOINT"] = given["MX_CACHE_ENDPOINT"].replace("$(POD_IP)", "127.0.0.1")
+        assert given["MX_CACHE_ENDPOINT"] == "$(POD_IP):8001"
         here = {"MX_SERVER_CONFIG": str(config), "KUBECONFIG": str(kubeconfig), "HOME": str(directory)}
-        # A flag wins over the variable of the chart: its ports and paths are those of a container.
-        options = ["--host", "127.0.0.1", *("--port", "0", "--metrics-port", "0", "--health-port", "0")]
-        command = [
-            sys.executable,
-            "-m",
-            "modelexpress_core",
-            "serve",
-            *options,
-            "--cache-dir",
-            str(directory / "cache"),
-        ]
+        here |= {"MX_CACHE_ENDPOINT": self.url, "MX_AUTH_TOKEN_PATH": str(directory / "token")}
+        (volume,) = [each for each in pod["volumes"] if each["name"] == "account-token"]
+        audience = volume["projected"]["sources"][0]["serviceAccountToken"]["audience"]
+        own = cluster.api.new_token(cluster.namespace, pod["serviceAccountName"], [audience])
+        (directory / "token").write_text(own)
+        # Flags win over the variables of the chart, whose ports and paths are those of a container.
+        options = ["--host", "127.0.0.1", "--port", self.url.partition(":")[2]]
+        options += ["--metrics-port", "0", "--health-port", "0", "--cache-dir", str(directory / "cache")]
+        command = [sys.executable, "-m", "modelexpress_core", "serve", *options]
         self._process = started(command, directory, {**given, **here})
         self._log = directory / "log"
 
     def __enter__(self) -> str:
         """The address of the server, when it serves."""
-        found = eventually(lambda: re.search(r"serving on (\S+),", self._log.read_text()) or self._process.poll())
-        if isinstance(found, re.Match):
-            return found[1]
-        self.__exit__()
-        raise AssertionError(self._log.read_text())
+        eventually(lambda: "serving on" in self._log.read_text() or self._process.poll() is not None)
+        if self._process.poll() is not None:
+            raise AssertionError(self._log.read_text())
+        return self.url
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
 
 
-def test_the_server_works_with_what_the_chart_gives_it(cluster: Cluster, tmp_path: Path) -> None:
-    """Its variables, its file and the rights of its account suffice: it reviews tokens, and keeps records.
-
-    A worker with a token for this server publishes; one of another account, or with a token for others, is refused.
-    """
+@pytest.fixture
+def with_accounts(cluster: Cluster) -> Cluster:
+    """The chart with custom resources, and the service account `worker` as the one that is answered."""
     for name in ("worker", "stranger"):
         cluster.api.new_account(cluster.namespace, name)
     accounts = [f"{cluster.namespace}:worker"]
     auth = {"mode": "kubernetes", "acceptPlaintextTokens": True, "kubernetes": {"serviceAccounts": accounts}}
-    config = {"heartbeat_timeout_seconds": 120, "limits": {"records_bytes": "1GiB"}}
+    config = {
+        "heartbeat_timeout_seconds": 120,
+        "cache": {"sources": ["file"], "min_free_bytes": "1MiB"},
+        "limits": {"records_bytes": "1GiB"},
+    }
     cluster.helm("install", values={**KUBERNETES, "auth": auth, "config": config})
+    return cluster
+
+
+def test_the_server_works_with_what_the_chart_gives_it(with_accounts: Cluster, tmp_path: Path) -> None:
+    """Its variables, its file and the rights of its account suffice: it reviews tokens, and keeps records.
+
+    A worker with a token for this server publishes; one of another account, or with a token for others, is refused.
+    """
+    api, namespace = with_accounts.api, with_accounts.namespace
     tokens = {
-        "worker": cluster.api.new_token(cluster.namespace, "worker", ["modelexpress"]),
-        "stranger": cluster.api.new_token(cluster.namespace, "stranger", ["modelexpress"]),
-        "other audience": cluster.api.new_token(cluster.namespace, "worker", ["others"]),
+        "worker": api.new_token(namespace, "worker", ["modelexpress"]),
+        "stranger": api.new_token(namespace, "stranger", ["modelexpress"]),
+        "other audience": api.new_token(namespace, "worker", ["others"]),
     }
 
     def publish(url: str, caller: str) -> Any:
@@ -401,13 +417,33 @@ def test_the_server_works_with_what_the_chart_gives_it(cluster: Cluster, tmp_pat
         with contextlib.closing(ServerClient.from_env({"MX_AUTH_TOKEN_PATH": str(file)}, url=url)) as client:
             return client.publish(identity, worker, "w-1")
 
-    with Pod(cluster, tmp_path) as url:
+    with Pod(with_accounts, tmp_path / "pod") as url:
         published = publish(url, "worker")
         for caller in ("stranger", "other audience"):
             with pytest.raises(AccessDeniedError):
                 publish(url, caller)
 
     assert published.success, published.message
-    (source,) = cluster.get("modelsources", "apis/modelexpress.io/v1alpha1")["items"]
+    (source,) = with_accounts.get("modelsources", "apis/modelexpress.io/v1alpha1")["items"]
     assert ("acme/model", 3, True) == (source["spec"]["modelName"], source["spec"]["rank"], source["status"]["ready"])
-    assert f"system:serviceaccount:{cluster.namespace}:worker" in source["spec"]["publisher"]
+    assert f"system:serviceaccount:{namespace}:worker" in source["spec"]["publisher"]
+
+
+def test_replicas_of_the_chart_read_from_each_other(with_accounts: Cluster, tmp_path: Path) -> None:
+    """With the tokens that the chart projects: the storage is read once for both."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}" * 10_000)
+    token = tmp_path / "token"
+    token.write_text(with_accounts.api.new_token(with_accounts.namespace, "worker", ["modelexpress"]))
+
+    def download(url: str) -> Any:
+        with contextlib.closing(CacheManagement.from_env(url, {"MX_AUTH_TOKEN_PATH": str(token)})) as client:
+            client.ensure(f"file{model}", "", weights=True, on_progress=lambda _done, _whole: None)
+            return client.stats()
+
+    with Pod(with_accounts, tmp_path / "first") as first, Pod(with_accounts, tmp_path / "second") as second:
+        stats = [download(first), download(second)]
+
+    assert [20_000, 20_000] == [each.size_bytes for each in stats]
+    assert [20_000, 0] == [each.origin_bytes for each in stats]
