@@ -35,6 +35,7 @@ from modelexpress_core.sources.settings import (
     PodSettings,
     PublishingSettings,
     ServerAddress,
+    ServiceSettings,
     SharedCacheSettings,
     StaticSources,
     TrustSettings,
@@ -207,10 +208,23 @@ def _open_static_discovery(uri: ModelURI, settings: Mapping[str, str]) -> Discov
     return open_static(uri, settings)
 
 
+def _open_service_discovery(uri: ModelURI, settings: Mapping[str, str]) -> Discovery:
+    from modelexpress_core.sources.discovery.kubernetes_service import open_service
+
+    return open_service(uri, settings)
+
+
 @hookimpl
 def mx_register_discoveries() -> list[DiscoveryProvider]:
-    """``server`` and ``static``."""
+    """``server``, ``static`` and ``k8s-service``."""
     return [
+        DiscoveryProvider(
+            "k8s-service",
+            ("k8s-service",),
+            _open_service_discovery,
+            install_hint="modelexpress-core[server]",
+            settings=(ServiceSettings, WorkerSettings),
+        ),
         DiscoveryProvider(
             "server",
             ("server",),

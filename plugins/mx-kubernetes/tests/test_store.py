@@ -227,6 +227,8 @@ def test_the_reaper_counts_what_other_servers_heard(
     api_server: KubeApiServer, namespace: str, new_store: NewStore
 ) -> None:
     """And removes the heartbeats of servers that are gone, once the state of their workers is written."""
+    late = [0.0]
+    clock = Clock(lambda: time.monotonic() + late[0], lambda: time.time() + late[0])
 
     async def publish(store: KubernetesStore) -> None:
         await store.publish(source("alive"))
@@ -235,22 +237,26 @@ def test_the_reaper_counts_what_other_servers_heard(
 
     async def scenario(one: KubernetesStore, leader: KubernetesStore) -> None:
         await leader.check()
-        await asyncio.sleep(3.0)
+        late[0] = 1000.0
         await one.update("source", "alive", _READY, 0.5, "")
 
         async def heard() -> bool:
             found = await leader.get("source", "alive")
             return found is not None and found.record.source_load == 0.5
 
+        async def reaped() -> bool:
+            return (await leader.reap(500.0, 3600)).stale == 1
+
         assert await eventually(heard)
-        assert 1 == (await leader.reap(2.9, 3600)).stale
+        assert await eventually(reaped)
         stale = (await leader.list(SourceQuery(status=_STALE))).records
         assert ["gone"] == [record.worker_id for record in stale]
         assert 1 == len(objects(api_server, namespace, "sourceheartbeats"))
 
-    with_stores(publish, lambda: new_store(heartbeat_seconds=1.0))
+    with_stores(publish, new_store)
     assert 1 == len(objects(api_server, namespace, "sourceheartbeats"))
-    with_stores(scenario, lambda: new_store(heartbeat_seconds=0.2), new_store)
+    brisk = {"heartbeat_seconds": 0.2}
+    with_stores(scenario, lambda: new_store(clock=clock, **brisk), lambda: new_store(clock=clock, **brisk))
 
 
 def test_no_worker_is_marked_soon_after_an_outage(new_store: NewStore) -> None:
@@ -581,6 +587,24 @@ def test_a_certificate_of_another_authority_is_refused(
 
     assert "CERTIFICATE_VERIFY_FAILED" in said
     assert "hush" not in said
+
+
+def test_a_clock_that_is_wrong(
+    api_server: KubeApiServer, namespace: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Is told once: the times of servers are of their own clocks."""
+    path = api_server.kubeconfig(tmp_path / "config", namespace)
+    api = Kubernetes({"KUBECONFIG": str(path)}, wall_clock=lambda: time.time() + 3600)
+
+    async def scenario(store: KubernetesStore) -> None:
+        for _ in range(3):
+            await store.check()
+
+    with_stores(scenario, lambda: KubernetesStore(api))
+
+    [said] = [record.message for record in caplog.records if "clock" in record.message]
+    assert said.startswith("the clock of this machine is 36")
+    assert "ahead of that of the API server" in said
 
 
 def test_without_an_api_server_the_error_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

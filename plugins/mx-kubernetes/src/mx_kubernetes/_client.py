@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import email.utils
 import json
+import logging
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any
 
 import aiohttp
@@ -32,6 +34,8 @@ from mx_kubernetes.settings import ConnectionSettings
 
 __all__ = ["APPLY", "MERGE", "Kubernetes", "Object", "in_background"]
 
+_log = logging.getLogger(__name__)
+
 Object = dict[str, Any]
 
 _JSON = "application/json"
@@ -46,6 +50,10 @@ _FIRST_WAIT_SECONDS = 0.1
 #: Bytes of an answer that are read at most; a page of a list has a fraction of it.
 _MAX_ANSWER_BYTES = 64 << 20
 _MAX_ERROR_BYTES = 64 << 10
+
+#: An answer may be some seconds under way.
+_MAX_CLOCK_DIFFERENCE_SECONDS = 10.0
+_WARNING_SECONDS = 600.0
 
 #: A kubeconfig is read again after a refused request, for credentials that a program makes and that run out.
 _REREAD_SECONDS = 60.0
@@ -75,13 +83,18 @@ class Kubernetes:
     Args:
         settings: Variables that say where it is.
         account: Directory with the token, the namespace and the certificate authority of a pod.
+        wall_clock: Seconds since 1970.
 
     Raises:
         SettingsError: Nothing says where the API server is.
     """
 
-    def __init__(self, settings: Mapping[str, str], account: str = _ACCOUNT) -> None:
+    def __init__(
+        self, settings: Mapping[str, str], account: str = _ACCOUNT, *, wall_clock: Callable[[], float] = time.time
+    ) -> None:
         self._account = account
+        self._wall_clock = wall_clock
+        self._warn_at = float("-inf")
         self._settings = from_env(ConnectionSettings, settings)
         self._in_pod = self._settings.kubeconfig is None and self._settings.host is not None
         self._path = os.path.expanduser(self._settings.kubeconfig or _KUBECONFIG)
@@ -207,6 +220,7 @@ class Kubernetes:
             )
         except (aiohttp.ClientError, asyncio.TimeoutError, ConfigException, OSError) as exc:
             raise ApiError(request.operation, 0, _text(exc)) from exc
+        self._compare_clocks(response.headers.get("Date", ""))
         if response.status < 300:
             return response
         if response.status == 401 and not self._in_pod and time.monotonic() - self._read_at > _REREAD_SECONDS:
@@ -220,6 +234,25 @@ class Kubernetes:
         raise ApiError(
             request.operation, response.status, reason, _retry_after(response.headers.get("Retry-After", ""))
         )
+
+    def _compare_clocks(self, date: str) -> None:
+        """Warn, now and then, if the API server tells another time: times of servers are of their own clocks."""
+        now = time.monotonic()
+        if now < self._warn_at:
+            return
+        try:
+            ahead = self._wall_clock() - email.utils.parsedate_to_datetime(date).timestamp()
+        except ValueError:
+            return
+        if abs(ahead) > _MAX_CLOCK_DIFFERENCE_SECONDS:
+            self._warn_at = now + _WARNING_SECONDS
+            word = "ahead of" if ahead > 0 else "behind"
+            _log.warning(
+                "the clock of this machine is %.0f s %s that of the API server; heartbeats may be judged wrongly: "
+                "synchronise the clocks of the nodes",
+                abs(ahead),
+                word,
+            )
 
     async def _opened(self) -> ApiClient:
         async with self._opening:
