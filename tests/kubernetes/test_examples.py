@@ -68,7 +68,7 @@ def test_manifests_fit_the_schemas(file: Path, version: str) -> None:
     found = documents(file)
 
     assert [] == schema_errors(found, version, FOREIGN)
-    assert {each["kind"] for each in found} <= FOREIGN | {"Deployment", "Namespace", "ServiceAccount"}
+    assert {each["kind"] for each in found} <= FOREIGN | {"Deployment", "Namespace", "Service", "ServiceAccount"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -167,6 +167,20 @@ def test_volumes_and_accounts_fit_together(file: Path) -> None:
         if "serviceAccountName" in pod:
             account = found.one("ServiceAccount", pod["serviceAccountName"])
             assert account["metadata"]["namespace"] == deployment["metadata"]["namespace"]
+
+
+def test_workers_without_a_server_are_behind_their_service() -> None:
+    """It is headless, selects the pods, is what they look up, and has a port of WorkerService for each rank."""
+    found = Manifests(documents(FOLDER / "decentralised.yaml"))
+    service, pod = found.one("Service"), found.workload["spec"]["template"]
+    variables = {entry["name"]: entry["value"] for entry in found.server["env"]}
+
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert "k8s-service" == variables["MX_METADATA_BACKEND"]
+    assert service["metadata"]["name"] == variables["MX_K8S_SERVICE_PATTERN"]
+    ports = {port["name"]: port["containerPort"] for port in found.server["ports"]}
+    assert [ports["worker-0"], ports["worker-1"]] == [port["port"] for port in service["spec"]["ports"]]
 
 
 @EACH
