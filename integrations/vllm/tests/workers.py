@@ -18,16 +18,16 @@ from typing import Any
 
 from tests.support.waiting import eventually
 
-__all__ = ["Engine", "Server"]
+__all__ = ["Engine", "Server", "install_unpacked_plugin"]
 
 _SECONDS = 600
 
 _UNPACKED = Path(__file__).with_name("unpacked_plugin.py")
 
 
-def _install(plugin: Path, directory: Path) -> None:
-    """Make a general plugin of vLLM importable from ``directory``."""
-    shutil.copy(plugin, directory)
+def install_unpacked_plugin(directory: Path) -> None:
+    """Make ``unpacked_plugin`` importable from ``directory``, under the name ``unpacked`` in ``VLLM_PLUGINS``."""
+    shutil.copy(_UNPACKED, directory)
     information = directory / "unpacked_plugin-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: unpacked-plugin\nVersion: 1.0\n")
@@ -36,12 +36,18 @@ def _install(plugin: Path, directory: Path) -> None:
 
 
 class Server:
-    """``mx serve`` on free ports of loopback, until the end of the ``with`` block."""
+    """``mx serve`` on free ports of loopback, until the end of the ``with`` block.
 
-    def __init__(self) -> None:
+    Args:
+        *arguments: More options.
+        **environ: More variables.
+    """
+
+    def __init__(self, *arguments: str, **environ: str) -> None:
         here = ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "modelexpress_core", "serve", *here],
+            [sys.executable, "-m", "modelexpress_core", "serve", *here, *arguments],
+            env={**os.environ, **environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -56,11 +62,15 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        self.kill()
         self._reading.join()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+    def kill(self) -> None:
+        """End it at once, without a word."""
+        self._process.kill()
+        self._process.wait()
 
     def sources(self) -> list[dict[str, Any]]:
         """Return what ``mx sources`` lists."""
@@ -102,7 +112,7 @@ class Engine:
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str], *, packed: bool = False) -> None:
         self._plugin = tempfile.TemporaryDirectory()
-        _install(_UNPACKED, Path(self._plugin.name))
+        install_unpacked_plugin(Path(self._plugin.name))
         paths = [self._plugin.name, environ.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))]
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py")), json.dumps(dict(options))],

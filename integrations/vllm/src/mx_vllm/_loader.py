@@ -20,8 +20,9 @@ from modelexpress_core.loads.destination import Destination, DestinationTouchedE
 from modelexpress_core.messages import listed
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.discovery.finding import finds_workers
+from mx_vllm._hub_models import streamed_uri
 from mx_vllm._identity import Worker, number_of, tensors_of
-from mx_vllm._names import content_of_snapshot
+from mx_vllm._names import content_of_snapshot, name_of
 from mx_vllm._peers import PeerResult, load_from_peers
 from mx_vllm._publishing import Publication, watch_changes
 from mx_vllm._reload import (
@@ -68,7 +69,7 @@ _log = logging.getLogger("vllm.modelexpress")
 
 
 class MxModelLoader(BaseModelLoader):
-    """Reads weights through ModelExpress: from another worker, from MX_MODEL_URI, or from the files that vLLM finds.
+    """Reads weights through ModelExpress: from another worker, MX_MODEL_URI, the server, or the files that vLLM finds.
 
     From a checkpoint, the model gets the weights as deferred tensors. Only the parts that it copies are read, straight
     into its parameters, so that each rank reads only its own bytes. From another worker, its parameters and buffers
@@ -102,8 +103,8 @@ class MxModelLoader(BaseModelLoader):
         self._explicit_path: str | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Download the files, unless MX_MODEL_URI is set, or only workers are read."""
-        if self._settings.model_uri is None and self._reads_storage:
+        """Download the files, unless they come from MX_MODEL_URI or the server, or only workers are read."""
+        if self._settings.model_uri is None and self._reads_storage and streamed_uri(model_config.model) is None:
             self._own.download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
@@ -118,7 +119,7 @@ class MxModelLoader(BaseModelLoader):
         # A draft model of speculative decoding has separate files, and not every rank loads it.
         self._is_draft_model = model_config is not vllm_config.model_config
         ranks_agree = not self._is_draft_model or vllm_config.parallel_config.world_size == 1
-        self._may_fall_back = ranks_agree and self._reads_storage and self._is_fallback_allowed()
+        self._may_fall_back = ranks_agree and self._reads_storage and self._is_fallback_allowed(model_config)
         self._vllm_config = vllm_config
 
         def build() -> nn.Module:
@@ -231,17 +232,19 @@ class MxModelLoader(BaseModelLoader):
             return PeerResult(reason=reason)
         sources = sources_of(model, model_config)
         try:
-            uri = self._settings.model_uri or safetensors_of(self._own, sources[0])
+            streamed = streamed_uri(sources[0].model) if self._settings.model_uri is None else None
+            uri = self._settings.model_uri or streamed or safetensors_of(self._own, sources[0])
         except Exception as exc:  # noqa: BLE001 - the load from storage reports it
             return PeerResult(reason=_headline(exc))
         if len(sources) > 1 or uri is None:
             return PeerResult(reason="its weights come from more than one safetensors checkpoint")
         watch, plugins = self._observed(model_config)
         watch.why = "it holds the same tensors of the same version of the checkpoint"
+        path = sources[0].model if streamed else uri
         return load_from_peers(
             tensors_of(model),
             uri,
-            self._worker.identity(model, "" if "://" in uri else content_of_snapshot(uri)),
+            self._worker.identity(model, "" if "://" in uri and uri != streamed else content_of_snapshot(path)),
             worker_rank=self._worker.rank,
             plugins=plugins,
             wait_seconds=0.0 if self._reads_storage else self._settings.query_timeout_seconds,
@@ -255,7 +258,9 @@ class MxModelLoader(BaseModelLoader):
 
     # -- storage ------------------------------------------------------------------------------------------------------
 
-    def _is_fallback_allowed(self) -> bool:
+    def _is_fallback_allowed(self, model_config: ModelConfig) -> bool:
+        if streamed_uri(model_config.model) is not None and self._settings.fallback is None:
+            return False  # the files of vLLM's model are all but the weights
         # MX_MODEL_URI is not the address of a draft model.
         return self._settings.may_fall_back or (self._is_draft_model and self._settings.fallback is None)
 
@@ -375,6 +380,8 @@ class MxModelLoader(BaseModelLoader):
                 _log.info("vLLM reads the weights itself, because its files are not a safetensors checkpoint")
                 opened.parts.append(own_weights(self._own, source))
                 continue
+            if self._is_streamed(source, uri):
+                opened.commit = content_of_snapshot(source.model)
             block = stack.enter_context(mx.deferred_weights(uri, model=required, plugins=plugins))
             opened.blocks.append(block)
             opened.parts.append(_Prefixed(source.prefix, block))
@@ -384,7 +391,8 @@ class MxModelLoader(BaseModelLoader):
         """Return the plugins of a load, and the one of them that logs and counts it."""
         share_log_handlers(logging.getLogger("modelexpress_core"))
         plugins = mx.PluginManager.discover()
-        watch = LoadWatch(_log, model_config.model, first_rank=is_first_rank(), bar=self.load_config.use_tqdm_on_load)
+        model = model_config.model if streamed_uri(model_config.model) is None else name_of(model_config.model)
+        watch = LoadWatch(_log, model, first_rank=is_first_rank(), bar=self.load_config.use_tqdm_on_load)
         plugins.register(watch, name="mx-vllm-watch")
         return watch, plugins
 
@@ -406,9 +414,17 @@ class MxModelLoader(BaseModelLoader):
         if source.primary and self._settings.model_uri is not None and not self._is_draft_model:
             watch.why = "MX_MODEL_URI names it" + self._no_worker()
             return self._settings.model_uri
+        streamed = streamed_uri(source.model) if source.primary else None
+        if streamed is not None:
+            watch.why = "the server gave the configuration of vLLM's model" + self._no_worker()
+            return streamed
         watch.why = "vLLM found it for its model" + (" and MX_MODEL_URI is not set" if source.primary else "")
         watch.why += self._no_worker()
         return safetensors_of(self._own, source)
+
+    @staticmethod
+    def _is_streamed(source: Source, uri: str) -> bool:
+        return source.primary and uri == streamed_uri(source.model)
 
     def _no_worker(self) -> str:
         return f", and no worker is read: {self._why_no_worker}" if self._why_no_worker else ""
@@ -447,7 +463,10 @@ class _Opened:
     Attributes:
         blocks: Those that ModelExpress reads.
         parts: The weights of each source, with their prefix.
+        commit: Content version of a commit of the Hub, if one was asked for.
     """
+
+    commit: str = ""
 
     def __init__(self) -> None:
         self.blocks: list[mx.DeferredWeights] = []
@@ -470,6 +489,8 @@ class _Opened:
         """Return the version of what was loaded, once it was; empty if other machines cannot tell it."""
         if len(self.blocks) != 1 or len(self.parts) != 1 or self.blocks[0].report is None:
             return ""
+        if self.commit:
+            return self.commit
         uri = self.blocks[0].checkpoint.uri
         return self.blocks[0].report.content_version or (content_of_snapshot(uri.path) if uri.scheme == "file" else "")
 
