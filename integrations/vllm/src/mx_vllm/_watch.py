@@ -10,7 +10,7 @@ from typing import Any
 
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.report import LoadReport, format_bytes, format_files
+from modelexpress_core.report import LoadReport, format_bytes, format_compared, format_files
 from mx_vllm._metrics import LoadMetrics, load_metrics
 
 __all__ = ["LoadWatch"]
@@ -116,14 +116,30 @@ class LoadWatch:
             bar.close()
 
 
+def _verified(report: LoadReport) -> str:
+    """What was checked of the bytes that arrived."""
+    digests, versions = report.verified.get("digests", 0), report.verified.get("versions", 0)
+    if report.sources:
+        workers = f" from {len(report.sources)} workers" if len(report.sources) > 1 else ""
+        return f"digests of {digests} chunks{workers}" if digests else "nothing"
+    parts = [
+        format_compared(report.bytes_compared, report.bytes_compared_by_server).replace(", ", " and "),
+        f"digests of {format_files(digests)}" if digests else "",
+        f"versions of {format_files(versions)}" if versions else "",
+    ]
+    return " and ".join(filter(None, parts)) or "sizes"
+
+
 def _summary(report: LoadReport) -> str:
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.phase_seconds.items())
     parts = (
         f"{format_bytes(report.bytes_fetched)} fetched ({report.bytes_fetched} bytes)",
         f"{format_bytes(report.bytes_needed)} needed",
         f"{format_bytes(report.bytes_materialised)} materialised",
+        f"verified: {_verified(report)}",
         f"{format_bytes(report.goodput_bytes_per_second)}/s",
         f"{report.retries} retries",
         f"{report.seconds:.2f} s ({phases})",
+        *([f"over {report.channel}"] if report.channel else []),
     )
     return f"ModelExpress loaded {report.uri}: {', '.join(parts)}"
