@@ -113,7 +113,8 @@ def test_all_files_but_weights_are_copied_to_a_private_directory(
     )
     assert ("org/tiny", f"hub:org/tiny@{commit}") == (name_of(str(directory)), content_of_snapshot(str(directory)))
     assert (
-        f"of org/tiny (2 files, 2.04 kB, of commit {commit[:12]}) from the cache of the server at {url}" in caplog.text
+        f"of org/tiny (2 files, 2.04 kB, of commit {commit[:12]}) from the cache of the server at {url.removeprefix('http://')}"
+        in caplog.text
     )
     assert directory == Path(find(revision=commit).replaced["org/tiny"])
     assert written == {name: (directory / name).stat().st_mtime_ns for name in files}

@@ -62,15 +62,16 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.kill()
+        self._process.kill()
+        self._process.wait()
         self._reading.join()
         assert self._process.stdout is not None
         self._process.stdout.close()
 
-    def kill(self) -> None:
-        """End it at once, without a word."""
-        self._process.kill()
-        self._process.wait()
+    @property
+    def process_id(self) -> int:
+        """Its process."""
+        return self._process.pid
 
     def sources(self) -> list[dict[str, Any]]:
         """Return what ``mx sources`` lists."""

@@ -12,13 +12,13 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from attrs import frozen
 
 from modelexpress_core import ModelExpressError, ModelURI, PluginManager
-from modelexpress_core.contracts.candidates import LoadRequest
+from modelexpress_core.contracts.candidates import LoadRequest, Skipped
 from modelexpress_core.copying.selection import WEIGHT_SUFFIXES
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import BackendError, CheckpointError, SettingsError
@@ -28,10 +28,27 @@ from modelexpress_core.settings import from_env
 from modelexpress_core.sources.server_cache import SERVER_VARIABLES, cache_candidates, cache_uri
 from modelexpress_core.sources.settings import SharedCacheSettings
 from mx_vllm._directories import cache_directory, make_private
+from mx_vllm._names import content_of_snapshot
 from mx_vllm._small_files import CONFIGURATIONS, copy_small_files, has_all_weights
 from mx_vllm.settings import VllmSettings
 
-__all__ = ["HubName", "Names", "directories_from_server", "hub_directory", "is_from_server", "streamed_uri"]
+if TYPE_CHECKING:
+    from modelexpress_core.sources.cache_client import CachedModel
+
+__all__ = [
+    "HubName",
+    "Names",
+    "ServerPlace",
+    "directories_from_server",
+    "find_in_cache",
+    "hub_directory",
+    "is_cache_used",
+    "is_from_server",
+    "streamed_uri",
+    "why_in_cache",
+    "why_not_in_cache",
+    "without_cache",
+]
 
 # A child of vLLM's logger, so that vLLM's log settings apply.
 _log = logging.getLogger("vllm.modelexpress")
@@ -125,14 +142,11 @@ def _failure(name: str, exc: ModelExpressError) -> ModelExpressError:
 
 def is_from_server(each: HubName, environ: Mapping[str, str]) -> bool:
     """Return whether the server's cache is asked for a name: variables say that it is used, and it is not here yet."""
-    if not any(environ.get(name, "").strip() for name in SERVER_VARIABLES):
-        return False
     if environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in {"1", "true"}:
         return False
     if not _NAME.fullmatch(each.name) or _PAIRS.search(each.name) or os.path.exists(each.name):
         return False
-    settings = from_env(SharedCacheSettings, environ)
-    if not settings.no_shared_storage and settings.directory is None:
+    if not is_cache_used(environ):
         return False
     return hub_directory(each, weights=each.weights and not environ.get("MX_MODEL_URI")) is None
 
@@ -161,6 +175,41 @@ def _snapshot(each: HubName, cache_dir: str | None) -> str | None:
     return None
 
 
+def is_cache_used(environ: Mapping[str, str]) -> bool:
+    """Return whether variables name a server and say that loads use its cache.
+
+    Raises:
+        SettingsError: A variable is not valid.
+    """
+    settings = from_env(SharedCacheSettings, environ)
+    return _server_of(environ) != "" and (settings.no_shared_storage or settings.directory is not None)
+
+
+def without_cache(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return ``environ`` without the variables that say that loads use the cache."""
+    return {
+        **environ,
+        "MODEL_EXPRESS_NO_SHARED_STORAGE": "0",
+        "MODEL_EXPRESS_CACHE_DIRECTORY": "",
+    }
+
+
+def why_in_cache(uri: str, environ: Mapping[str, str]) -> str:
+    """Return a reason if ``uri`` is in the cache of the server: which one, and how it is read; empty if it is not."""
+    if uri.startswith(("mx://", "mxs://")):
+        return "the server's cache has it"
+    directory = environ.get("MODEL_EXPRESS_CACHE_DIRECTORY", "").strip()
+    if directory and uri.startswith(f"{ModelURI('file', path=os.path.realpath(directory))}/"):
+        return "the server's cache has it, in MODEL_EXPRESS_CACHE_DIRECTORY"
+    return ""
+
+
+def why_not_in_cache(uri: str, environ: Mapping[str, str]) -> str:
+    """Return why the server's cache is not asked for ``uri``; empty if it is asked, or if that needs no words."""
+    elsewhere = "://" in uri and not uri.startswith(("file://", "mx://", "mxs://"))
+    return "no variable says so" if elsewhere and _server_of(environ) and not is_cache_used(environ) else ""
+
+
 def streamed_uri(model: str, environ: Mapping[str, str] | None = None) -> str | None:
     """Return where to read the weights of vLLM's ``model`` from; None unless it is one of our private directories.
 
@@ -176,11 +225,15 @@ def streamed_uri(model: str, environ: Mapping[str, str] | None = None) -> str | 
 
 
 def _streamed(name: str, revision: str | None, environ: Mapping[str, str]) -> ModelURI:
-    url = next((text for each in SERVER_VARIABLES if (text := environ.get(each, "").strip())), "")
+    url = _server_of(environ)
     if not url:
         message = f"the weights of {name} are streamed from the server, and no variable names it"
         raise SettingsError(message, hint="set MODEL_EXPRESS_URL in all processes of vLLM")
     return cache_uri(Endpoint.parse(url), _hub_uri(name, revision))
+
+
+def _server_of(environ: Mapping[str, str]) -> str:
+    return next((text for name in SERVER_VARIABLES if (text := environ.get(name, "").strip())), "")
 
 
 def _hub_uri(name: str, revision: str | None) -> ModelURI:
@@ -188,47 +241,86 @@ def _hub_uri(name: str, revision: str | None) -> ModelURI:
     return ModelURI("hf", organisation, repository, {"revision": revision} if revision else {})
 
 
-def _directory_of(each: HubName, environ: Mapping[str, str]) -> str:
-    """Return the directory of a model, with its files, of which the server has downloaded some or all.
+@frozen
+class ServerPlace:
+    """Where a model of the Hub is in the server's cache.
+
+    Attributes:
+        uri: Its weights.
+        content_version: That of the commit.
+        directory: The directory of the cache that vLLM reads on a common disk; None if weights are streamed.
+    """
+
+    uri: ModelURI
+    content_version: str
+    directory: str | None = None
+
+
+def find_in_cache(
+    each: HubName,
+    plugins: PluginManager,
+    environ: Mapping[str, str],
+    on_skipped: Callable[[Skipped], None] | None = None,
+) -> ServerPlace:
+    """Return where vLLM gets a model from; the server downloads it if it is not cached.
+
+    Args:
+        each: The model.
+        plugins: Plugins to use.
+        environ: Variables that name the server.
+        on_skipped: Gets the reason why a common disk is not used. With it, nothing waits for the end of a download.
 
     Raises:
-        ModelExpressError: The server does not give them.
+        ModelExpressError: The server does not give it.
     """
-    plugins = PluginManager.discover(environ)
-    settings = from_env(SharedCacheSettings, environ)
-    if not settings.no_shared_storage:
-        candidates = cache_candidates(plugins, environ, LoadRequest(_hub_uri(each.name, each.revision)))
-        shared = next((candidate.uri.path for candidate in candidates if candidate.uri.scheme == "file"), None)
-        if shared is not None:
-            _log.info("ModelExpress uses %s in MODEL_EXPRESS_CACHE_DIRECTORY for %s", shared, each.name)
-            return shared
-    return _private_copy(each, plugins, environ)
+    if not from_env(SharedCacheSettings, environ).no_shared_storage:
+        request = LoadRequest(_hub_uri(each.name, each.revision), on_skipped=on_skipped)
+        for candidate in cache_candidates(plugins, environ, request):
+            if candidate.uri.scheme == "file":
+                path = candidate.uri.path
+                return ServerPlace(candidate.uri, content_of_snapshot(path), path)
+    version = _open(each, environ).version
+    return ServerPlace(_streamed(each.name, version, environ), f"hub:{each.name}@{version}")
 
 
-def _private_copy(each: HubName, plugins: PluginManager, environ: Mapping[str, str]) -> str:
+def _open(each: HubName, environ: Mapping[str, str]) -> CachedModel:
     from modelexpress_core.sources.cache_client import CacheClient
 
     asked = _streamed(each.name, each.revision, environ)
-    url = ("https://" if asked.scheme == "mxs" else "http://") + asked.authority
-    with CacheClient.from_env(url, environ) as client:
+    with CacheClient.from_env(_server_of(environ), environ) as client:
         try:
             model = client.open(asked.path, revision=each.revision or "")
         except BackendError as exc:
             exc.uri, exc.operation = str(asked), "open the model"
             raise
     _check(each.name, model.version, model.sizes)
+    return model
+
+
+def _directory_of(each: HubName, environ: Mapping[str, str]) -> str:
+    """Return the directory of a model, with its files.
+
+    Raises:
+        ModelExpressError: The server does not give them.
+    """
+    plugins = PluginManager.discover(environ)
+    place = find_in_cache(each, plugins, environ)
+    if place.directory is not None:
+        _log.info("ModelExpress uses %s in MODEL_EXPRESS_CACHE_DIRECTORY for %s", place.directory, each.name)
+        return place.directory
+    commit = place.uri.query["revision"]
     root = cache_directory() / _PRIVATE
     make_private(root)
-    directory = root / f"models--{each.name.replace('/', '--')}" / "snapshots" / model.version
-    report = copy_small_files(_streamed(each.name, model.version, environ), directory, plugins)
+    directory = root / f"models--{each.name.replace('/', '--')}" / "snapshots" / commit
+    report = copy_small_files(place.uri, directory, plugins)
     _log.info(
         "ModelExpress got configuration and tokenizer of %s (%d files, %s, of commit %s) from the cache of the server "
         "at %s; its weights are streamed from there",
         each.name,
         report.files,
         format_bytes(report.bytes),
-        model.version[:12],
-        url,
+        commit[:12],
+        place.uri.authority,
     )
     return str(directory)
 
