@@ -397,6 +397,25 @@ def test_a_load_goes_on_after_the_server_was_restarted(
         assert len(whole) == storage.compared().here_bytes  # type: ignore[attr-defined]
 
 
+def test_files_with_equal_bytes_have_one_blob(start: Callable[..., Serving], sharded: Path, tmp_path: Path) -> None:
+    """The version stays as it was verified: every file can be read, again and again."""
+    content = min(sharded.glob("*.safetensors")).read_bytes()
+    paths = ("config.json", "a/model.safetensors", "b/config.json", "b/model.safetensors")
+    with FakeHub() as hub:
+        for path in paths:
+            hub.put("org/twice", path, content if "safetensors" in path else b"{}")
+        serving = start(*cache_of(tmp_path / "cache"), **ALLOWED, **hub.environ())
+        uri = mx_uri(serving, "hf/org/twice")
+        for number in range(2):
+            with CacheClient.from_env(serving.url, {}) as client:
+                client.follow(client.open("hf/org/twice"))
+            copied = mx_api.pull(uri, tmp_path / str(number))
+
+            assert len(paths) == copied.files
+            assert content == (tmp_path / str(number) / "b" / "model.safetensors").read_bytes()
+    assert 2 == len(list((tmp_path / "cache" / "models--org--twice" / "blobs").iterdir()))
+
+
 # -- ranking -----------------------------------------------------------------------------------------------------------
 
 
