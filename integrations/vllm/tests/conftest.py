@@ -8,11 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from devtools.fake_hub import FakeHub
+from integrations.vllm.tests.workers import Server
 
 _MODELS = Path(__file__).with_name("models.py")
 _SECONDS = 1700
@@ -101,3 +104,17 @@ def faulty_plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty-plugin\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text("[modelexpress.plugins]\nfaulty-plugin = faulty_plugin\n")
     return os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.fixture(scope="session")
+def caching(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Path]]:
+    """A server that caches models of a Hub, which has some of the checkpoints; and the directory of its cache."""
+    directory = tmp_path_factory.mktemp("cache")
+    with FakeHub() as hub:
+        for name in ("llama", "qwen3", "mixtral"):
+            hub.upload(checkpoint(name), f"org/{name}")
+        environ = {**hub.environ(), "MX_CACHE_SOURCES": "hf", "MX_CACHE_MIN_FREE_BYTES": "1"}
+        with Server("--cache-dir", str(directory), **environ) as server:
+            yield server, directory

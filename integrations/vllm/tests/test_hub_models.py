@@ -176,6 +176,7 @@ def test_a_model_that_was_downloaded_before_is_left_alone(find: Find, tmp_path: 
     (snapshot / "config.json").write_text("{}")
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    (snapshot / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "1.bin"}}')
     (snapshot / "1.safetensors").touch()
 
     assert find().replaced

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from devtools.azurite import Azurite
 from devtools.fake_gcs import FakeGcs
-from devtools.fake_hub import FakeHub
 from devtools.seaweedfs import SeaweedFS
 from integrations.vllm.tests.workers import Server
 
@@ -160,20 +159,6 @@ def test_two_ranks_read_their_own_bytes(
     assert 2 == len(fetched), printed[-3000:]
     assert max(fetched) <= 0.55 * total
     assert sum(fetched) <= 1.05 * total
-
-
-@pytest.fixture(scope="module")
-def caching(
-    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Server, Path]]:
-    """A server that caches models of a Hub, which has some of the checkpoints; and the directory of its cache."""
-    directory = tmp_path_factory.mktemp("cache")
-    with FakeHub() as hub:
-        for name in ("llama", "qwen3", "mixtral"):
-            hub.upload(checkpoint(name), f"org/{name}")
-        environ = {**hub.environ(), "MX_CACHE_SOURCES": "hf", "MX_CACHE_MIN_FREE_BYTES": "1"}
-        with Server("--cache-dir", str(directory), **environ) as server:
-            yield server, directory
 
 
 def _ways(server: Server, directory: Path) -> dict[str, dict[str, str]]:

@@ -56,15 +56,17 @@ def _projections(directory: Path) -> Iterator[str]:
 
 
 def has_all_weights(directory: str) -> bool:
-    """Return whether ``directory`` has weights, and all files that its indexes list."""
+    """Return whether ``directory`` has weights, and if it has indexes, all files of one of them.
+
+    A directory may have indexes of several formats, of which only one was downloaded.
+    """
     try:
         names = os.listdir(directory)
-        indexes = [name for name in names if name.endswith(".index.json")]
-        listed = [file for name in indexes for file in _files_in(Path(directory, name))]
+        indexes = [list(_files_in(Path(directory, name))) for name in names if name.endswith(".index.json")]
     except (OSError, ValueError, RecursionError):
         return False
-    if listed:
-        return all(os.path.exists(os.path.join(directory, file)) for file in listed)
+    if any(indexes):
+        return any(files and all(os.path.exists(os.path.join(directory, file)) for file in files) for files in indexes)
     return any(name.endswith(WEIGHT_SUFFIXES) for name in names)
 
 
