@@ -37,7 +37,7 @@ __all__ = ["BulkOffer", "BulkRead", "BulkReader"]
 _MAX_REASON_BYTES = 1024
 
 #: Bytes that are received at once: what is called with them finds them in the CPU's caches.
-_LANDING_BYTES = 256 << 10
+_LANDING_BYTES = 1 << 20
 
 
 @frozen

@@ -215,7 +215,7 @@ def handler(service: Service, implementation: object) -> grpc.GenericRpcHandler[
         service: The service.
         implementation: Has a method for each of the service's, in snake case: a coroutine, or an asynchronous generator
             where responses are a stream. Its arguments are the request, or an asynchronous iterator of requests, and
-            gRPC's context.
+            gRPC's context. It may return messages that are encoded already.
     """
     handlers = {
         name: make_handler(
@@ -346,8 +346,11 @@ def stub(service: Service, channel: _Channel) -> Mapping[str, Callable[..., Any]
 
 
 def _encoder(kind: type[Message | bytes]) -> Callable[[Any], bytes] | None:
-    """Makes bytes of a message; None for raw frames, which gRPC passes on as they are."""
-    return None if issubclass(kind, bytes) else kind.SerializeToString
+    """Makes bytes of a message that is not encoded yet; None for raw frames, which gRPC passes on as they are."""
+    if issubclass(kind, bytes):
+        return None
+    encode = kind.SerializeToString
+    return lambda message: message if isinstance(message, bytes) else encode(message)
 
 
 def _decoder(kind: type[Message | bytes]) -> Callable[[bytes], Any] | None:

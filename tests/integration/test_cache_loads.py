@@ -361,6 +361,48 @@ def test_a_load_waits_for_bytes_that_still_arrive(start: Callable[..., Serving],
     assert report.bytes_compared + report.bytes_compared_by_server >= report.bytes_needed
 
 
+def test_damage_on_the_way_of_a_model_that_still_arrives_is_repaired(
+    start: Callable[..., Serving],
+    sharded: Path,
+    tmp_path: Path,
+    expected: Callable[[Path], dict[str, torch.Tensor]],
+    assert_equal: Equal,
+) -> None:
+    """There is no manifest to compare with yet: each piece of an answer has a checksum."""
+    release, passed = threading.Event(), threading.Semaphore(2)
+    flipped: list[bytes] = []
+
+    def hold(request: HubRequest) -> HubAnswer | None:
+        if request.server == "cdn" and request.method == "GET" and not passed.acquire(blocking=False):
+            release.wait(_SECONDS)
+        return None
+
+    def flip(_number: int, head: bytes) -> Fault | None:
+        runs = re.search(rb'"runs":\[\["[^"]+",\d+,(\d+)\]\]', head)
+        if runs is None or flipped:
+            return None
+        flipped.append(head)
+        release.set()  # everything that was asked for before is read, with its damage
+        return Fault("flip", int(runs[1]) // 2, of_body=True, bits=4)
+
+    with FakeHub() as hub:
+        for path in sharded.iterdir():
+            hub.put("org/model", path.name, path.read_bytes())
+        hub.before = hold
+        serving = start(*cache_of(tmp_path / "cache"), **ALLOWED, **hub.environ())
+        port = bulk_port_of(serving, sharded)
+        with (
+            TcpProxy("127.0.0.1", port_of(serving.url), listen="127.0.0.2") as grpc,
+            TcpProxy("127.0.0.1", port, flip, listen="127.0.0.2", listen_port=port),
+        ):
+            threading.Timer(10, release.set).start()
+            state, _ = state_of(f"mx://127.0.0.2:{grpc.port}/org/model")
+
+    assert flipped
+    assert b'"checksums":true' in flipped[0]
+    assert_equal(expected(sharded), state)
+
+
 def test_a_load_goes_on_after_the_server_was_restarted(
     start: Callable[..., Serving], sharded: Path, tmp_path: Path
 ) -> None:

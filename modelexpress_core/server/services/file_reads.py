@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 
 from modelexpress_core.bulk.requests import MAX_PIECES, Run
@@ -59,15 +60,20 @@ def read(descriptor: int, run: Run) -> memoryview:
     Raises:
         SourceChangedError: The file is shorter.
     """
-    content = memoryview(bytearray(run.nbytes))
     if run.count == 1:
-        done = fill(descriptor, content, run.offset)
+        # Its bytes object is not filled with zeros first, as memory of our own would be.
+        content = os.pread(descriptor, run.length, run.offset)
+        if len(content) == run.length:
+            return memoryview(content)
+    gathered = memoryview(bytearray(run.nbytes))
+    if run.count == 1:
+        done = fill(descriptor, gathered, run.offset)
     else:
-        done = fill_runs(descriptor, content, run.offset, run.length, run.stride)
-    if done != len(content):
+        done = fill_runs(descriptor, gathered, run.offset, run.length, run.stride)
+    if done != len(gathered):
         raise SourceChangedError(
             f"{run.name!r} ends before byte {run.end} in the cache",
             cause="another program writes to the directory of the cache",
             hint="ask again: it is downloaded again",
         )
-    return content
+    return gathered

@@ -25,6 +25,7 @@ from modelexpress_core.server.cache.places import HUB
 from modelexpress_core.server.services.cached import CacheServing, abort_with, message_of
 from modelexpress_core.server.services.file_reads import cut, read
 from modelexpress_core.server.services.streams import Stream
+from modelexpress_core.wire.content import with_content
 from modelexpress_core.wire.proto.modelexpress import model_pb2
 from modelexpress_core.wire.rpc import MODEL, RpcContext, handler
 
@@ -137,8 +138,8 @@ class ModelService:
 
     async def stream_model_files(
         self, request: model_pb2.ModelFilesRequest, context: RpcContext
-    ) -> AsyncIterator[model_pb2.FileChunk]:
-        """The files, one after another."""
+    ) -> AsyncIterator[bytes]:
+        """The files, one after another, in encoded ``FileChunk`` messages."""
         snapshot, files = await self._files(request, context)
         most = min(request.chunk_size or _CHUNK_BYTES, _LARGEST_CHUNK_BYTES)
         commit: str | None = snapshot.commit_hash
@@ -148,21 +149,21 @@ class ModelService:
                 for file in files:
                     making = self._chunks(snapshot, file, most, stream, context)
                     async with contextlib.aclosing(making) as chunks:
-                        async for chunk in chunks:
+                        async for chunk, content in chunks:
                             chunk.is_last_file = chunk.is_last_chunk and file is files[-1]
                             if commit is not None:
                                 chunk.commit_hash = commit
                                 commit = None
-                            yield chunk
+                            yield with_content(chunk, "data", content)
         except ModelExpressError as exc:
             await abort_with(context, exc)
 
     async def _chunks(
         self, snapshot: Snapshot, file: CachedFile, most: int, stream: Stream, context: RpcContext
-    ) -> AsyncGenerator[model_pb2.FileChunk]:
-        """One file."""
+    ) -> AsyncGenerator[tuple[model_pb2.FileChunk, memoryview]]:
+        """One file: messages without their data, and the data."""
         if not file.size:
-            yield model_pb2.FileChunk(relative_path=file.path, is_last_chunk=True)
+            yield model_pb2.FileChunk(relative_path=file.path, is_last_chunk=True), memoryview(b"")
             return
         serving = self._serving
         reader = await serving.opened(snapshot, file.path, context)
@@ -181,10 +182,10 @@ class ModelService:
                 async for part, content in contents:
                     for start in range(0, part.nbytes, most):
                         chunk = model_pb2.FileChunk(relative_path=file.path, offset=offset, total_size=file.size)
-                        chunk.data = bytes(content[start : start + most])
-                        offset += len(chunk.data)
+                        data = content[start : start + most]
+                        offset += len(data)
                         chunk.is_last_chunk = offset == file.size
-                        yield chunk
+                        yield chunk, data
                     serving.count_sent(part.nbytes)
         finally:
             reader.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +146,40 @@ def test_every_flip_on_the_wire_is_repaired_or_found(server: Server, source: Pat
     assert _FLIPS == repaired + found
     assert repaired
     assert found
+
+
+def test_every_flip_in_a_cached_file_is_found(tmp_path: Path, source: Path) -> None:
+    """By whole chunks, parts of chunks and runs; also where the file has its former time."""
+    draw = random.Random(4)
+    with serving_cache(tmp_path, (f"file://{source}",), {}) as server:
+        with CacheClient.from_env(f"127.0.0.1:{server.port}", {}) as client:
+            client.follow(client.open(f"file{source}/model"))
+        blob = next(each for each in tmp_path.rglob("*") if each.is_file() and each.stat().st_size == len(_CONTENT))
+        facts = blob.stat()
+        uri = ModelURI.parse(f"mx://127.0.0.1:{server.port}/file{source}/model")
+        for number in range(_FLIPS):
+            start, end = sorted(draw.sample(range(len(_CONTENT) + 1), 2))
+            run, stride = 100, 1000
+            as_runs = number % 4 == 3 and end - start >= stride
+            count = (end - start) // stride if as_runs else 1
+            at = start + draw.randrange(count) * stride + draw.randrange(run) if as_runs else draw.randrange(start, end)
+            with blob.open("r+b") as file:
+                file.seek(at)
+                file.write(bytes([_CONTENT[at] ^ 1 << draw.randrange(8)]))
+            os.utime(blob, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+            with contextlib.closing(open_cache(uri, {})) as storage, pytest.raises(IntegrityError, match="cache"):
+                (info,) = storage.list(uri.path)
+                assert info.version is not None
+                buffer = memoryview(bytearray(count * run if as_runs else end - start))
+                if as_runs:
+                    storage.read_runs(info.path, start, run, stride, buffer, version=info.version)
+                else:
+                    storage.read_into(info.path, start, buffer, version=info.version)
+                storage.check_unchanged(info.path, version=info.version)
+            with blob.open("r+b") as file:
+                file.seek(at)
+                file.write(_CONTENT[at : at + 1])
+            os.utime(blob, ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
 
 def test_a_version_that_is_nowhere_is_changed(storage: CacheStorage, uri: ModelURI) -> None:
