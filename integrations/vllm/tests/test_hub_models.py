@@ -187,13 +187,14 @@ def test_a_model_that_was_downloaded_before_is_left_alone(find: Find, tmp_path: 
 
 
 def test_errors_of_the_server_name_the_model_and_the_next_step(find: Find, hub: FakeHub) -> None:
-    """It is unreachable, has no such model, may not read it, or may not download from there."""
+    """It is unreachable, has no such model, may not read it; or the package that asks it is missing."""
     hub.put("org/gated", "config.json", b"{}")
     hub.repositories["org/gated"].gated = True
     failures = {
         "org/tiny": ({"MODEL_EXPRESS_URL": _NOWHERE}, "127.0.0.1:9"),
         "org/missing": ({}, "org/missing"),
         "org/gated": ({}, "gated"),
+        "org/other": ({"MX_DISABLED_PLUGINS": "mx-grpc-stream"}, "mx-grpc-stream"),
     }
 
     for name, (environ, expected) in failures.items():

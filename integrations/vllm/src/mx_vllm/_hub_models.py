@@ -23,6 +23,7 @@ from modelexpress_core.copying.selection import WEIGHT_SUFFIXES
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import BackendError, CheckpointError, SettingsError
 from modelexpress_core.messages import printable
+from modelexpress_core.plugins import STORAGE
 from modelexpress_core.report import format_bytes
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.server_cache import SERVER_VARIABLES, cache_candidates, cache_uri
@@ -273,20 +274,21 @@ def find_in_cache(
     Raises:
         ModelExpressError: The server does not give it.
     """
+    asked = _streamed(each.name, each.revision, environ)
+    plugins.table(STORAGE).lookup(asked.scheme)  # the error of a missing package says how to install it
     if not from_env(SharedCacheSettings, environ).no_shared_storage:
         request = LoadRequest(_hub_uri(each.name, each.revision), on_skipped=on_skipped)
         for candidate in cache_candidates(plugins, environ, request):
             if candidate.uri.scheme == "file":
                 path = candidate.uri.path
                 return ServerPlace(candidate.uri, content_of_snapshot(path), path)
-    version = _open(each, environ).version
+    version = _open(each, asked, environ).version
     return ServerPlace(_streamed(each.name, version, environ), f"hub:{each.name}@{version}")
 
 
-def _open(each: HubName, environ: Mapping[str, str]) -> CachedModel:
+def _open(each: HubName, asked: ModelURI, environ: Mapping[str, str]) -> CachedModel:
     from modelexpress_core.sources.cache_client import CacheClient
 
-    asked = _streamed(each.name, each.revision, environ)
     with CacheClient.from_env(_server_of(environ), environ) as client:
         try:
             model = client.open(asked.path, revision=each.revision or "")
