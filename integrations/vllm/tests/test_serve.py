@@ -121,7 +121,8 @@ def test_a_name_is_served_without_the_hub_first_from_the_server_then_from_a_work
 
     assert expected == tokens == more
     assert f"from mx://{server.url.removeprefix('http://')}/hf/org/tiny?revision=" in printed[0]
-    assert "because the server gave the configuration of vLLM's model, and no worker is read: " in printed[0]
+    why = "because the server's cache has it, and vLLM's configuration came from there, and no worker is read: "
+    assert why in printed[0]
     assert [["mx"], ["grpc"]] == [re.findall(r"ModelExpress loaded (\w+)://", each) for each in printed], printed[1]
     for each, directory in zip(printed, ("first", "second"), strict=True):
         assert 1 == each.count("ModelExpress got configuration and tokenizer of org/tiny")

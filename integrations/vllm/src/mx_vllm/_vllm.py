@@ -169,6 +169,9 @@ def call_before_engine_starts(
     With HF_HUB_OFFLINE=1, vLLM looks for names in the cache of the Hub before this, with ``get_model_path`` in the
     same module, and fails. So names for which ``keeps_name`` is true do not get there.
 
+    Run with vLLM 0.32. Of other versions only sources were read; a version without ``get_model_path`` needs no second
+    replacement.
+
     Args:
         starting: Returns a block for the start of the engine. An error of it ends the start.
         keeps_name: Whether a name needs no directory yet.
