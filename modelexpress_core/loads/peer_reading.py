@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from modelexpress_core.contracts.transport import TensorRead
-from modelexpress_core.errors import BackendError, DeadlineError, IntegrityError, ModelExpressError
+from modelexpress_core.errors import BackendError, DeadlineError, IntegrityError, ModelExpressError, UnavailableError
 from modelexpress_core.loads.pace import batch_bytes, is_too_slow
 from modelexpress_core.loads.peer_chunks import ChunkRead
 from modelexpress_core.loads.peer_source import LeaseEnd, PeerSource
@@ -51,6 +51,11 @@ _MAX_UNVERIFIED = 8
 _CHECK_SECONDS = 0.2
 _LAST_CHECK_SECONDS = 0.02
 
+#: A source from which nothing has arrived for so long is asked whether it lives, and how long it may take to answer. A
+#: worker that is stopped does not; one behind a slow network does.
+_QUIET_SECONDS = 2.0
+_ANSWER_SECONDS = 2.0
+
 #: Reads that still run this long after their session was closed are reported.
 _STOP_SECONDS = 60.0
 
@@ -65,7 +70,7 @@ class PeerReader:
 
     Args:
         chunks: What to read.
-        stall_seconds: A source is stopped if none of its chunks arrives for this long.
+        stall_seconds: A source is stopped if none of its chunks arrives for this long, also if it says that it lives.
         verify: Whether digests are compared.
         on_arrival: Called by a thread of the reader after each chunk.
         on_loss: Called by a thread of the reader when a source has failed, or is stopped because it is slow, before its
@@ -232,6 +237,7 @@ class PeerReader:
                     lost = [*self._silent(now), *self._slow(now)]
                     for reads, error in lost:
                         self._mark(reads, error)
+                    self._ask_quiet(now)
                 if not lost:
                     self._changed.wait(_CHECK_SECONDS if self._left else _LAST_CHECK_SECONDS)
             for reads, _ in lost:
@@ -259,6 +265,35 @@ class PeerReader:
             for reads in self.sources
             if reads.held and not reads.stopping and now - reads.progressed > self._stall_seconds
         ]
+
+    def _ask_quiet(self, now: float) -> None:
+        """Ask sources from which nothing arrives whether they live, with the lock held."""
+        for reads in self.sources:
+            since = max(reads.progressed, reads.asked)
+            if reads.held and not reads.stopping and now - since > _QUIET_SECONDS:
+                reads.asked = now + _ANSWER_SECONDS  # not again before it has answered
+                self._start(lambda reads=reads: self._ask(reads), "ask another worker whether it lives")  # type: ignore[misc]
+
+    def _ask(self, reads: SourceReads) -> None:
+        """Give up a source that does not answer, unless bytes arrive meanwhile; in a thread of its own."""
+        progressed = reads.progressed
+        end, error = reads.source.check_lease(_ANSWER_SECONDS)
+        silent = self._clock() - progressed
+        if (
+            end is not LeaseEnd.UNKNOWN
+            or not isinstance(error, (DeadlineError, UnavailableError))
+            or progressed != reads.progressed
+        ):
+            return
+        lost = self._failure(
+            reads,
+            DeadlineError,
+            f"no chunk arrived for {silent:.0f} s, and the worker does not answer",
+            cause="it hangs, was stopped or has died, or the network to it is gone",
+            hint="check the worker",
+        )
+        lost.__cause__ = error
+        self._lose(reads, lost)
 
     def _slow(self, now: float) -> list[tuple[SourceReads, BackendError | None]]:
         """Sources whose chunks others would have much sooner, with the lock held: none while chunks are left."""

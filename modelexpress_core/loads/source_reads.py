@@ -29,8 +29,9 @@ class SourceReads:
         stopped: Whether nothing of it writes to a destination any more.
         error: Why it was stopped; None if it was slow, or is not needed any more.
         lease: What it says at the end of its lease.
-        begun: When it began; on the clock of the reader, as the next two.
+        begun: When it began; on the clock of the reader, as the next three.
         progressed: When its last chunk arrived, or it took chunks after it had none.
+        asked: When it has to have answered the last question whether it lives.
         ended: When its session was closed; None before.
         arrived_bytes: Bytes in place, with the right digests.
         reread_bytes: Bytes that arrived with wrong digests, or under a lease that had ended.
@@ -41,6 +42,7 @@ class SourceReads:
     begun: float
     pace: Pace = field(init=False, default=Factory(lambda self: Pace(self.begun), takes_self=True))
     progressed: float = field(init=False, default=Factory(lambda self: self.begun, takes_self=True))
+    asked: float = field(init=False, default=float("-inf"))
     ended: float | None = field(init=False, default=None)
     again: deque[ChunkRead] = field(init=False, factory=deque)
     held: set[ChunkRead] = field(init=False, factory=set)

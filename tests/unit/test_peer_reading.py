@@ -234,6 +234,38 @@ def test_the_only_source_that_falls_silent_is_lost_after_the_stall_time() -> Non
     assert ["test://silent"] == load.lost
 
 
+def test_a_silent_source_that_does_not_answer_is_lost_long_before_the_stall_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stopped process, say: one that answers is waited for."""
+    monkeypatch.setattr("modelexpress_core.loads.peer_reading._QUIET_SECONDS", 0.1)
+    load = Load(5, stall_seconds=600)
+    load.add(Source("stopped", load.session(["right", "silent", "silent"]), LeaseEnd.UNKNOWN))
+
+    with pytest.raises(DeadlineError, match="and the worker does not answer"):
+        load.read()
+
+    assert ["test://stopped"] == load.lost
+
+
+@pytest.mark.parametrize("end", [LeaseEnd.CONFIRMED, LeaseEnd.DENIED])
+def test_a_silent_source_that_answers_is_waited_for(monkeypatch: pytest.MonkeyPatch, end: LeaseEnd) -> None:
+    """Until the stall time: its network may be slow."""
+    monkeypatch.setattr("modelexpress_core.loads.peer_reading._QUIET_SECONDS", 0.01)
+    monkeypatch.setattr("modelexpress_core.loads.peer_reading._ANSWER_SECONDS", 0.01)
+    load = Load(5, stall_seconds=1.0)
+    asked = threading.Semaphore(0)
+    source = Source("slow", load.session(["right", "silent", "silent"]), end)
+    check, source.check_lease = source.check_lease, lambda *_: (asked.release(), check())[1]  # type: ignore[method-assign]
+    load.add(source)
+
+    with pytest.raises(DeadlineError, match=r"no chunk arrived for 1 s$|no chunk arrived for 1 s[^,]"):
+        load.read()
+
+    assert asked.acquire(timeout=0)
+    assert asked.acquire(timeout=0)
+
+
 def test_verified_chunks_stay_when_the_next_source_follows() -> None:
     """A source that is opened after the only one was lost reads the others alone."""
     load = Load(40)
