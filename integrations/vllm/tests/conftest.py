@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from devtools.fake_hub import FakeHub
 from devtools.seaweedfs import SeaweedFS
 from integrations.vllm.tests.workers import Engine, Server, Start
 
@@ -145,3 +146,17 @@ def changed(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
         tensors = load_file(file)
         save_file({name: -each if "o_proj" in name else each for name, each in tensors.items()}, file, {"format": "pt"})
     return copy
+
+
+@pytest.fixture(scope="session")
+def caching(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Path]]:
+    """A server that caches models of a Hub, which has some of the checkpoints; and the directory of its cache."""
+    directory = tmp_path_factory.mktemp("cache")
+    with FakeHub() as hub:
+        for name in ("llama", "qwen3", "mixtral"):
+            hub.upload(checkpoint(name), f"org/{name}")
+        environ = {**hub.environ(), "MX_CACHE_SOURCES": "hf", "MX_CACHE_MIN_FREE_BYTES": "1"}
+        with Server("--cache-dir", str(directory), **environ) as server:
+            yield server, directory

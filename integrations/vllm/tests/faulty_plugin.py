@@ -49,7 +49,10 @@ def mx_register_storages() -> list[StorageProvider]:
 
 @hookimpl
 def mx_load_started(event: LoadStarted) -> None:
-    """Replace a file, local or in S3, after the headers were read."""
+    """Replace a file, local or in S3, after the headers were read; or kill the server that a load reads."""
+    if event.uri.startswith("mx://") and os.environ.get("TEST_KILL_SERVER"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(os.environ["TEST_KILL_SERVER"]), signal.SIGKILL)
     replacement, replaced = os.environ.get("TEST_REPLACEMENT", ""), os.environ.get("TEST_REPLACED", "")
     if not replacement:
         return

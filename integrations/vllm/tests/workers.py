@@ -19,7 +19,7 @@ from typing import Any
 from modelexpress_core.uri import ModelURI
 from tests.support.waiting import eventually
 
-__all__ = ["NIXL", "NO_NIXL", "Engine", "Server", "Start", "scheme"]
+__all__ = ["NIXL", "NO_NIXL", "Engine", "Server", "Start", "install_unpacked_plugin", "scheme"]
 
 #: Variables of an engine that offers its weights over NIXL too, and of one that reads over gRPC alone.
 NIXL = {"MX_NIXL_OFFER": "1", "NIXL_LOG_LEVEL": "WARN"}
@@ -30,9 +30,9 @@ _SECONDS = 600
 _UNPACKED = Path(__file__).with_name("unpacked_plugin.py")
 
 
-def _install(plugin: Path, directory: Path) -> None:
-    """Make a general plugin of vLLM importable from ``directory``."""
-    shutil.copy(plugin, directory)
+def install_unpacked_plugin(directory: Path) -> None:
+    """Make ``unpacked_plugin`` importable from ``directory``, under the name ``unpacked`` in ``VLLM_PLUGINS``."""
+    shutil.copy(_UNPACKED, directory)
     information = directory / "unpacked_plugin-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: unpacked-plugin\nVersion: 1.0\n")
@@ -46,12 +46,18 @@ def scheme(uri: str) -> str:
 
 
 class Server:
-    """``mx serve`` on free ports of loopback, until the end of the ``with`` block."""
+    """``mx serve`` on free ports of loopback, until the end of the ``with`` block.
 
-    def __init__(self) -> None:
+    Args:
+        *arguments: More options.
+        **environ: More variables.
+    """
+
+    def __init__(self, *arguments: str, **environ: str) -> None:
         here = ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "modelexpress_core", "serve", *here],
+            [sys.executable, "-m", "modelexpress_core", "serve", *here, *arguments],
+            env={**os.environ, **environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -71,6 +77,11 @@ class Server:
         self._reading.join()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+    @property
+    def process_id(self) -> int:
+        """Its process."""
+        return self._process.pid
 
     def sources(self) -> list[dict[str, Any]]:
         """Return what ``mx sources`` lists."""
@@ -112,7 +123,7 @@ class Engine:
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str], *, packed: bool = False) -> None:
         self._plugin = tempfile.TemporaryDirectory()
-        _install(_UNPACKED, Path(self._plugin.name))
+        install_unpacked_plugin(Path(self._plugin.name))
         paths = [self._plugin.name, environ.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))]
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py")), json.dumps(dict(options))],
