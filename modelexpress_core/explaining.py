@@ -124,6 +124,7 @@ def explain(
     identity: SourceIdentity | None = None,
     *,
     model_name: str = "",
+    content_version: str = "",
     worker_rank: int = 0,
     strict: bool = True,
     cast: bool = False,
@@ -141,6 +142,7 @@ def explain(
         target: A module, or tensors by name; without them, places are opened and not compared.
         identity: The model as it will be in the memory of ``target``; see ``own_identity``.
         model_name: If there is no ``identity``: lists the workers of this model, and what is known of their identities.
+        content_version: With ``model_name``: the content that workers must hold, if ``uri`` does not tell it.
         worker_rank: Rank of the part of the model that ``target`` is.
         strict: As in ``load_into``.
         cast: As in ``load_into``.
@@ -155,9 +157,10 @@ def explain(
     """
     examiner = _Examiner(environ, plugins)
     partial = identity is None and bool(model_name)
-    request = examiner.request(
-        uri, identity=SourceIdentity(model_name) if partial else identity, worker_rank=worker_rank
-    )
+    if partial:
+        identity = SourceIdentity(model_name)
+        identity = identity.with_content_version(content_version) if content_version else identity
+    request = examiner.request(uri, identity=identity, worker_rank=worker_rank)
     destination: Destination | None = None
     if target is not None:
         from modelexpress_core.loads.targets import Target

@@ -37,6 +37,7 @@ from modelexpress_core.loads.load import Load
 from modelexpress_core.plugins import STORAGE
 from modelexpress_core.report import LoadReport
 from modelexpress_core.sources.discovery import find_candidates
+from modelexpress_core.sources.server_cache import streamed_candidate
 from modelexpress_core.uri import ModelURI
 
 __all__ = ["Loader"]
@@ -167,22 +168,30 @@ class Loader(LoadContext):
         need not read them again.
         """
         identity, table = request.identity, self.plugins.table(STORAGE)
-        if identity is None or identity.content_version or request.uri.scheme not in table.schemes:
+        if identity is None or identity.content_version:
             return request, None
-        version, headers = None, None
+        # A worker that streams from the server's cache may have no way to the source, which the cache knows.
+        cached = streamed_candidate(self.plugins, self.environ, request)
+        places = [candidate.uri for candidate in (cached, Candidate(request.uri)) if candidate is not None]
+        places = [uri for uri in places if uri.scheme in table.schemes]
+        if not places:
+            return request, None
+        headers = None
         reason = "its storage has no versions that other machines see too"
-        try:
-            if table.lookup(request.uri.scheme).provider.capabilities.global_versions:
-                headers = self._read_headers(request.uri)
-                version = headers.checkpoint.content_version
-        except ModelExpressError as exc:  # the load that tries the candidate reports it
-            reason = str(exc)
-        if version is None:
-            _log.info("no worker is asked for %s, since its content version cannot be told: %s", request.uri, reason)
-            hint = "give own_identity a content_version= of your own on both sides"
-            request.skip("other workers", f"the content version of {request.uri} cannot be told: {reason}", hint)
-            return attrs.evolve(request, identity=None), headers
-        return attrs.evolve(request, identity=identity.with_content_version(version)), headers
+        for uri in places:
+            try:
+                if table.lookup(uri.scheme).provider.capabilities.global_versions:
+                    headers = self._read_headers(uri)
+            except ModelExpressError as exc:  # the load that tries the candidate reports it
+                reason = str(exc)
+                continue
+            version = None if headers is None else headers.checkpoint.content_version
+            if version is not None:
+                return attrs.evolve(request, identity=identity.with_content_version(version)), headers
+        _log.info("no worker is asked for %s, since its content version cannot be told: %s", request.uri, reason)
+        hint = "give own_identity a content_version= of your own on both sides"
+        request.skip("other workers", f"the content version of {request.uri} cannot be told: {reason}", hint)
+        return attrs.evolve(request, identity=None), headers
 
     def _read_headers(self, uri: ModelURI) -> Headers:
         registered, storage = self.plugins.open(STORAGE, uri, self.environ)
@@ -217,7 +226,8 @@ class Loader(LoadContext):
             from modelexpress_core.loads.peer import PeerLoad  # needs gRPC, which loads of files do without
 
             return PeerLoad(candidate, self, destination, request, left)
-        return CheckpointLoad(candidate, self, destination, headers if candidate.uri == request.uri else None)
+        known = headers if headers is not None and headers.checkpoint.uri == candidate.uri else None
+        return CheckpointLoad(candidate, self, destination, known)
 
 
 def _prepare_for_next(destination: Destination, exc: Exception) -> None:

@@ -6,6 +6,8 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
+import attrs
+
 from modelexpress_core.contracts.candidates import Candidate, LoadRequest, Tier
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import ModelExpressError
@@ -15,7 +17,7 @@ from modelexpress_core.settings import from_env
 from modelexpress_core.sources.settings import SharedCacheSettings
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["SERVER_VARIABLES", "cache_candidates", "cache_uri"]
+__all__ = ["SERVER_VARIABLES", "cache_candidates", "cache_uri", "streamed_candidate"]
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +75,24 @@ def cache_candidates(plugins: PluginManager, environ: Mapping[str, str], request
         request.skip(str(streamed.uri), exc.headline, exc.hint or "")
         return ()
     return (streamed,) if shared is None else (shared, streamed)
+
+
+def streamed_candidate(plugins: PluginManager, environ: Mapping[str, str], request: LoadRequest) -> Candidate | None:
+    """The place of a load in the cache of the server, if variables say that it streams from there; asks nobody.
+
+    Args:
+        plugins: Say which schemes are whose.
+        environ: As for ``cache_candidates``.
+        request: What to load.
+
+    Raises:
+        SettingsError: A variable is not valid.
+        InvalidURIError: The address of the server is not valid.
+    """
+    if not from_env(SharedCacheSettings, environ).no_shared_storage:
+        return None
+    candidates = cache_candidates(plugins, environ, attrs.evolve(request, on_skipped=None))
+    return candidates[0] if candidates else None
 
 
 def _why_not(plugins: PluginManager, uri: ModelURI) -> str | None:

@@ -25,7 +25,9 @@ from modelexpress_core.errors import AccessDeniedError, IntegrityError, NotFound
 from modelexpress_core.loader import Loader
 from modelexpress_core.plugins import STORAGE, PluginManager
 from modelexpress_core.sources.cache_client import CacheClient
+from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.uri import ModelURI
+from modelexpress_core.wire.proto.modelexpress import p2p_pb2
 from tests.support.commands import Commands
 from tests.support.serving import Serving
 from tests.support.waiting import eventually
@@ -439,6 +441,25 @@ def test_a_load_goes_on_after_the_server_was_restarted(
         assert len(whole) == storage.compared().here_bytes  # type: ignore[attr-defined]
 
 
+def test_files_with_equal_bytes_have_one_blob(start: Callable[..., Serving], sharded: Path, tmp_path: Path) -> None:
+    """The version stays as it was verified: every file can be read, again and again."""
+    content = min(sharded.glob("*.safetensors")).read_bytes()
+    paths = ("config.json", "a/model.safetensors", "b/config.json", "b/model.safetensors")
+    with FakeHub() as hub:
+        for path in paths:
+            hub.put("org/twice", path, content if "safetensors" in path else b"{}")
+        serving = start(*cache_of(tmp_path / "cache"), **ALLOWED, **hub.environ())
+        uri = mx_uri(serving, "hf/org/twice")
+        for number in range(2):
+            with CacheClient.from_env(serving.url, {}) as client:
+                client.follow(client.open("hf/org/twice"))
+            copied = mx_api.pull(uri, tmp_path / str(number))
+
+            assert len(paths) == copied.files
+            assert content == (tmp_path / str(number) / "b" / "model.safetensors").read_bytes()
+    assert 2 == len(list((tmp_path / "cache" / "models--org--twice" / "blobs").iterdir()))
+
+
 # -- ranking -----------------------------------------------------------------------------------------------------------
 
 
@@ -473,6 +494,27 @@ def test_the_cache_of_the_server_is_tried_before_the_source(
     assert "MODEL_EXPRESS_URL names it" in explanation.places[0].reason
     assert cached == report.uri
     assert "hf://org/model" == str(Loader({}, None).candidates(Loader({}, None).request("hf://org/model"))[0].uri)
+
+
+def test_workers_are_found_without_a_way_to_the_source(
+    start: Callable[..., Serving], hub: FakeHub, tmp_path: Path
+) -> None:
+    """The cache tells the content version of the checkpoint, which is the one that the source tells."""
+    serving = start(*cache_of(tmp_path / "cache"), **ALLOWED, **hub.environ())
+    environ = {"MODEL_EXPRESS_URL": serving.url, "MODEL_EXPRESS_NO_SHARED_STORAGE": "1"}
+    identity = mx_api.own_identity("org/model", {})
+    version = mx_api.open_checkpoint("hf://org/model", environ=hub.environ()).content_version
+    assert version
+    with contextlib.closing(ServerClient.from_env(environ)) as client:
+        here = "127.0.0.1:9"
+        record = p2p_pb2.WorkerMetadata(status=p2p_pb2.SOURCE_STATUS_READY, worker_grpc_endpoint=here)
+        record.topology.update({"mx_transports": "grpc", "mx_endpoint": here})
+        client.publish(identity.with_content_version(version), record, "worker")
+    loader = Loader({**environ, "HF_ENDPOINT": "http://127.0.0.1:9"}, None)
+
+    found = loader.candidates(loader.request("hf://org/model", identity=identity))
+
+    assert ["grpc", "mx", "hf"] == [each.uri.scheme for each in found]
 
 
 @pytest.mark.parametrize("options", [(), ("--cache-dir",)])

@@ -347,6 +347,18 @@ def test_the_command_compares_the_content(mx: Run, lister: Lister, worker: Servi
     assert [["content_version", "1", version]] == places["other content"]["differences"]
 
 
+def test_content_that_the_uri_does_not_tell_may_be_given(
+    lister: Lister, worker: ServingWorker, checkpoint: str
+) -> None:
+    """A local file has no version; an engine may know its commit."""
+    lister.publish("w", f"127.0.0.1:{worker.port}")
+    lister.publish("other content", f"127.0.0.1:{worker.port}", _IDENTITY.with_content_version("2"))
+
+    found = mx.explain(checkpoint, model_name="acme/model", content_version="1", environ=lister.environ)
+
+    assert ("possible", "unusable") == (place_of(found, "w").status, place_of(found, "other content").status)
+
+
 def test_the_command_ends_with_the_code_of_the_error(mx: Run, tmp_path: Path) -> None:
     """1 if nothing can be loaded, 2 for a URI that is none."""
     missing = mx("explain", str(tmp_path / "nothing"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from devtools import azurite, kube_apiserver
+from devtools import azurite, helm, kube_apiserver
 from devtools.missing import ToolMissingError
 from devtools.packages import ROOT
 from devtools.redis_server import binary
@@ -120,3 +120,15 @@ def test_without_an_api_server_the_reason_is_where_it_is_looked_for(
     (tmp_path / "etcd").touch(mode=0o755)
 
     assert (tmp_path / "kube-apiserver", tmp_path / "etcd") == kube_apiserver.binaries()
+
+
+def test_without_helm_the_reason_is_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the checkout alone is used: messages differ between versions."""
+    monkeypatch.setattr(helm, "_ROOT", tmp_path)
+    with pytest.raises(ToolMissingError, match=r"^helm: run python -m devtools\.helm"):
+        helm.binary()
+
+    (tmp_path / ".tools" / "helm").mkdir(parents=True)
+    (tmp_path / ".tools" / "helm" / "helm").touch(mode=0o755)
+
+    assert str(tmp_path / ".tools" / "helm" / "helm") == helm.binary()

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import modelexpress_core as mx
+from devtools.fake_hub import FakeHub
 from devtools.seaweedfs import SeaweedFS
 from integrations.vllm.tests.workers import Server
 
@@ -202,6 +203,54 @@ def test_settings_of_the_integration_are_listed(run: Run) -> None:
     assert "hunter2" not in done.stdout
 
 
+def test_explain_shows_the_cache_of_the_server(run: Run, model: Path, tmp_path: Path) -> None:
+    """It is chosen for a name of the Hub; without variables that say so, and while the server is down, it is not."""
+    nowhere = "http://127.0.0.1:9"
+    cache = tmp_path / "server"
+    with FakeHub() as hub:
+        hub.upload(model, "org/tiny")
+        caching = {**hub.environ(), "MX_CACHE_SOURCES": "hf", "MX_CACHE_MIN_FREE_BYTES": "1"}
+        with Server("--cache-dir", str(cache), **caching) as server:
+            used = {
+                "MODEL_EXPRESS_URL": server.url,
+                "MODEL_EXPRESS_NO_SHARED_STORAGE": "1",
+                "HF_ENDPOINT": nowhere,
+                "HF_HUB_OFFLINE": "0",
+            }
+            streamed = run("explain-vllm", "org/tiny", "--json", **used)
+            shared = run(
+                "explain-vllm",
+                "org/tiny",
+                **{**used, "MODEL_EXPRESS_NO_SHARED_STORAGE": "0", "MODEL_EXPRESS_CACHE_DIRECTORY": str(cache)},
+            )
+            named = run("explain-vllm", "x/y", **{**used, "HF_ENDPOINT": hub.url}, MX_MODEL_URI="hf://org/tiny")
+            unused = run(
+                "explain-vllm",
+                "x/y",
+                MODEL_EXPRESS_URL=server.url,
+                MX_MODEL_URI="hf://org/tiny",
+                HF_ENDPOINT=hub.url,
+                HF_HUB_OFFLINE="0",
+            )
+    down = run("explain-vllm", "org/tiny", **{**used, "MODEL_EXPRESS_URL": nowhere})
+
+    [place] = [each for each in json.loads(streamed.stdout)["places"] if each["place"] != "other workers"]
+    assert place["place"].startswith(f"mx://{server.url.removeprefix('http://')}/hf/org/tiny?revision=")
+    assert ("chosen", 1, 4) == (place["status"], place["tensors"], place["bytes"])
+    assert place["why"].startswith("the server's cache has it, and vLLM gets the configuration from there")
+    assert f"{cache.as_uri()}/models--org--tiny/snapshots/" in shared.stdout
+    assert "because the server's cache has it, in MODEL_EXPRESS_CACHE_DIRECTORY, and vLLM gets" in shared.stdout
+    assert "/hf/org/tiny: chosen" in named.stdout
+    assert "because the server's cache has it, and MX_MODEL_URI names it" in named.stdout
+    assert "hf://org/tiny: next" in named.stdout
+    assert "hf://org/tiny: chosen" in unused.stdout
+    assert "the cache of the server: unusable" in unused.stdout
+    assert "no variable says that it is used; set MODEL_EXPRESS_NO_SHARED_STORAGE=1" in unused.stdout
+    assert "1. the cache of the server, for org/tiny: unusable" in down.stdout
+    assert "127.0.0.1:9" in down.stdout
+    assert "2. org/tiny: chosen" in down.stdout
+
+
 def test_explain_lists_workers_first(run: Run, model: Path, s3_server: SeaweedFS) -> None:
     """One that may be read, and one with another version of the checkpoint, which is not."""
     variables = {"MX_MODEL_URI": s3_server.upload(model, "models", "vllm/explained"), **s3_server.environ()}
@@ -220,7 +269,7 @@ def test_explain_lists_workers_first(run: Run, model: Path, s3_server: SeaweedFS
         shown = run("explain-vllm", "tiny", **variables).stdout
 
     assert found["usable"]
-    places = {place["status"]: place for place in found["places"]}
+    places = {each["status"]: each for each in found["places"] if each["place"] != "the cache of the server"}
     assert {"possible", "unusable", "chosen"} == places.keys()
     assert places["possible"]["place"].startswith("grpc://127.0.0.1:")
     assert "content_version is another" in places["unusable"]["problem"]

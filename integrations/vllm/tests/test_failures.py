@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -13,11 +14,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from devtools.seaweedfs import SeaweedFS
+from integrations.vllm.tests.workers import Server
 
 
 def _unused_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         return int(listening.getsockname()[1])
+
+
+def _first_tokens(result: dict[str, Any]) -> list[list[int]]:
+    """The first tokens of each prompt, without probabilities: sums of another number of ranks are rounded elsewhere."""
+    return [[token for token, _ in prompt[:3]] for prompt in result["tokens"]]
 
 
 def _with_unknown_field(file: bytes) -> bytes:
@@ -230,3 +237,69 @@ def test_without_fallback_a_failing_rank_ends_the_start(
     assert "error" in results[0]
     assert "the second rank may not read" in printed
     assert "vLLM's own loader" not in printed
+
+
+@pytest.mark.timeout(1800)
+def test_if_the_cache_of_the_server_fails_the_weights_come_from_mx_model_uri(
+    checkpoint: Callable[[str], Path],
+    s3_server: SeaweedFS,
+    generated: Callable[..., tuple[list[dict[str, Any]], str]],
+    faulty_plugin: str,
+    tmp_path: Path,
+) -> None:
+    """It is down, or knows no such token, or ends while two ranks read it; the log says why. Without it: an error."""
+    directory = checkpoint("llama")
+    uri = s3_server.upload(directory, "models", "vllm/cache-fails")
+    tokens = tmp_path / "tokens"
+    tokens.write_text(f"worker:{32 * 'a'}\n")
+    wrong = tmp_path / "token"
+    wrong.write_text(32 * "b")
+    caching = {**s3_server.environ(), "MX_CACHE_SOURCES": "s3,hf", "MX_CACHE_MIN_FREE_BYTES": "1"}
+    authenticating = {**caching, "MX_AUTH_MODE": "token", "MX_AUTH_TOKENS_PATH": str(tokens)}
+    down = f"http://127.0.0.1:{_unused_port()}"
+    with (
+        Server("--cache-dir", str(tmp_path / "ends"), **caching) as ends,
+        Server("--cache-dir", str(tmp_path / "ends-too"), **caching) as ends_too,
+        Server("--cache-dir", str(tmp_path / "refuses"), **authenticating) as refuses,
+    ):
+        environ = {**s3_server.environ(), "MX_MODEL_URI": uri, "MODEL_EXPRESS_NO_SHARED_STORAGE": "1"}
+        run = {"model": str(directory), "load_format": "mx", "tensor_parallel": 1}
+        servers: dict[str, dict[str, Any]] = {
+            down: {},
+            refuses.url: {"MX_AUTH_TOKEN_PATH": str(wrong)},
+        }
+        runs = [{**run, "environ": {**environ, "MODEL_EXPRESS_URL": url, **more}} for url, more in servers.items()]
+        kill = {**environ, "MODEL_EXPRESS_URL": ends_too.url, "TEST_KILL_SERVER": str(ends_too.process_id)}
+        for variables in ({**runs[1]["environ"]}, kill):
+            cached = variables["MODEL_EXPRESS_URL"].replace("http", "mx", 1)
+            runs.append({**run, "environ": {**variables, "MX_MODEL_URI": f"{cached}/s3/models/vllm/cache-fails"}})
+        results, printed = generated(
+            [{**run, "load_format": "auto"}, *runs], PYTHONPATH=faulty_plugin, MX_RETRY_ATTEMPTS="3"
+        )
+        [two_ranks], printed_by_two = generated(
+            [{**run, "tensor_parallel": 2}],
+            **environ,
+            PYTHONPATH=faulty_plugin,
+            MODEL_EXPRESS_URL=ends.url,
+            TEST_KILL_SERVER=str(ends.process_id),
+            MX_RETRY_ATTEMPTS="3",
+        )
+
+    own, *ours, refused, ended = results
+    assert "tokens" in own, own
+    assert [own] * 2 == ours
+    assert _first_tokens(own) == _first_tokens(two_ranks)
+    for each, loads in ((printed, 2), (printed_by_two, 2)):
+        assert ["s3"] * loads == re.findall(r"ModelExpress loaded (\w+)://", each)
+    lines = re.findall(r"ModelExpress reads .* from s3://.*because MX_MODEL_URI names it.*", printed)
+    assert 2 == len(lines)
+    for line, url in zip(lines, servers, strict=True):
+        assert f"mx://{url.removeprefix('http://')}/s3/models/vllm/cache-fails was tried first: " in line
+    assert "UNAUTHENTICATED" in lines[1]
+    assert "UNAUTHENTICATED" in refused.get("error", ""), refused
+    assert re.search(r"could not read .* of mx://.*UNAVAILABLE", ended.get("error", "")), ended
+    assert "because MX_MODEL_URI names it, and no worker is read: " in printed_by_two
+    assert ", and the server's cache is not used: it failed: " in printed_by_two
+    assert 2 == printed_by_two.count(
+        "ModelExpress loads the weights into a new model, because the server's cache failed"
+    )

@@ -79,6 +79,7 @@ def test_nothing_happens_in_a_process_that_is_no_worker() -> None:
     done = _python(
         "import os, socket, sys, threading\n"
         "os.environ['MODEL_EXPRESS_URL'] = 'http://127.0.0.1:9'\n"
+        "os.environ['MODEL_EXPRESS_NO_SHARED_STORAGE'] = '1'\n"
         "def refuse(*_): raise AssertionError('connects')\n"
         "socket.socket.connect = refuse\n"
         "import mx_vllm, mx_vllm.plugin\n"
@@ -93,3 +94,23 @@ def test_nothing_happens_in_a_process_that_is_no_worker() -> None:
 
     assert done.returncode == 0, done.stderr
     assert "0 new threads" == done.stdout.splitlines()[-1]
+
+
+def test_a_name_that_neither_the_server_nor_the_hub_has() -> None:
+    """With our formats the error is of the server; with others vLLM's own stays, also while it is offline."""
+    done = _python(
+        "import os, mx_vllm\n"
+        "os.environ.update(MODEL_EXPRESS_URL='http://127.0.0.1:9', MODEL_EXPRESS_NO_SHARED_STORAGE='1',\n"
+        "                  HF_HUB_OFFLINE='1', HF_HOME='/nonexistent')\n"
+        "from vllm.engine.arg_utils import EngineArgs\n"
+        "for load_format in ('auto', 'mx'):\n"
+        "    try:\n"
+        "        EngineArgs(model='org/tiny', load_format=load_format).create_engine_config()\n"
+        "    except Exception as exc:\n"
+        "        print('RAISED', type(exc).__name__, str(exc).splitlines()[0])"
+    )
+
+    own, ours = [line for line in done.stdout.splitlines() if line.startswith("RAISED")]
+    assert "RAISED LocalEntryNotFoundError" in own, done.stderr
+    assert "RAISED ModelExpressError configuration and tokenizer of org/tiny do not come from the server" in ours
+    assert "127.0.0.1:9" in ours

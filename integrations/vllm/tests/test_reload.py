@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from devtools.seaweedfs import SeaweedFS
+from integrations.vllm.tests.workers import Server
 
 Reloaded = Callable[..., tuple[list[list[Any]], str]]
 
@@ -26,7 +27,7 @@ def reloaded(run_vllm: Callable[..., tuple[Any, str]]) -> Reloaded:
     return reloaded
 
 
-def _engine(model: Path, *steps: Any, **options: Any) -> dict[str, Any]:
+def _engine(model: Path | str, *steps: Any, **options: Any) -> dict[str, Any]:
     return {"model": str(model), "load_format": "mx", "steps": list(steps), **options}
 
 
@@ -51,7 +52,11 @@ _FORWARD = ["forward"]
 
 @pytest.mark.timeout(1800)
 def test_a_reload_restores_every_parameter(
-    checkpoint: Callable[[str], Path], s3_server: SeaweedFS, reloaded: Reloaded
+    checkpoint: Callable[[str], Path],
+    s3_server: SeaweedFS,
+    caching: tuple[Server, Path],
+    reloaded: Reloaded,
+    tmp_path: Path,
 ) -> None:
     """After vLLM has zeroed all parameters, checksums and tokens are those of the start, also of quantised models."""
     steps = (_TOKENS, _CHECKSUMS, _RESET, _CHECKSUMS, _RELOADED, _TOKENS, _CHECKSUMS)
@@ -64,16 +69,20 @@ def test_a_reload_restores_every_parameter(
     engines.append(_engine(llama, *steps, quantization=online, environ={"MX_MODEL_URI": str(llama)}))
     bucket = {"MX_MODEL_URI": s3_server.upload(llama, "models", "vllm/reload"), **s3_server.environ()}
     engines.append(_engine(llama, *steps, environ=bucket))
+    server, _ = caching
+    streamed = {"MX_MODEL_URI": "", "MODEL_EXPRESS_URL": server.url, "MODEL_EXPRESS_NO_SHARED_STORAGE": "1"}
+    engines.append(_engine("org/llama", *steps, environ=streamed))
 
-    results, printed = reloaded(engines)
+    results, printed = reloaded(engines, XDG_CACHE_HOME=str(tmp_path))
 
-    for name, result in zip((*names, online, "llama from S3"), results, strict=True):
+    for name, result in zip((*names, online, "llama from S3", "llama from the cache"), results, strict=True):
         tokens, checksums, _, zeroed, answer, tokens_after, checksums_after = result
         assert [None] == answer, (name, answer)
         assert checksums != zeroed, name
         assert checksums == checksums_after, name
         assert tokens == tokens_after, name
     assert 2 * len(engines) == printed.count("ModelExpress loaded ")
+    assert 2 == printed.count("ModelExpress loaded mx://")
     assert "buffers to load" not in printed
 
 

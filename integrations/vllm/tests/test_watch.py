@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from prometheus_client import CollectorRegistry
 
 from modelexpress_core import LoadReport
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
+from modelexpress_core.report import SourceReport
 from mx_vllm._metrics import LoadMetrics
 from mx_vllm._watch import LoadWatch
 
@@ -47,11 +49,12 @@ _REPORT = LoadReport(
     requests=1000,
     retries=3,
     concurrency=32,
-    verified={},
+    verified={"versions": 4, "sizes": 4, "digests": 0},
     materialised_operations={},
     meta_destinations=0,
     peak_rss_bytes=1,
 )
+_WORKER = SourceReport("grpc://worker:6555/source/worker", 1, 1.0)
 _FAILED = LoadFailed("2", "file:///model", OSError(), seconds=2.0)
 
 
@@ -108,7 +111,33 @@ def test_log_lines_of_a_load(
     assert summary.startswith(
         "ModelExpress loaded s3://bucket/model: 8.03 GB fetched (8030000000 bytes), 8.00 GB needed"
     )
-    assert summary.endswith("12.00 kB materialised, 1.33 GB/s, 3 retries, 6.00 s (open 0.50 s, load 5.50 s)")
+    assert summary.endswith(
+        "12.00 kB materialised, verified: versions of 4 files, 1.33 GB/s, 3 retries, 6.00 s (open 0.50 s, load 5.50 s)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"bytes_compared": 7_000_000_000, "bytes_compared_by_server": 1_000_000_000, "channel": "bulk channel"},
+            "verified: 7.00 GB compared here and 1.00 GB by the server and versions of 4 files",
+        ),
+        ({"verified": {"digests": 4, "versions": 4}}, "verified: digests of 4 files and versions of 4 files"),
+        ({"verified": {"sizes": 4}}, "verified: sizes"),
+        ({"verified": {"digests": 9}, "sources": [_WORKER]}, "verified: digests of 9 chunks"),
+        ({"verified": {"digests": 9}, "sources": [_WORKER] * 3}, "verified: digests of 9 chunks from 3 workers"),
+        ({"verified": {}, "sources": [_WORKER]}, "verified: nothing"),
+    ],
+)
+def test_the_summary_says_what_was_verified(
+    changes: dict[str, Any], expected: str, watching: Watching, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the manifest of a cache, by digests of files, by workers, or by nothing but sizes."""
+    watching().mx_load_finished(LoadFinished("1", attrs.evolve(_REPORT, **changes)))
+
+    assert f", {expected}, 1.33 GB/s" in caplog.text
+    assert ("over bulk channel" in caplog.text) == ("channel" in changes)
 
 
 def test_other_ranks_log_only_their_summary(

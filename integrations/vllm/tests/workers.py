@@ -12,36 +12,52 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelexpress_core.uri import ModelURI
 from tests.support.waiting import eventually
 
-__all__ = ["Engine", "Server"]
+__all__ = ["NIXL", "NO_NIXL", "Engine", "Server", "Start", "install_unpacked_plugin", "scheme"]
+
+#: Variables of an engine that offers its weights over NIXL too, and of one that reads over gRPC alone.
+NIXL = {"MX_NIXL_OFFER": "1", "NIXL_LOG_LEVEL": "WARN"}
+NO_NIXL = {"MX_DISABLED_PLUGINS": "mx-nixl"}
 
 _SECONDS = 600
 
 _UNPACKED = Path(__file__).with_name("unpacked_plugin.py")
 
 
-def _install(plugin: Path, directory: Path) -> None:
-    """Make a general plugin of vLLM importable from ``directory``."""
-    shutil.copy(plugin, directory)
+def install_unpacked_plugin(directory: Path) -> None:
+    """Make ``unpacked_plugin`` importable from ``directory``, under the name ``unpacked`` in ``VLLM_PLUGINS``."""
+    shutil.copy(_UNPACKED, directory)
     information = directory / "unpacked_plugin-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: unpacked-plugin\nVersion: 1.0\n")
-    entry_point = "[vllm.general_plugins]\nunpacked = unpacked_plugin:keep_parameters\n"
+    entry_point = "[vllm.general_plugins]\nunpacked = unpacked_plugin:keep_parameters_and_experts\n"
     (information / "entry_points.txt").write_text(entry_point)
 
 
-class Server:
-    """``mx serve`` on free ports of loopback, until the end of the ``with`` block."""
+def scheme(uri: str) -> str:
+    """Return the scheme of a place that an engine loaded from."""
+    return ModelURI.parse(uri).scheme
 
-    def __init__(self) -> None:
+
+class Server:
+    """``mx serve`` on free ports of loopback, until the end of the ``with`` block.
+
+    Args:
+        *arguments: More options.
+        **environ: More variables.
+    """
+
+    def __init__(self, *arguments: str, **environ: str) -> None:
         here = ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "modelexpress_core", "serve", *here],
+            [sys.executable, "-m", "modelexpress_core", "serve", *here, *arguments],
+            env={**os.environ, **environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -61,6 +77,11 @@ class Server:
         self._reading.join()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+    @property
+    def process_id(self) -> int:
+        """Its process."""
+        return self._process.pid
 
     def sources(self) -> list[dict[str, Any]]:
         """Return what ``mx sources`` lists."""
@@ -102,7 +123,7 @@ class Engine:
 
     def __init__(self, options: Mapping[str, Any], environ: Mapping[str, str], *, packed: bool = False) -> None:
         self._plugin = tempfile.TemporaryDirectory()
-        _install(_UNPACKED, Path(self._plugin.name))
+        install_unpacked_plugin(Path(self._plugin.name))
         paths = [self._plugin.name, environ.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))]
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py")), json.dumps(dict(options))],
@@ -111,7 +132,7 @@ class Engine:
                 "VLLM_PLUGINS": "modelexpress" if packed else "modelexpress,unpacked",
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if options.get("tensor_parallel_size", 1) > 1 else "0",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if "distributed_executor_backend" in options else "0",
                 "VLLM_NO_USAGE_STATS": "1",
                 "HF_HUB_OFFLINE": "1",
                 "MX_WORKER_HOST": "127.0.0.1",
@@ -186,3 +207,7 @@ class Engine:
     def loaded_from(self) -> Sequence[str]:
         """Return where its loads read from, in order."""
         return re.findall(r"ModelExpress loaded (\S+):", self.log)
+
+
+#: Starts an engine: ``start(model, uri, environ, packed=False, **options)``.
+Start = Callable[..., Engine]

@@ -271,12 +271,14 @@ class Download:
     def _published(self, layout: Layout) -> Record:
         stored: list[StoredFile] = []
         blobs: set[str] = set()
+        put: dict[str, os.stat_result] = {}  # files with equal bytes have one blob
         for file in self.files:
             _, digests = self._digests[file.path]
             blob = layout.blob(file, content_address(file.size, digests))
             path = os.path.join(self._root, blob)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            found = self._kept_blob(blob) or _put(os.path.join(self.directory, file.path), path)
+            found = put.get(blob) or self._kept_blob(blob) or _put(os.path.join(self.directory, file.path), path)
+            put[blob] = found
             stored.append(StoredFile(file, blob, found.st_ino, found.st_mtime_ns))
             blobs.add(os.path.dirname(path))
         for directory in blobs:

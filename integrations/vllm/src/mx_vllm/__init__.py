@@ -21,16 +21,10 @@ def register() -> None:
         from mx_vllm._vllm import call_before_engine_starts, check_version, register_load_format
 
         check_version()
-        from mx_vllm._checks import check_settings, warn_of_other_format
         from mx_vllm._loader import MxModelLoader
+        from mx_vllm._start import keeps_name, starting
 
-        def check(load_format: str) -> None:
-            if load_format in LOAD_FORMATS:
-                check_settings()
-            else:
-                warn_of_other_format(load_format)
-
-        call_before_engine_starts(check)
+        call_before_engine_starts(starting, keeps_name)
         for load_format in LOAD_FORMATS:
             register_load_format(load_format, MxModelLoader)
     except Exception:  # noqa: BLE001 - see above

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import attrs
@@ -14,13 +13,15 @@ from attrs import frozen
 import modelexpress_core as mx
 from modelexpress_core import ModelExpressError, ModelURI, PluginManager
 from modelexpress_core.cli.output import JsonOption, console, print_json, verbatim
+from modelexpress_core.contracts.candidates import Skipped
 from modelexpress_core.loader import Loader
 from modelexpress_core.messages import hide_credentials
 from modelexpress_core.report import format_bytes, format_files
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.discovery.finding import finds_workers
 from modelexpress_core.uri import redacted
-from mx_vllm._names import name_of
+from mx_vllm._hub_models import HubName, find_in_cache, hub_directory, is_from_server, why_in_cache
+from mx_vllm._names import content_of_snapshot, name_of
 from mx_vllm._serve import default_directory
 from mx_vllm.settings import VllmSettings
 
@@ -64,7 +65,7 @@ def explain(
 ) -> None:
     """Show the places that `vllm serve MODEL --load-format mx` would try, best first, and which it would choose.
 
-    Reads headers only, and downloads nothing.
+    Reads headers only, and downloads nothing. A server whose cache is used begins to download the model.
     """
     places = _ranked(model, from_env(VllmSettings, os.environ))
     usable = any(place.status == "chosen" for place in places)
@@ -88,33 +89,76 @@ def _ranked(model: str, settings: VllmSettings) -> list[Place]:
 def _candidates(model: str, settings: VllmSettings) -> Iterator[Place]:
     loader = Loader(None, PluginManager.discover())
     is_uri = "://" in model
-    yield from _workers(model, settings)
+    found, problem = _found(model, loader) if settings.model_uri is None and not is_uri else (None, None)
+    yield from _workers(model, settings, found)
     if settings.model_uri is not None:
         yield from _opened(loader, settings.model_uri, "MX_MODEL_URI names it")
     elif is_uri:
         why = "it is the given URI; to serve it, set MX_MODEL_URI or run `mx vllm`"
         yield from _opened(loader, model, why)
     else:
-        yield from _found_by_vllm(loader, model)
-    if not is_uri and settings.may_fall_back:
+        yield from _found_by_vllm(loader, model, found, problem)
+    if not is_uri and settings.may_fall_back and not (found is not None and found.streamed):
         yield _fallback(model)
 
 
-def _workers(model: str, settings: VllmSettings) -> Iterator[Place]:
+@frozen
+class _Found:
+    """Where the weights of vLLM's ``--model`` are.
+
+    Attributes:
+        uri: Their place.
+        content_version: Of what is there; empty if nobody knows it.
+        why: Why vLLM reads them there.
+        streamed: Whether vLLM has none of its files, so that its own loader has nothing to read.
+    """
+
+    uri: str
+    content_version: str
+    why: str
+    streamed: bool = False
+
+
+def _found(model: str, loader: Loader) -> tuple[_Found | None, Place | None]:
+    """Return where the weights of a directory or a name of the Hub are, and the server's cache if it cannot be used."""
+    folder = model if os.path.isdir(model) else hub_directory(HubName(model))
+    if folder is not None:
+        where = "" if folder == model else ", in the cache of the Hugging Face Hub"
+        why = f"vLLM finds it for its model{where}, and MX_MODEL_URI is not set"
+        return _Found(folder, content_of_snapshot(os.path.abspath(folder)), why), None
+    if not is_from_server(HubName(model), os.environ):
+        return None, None
+    why = "vLLM gets the configuration from there, and MX_MODEL_URI is not set"
+    skipped: list[Skipped] = []
+    try:
+        place = find_in_cache(HubName(model), loader.plugins, os.environ, skipped.append)
+    except ModelExpressError as exc:
+        return None, Place(
+            f"the cache of the server, for {_shown(model)}",
+            "variables say so",
+            "unusable",
+            "ModelExpress",
+            problem=str(exc),
+        )
+    return _Found(str(place.uri), place.content_version, why, place.directory is None), _first_skipped(skipped)
+
+
+def _workers(model: str, settings: VllmSettings, found: _Found | None) -> Iterator[Place]:
     """Yield the workers of the model that a server lists, and why others are not read."""
     if not finds_workers(os.environ):
         return
     is_uri = "://" in model
-    uri = settings.model_uri or (model if is_uri or os.path.isdir(model) else _in_hub_cache(model))
-    if uri is None:
+    uri = settings.model_uri or (model if is_uri else "") or (found.uri if found is not None else "")
+    if not uri:
         return
     name = default_directory(ModelURI.parse(model)).name if is_uri else name_of(model)
+    content = found.content_version if found is not None and uri == found.uri else ""
     try:
-        found = mx.explain(uri, model_name=name).places
+        places = mx.explain(uri, model_name=name, content_version=content).places
     except ModelExpressError as exc:
         yield Place("other workers", "MODEL_EXPRESS_URL is set", "unusable", "ModelExpress", problem=str(exc))
         return
-    for place in found:
+    for place in places:
         if not place.worker_id and place.place != "other workers":
             continue
         why = place.reason if place.status == "possible" else f"it holds {name}, or a part of it"
@@ -123,9 +167,11 @@ def _workers(model: str, settings: VllmSettings) -> Iterator[Place]:
 
 
 def _opened(loader: Loader, uri: str, why: str) -> Iterator[Place]:
-    for candidate in loader.candidates(loader.request(uri)):
-        reason = why if candidate.origin == "caller" else f"{candidate.origin} found it"
+    skipped: list[Skipped] = []
+    request = attrs.evolve(loader.request(uri), on_skipped=skipped.append)
+    for candidate in loader.candidates(request):
         place = str(candidate.uri)
+        reason = ", and ".join(filter(None, (why_in_cache(place, os.environ), why)))
         try:
             checkpoint = loader.open_headers(candidate)
         except ModelExpressError as exc:
@@ -134,24 +180,27 @@ def _opened(loader: Loader, uri: str, why: str) -> Iterator[Place]:
         reader = f"ModelExpress, with {checkpoint.provider}"
         sizes = (len(checkpoint.tensors), len(checkpoint.files), checkpoint.tensor_bytes)
         yield Place(place, reason, "chosen", reader, *sizes)
+    left_out = _first_skipped(skipped)
+    if left_out is not None:
+        yield left_out
 
 
-def _found_by_vllm(loader: Loader, model: str) -> Iterator[Place]:
-    folder = model if os.path.isdir(model) else _in_hub_cache(model)
-    if folder is None:
+def _first_skipped(skipped: Sequence[Skipped]) -> Place | None:
+    """Return why the cache of the server is left out."""
+    for each in skipped:
+        problem = "; ".join(filter(None, (*each.reasons, each.hint)))
+        return Place(each.place, "MODEL_EXPRESS_URL names it", "unusable", "ModelExpress", problem=problem)
+    return None
+
+
+def _found_by_vllm(loader: Loader, model: str, found: _Found | None, problem: Place | None) -> Iterator[Place]:
+    if found is not None:
+        yield from _opened(loader, found.uri, found.why)
+    if problem is not None:
+        yield problem
+    if found is None:
         why = "MX_MODEL_URI is not set, and there is no such directory: vLLM downloads it from the Hugging Face Hub"
         yield Place(_shown(model), why, "chosen", "ModelExpress, after the download")
-        return
-    where = "" if folder == model else ", in the cache of the Hugging Face Hub"
-    yield from _opened(loader, folder, f"vLLM finds it for its model{where}, and MX_MODEL_URI is not set")
-
-
-def _in_hub_cache(model: str) -> str | None:
-    with contextlib.suppress(Exception):  # not installed, unknown name, not downloaded: vLLM will report it
-        from huggingface_hub import snapshot_download
-
-        return str(snapshot_download(model, local_files_only=True))
-    return None
 
 
 def _shown(model: str) -> str:

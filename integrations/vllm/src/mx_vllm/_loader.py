@@ -20,8 +20,9 @@ from modelexpress_core.loads.destination import Destination, DestinationTouchedE
 from modelexpress_core.messages import listed
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.discovery.finding import finds_workers
+from mx_vllm._hub_models import is_cache_used, streamed_uri, why_in_cache, why_not_in_cache, without_cache
 from mx_vllm._identity import Worker, number_of, tensors_of
-from mx_vllm._names import content_of_snapshot
+from mx_vllm._names import content_of_snapshot, name_of
 from mx_vllm._peers import PeerResult, load_from_peers
 from mx_vllm._publishing import Publication, watch_changes
 from mx_vllm._reload import (
@@ -40,6 +41,8 @@ from mx_vllm._vllm import (
     discard_reload,
     finish_reload,
     forgotten_layers,
+    has_own_files,
+    is_draft,
     is_first_rank,
     layers_with_packed_copies,
     must_be_loaded,
@@ -53,7 +56,7 @@ from mx_vllm._vllm import (
     sources_of,
     why_weights_do_not_travel,
 )
-from mx_vllm._watch import LoadWatch
+from mx_vllm._watch import LoadWatch, headline_of
 from mx_vllm.settings import VllmSettings
 
 if TYPE_CHECKING:
@@ -68,7 +71,7 @@ _log = logging.getLogger("vllm.modelexpress")
 
 
 class MxModelLoader(BaseModelLoader):
-    """Reads weights through ModelExpress: from another worker, from MX_MODEL_URI, or from the files that vLLM finds.
+    """Reads weights through ModelExpress: from another worker, MX_MODEL_URI, the server, or the files that vLLM finds.
 
     From a checkpoint, the model gets the weights as deferred tensors. Only the parts that it copies are read, straight
     into its parameters, so that each rank reads only its own bytes. From another worker, its parameters and buffers
@@ -95,30 +98,31 @@ class MxModelLoader(BaseModelLoader):
         self._content_version = ""
         self._why_no_worker = ""
         self._processed = contextlib.ExitStack()
-        self._is_draft_model = False
+        self._is_draft_model = self._has_own_files = False
         self._may_fall_back = False
         self._destination = Destination()
+        self._uses_cache = True
+        self._read_from_cache = False
+        self._why_no_cache = ""
         self._reason = ""
         self._explicit_path: str | None = None
 
     def download_model(self, model_config: ModelConfig) -> None:
-        """Download the files, unless MX_MODEL_URI is set, or only workers are read."""
-        if self._settings.model_uri is None and self._reads_storage:
+        """Download the files, unless they come from MX_MODEL_URI or the server, or only workers are read."""
+        if self._settings.model_uri is None and self._reads_storage and streamed_uri(model_config.model) is None:
             self._own.download_model(model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Return the model with its weights. If ModelExpress fails on any rank, vLLM's own loader may load all ranks.
 
         MX_FALLBACK says whether it may; by default it may not if MX_MODEL_URI is set, since its weights may be others.
-        There is no fallback for a draft model on several ranks.
 
         Raises:
             ModelExpressError: The weights cannot be read, and there is no fallback.
         """
-        # A draft model of speculative decoding has separate files, and not every rank loads it.
-        self._is_draft_model = model_config is not vllm_config.model_config
-        ranks_agree = not self._is_draft_model or vllm_config.parallel_config.world_size == 1
-        self._may_fall_back = ranks_agree and self._reads_storage and self._is_fallback_allowed()
+        self._is_draft_model = is_draft(vllm_config, model_config)
+        self._has_own_files = self._is_draft_model and has_own_files(vllm_config, model_config)
+        self._may_fall_back = self._reads_storage and self._is_fallback_allowed(model_config)
         self._vllm_config = vllm_config
 
         def build() -> nn.Module:
@@ -132,14 +136,14 @@ class MxModelLoader(BaseModelLoader):
 
         with forgotten_layers(vllm_config) as forget:
             try:
-                try:
-                    return build()
-                except _WorkerFailedError as exc:
-                    failure = str(exc)
-                # The half-written model was freed with the traceback that referred to it.
-                forget()
-                _log.warning("ModelExpress loads the weights into a new model, because %s", failure)
-                return build()
+                while True:  # once without workers, once without the cache of the server
+                    try:
+                        return build()
+                    except _SourceFailedError as exc:
+                        failure = str(exc)
+                    # The half-written model was freed with the traceback that referred to it.
+                    forget()
+                    _log.warning("ModelExpress loads the weights into a new model, because %s", failure)
             except DestinationTouchedError:
                 pass
             finally:
@@ -169,18 +173,31 @@ class MxModelLoader(BaseModelLoader):
                 return
         if not self._reads_storage and not self._is_draft_model:
             raise self._no_worker_error()
-        if not self._may_fall_back:
+        has_other_source = self._has_source_besides_cache()
+        if not self._may_fall_back and not has_other_source:
             self._load(model, model_config)
             return
         self._reason = ""
+        failure: Exception | None = None
         try:
             self._load(model, model_config)
-        except Exception as exc:  # noqa: BLE001 - after any error, vLLM's own loader may succeed
-            self._reason = str(exc) if isinstance(exc, ModelExpressError) else _headline(exc)
+        except Exception as exc:  # noqa: BLE001 - after any error, another source may succeed
+            failure = exc
+            self._reason = str(exc) if isinstance(exc, ModelExpressError) else headline_of(exc)
         # All ranks must use the same source and the same steps.
-        failed, touched = any_rank([bool(self._reason), self._destination.touched])
+        lost_cache = failure is not None and self._read_from_cache
+        failed, touched, lost_cache = any_rank(
+            [failure is not None, self._destination.touched, lost_cache], of_draft=self._is_draft_model
+        )
         if not failed:
             return
+        if has_other_source and lost_cache:
+            self._uses_cache = False
+            self._why_no_cache = "another rank could not load from it" if failure is None else headline_of(failure)
+            failure = None  # its traceback refers to the half-written model
+            raise _SourceFailedError(f"the server's cache failed: {self._why_no_cache}")
+        if not self._may_fall_back:
+            raise failure or self._other_rank_error()
         self._warn_of_failure(touched=touched)
         if touched:
             self._destination.touch()  # also if only another rank's was touched: all ranks create their models again
@@ -196,14 +213,14 @@ class MxModelLoader(BaseModelLoader):
         try:
             self._worker = Worker.of(vllm_config, model_config, model)
         except Exception as exc:  # noqa: BLE001 - storage needs no description
-            self._why_no_worker = f"this worker could not be described: {_headline(exc)}"
+            self._why_no_worker = f"this worker could not be described: {headline_of(exc)}"
             _log.warning("ModelExpress neither reads from workers nor offers: %s", self._why_no_worker)
 
     def _load_from_workers(self, model: nn.Module, model_config: ModelConfig) -> bool:
         """Load the weights from other workers; return whether all ranks have them.
 
         Raises:
-            _WorkerFailedError: The load failed on some rank after it had begun to write on one, so that all ranks must
+            _SourceFailedError: The load failed on some rank after it had begun to write on one, so that all ranks must
                 create their models again.
         """
         result = self._read_workers(model, model_config)
@@ -220,7 +237,7 @@ class MxModelLoader(BaseModelLoader):
             self._reads_workers = False
             if not self._reads_storage:
                 raise self._no_worker_error()
-            raise _WorkerFailedError(self._why_no_worker)
+            raise _SourceFailedError(self._why_no_worker)
         return False
 
     def _read_workers(self, model: nn.Module, model_config: ModelConfig) -> PeerResult:
@@ -231,17 +248,19 @@ class MxModelLoader(BaseModelLoader):
             return PeerResult(reason=reason)
         sources = sources_of(model, model_config)
         try:
-            uri = self._settings.model_uri or safetensors_of(self._own, sources[0])
+            streamed = streamed_uri(sources[0].model) if self._settings.model_uri is None else None
+            uri = self._settings.model_uri or streamed or safetensors_of(self._own, sources[0])
         except Exception as exc:  # noqa: BLE001 - the load from storage reports it
-            return PeerResult(reason=_headline(exc))
+            return PeerResult(reason=headline_of(exc))
         if len(sources) > 1 or uri is None:
             return PeerResult(reason="its weights come from more than one safetensors checkpoint")
         watch, plugins = self._observed(model_config)
         watch.why = "it holds the same tensors of the same version of the checkpoint"
+        path = sources[0].model if streamed else uri
         return load_from_peers(
             tensors_of(model),
             uri,
-            self._worker.identity(model, "" if "://" in uri else content_of_snapshot(uri)),
+            self._worker.identity(model, "" if "://" in uri and uri != streamed else content_of_snapshot(path)),
             worker_rank=self._worker.rank,
             plugins=plugins,
             wait_seconds=0.0 if self._reads_storage else self._settings.query_timeout_seconds,
@@ -255,9 +274,11 @@ class MxModelLoader(BaseModelLoader):
 
     # -- storage ------------------------------------------------------------------------------------------------------
 
-    def _is_fallback_allowed(self) -> bool:
-        # MX_MODEL_URI is not the address of a draft model.
-        return self._settings.may_fall_back or (self._is_draft_model and self._settings.fallback is None)
+    def _is_fallback_allowed(self, model_config: ModelConfig) -> bool:
+        if streamed_uri(model_config.model) is not None and self._settings.fallback is None:
+            return False  # the files of vLLM's model are all but the weights
+        # MX_MODEL_URI is not the address of a draft model with files of its own.
+        return self._settings.may_fall_back or (self._has_own_files and self._settings.fallback is None)
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> PendingWeights:
         """Prepare a reload of ``model`` in place, which vLLM's ``reload_weights`` performs with the result.
@@ -287,7 +308,7 @@ class MxModelLoader(BaseModelLoader):
             try:
                 loaded = self._reload(model, model_config, load_weights, shared)
             except BaseException as exc:
-                refuse_to_run(model, _headline(exc))
+                refuse_to_run(model, headline_of(exc))
                 try:
                     discard_reload(model, model_config)
                 except Exception:  # noqa: BLE001 - the error of the reload matters more
@@ -367,6 +388,7 @@ class MxModelLoader(BaseModelLoader):
         required: Mapping[str, torch.Tensor] | None,
     ) -> _Opened:
         """Open all sources, until ``stack`` ends. ``required``: parameters that each of them must write."""
+        self._read_from_cache = False
         watch, plugins = self._observed(model_config)
         opened = _Opened()
         for source in sources:
@@ -375,7 +397,11 @@ class MxModelLoader(BaseModelLoader):
                 _log.info("vLLM reads the weights itself, because its files are not a safetensors checkpoint")
                 opened.parts.append(own_weights(self._own, source))
                 continue
-            block = stack.enter_context(mx.deferred_weights(uri, model=required, plugins=plugins))
+            if self._is_streamed(source, uri):
+                opened.commit = content_of_snapshot(source.model)
+            environ = os.environ if self._uses_cache else without_cache(os.environ)
+            block = stack.enter_context(mx.deferred_weights(uri, model=required, environ=environ, plugins=plugins))
+            self._read_from_cache |= bool(why_in_cache(str(block.checkpoint.uri), environ))
             opened.blocks.append(block)
             opened.parts.append(_Prefixed(source.prefix, block))
         return opened
@@ -384,7 +410,8 @@ class MxModelLoader(BaseModelLoader):
         """Return the plugins of a load, and the one of them that logs and counts it."""
         share_log_handlers(logging.getLogger("modelexpress_core"))
         plugins = mx.PluginManager.discover()
-        watch = LoadWatch(_log, model_config.model, first_rank=is_first_rank(), bar=self.load_config.use_tqdm_on_load)
+        model = model_config.model if streamed_uri(model_config.model) is None else name_of(model_config.model)
+        watch = LoadWatch(_log, model, first_rank=is_first_rank(), bar=self.load_config.use_tqdm_on_load)
         plugins.register(watch, name="mx-vllm-watch")
         return watch, plugins
 
@@ -403,15 +430,37 @@ class MxModelLoader(BaseModelLoader):
         if source.primary and self._explicit_path is not None:
             watch.why = "reload_weights names it"
             return self._explicit_path if "://" in self._explicit_path else safetensors_of(self._own, source)
-        if source.primary and self._settings.model_uri is not None and not self._is_draft_model:
-            watch.why = "MX_MODEL_URI names it" + self._no_worker()
+        if source.primary and self._settings.model_uri is not None and not self._has_own_files:
+            watch.why = "MX_MODEL_URI names it" + self._no_worker() + self._no_cache(self._settings.model_uri)
             return self._settings.model_uri
+        streamed = streamed_uri(source.model) if source.primary else None
+        if streamed is not None:
+            watch.why = "vLLM's configuration came from there" + self._no_worker()
+            return streamed
         watch.why = "vLLM found it for its model" + (" and MX_MODEL_URI is not set" if source.primary else "")
         watch.why += self._no_worker()
         return safetensors_of(self._own, source)
 
+    @staticmethod
+    def _is_streamed(source: Source, uri: str) -> bool:
+        return source.primary and uri == streamed_uri(source.model)
+
     def _no_worker(self) -> str:
         return f", and no worker is read: {self._why_no_worker}" if self._why_no_worker else ""
+
+    def _no_cache(self, uri: str) -> str:
+        reason = why_not_in_cache(uri, os.environ) if self._uses_cache else f"it failed: {self._why_no_cache}"
+        return f", and the server's cache is not used: {reason}" if reason else ""
+
+    def _has_source_besides_cache(self) -> bool:
+        """Whether MX_MODEL_URI can be read if the cache of the server fails; the same on all ranks."""
+        if self._has_own_files or self._settings.model_uri is None or not self._uses_cache:
+            return False
+        return is_cache_used(os.environ) and not why_in_cache(self._settings.model_uri, os.environ)
+
+    @staticmethod
+    def _other_rank_error() -> ModelExpressError:
+        return IncompleteLoadError("another rank could not load its weights", hint="its log says why")
 
     def _warn_of_failure(self, *, touched: bool) -> None:
         into = "a new model" if touched else "the model, which is still unchanged"
@@ -437,8 +486,8 @@ class MxModelLoader(BaseModelLoader):
             raise IncompleteLoadError(message, cause=cause, hint=hint) from exc
 
 
-class _WorkerFailedError(ModelExpressError):
-    """A load from workers failed after it had begun to write: the model must be created again."""
+class _SourceFailedError(ModelExpressError):
+    """A load from workers or from the server failed after it had begun to write: the model must be created again."""
 
 
 class _Opened:
@@ -447,7 +496,10 @@ class _Opened:
     Attributes:
         blocks: Those that ModelExpress reads.
         parts: The weights of each source, with their prefix.
+        commit: Content version of a commit of the Hub, if one was asked for.
     """
+
+    commit: str = ""
 
     def __init__(self) -> None:
         self.blocks: list[mx.DeferredWeights] = []
@@ -470,6 +522,8 @@ class _Opened:
         """Return the version of what was loaded, once it was; empty if other machines cannot tell it."""
         if len(self.blocks) != 1 or len(self.parts) != 1 or self.blocks[0].report is None:
             return ""
+        if self.commit:
+            return self.commit
         uri = self.blocks[0].checkpoint.uri
         return self.blocks[0].report.content_version or (content_of_snapshot(uri.path) if uri.scheme == "file" else "")
 
@@ -484,10 +538,6 @@ class _Opened:
             for file in block.checkpoint.files:
                 digest.update(repr((file.name, file.size, None if local else file.version)).encode())
         return int.from_bytes(digest.digest()[:8], "big") >> 2
-
-
-def _headline(exc: BaseException) -> str:
-    return exc.headline if isinstance(exc, ModelExpressError) else f"{type(exc).__name__}: {exc}"
 
 
 class _Prefixed:

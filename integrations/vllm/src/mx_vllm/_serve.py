@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -10,26 +9,24 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from modelexpress_core import ModelExpressError, ModelURI, PluginManager, pull
+from modelexpress_core import ModelURI, PluginManager
 from modelexpress_core.cli.output import status_console
 from modelexpress_core.errors import CheckpointError, PluginLoadError
 from mx_vllm import LOAD_FORMATS
 from mx_vllm._checks import check_settings
+from mx_vllm._directories import cache_directory
+from mx_vllm._small_files import CONFIGURATIONS, copy_small_files
 
 __all__ = ["default_directory", "vllm"]
 
 #: Endings of a URI that names a file of the model, not its directory.
 _WEIGHTS_SUFFIXES = (".safetensors", ".safetensors.index.json")
-
-#: Files that tell vLLM the architecture; the second is Mistral's format.
-_CONFIGURATIONS = ("config.json", "params.json")
 
 
 def vllm(
@@ -106,7 +103,7 @@ def _directory_of(uri: ModelURI) -> ModelURI:
 
 
 def _check_model(directory: Path, uri: ModelURI) -> None:
-    if any((directory / name).is_file() for name in _CONFIGURATIONS):
+    if any((directory / name).is_file() for name in CONFIGURATIONS):
         return
     raise CheckpointError(
         f"{uri} holds no config.json, so vLLM cannot determine the architecture",
@@ -118,31 +115,13 @@ def _check_model(directory: Path, uri: ModelURI) -> None:
 
 def default_directory(uri: ModelURI) -> Path:
     """Return where configuration and tokenizer of the model at ``uri`` are copied to."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"[^A-Za-z0-9._-]", "_", uri.name).lstrip(".") or "model"
-    return cache / "modelexpress" / f"{name}-{hashlib.sha256(str(uri).encode()).hexdigest()[:12]}"
+    return cache_directory() / f"{name}-{hashlib.sha256(str(uri).encode()).hexdigest()[:12]}"
 
 
 def _pull(uri: ModelURI, directory: Path) -> None:
-    with _locked(directory):
-        report = pull(uri, directory, weights=False, plugins=PluginManager.discover())
+    report = copy_small_files(uri, directory, PluginManager.discover())
     status_console().print(str(report), style="dim", markup=False, soft_wrap=True)
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold a lock, so that several commands on one host wait for each other instead of failing."""
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory.parent / f".{directory.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as exc:
-        message = f"cannot write to {directory.parent}: {exc.strerror}"
-        raise ModelExpressError(message, hint="choose another directory with --directory") from exc
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _command(directory: Path, uri: ModelURI, arguments: Sequence[str]) -> list[str]:

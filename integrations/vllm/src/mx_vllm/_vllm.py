@@ -20,16 +20,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Any
 
+from mx_vllm._hub_models import HubName
+
 __all__ = [
     "READY",
     "Source",
+    "StartArguments",
     "any_rank",
     "call_before_engine_starts",
     "check_version",
     "discard_reload",
     "finish_reload",
     "forgotten_layers",
+    "has_own_files",
     "identity_fields",
+    "is_draft",
     "is_first_rank",
     "layers_with_packed_copies",
     "must_be_loaded",
@@ -95,25 +100,108 @@ def register_load_format(load_format: str, loader: type) -> None:
     model_loader.register_model_loader(load_format)(loader)
 
 
-def call_before_engine_starts(check: Callable[[str], None]) -> None:
-    """Call ``check`` with the load format in the first process, before vLLM starts an engine.
+class StartArguments:
+    """What the arguments of an engine that starts name: a load format, models of the Hub, a tokenizer.
 
-    vLLM has no hook for this. Both ``vllm serve`` and ``LLM(...)`` begin with the replaced method, which knows the load
-    format. An error of ``check`` ends the start.
+    Args:
+        args: vLLM's ``EngineArgs``.
     """
-    from vllm.engine.arg_utils import EngineArgs
 
-    original: Any = EngineArgs.create_engine_config
+    def __init__(self, args: Any) -> None:
+        self._args = args
+
+    @property
+    def load_format(self) -> str:
+        """The load format."""
+        return str(self._args.load_format).lower()
+
+    @property
+    def offline(self) -> bool:
+        """Whether vLLM may not ask the Hub."""
+        import huggingface_hub
+
+        return bool(huggingface_hub.constants.HF_HUB_OFFLINE)
+
+    def hub_names(self) -> list[HubName]:
+        """Return the model, the tokenizer if it is another, and the draft model of speculative decoding."""
+        args = self._args
+        directory = args.download_dir
+        named = [HubName(str(args.model), args.revision, directory)]
+        if args.tokenizer not in (None, args.model):
+            named.append(HubName(str(args.tokenizer), args.tokenizer_revision, directory, weights=False))
+        draft = args.speculative_config
+        if isinstance(draft, dict) and draft.get("model"):
+            named.append(HubName(str(draft["model"]), draft.get("revision"), directory))
+        return named
+
+    def replace(self, name: str, directory: str) -> None:
+        """Let the engine use ``directory`` for ``name``. The name stays what clients and metrics see."""
+        args = self._args
+        if args.model == name:
+            args.model = directory
+            args.served_model_name = args.served_model_name or name
+        if args.tokenizer == name:
+            args.tokenizer = directory
+        if isinstance(args.speculative_config, dict) and args.speculative_config.get("model") == name:
+            args.speculative_config = {**args.speculative_config, "model": directory}
+
+    def require_downloaded(self, name: HubName) -> None:
+        """Raise vLLM's error if it may not ask the Hub and has not downloaded ``name``."""
+        from vllm.engine import arg_utils
+
+        path_of = getattr(arg_utils, "get_model_path", None)
+        if self.offline and path_of is not None:
+            getattr(path_of, "mx_original", path_of)(name.name, name.revision)
+
+
+def call_before_engine_starts(
+    starting: Callable[[StartArguments], contextlib.AbstractContextManager[None]], keeps_name: Callable[[HubName], bool]
+) -> None:
+    """Enter ``starting`` in the first process when vLLM resolves its arguments, before it starts an engine.
+
+    vLLM has no hook for this. ``vllm serve`` and ``LLM(...)`` both begin with ``EngineArgs.create_engine_config``. It
+    knows all arguments and has not asked the Hub yet, so this method is replaced.
+
+    A name of the Hub gets a directory here, which is what vLLM itself does with names while it is offline, and with
+    models in an object store. Other ways to provide configuration and tokenizer are worse. If we filled the cache of
+    the Hub, vLLM would ask the Hub nevertheless, and files of the user would change. A configuration format of our own
+    would need an option of the command. ``ModelConfig.model_weights`` may name where weights are, but the draft model
+    of some methods takes that name for its own configuration.
+
+    With HF_HUB_OFFLINE=1, vLLM looks for names in the cache of the Hub before this, with ``get_model_path`` in the
+    same module, and fails. So names for which ``keeps_name`` is true do not get there.
+
+    Run with vLLM 0.32. Of other versions only sources were read; a version without ``get_model_path`` needs no second
+    replacement.
+
+    Args:
+        starting: Returns a block for the start of the engine. An error of it ends the start.
+        keeps_name: Whether a name needs no directory yet.
+    """
+    from vllm.engine import arg_utils
+
+    engine_args: Any = arg_utils.EngineArgs
+    original: Any = engine_args.create_engine_config
     original = getattr(original, "mx_original", original)  # the formats may be registered repeatedly
 
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        check(str(self.load_format).lower())
-        return original(self, *args, **kwargs)
+        with starting(StartArguments(self)):
+            return original(self, *args, **kwargs)
 
-    replacement: Any = create_engine_config
-    replacement.mx_original = original
-    EngineArgs.create_engine_config = replacement
+    create_engine_config.mx_original = original  # type: ignore[attr-defined]
+    engine_args.create_engine_config = create_engine_config
+    path_of: Any = getattr(arg_utils, "get_model_path", None)
+    if path_of is None:
+        return
+    path_of = getattr(path_of, "mx_original", path_of)
+
+    @functools.wraps(path_of)
+    def get_model_path(model: Any, revision: str | None = None) -> Any:
+        return model if keeps_name(HubName(str(model), revision)) else path_of(model, revision)
+
+    get_model_path.mx_original = path_of  # type: ignore[attr-defined]
+    arg_utils.get_model_path = get_model_path
 
 
 def own_loader(load_config: Any) -> Any:
@@ -135,6 +223,11 @@ class Source:
 
     of_vllm: Any
     primary: bool
+
+    @property
+    def model(self) -> str:
+        """Directory of the model, or its name on the Hub."""
+        return str(self.of_vllm.model_or_path)
 
     @property
     def prefix(self) -> str:
@@ -313,12 +406,33 @@ def is_first_rank() -> bool:
     return bool(get_world_group().is_first_rank)
 
 
-def any_rank(flags: Sequence[bool]) -> list[bool]:
-    """Return for each of ``flags`` whether it is set on any rank. Waits until every rank has called this."""
-    import torch
-    from vllm.distributed.parallel_state import get_world_group
+def is_draft(vllm_config: Any, model_config: Any) -> bool:
+    """Return whether ``model_config`` is that of a draft model of speculative decoding.
 
-    group = get_world_group()
+    Some methods load it with a configuration of its own, in which it is the model.
+    """
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    return model_config is not vllm_config.model_config or (draft is not None and model_config is draft)
+
+
+def has_own_files(vllm_config: Any, model_config: Any) -> bool:
+    """Return whether a draft model is in other files than its target; layers that predict tokens are in the same."""
+    target = getattr(getattr(vllm_config, "speculative_config", None), "target_model_config", None)
+    return target is None or model_config.model != target.model
+
+
+def any_rank(flags: Sequence[bool], *, of_draft: bool = False) -> list[bool]:
+    """Return for each of ``flags`` whether it is set on any rank. Waits until every rank has called this.
+
+    Args:
+        flags: What is set on this rank.
+        of_draft: Whether only ranks take part that load a draft model: those of the last pipeline stage.
+    """
+    import torch
+    from vllm.distributed.parallel_state import get_tp_group, get_world_group
+
+    group = get_tp_group() if of_draft else get_world_group()
     if group.world_size == 1:
         return list(flags)
     # On the CPU, because the default device may be another.

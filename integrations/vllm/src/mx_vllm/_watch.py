@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.events import LoadFailed, LoadFinished, LoadProgress, LoadStarted
 from modelexpress_core.hooks import hookimpl
-from modelexpress_core.report import LoadReport, format_bytes, format_files
+from modelexpress_core.report import LoadReport, format_bytes, format_compared, format_files
+from mx_vllm._hub_models import why_in_cache
 from mx_vllm._metrics import LoadMetrics, load_metrics
 
-__all__ = ["LoadWatch"]
+__all__ = ["LoadWatch", "headline_of"]
 
 #: Time between two progress lines, if there is no progress bar.
 _LINE_SECONDS = 10.0
+
+
+def headline_of(exc: BaseException) -> str:
+    """Return what happened, on one line."""
+    return exc.headline if isinstance(exc, ModelExpressError) else f"{type(exc).__name__}: {exc}"
 
 
 class LoadWatch:
@@ -29,6 +37,9 @@ class LoadWatch:
         bar: Whether a progress bar may be shown on a terminal.
         metrics: Returns the metrics; None if there are none.
         clock: A monotonic clock, in seconds.
+
+    Attributes:
+        why: Why the place is read that was asked for.
     """
 
     def __init__(
@@ -49,6 +60,7 @@ class LoadWatch:
         self._bar_allowed = bar
         self._bars: dict[str, Any] = {}
         self._logged_at: dict[str, float] = {}
+        self._failed: list[str] = []
         self.why = ""
 
     @hookimpl
@@ -62,8 +74,9 @@ class LoadWatch:
             format_files(event.files),
             event.uri,
             event.provider,
-            self.why,
+            "; ".join([", and ".join(filter(None, [why_in_cache(event.uri, os.environ), self.why])), *self._failed]),
         )
+        self._failed.clear()
         self._logged_at[event.load_id] = self._clock()
         if self._bar_allowed and sys.stderr.isatty():
             from tqdm import tqdm
@@ -105,6 +118,7 @@ class LoadWatch:
     @hookimpl
     def mx_load_failed(self, event: LoadFailed) -> None:
         self._ended(event.load_id)
+        self._failed.append(f"{event.uri} was tried first: {headline_of(event.error)}")
         metrics = self._metrics()
         if metrics is not None:
             metrics.failed(self._model, event)
@@ -116,14 +130,30 @@ class LoadWatch:
             bar.close()
 
 
+def _verified(report: LoadReport) -> str:
+    """What was checked of the bytes that arrived."""
+    digests, versions = report.verified.get("digests", 0), report.verified.get("versions", 0)
+    if report.sources:
+        workers = f" from {len(report.sources)} workers" if len(report.sources) > 1 else ""
+        return f"digests of {digests} chunks{workers}" if digests else "nothing"
+    parts = [
+        format_compared(report.bytes_compared, report.bytes_compared_by_server).replace(", ", " and "),
+        f"digests of {format_files(digests)}" if digests else "",
+        f"versions of {format_files(versions)}" if versions else "",
+    ]
+    return " and ".join(filter(None, parts)) or "sizes"
+
+
 def _summary(report: LoadReport) -> str:
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.phase_seconds.items())
     parts = (
         f"{format_bytes(report.bytes_fetched)} fetched ({report.bytes_fetched} bytes)",
         f"{format_bytes(report.bytes_needed)} needed",
         f"{format_bytes(report.bytes_materialised)} materialised",
+        f"verified: {_verified(report)}",
         f"{format_bytes(report.goodput_bytes_per_second)}/s",
         f"{report.retries} retries",
         f"{report.seconds:.2f} s ({phases})",
+        *([f"over {report.channel}"] if report.channel else []),
     )
     return f"ModelExpress loaded {report.uri}: {', '.join(parts)}"
