@@ -132,7 +132,7 @@ $(VLLM_BENCH_STAMP): $(VLLM_STAMP) benchmarks/requirements.txt
 	@touch $@
 
 bench-vllm: $(BENCH_STAMP) $(VLLM_BENCH_STAMP)
-	@VLLM_VENV=$(VLLM_VENV) $(BENCH_VENV)/bin/python -m benchmarks vllm $(ARGS)
+	@VLLM_VENV=$(VLLM_VENV) $(BENCH_VENV)/bin/python -m benchmarks vllm vllm_peers $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

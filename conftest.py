@@ -13,6 +13,7 @@ import pytest
 
 from devtools.azurite import Azurite
 from devtools.fake_gcs import FakeGcs
+from devtools.kube_apiserver import KubeApiServer
 from devtools.missing import ToolMissingError
 from devtools.seaweedfs import SeaweedFS
 from modelexpress_core.plugins import plugin_packages
@@ -22,7 +23,7 @@ from tests.support.tools import MISSING_TOOL, skip_without
 BUCKET = "models"
 
 #: Fixtures that start a server; the tests that use one are marked ``server``.
-_SERVER_FIXTURES = {"azurite", "gcs_server", "s3_server"}
+_SERVER_FIXTURES = {"azurite", "gcs_server", "kube_apiserver", "s3_server"}
 
 #: Variables that our settings and the SDKs read.
 _READ_VARIABLES = (
@@ -36,6 +37,8 @@ _READ_VARIABLES = (
     "HUGGING",
     "IDENTITY_",
     "IMDS_",
+    "KUBECONFIG",
+    "KUBERNETES_",
     "MODEL_EXPRESS_",
     "MSI_",
     "MX_",
@@ -56,6 +59,9 @@ if find_spec("hypothesis"):  # the environment with vLLM does without it
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--require-tools`` turns skips for want of a tool into failures, for machines that should have all of them."""
     parser.addoption("--require-tools", action="store_true", help=f"fail tests that skip with '{MISSING_TOOL}...'")
+    parser.addoption(
+        "--optional-tool", action="append", default=[], help="a tool that --require-tools does not require"
+    )
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -105,7 +111,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
     if report.skipped and isinstance(report.longrepr, tuple) and item.config.getoption("require_tools"):
         reason = report.longrepr[2].removeprefix("Skipped: ")
-        if reason.startswith(MISSING_TOOL):
+        optional = tuple(f"{MISSING_TOOL}{tool}:" for tool in item.config.getoption("optional_tool"))
+        if reason.startswith(MISSING_TOOL) and not reason.startswith(optional):
             report.outcome, report.longrepr = "failed", f"{reason} (--require-tools)"
     return report
 
@@ -146,6 +153,16 @@ def gcs_server() -> Iterator[FakeGcs]:
 def azurite() -> Iterator[Azurite]:
     """Azurite with the container ``models``; each worker starts one at first use, and stops it at the end."""
     with Azurite("models") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def kube_apiserver() -> Iterator[KubeApiServer]:
+    """kube-apiserver and etcd; each worker starts them at first use, and stops them at the end.
+
+    A test takes a namespace of its own. One that kills or freezes the API server starts another one.
+    """
+    with KubeApiServer() as server:
         yield server
 
 

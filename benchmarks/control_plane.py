@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ import redis
 from attrs import frozen
 
 from benchmarks.control_plane_load import WORKERS_OF_A_SOURCE
-from benchmarks.measuring import Plan, Report, Target, median
+from benchmarks.measuring import Absent, Plan, Report, Target, median
+from devtools.kube_apiserver import KubeApiServer
+from devtools.missing import ToolMissingError
 from devtools.redis_server import RedisServer
 from modelexpress_core.wire.proto.modelexpress import health_pb2
 from modelexpress_core.wire.rpc import HEALTH, stub
@@ -42,6 +45,10 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 _START_SECONDS = 60
 _LISTERS = 4
 _HEALTH_RATE = 50
+#: What changes objects of Kubernetes.
+_WRITES = frozenset({"create", "update", "patch", "delete"})
+_LISTS_OF_KUBERNETES = "ListSources beside heartbeats"
+_WRITES_OF_KUBERNETES = "requests to the API server that write"
 _HEALTH_BESIDE_LISTS = f"GetHealth beside {_LISTERS} lists of all workers"
 
 
@@ -68,6 +75,8 @@ class _Sizes:
     large: int
     connections: int
     listed: int
+    kubernetes: int
+    steady_seconds: float
 
     @property
     def most(self) -> int:
@@ -208,6 +217,7 @@ class _Results:
             "kib": "KiB each",
             "seconds": "seconds",
             "percent": "%",
+            "per_minute": "per worker and minute",
         }
         rows: list[dict[str, Any]] = []
         for (what, store, workers), samples in self._samples.items():
@@ -233,13 +243,32 @@ class _Rig:
 def run(plan: Plan) -> Report:
     """Measure."""
     sizes = plan.pick(
-        _Sizes((100, 1000, 10_000), seconds=6.0, lists=200, large=50, connections=500, listed=40_000),
-        _Sizes((16, 64), seconds=1.0, lists=10, large=5, connections=10, listed=200),
+        _Sizes(
+            (100, 1000, 10_000),
+            seconds=6.0,
+            lists=200,
+            large=50,
+            connections=500,
+            listed=40_000,
+            kubernetes=1000,
+            steady_seconds=60.0,
+        ),
+        _Sizes(
+            (16, 64),
+            seconds=1.0,
+            lists=10,
+            large=5,
+            connections=10,
+            listed=200,
+            kubernetes=64,
+            steady_seconds=3.0,
+        ),
     )
     rates = plan.pick(_RATES, {"memory": 200, "redis": 100})
     rig = _Rig(_Cores.of_this_machine(), sizes, _Results())
     cores, results = rig.cores, rig.results
     before = os.getloadavg()[0]
+    absent: list[Absent] = []
     for number in range(plan.rounds):
         plan.say(f"round {number + 1} of {plan.rounds}")
         _starts(rig)
@@ -253,6 +282,11 @@ def run(plan: Plan) -> Report:
                     _memory_of_redis(rig, shared)
         _memory_of_tensors(rig)
         _health_beside_lists(rig)
+        if not absent:
+            try:
+                _kubernetes(rig, plan.scratch)
+            except ToolMissingError as exc:
+                absent.append(Absent("kubernetes", str(exc)))
     plan.say("profile")
     for store in ("memory", "redis"):
         with _on(cores.clients), contextlib.ExitStack() as opened:
@@ -260,12 +294,12 @@ def run(plan: Plan) -> Report:
             _profile(rig, store, uri, plan.scratch / f"update-status-{store}.pstats")
     return Report(
         "control_plane",
-        f"mx serve on core {cores.server} and its clients (one process, 64 connections) and Redis on core "
-        f"{cores.clients}, of {len(os.sched_getaffinity(0))}; loopback, no TLS; {WORKERS_OF_A_SOURCE} workers for each "
-        f"identity; load before the first round {before:.2f}",
+        f"mx serve on core {cores.server}; its clients (one process, 64 connections), Redis and the API server of "
+        f"Kubernetes on core {cores.clients}, of {len(os.sched_getaffinity(0))}; loopback, no TLS; "
+        f"{WORKERS_OF_A_SOURCE} workers for each identity; load before the first round {before:.2f}",
         results.rows(),
         _targets(results, sizes, rates),
-        (),
+        absent,
         plan.rounds,
         plan.quick,
     )
@@ -305,6 +339,12 @@ def _targets(results: _Results, sizes: _Sizes, rates: Mapping[str, int]) -> list
                 unit="ms",
             ),
         ]
+    lists = results.median(_LISTS_OF_KUBERNETES, "kubernetes", sizes.kubernetes, "p99_ms")
+    writes = results.median(_WRITES_OF_KUBERNETES, "kubernetes", sizes.kubernetes, "per_minute")
+    targets += [
+        Target(f"kubernetes: {_LISTS_OF_KUBERNETES}, p99", lists, 10.0, at_most=True, unit="ms"),
+        Target(f"kubernetes: {_WRITES_OF_KUBERNETES}, per worker and minute", writes, 0.1, at_most=True),
+    ]
     health = results.median(_HEALTH_BESIDE_LISTS, "memory", sizes.listed, "p99_ms")
     targets.append(Target(f"{_HEALTH_BESIDE_LISTS}, p99", health, 50.0, at_most=True, unit="ms"))
     memory = results.median("memory of a worker", "memory", most, "kib")
@@ -432,6 +472,40 @@ def _health_beside_lists(rig: _Rig) -> None:
         listed = listing.result()
         rig.results.add(_HEALTH_BESIDE_LISTS, "memory", rig.sizes.listed, **asked)
         rig.results.add(f"ListSources of all, {_LISTERS} at once", "memory", rig.sizes.listed, **listed)
+
+
+def _kubernetes(rig: _Rig, scratch: Path) -> None:
+    """Measure lists beside the heartbeats of workers, and what their server writes to the API server meanwhile.
+
+    Raises:
+        ToolMissingError: This machine has no API server.
+    """
+    workers, seconds = rig.sizes.kubernetes, rig.sizes.steady_seconds
+    beats = workers / _HEARTBEAT_SECONDS
+    with contextlib.ExitStack() as opened:
+        with _on(rig.cores.clients):
+            api = opened.enter_context(KubeApiServer())
+        api.apply(files("mx_kubernetes").joinpath("crds.yaml").read_text("utf-8"))
+        config = api.kubeconfig(scratch / "kubeconfig", api.new_namespace())
+        server = opened.enter_context(_serve(rig.cores, "kubernetes://", KUBECONFIG=str(config)))
+        clients = opened.enter_context(_Clients(rig.cores, server))
+        clients.do("connect")
+        begun = time.perf_counter()
+        published = clients.do("publish", first=0, count=workers)
+        took = time.perf_counter() - begun
+        rig.results.add("PublishMetadata of all, eight at once", "kubernetes", workers, seconds=took, **published)
+        clients.do("list_beside", rate=100, beats=beats, seconds=min(seconds, 10.0), workers=workers)
+        before = _writes(api)
+        begun = time.perf_counter()
+        listed = clients.do("list_beside", rate=100, beats=beats, seconds=seconds, workers=workers)
+        minutes = (time.perf_counter() - begun) / 60
+        rig.results.add(_LISTS_OF_KUBERNETES, "kubernetes", workers, **listed)
+        per_minute = (_writes(api) - before) / minutes / workers
+        rig.results.add(_WRITES_OF_KUBERNETES, "kubernetes", workers, per_minute=per_minute)
+
+
+def _writes(api: KubeApiServer) -> int:
+    return sum(event["verb"] in _WRITES for event in api.audited("admin"))
 
 
 #: Text in the path of a function's file -> the package that it belongs to; the first match counts.

@@ -12,11 +12,12 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from benchmarks.contenders import Contender
@@ -25,9 +26,9 @@ from benchmarks.workers import Entry, measure, started
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import TcpProxy
 
-__all__ = ["Start", "run"]
+__all__ = ["ENVIRON", "ROOT", "Start", "drained", "forget", "generated_checkpoint", "python_of_vllm", "run"]
 
-_ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 _BUCKET, _PREFIX = "models", "llama"
 _SOURCES = ("page cache", "disk", "S3")
 _RANKS = (1, 2)
@@ -36,7 +37,7 @@ _START_SECONDS = 900
 _MIB = 1 << 20
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - not for files of ours
 
-_ENVIRON = {
+ENVIRON = {
     "HF_HUB_OFFLINE": "1",
     "MX_FALLBACK": "0",
     # By default one second without data ends a request, and a few such requests end the load: too short on shared CPUs.
@@ -52,8 +53,8 @@ _ENVIRON = {
 
 def run(plan: Plan) -> Report:
     """Measure."""
-    python = _python()
-    directory = _generated(plan.scratch, quick=plan.quick)
+    python = python_of_vllm()
+    directory = generated_checkpoint(plan.scratch, quick=plan.quick)
     total = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     rows: list[dict[str, Any]] = []
     absent: list[Absent] = []
@@ -61,7 +62,7 @@ def run(plan: Plan) -> Report:
     with SeaweedFS(_BUCKET) as server:
         server.upload(directory, _BUCKET, _PREFIX, checksum="CRC64NVME")
         os.sync()  # so that the disk is idle during the measurements
-        environ = {**_ENVIRON, **server.environ(), "VLLM_CACHE_ROOT": str(plan.scratch / "vllm")}
+        environ = {**ENVIRON, **server.environ(), "VLLM_CACHEROOT": str(plan.scratch / "vllm")}
         for ranks in _RANKS:
             plan.say(f"{total / 1e9:.2f} GB, tensor parallel over {ranks}")
             contenders = _contenders(ranks)
@@ -94,8 +95,9 @@ def run(plan: Plan) -> Report:
     )
 
 
-def _python() -> str:
-    environment = _ROOT / os.environ.get("VLLM_VENV", ".venv-vllm")
+def python_of_vllm() -> str:
+    """Return the interpreter of vLLM's environment."""
+    environment = ROOT / os.environ.get("VLLM_VENV", ".venv-vllm")
     python = environment / "bin" / "python"
     if not python.exists():
         message = (
@@ -122,7 +124,7 @@ def _contenders(ranks: int) -> dict[str, tuple[dict[str, Any], dict[str, str]]]:
 # -- the checkpoint ---------------------------------------------------------------------------------------------------
 
 
-def _generated(scratch: Path, *, quick: bool) -> Path:
+def generated_checkpoint(scratch: Path, *, quick: bool) -> Path:
     """Return the directory of a Llama of 2.2 GB (10 MB in quick mode) with random weights; create it if missing."""
     directory = scratch / ("llama-small" if quick else "llama")
     if not directory.exists():
@@ -192,7 +194,7 @@ def _warm_up(directory: Path) -> None:
                 pass
 
 
-def _forget(directory: Path) -> None:
+def forget(directory: Path) -> None:
     """Drop all weights from the page cache."""
     for file in directory.glob("*.safetensors"):
         with file.open("rb") as opened:
@@ -220,8 +222,8 @@ class Start(Contender):
 
     def run(self, *, source: str) -> Mapping[str, Any]:  # type: ignore[override]
         if source != "S3":
-            (_warm_up if source == "page cache" else _forget)(self.directory)
-            figures = self._start(str(self.directory))
+            (_warm_up if source == "page cache" else forget)(self.directory)
+            figures = self.start(str(self.directory))
             return {**figures, "read_bytes": sum(rank["read_bytes"] for rank in figures["ranks"])}
         if self.from_s3_bytes is not None:
             return {**self._start_from_s3(), "read_bytes": self.from_s3_bytes}
@@ -240,21 +242,21 @@ class Start(Contender):
     def _start_from_s3(self, **environ: str) -> Mapping[str, Any]:
         uri = f"s3://{_BUCKET}/{_PREFIX}"
         if self.options["load_format"] == "runai_streamer":
-            return self._start(uri, **environ)
+            return self.start(uri, **environ)
         with tempfile.TemporaryDirectory(dir=self.directory.parent) as local:
             if self.options["load_format"] == "auto":
-                return self._start(local, download=(_BUCKET, _PREFIX, local), **environ)
+                return self.start(local, download=(_BUCKET, _PREFIX, local), **environ)
             shutil.copy(self.directory / "config.json", local)
-            return self._start(local, MX_MODEL_URI=uri, **environ)
+            return self.start(local, MX_MODEL_URI=uri, **environ)
 
-    def _start(self, model: str, *, download: Sequence[str] = (), **environ: str) -> Mapping[str, Any]:
+    def start(self, model: str, *, download: Sequence[str] = (), **environ: str) -> Mapping[str, Any]:
         request = json.dumps({"options": {**self.options, "model": model}, "download": download})
         with tempfile.TemporaryDirectory() as temporary, _shared_memory_removed():
             results = Path(temporary, "results")
             begun = time.monotonic()
             done = subprocess.run(
                 [self.python, "-m", "benchmarks.vllm_run", request],
-                cwd=_ROOT,
+                cwd=ROOT,
                 env={**os.environ, **environ, "BENCHMARK_RESULTS": str(results)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -271,9 +273,19 @@ class Start(Contender):
             "version": whole["version"],
             "load_seconds": whole["download_seconds"] + max(rank["seconds"] for rank in ranks),
             "download_seconds": whole["download_seconds"],
-            "ready_seconds": whole["ready"] - begun,  # the monotonic clock is the same in all processes
+            # The monotonic clock is the same in all processes.
+            "ready_seconds": whole["ready"] - begun,
+            "imported_seconds": whole["imported"] - begun,
+            "begun_seconds": min(rank["begun"] for rank in ranks) - begun,
             "ranks": ranks,
         }
+
+
+@contextlib.contextmanager
+def drained(output: IO[str]) -> Iterator[None]:
+    """Read and drop ``output`` during the ``with`` block, so that its writer never waits."""
+    threading.Thread(target=lambda: [None for _ in output], daemon=True).start()
+    yield
 
 
 @contextlib.contextmanager

@@ -48,13 +48,14 @@ def _measured(loader: Any) -> Any:  # noqa: ANN401 - vLLM's, of any format
 
     def measured_load_model(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - passed on
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-        before.update(_usage())
+        before.update(_usage(), begun=time.monotonic())
         return load_model(*arguments, **options)
 
     def measured_load_weights(*arguments: Any) -> None:  # noqa: ANN401 - passed on
         load_weights(*arguments)
         after = _usage()
         _write_result(
+            begun=before["begun"],
             seconds=after["seconds"] - before["seconds"],
             read_bytes=after["read_bytes"] - before["read_bytes"],
             before_bytes=before["resident_bytes"],
@@ -64,6 +65,11 @@ def _measured(loader: Any) -> Any:  # noqa: ANN401 - vLLM's, of any format
     loader.load_model, loader.load_weights = measured_load_model, measured_load_weights
     return loader
 
+
+if os.environ.get("BENCHMARK_UNPACKED"):
+    from integrations.vllm.tests.unpacked_plugin import keep_parameters
+
+    keep_parameters()
 
 _loader_of_vllm = model_loader.get_model_loader
 model_loader.get_model_loader = lambda load_config: _measured(_loader_of_vllm(load_config))
@@ -84,6 +90,7 @@ def main(request: Mapping[str, Any]) -> None:
     """Start vLLM, and generate a few tokens."""
     from vllm import LLM, SamplingParams, __version__
 
+    imported = time.monotonic()
     download_seconds = _download(*request["download"]) if request["download"] else 0.0
     llm = LLM(
         dtype="bfloat16",
@@ -101,7 +108,9 @@ def main(request: Mapping[str, Any]) -> None:
     chosen = zip(first.token_ids, first.logprobs, strict=True)
     # The log probabilities depend on every weight.
     tokens = [(token, round(logprobs[token].logprob, 4)) for token, logprobs in chosen]
-    _write_result(ready=ready, download_seconds=download_seconds, tokens=tokens, version=__version__)
+    _write_result(ready=ready, imported=imported, download_seconds=download_seconds, tokens=tokens, version=__version__)
+    if request.get("stay"):
+        sys.stdin.read()
     llm.llm_engine.engine_core.shutdown()
 
 

@@ -27,6 +27,7 @@ PACKAGES: Mapping[str, tuple[str, str]] = {
     "mx-gcs": ("plugins/mx-gcs", "gcs"),
     "mx-grpc-stream": ("plugins/mx-grpc-stream", "grpc"),
     "mx-hf": ("plugins/mx-hf", "hf"),
+    "mx-kubernetes": ("plugins/mx-kubernetes", "kubernetes"),
     "mx-nixl": ("plugins/mx-nixl", "nixl"),
     "mx-s3": ("plugins/mx-s3", "s3"),
     "mx-streamer": ("plugins/mx-streamer", ""),  # no extra of core: its wheels need a newer glibc than core's

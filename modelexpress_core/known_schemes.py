@@ -38,6 +38,7 @@ KNOWN_SCHEMES: Mapping[str, KnownScheme] = {
     "grpc": KnownScheme("mx-grpc-stream", "grpc"),
     "mx": KnownScheme("mx-grpc-stream", "grpc"),
     "mxs": KnownScheme("mx-grpc-stream", "grpc"),
+    "kubernetes": KnownScheme("mx-kubernetes", "kubernetes"),
     "nixl": KnownScheme("mx-nixl", "nixl"),
 }
 

@@ -23,6 +23,7 @@ from modelexpress_core.server.settings import (
     ConfigPath,
     LimitSettings,
     LogSettings,
+    SecurityVariables,
     ServerSettings,
     SpanSettings,
     StoreVariables,
@@ -31,8 +32,10 @@ from modelexpress_core.settings import from_env
 from modelexpress_core.sources.ranking import rank
 from modelexpress_core.sources.settings import (
     DiscoverySettings,
+    PodSettings,
     PublishingSettings,
     ServerAddress,
+    ServiceSettings,
     SharedCacheSettings,
     StaticSources,
     TrustSettings,
@@ -112,6 +115,7 @@ def mx_register_commands() -> list[CommandProvider]:
                 LimitSettings,
                 TlsSettings,
                 AuthSettings,
+                SecurityVariables,
                 StoreVariables,
                 LogSettings,
                 SpanSettings,
@@ -204,16 +208,36 @@ def _open_static_discovery(uri: ModelURI, settings: Mapping[str, str]) -> Discov
     return open_static(uri, settings)
 
 
+def _open_service_discovery(uri: ModelURI, settings: Mapping[str, str]) -> Discovery:
+    from modelexpress_core.sources.discovery.kubernetes_service import open_service
+
+    return open_service(uri, settings)
+
+
 @hookimpl
 def mx_register_discoveries() -> list[DiscoveryProvider]:
-    """``server`` and ``static``."""
+    """``server``, ``static`` and ``k8s-service``."""
     return [
+        DiscoveryProvider(
+            "k8s-service",
+            ("k8s-service",),
+            _open_service_discovery,
+            install_hint="modelexpress-core[server]",
+            settings=(ServiceSettings, WorkerSettings),
+        ),
         DiscoveryProvider(
             "server",
             ("server",),
             _open_server_discovery,
             install_hint="modelexpress-core[server]",
-            settings=(DiscoverySettings, SharedCacheSettings, TrustSettings, PublishingSettings, WorkerSettings),
+            settings=(
+                DiscoverySettings,
+                SharedCacheSettings,
+                TrustSettings,
+                PublishingSettings,
+                PodSettings,
+                WorkerSettings,
+            ),
         ),
         DiscoveryProvider("static", ("static",), _open_static_discovery, settings=StaticSources),
     ]

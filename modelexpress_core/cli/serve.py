@@ -25,6 +25,7 @@ from modelexpress_core.server.settings import (
     ConfigPath,
     LimitSettings,
     LogSettings,
+    SecurityVariables,
     ServerSettings,
     SpanSettings,
     StoreVariables,
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
+
+#: Settings classes that only variables set.
+_VARIABLES = (SecurityVariables, StoreVariables, SpanSettings)
 
 #: Settings class of each section of the configuration file; the empty name is its top.
 _SECTIONS = {
@@ -149,9 +153,7 @@ def _settings(path: str | None, overrides: dict[str, Override]) -> Config:
     except ModuleNotFoundError as exc:
         raise package_missing("the server", exc) from exc
     path = from_env(ConfigPath).path if path is None else path
-    return read_config(
-        _SECTIONS, os.environ, path=path, overrides=overrides, also=(StoreVariables, SpanSettings), complete=_complete
-    )
+    return read_config(_SECTIONS, os.environ, path=path, overrides=overrides, also=_VARIABLES, complete=_complete)
 
 
 def _complete(config: Config) -> tuple[Config, list[str]]:
@@ -164,6 +166,8 @@ def _complete(config: Config) -> tuple[Config, list[str]]:
             problems.append(with_hint(exc.message, exc.hint))
         else:
             config = config.with_fallbacks(ServerSettings, {"metadata": usual} if usual else {})
+    config, contradiction = _with_security_mode(config)
+    problems += contradiction
     metadata, source = config.usable(ServerSettings).get("metadata", ("memory://", ""))
     wrong = _wrong_with_uri(metadata)
     problems += [f"metadata (from {source}): {wrong}"] if wrong else []
@@ -176,6 +180,22 @@ def _complete(config: Config) -> tuple[Config, list[str]]:
     except SettingsError as exc:
         problems.append(with_hint(exc.message, exc.hint))
     return config, problems
+
+
+def _with_security_mode(config: Config) -> tuple[Config, list[str]]:
+    """``config`` with the mode of authentication from the variable of existing deployments, or why it cannot be."""
+    if find_problems(SecurityVariables, SettingSources(os.environ)):  # which are reported by themselves
+        return config, []
+    usual = from_env(SecurityVariables).auth_mode()
+    if usual is None:
+        return config, []
+    if "mode" in config.defaults(AuthSettings):
+        return config.with_fallbacks(AuthSettings, {"mode": usual}), []
+    mode, source = config.usable(AuthSettings).get("mode", (usual.value, ""))
+    if mode == usual.value:
+        return config, []
+    said = f"auth.mode is {mode} (from {source}), and MODEL_EXPRESS_SECURITY_MODE is enforce, which means {usual.value}"
+    return config, [with_hint(said, "unset one of them")]
 
 
 def _wrong_with_uri(metadata: str) -> str:

@@ -5,7 +5,13 @@ What a store promises:
 - **Each record is atomic.** A call changes a record as a whole or not at all, and no change between its look at the
   record and its own change is lost. A call that concerns many records (``list``, ``reap``, ``counts``) takes them one
   by one: together they are of no single moment.
-- **A call sees what earlier calls wrote** through the same store object. What another server wrote may take a moment.
+- **A call sees what earlier calls wrote** through the same store object. What another server wrote may take a moment;
+  a quota, too, counts it then. A store may answer from a copy if it knows how old the copy is: where nothing has
+  confirmed it for longer than a bound, the answer is ``StoreUnavailableError``. The reason: an API server pushes its
+  changes to copies, and a broken connection pushes nothing.
+- **A heartbeat that changes nothing but the time and the load may take longer**: another server sees it at the latest a
+  third of the time-out of heartbeats later, and if this server is killed before that, the heartbeat is lost. The worker
+  then looks older until its next one. The reason: an API server is not made for thousands of writes a minute.
 - **Times are of one clock, the store's**, in milliseconds since 1970. A store has a clock (Redis), or is given one when
   it is made (``MemoryStore(clock)``), such as the clock of the server's machine. Where servers that share a store give
   it their own clocks, these must differ by much less than the time-out of heartbeats. The time between a record's last
@@ -33,6 +39,7 @@ __all__ = [
     "Listing",
     "MetadataStore",
     "NotPublisherError",
+    "PodReference",
     "Quota",
     "Reaped",
     "SourceQuery",
@@ -147,6 +154,21 @@ class SourceRecord:
 
 
 @frozen
+class PodReference:
+    """The pod of Kubernetes in which a worker runs, as the worker itself says.
+
+    Attributes:
+        name: Its name.
+        uid: Its uid.
+        namespace: Its namespace.
+    """
+
+    name: str
+    uid: str
+    namespace: str
+
+
+@frozen
 class StoredSource:
     """A source with everything that its worker published.
 
@@ -157,6 +179,8 @@ class StoredSource:
         as_of_ms: Time of the answer, in milliseconds since 1970 by the store's clock; ignored by ``publish``.
         grant_key: Key that signs read grants for this worker; empty if the server authenticates no callers. A secret
             of the server and the worker.
+        pod: The worker's pod, if it says so: a store in Kubernetes removes the source with it. Other stores ignore it,
+            and ``get`` never has it.
     """
 
     record: SourceRecord
@@ -164,6 +188,7 @@ class StoredSource:
     worker: bytes
     as_of_ms: int = 0
     grant_key: bytes = field(default=b"", repr=False)
+    pod: PodReference | None = field(default=None, eq=False)
 
     @property
     def size_bytes(self) -> int:

@@ -26,6 +26,7 @@ __all__ = [
     "ConfigPath",
     "LimitSettings",
     "LogSettings",
+    "SecurityVariables",
     "ServerSettings",
     "SpanSettings",
     "StoreVariables",
@@ -289,6 +290,22 @@ class StoreVariables:
             raise SettingsError(message, hint="correct MX_METADATA_BACKEND, or set MX_METADATA_URI, which wins over it")
         from_url = backend == "redis" and self.redis_url
         return Override(uris[backend], f"MX_METADATA_BACKEND{', REDIS_URL' if from_url else ''}")
+
+
+@frozen
+class SecurityVariables:
+    """The variable that existing deployments set in place of a mode of authentication."""
+
+    mode: str | None = env(
+        "MODEL_EXPRESS_SECURITY_MODE",
+        default=None,
+        converter=one_of(("off", "enforce")),
+        help="How a server authenticates callers if MX_AUTH_MODE does not say so: off, or enforce for kubernetes.",
+    )
+
+    def auth_mode(self) -> Override | None:
+        """The mode of ``AuthSettings`` that it stands for; None if it is not set, or off."""
+        return Override("kubernetes", "MODEL_EXPRESS_SECURITY_MODE") if self.mode == "enforce" else None
 
 
 #: Begins a URL, perhaps with a slash that is missing.

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from modelexpress_core.contracts.identity import SourceIdentity
+from modelexpress_core.contracts.metadata_store import PodReference
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.settings import ServerAddress
 from modelexpress_core.wire.client import Client, Security
@@ -75,12 +76,18 @@ class ServerClient(Client):
         return response
 
     def publish(
-        self, identity: SourceIdentity, worker: p2p_pb2.WorkerMetadata, worker_id: str
+        self,
+        identity: SourceIdentity,
+        worker: p2p_pb2.WorkerMetadata,
+        worker_id: str,
+        pod: PodReference | None = None,
     ) -> p2p_pb2.PublishMetadataResponse:
-        """Publish the record of a worker. The response says whether the server accepted it."""
+        """Publish the record of a worker, which may name its pod. The response says whether the server accepted it."""
         request = p2p_pb2.PublishMetadataRequest(
             identity=identity_to_message(identity), worker=worker, worker_id=worker_id
         )
+        if pod is not None:
+            request.pod_name, request.pod_uid, request.pod_namespace = pod.name, pod.uid, pod.namespace
         response: p2p_pb2.PublishMetadataResponse = self._call(P2P, "PublishMetadata", request)
         return response
 

@@ -25,7 +25,13 @@ from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.discovery.server import ENDPOINT_KEY, TRANSPORTS_KEY
 from modelexpress_core.sources.offered_tensors import OfferedTensors
 from modelexpress_core.sources.publishing import Publisher, PublishingState, withdraw_on_exit
-from modelexpress_core.sources.settings import PublishingSettings, ServerAddress, WorkerSettings
+from modelexpress_core.sources.settings import (
+    DiscoverySettings,
+    PodSettings,
+    PublishingSettings,
+    ServerAddress,
+    WorkerSettings,
+)
 from modelexpress_core.sources.worker_service import Leases, WorkerServer
 from modelexpress_core.uri import ModelURI
 from modelexpress_core.wire.authentication import open_authenticator
@@ -139,7 +145,12 @@ class Offer:
             worker_rank=worker_rank,
             accelerator=identity.gpu_arch,
         )
-        leases = Leases(settings.lease_seconds)
+        # Without a server, nobody learns from a record that the worker is ready: it answers no reader before.
+        without_server = from_env(DiscoverySettings, environ).without_server
+        if without_server and auth.mode not in {"off", "mtls"}:
+            message = f"MX_AUTH_MODE is {auth.mode}, and the discovery k8s-service:// has no server that signs grants"
+            raise SettingsError(message, hint="set MX_AUTH_MODE to mtls or off, or use a server")
+        leases = Leases(settings.lease_seconds, opened=not without_server)
         self._offered = OfferedTensors(tensors)
 
         def table_for(scheme: str) -> TensorTable:
@@ -158,7 +169,9 @@ class Offer:
         self._pid = os.getpid()
         with contextlib.ExitStack() as opened:
             served = _serve(table_for, _schemes(plugins, transports, environ), plugins, environ, opened)
-            client = opened.enter_context(ServerClient.from_env(environ))
+            for each in served.values():
+                manifest.topology.update(each.topology)
+            manifest.topology[TRANSPORTS_KEY] = ",".join(served)
             port = _port(settings, device)
             self._server = opened.enter_context(
                 WorkerServer(
@@ -172,19 +185,22 @@ class Offer:
                     services={service: each for one in served.values() for service, each in one.services.items()},
                 )
             )
-            host = settings.host or _own_address(Endpoint.parse(from_env(ServerAddress, environ).url))
+            host = settings.host or _own_host(environ, without_server=without_server)
             scheme = "https://" if tls.certificate else ""  # plain host:port, which other clients understand too
             self.endpoint = f"{scheme}{host}:{self._server.port}"
+            self.transports = tuple(served)
+            if without_server:
+                self._publisher: Publisher | _Unlisted = _Unlisted(leases)
+                self._closing = opened.pop_all()
+                return
+            client = opened.enter_context(ServerClient.from_env(environ))
             published = p2p_pb2.WorkerMetadata()
             if record is not None:
                 published.CopyFrom(record)
             published.worker_rank = worker_rank
             published.worker_grpc_endpoint = self.endpoint
             published.accelerator = identity.gpu_arch
-            for each in served.values():
-                published.topology.update(each.topology)
-            self.transports = tuple(served)
-            published.topology[TRANSPORTS_KEY] = ",".join(served)
+            published.topology.update(manifest.topology)
             published.topology[ENDPOINT_KEY] = self.endpoint
             self._publisher = Publisher(
                 client,
@@ -194,6 +210,7 @@ class Offer:
                 interval_seconds=from_env(PublishingSettings, environ).interval_seconds,
                 load=load,
                 grants=grants,
+                pod=from_env(PodSettings, environ).reference(),
             )
             self._closing = opened.pop_all()
 
@@ -210,7 +227,8 @@ class Offer:
         Raises:
             ResourceError: The system starts no more threads.
         """
-        withdraw_on_exit(self._publisher)
+        if isinstance(self._publisher, Publisher):
+            withdraw_on_exit(self._publisher)
         self._publisher.start()
         if self._digesting.ident is None:
             start_thread(self._digesting, "take the digests of the tensors")
@@ -272,6 +290,38 @@ class Offer:
             self._closing.close()
             if self._digesting.ident is not None:
                 self._digesting.join()
+
+
+class _Unlisted:
+    """Stands for the publisher of a worker that no server lists: readers ask the worker itself.
+
+    Args:
+        leases: Leases of the worker, which are granted once it is ready.
+    """
+
+    def __init__(self, leases: Leases) -> None:
+        self._leases = leases
+        self.state = PublishingState()
+
+    def start(self) -> None:
+        """Do nothing: the worker answers already, that it is not ready."""
+
+    def ready(self) -> None:
+        """Answer readers from now on."""
+        self._leases.open()
+        self.state = PublishingState(status="ready")
+
+    def withdraw(self) -> bool:
+        """Return True: the worker drains, and nobody else knows of it."""
+        self.state = PublishingState(status="stale")
+        return True
+
+
+def _own_host(environ: Mapping[str, str], *, without_server: bool) -> str:
+    """Return a host at which other workers can probably reach this one."""
+    if without_server:
+        return socket.gethostname()  # of a pod, which its log shows; readers have the addresses of the Service
+    return _own_address(Endpoint.parse(from_env(ServerAddress, environ).url))
 
 
 def _schemes(plugins: PluginManager, transports: Sequence[str] | None, environ: Mapping[str, str]) -> Sequence[str]:

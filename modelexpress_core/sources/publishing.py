@@ -27,6 +27,7 @@ import attrs
 from attrs import frozen
 
 from modelexpress_core.contracts.identity import SourceIdentity
+from modelexpress_core.contracts.metadata_store import PodReference
 from modelexpress_core.errors import BackendError, ModelExpressError
 from modelexpress_core.resources import start_thread
 from modelexpress_core.sources.client import ServerClient
@@ -102,6 +103,7 @@ class Publisher:
         load: Returns how busy the worker is, from 0 to 1, or None if unknown. The publisher's thread calls it for each
             heartbeat: it must be quick, and must take no lock, because a thread that SIGTERM interrupts may hold it.
         grants: Verifies read grants; gets the key and the time that the server answers with.
+        pod: The worker's pod.
 
     Raises:
         ValueError: The interval is not above zero.
@@ -118,6 +120,7 @@ class Publisher:
         interval_seconds: float = 30.0,
         load: Callable[[], float | None] | None = None,
         grants: GrantAuthenticator | None = None,
+        pod: PodReference | None = None,
     ) -> None:
         if not 0 < interval_seconds < math.inf:
             message = f"interval_seconds must be above zero and finite: {interval_seconds!r}"
@@ -134,6 +137,7 @@ class Publisher:
         self._load = load
         self._load_failed = False
         self._grants = grants
+        self._pod = pod
         self._pid = os.getpid()
         # A signal handler must be able to wake the thread. SimpleQueue is reentrant; events and conditions are not.
         self._wake: SimpleQueue[None] = SimpleQueue()
@@ -250,7 +254,7 @@ class Publisher:
             _log.info("the server no longer knows worker %s: publishing it again", self._worker_id)
         self._publish_attempted = True
         self._worker.status = status
-        answer = self._client.publish(self._identity, self._worker, self._worker_id)
+        answer = self._client.publish(self._identity, self._worker, self._worker_id, self._pod)
         if not answer.success:
             raise _RefusedError(answer.message)
         if self._grants is not None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import ipaddress
 import re
 
+import attrs
 from attrs import frozen
 
+from modelexpress_core.contracts.metadata_store import PodReference
+from modelexpress_core.endpoint import Endpoint
+from modelexpress_core.errors import InvalidURIError
 from modelexpress_core.settings import boolean, env, names, positive_integer, seconds, tcp_port
 from modelexpress_core.uri import redacted
 
 __all__ = [
     "SELECTORS",
     "DiscoverySettings",
+    "PodSettings",
     "PublishingSettings",
     "ServerAddress",
+    "ServiceSettings",
     "SharedCacheSettings",
     "StaticSources",
     "TrustSettings",
@@ -118,6 +124,23 @@ class PublishingSettings:
 
 
 @frozen
+class PodSettings:
+    """The pod of Kubernetes that a worker runs in, which the downward API can tell it."""
+
+    name: str = env("POD_NAME", default="", help="Name of the worker's pod; a server in Kubernetes keeps it.")
+    uid: str = env(
+        "POD_UID",
+        default="",
+        help="Uid of the worker's pod: with name and namespace, Kubernetes removes the worker's record with the pod.",
+    )
+    namespace: str = env("POD_NAMESPACE", default="", help="Namespace of the worker's pod.")
+
+    def reference(self) -> PodReference | None:
+        """The pod; None if it is not known."""
+        return PodReference(self.name, self.uid, self.namespace) if self.uid else None
+
+
+@frozen
 class WorkerSettings:
     """Where a worker offers its tensors, and how long it waits for readers."""
 
@@ -157,14 +180,16 @@ class DiscoverySettings:
         default=(),
         converter=names,
         shown=_shown,
-        help="Discoveries to use (URIs, comma-separated): server://, server://host:port, static://, or a plugin's.",
+        help="Discoveries to use (URIs, comma-separated): server://, server://host:port, k8s-service://, static://, or "
+        "a plugin's.",
     )
     backend: str | None = env(
         "MX_METADATA_BACKEND",
         default=None,
         converter=_backend,
-        help="The discovery by its name in existing deployments: server, redis and kubernetes mean server://. If "
-        "neither this nor MX_DISCOVERY is set, server:// is used if MODEL_EXPRESS_URL is set, otherwise none.",
+        help="The discovery by its name in existing deployments: server, redis and kubernetes mean server://, "
+        "k8s-service means k8s-service://. If neither this nor MX_DISCOVERY is set, server:// is used if "
+        "MODEL_EXPRESS_URL is set, otherwise none.",
     )
     selector: str = env(
         "MX_P2P_SOURCE_SELECTOR",
@@ -178,6 +203,48 @@ class DiscoverySettings:
         converter=positive_integer,
         help="Most workers that one load reads from at the same time; 1 reads from one after the other.",
     )
+
+    @property
+    def without_server(self) -> bool:
+        """Whether workers are found without a server: then none publishes itself to one."""
+        uris = self.uris or ((self.backend,) if self.backend else ())
+        return bool(uris) and all(uri.startswith("k8s-service:") for uri in uris)
+
+
+def _service(text: str) -> str:
+    """Check the pattern of a Service: it is an address once ``{rank}`` is filled in."""
+    try:
+        Endpoint.parse(text.strip().replace("{rank}", "0"))
+    except InvalidURIError:
+        reason = "expected a host name or host:port, in which {rank} may stand for the rank"
+        raise ValueError(reason) from None
+    return text.strip()
+
+
+@frozen
+class ServiceSettings:
+    """Which Service of Kubernetes the workers of a model are behind, where no server lists them."""
+
+    pattern: str = env(
+        "MX_K8S_SERVICE_PATTERN",
+        default="mx-sources",
+        converter=_service,
+        help="Address of the workers for k8s-service://: host or host:port, in which {rank} stands for the rank, with "
+        "https:// for TLS. Without a port it is MX_WORKER_GRPC_PORT and the rank.",
+    )
+
+    def endpoint(self, rank: int, first_port: int) -> Endpoint:
+        """The address of the workers of a rank.
+
+        Args:
+            rank: The rank.
+            first_port: Port of rank 0, if the pattern has none.
+        """
+        text = self.pattern.replace("{rank}", str(rank))
+        endpoint = Endpoint.parse(text)
+        if re.search(r":\d+/?$", text):
+            return endpoint
+        return attrs.evolve(endpoint, port=first_port + rank)
 
 
 @frozen

@@ -84,13 +84,15 @@ class Leases:
     Args:
         seconds: A lease expires after this time, in case its reader has died, also if it is renewed.
         clock: A monotonic clock, in seconds.
+        opened: Whether leases are granted from the start; if not, from when ``open`` is called.
 
     Attributes:
         readers: Who holds them, and what was read under each.
     """
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic, *, opened: bool = True) -> None:
         self.readers = Readers(clock)
+        self._opened = opened
         self._seconds = seconds
         self._clock = clock
         self._active: dict[str, _Lease] = {}
@@ -107,8 +109,19 @@ class Leases:
         """Whether the worker has stopped granting leases."""
         return self._draining
 
+    @property
+    def refusal(self) -> str:
+        """Why no leases are granted now, as a sentence; empty if they are."""
+        if self._draining:
+            return _DRAINING
+        return "" if self._opened else _NOT_READY
+
+    def open(self) -> None:
+        """Grant leases from now on, unless it drains."""
+        self._opened = True
+
     def grant(self, reader: str = "", *, renews: bool = False) -> str | None:
-        """Return a new lease; None while draining.
+        """Return a new lease; None while none is granted.
 
         Args:
             reader: Name or address of the reader, whose number of leases is limited.
@@ -118,7 +131,7 @@ class Leases:
             TooManyLeasesError: The reader, or all readers together, hold as many as they may.
         """
         with self._changed:
-            if self._draining:
+            if self.refusal:
                 worker_metrics().lease_refused("draining")
                 return None
             self._remove_expired()
@@ -268,8 +281,8 @@ class _WorkerService:
 
     async def _check(self, request: Any, context: _Context) -> None:  # noqa: ANN401 - one of two messages
         await self._check_ids(request, context)
-        if self._leases.draining:
-            await context.abort(_Code.UNAVAILABLE, _DRAINING)
+        if self._leases.refusal:
+            await context.abort(_Code.UNAVAILABLE, self._leases.refusal)
 
     async def _check_ids(self, request: Any, context: _Context) -> None:  # noqa: ANN401 - one of three messages
         worker_id = request.worker_id if request.HasField("worker_id") else None
@@ -319,8 +332,8 @@ class _PeerService:
     ) -> peer_pb2.DescribeTensorsResponse:
         """Return a page of layouts and digests."""
         await _check_ids(self._manifest, request.mx_source_id, request.worker_id or None, context)
-        if self._leases.draining:
-            await context.abort(_Code.UNAVAILABLE, _DRAINING)
+        if self._leases.refusal:
+            await context.abort(_Code.UNAVAILABLE, self._leases.refusal)
         if not self._offered.digested:
             await context.abort(_Code.UNAVAILABLE, "the worker has not yet taken the digests of its tensors")
         return self._offered.page(request.first)
@@ -391,6 +404,7 @@ _BY_LEASE = (WORKER.path("ReleaseTensorRead"), LEASE.path("RenewLease"), PEER.pa
 _NO_LEASE = "no such lease: it has ended, and the memory may have changed since then"
 
 _DRAINING = "the worker is draining: its memory is about to change"
+_NOT_READY = "the worker is not ready: it loads its weights, or takes the digests of its tensors"
 
 
 class _CountedRefusals:
@@ -415,17 +429,17 @@ class _CountedRefusals:
 
 
 class _WorkerHealth:
-    """``grpc.health.v1.Health`` of a worker: it serves until it drains."""
+    """``grpc.health.v1.Health`` of a worker: it serves while it grants leases."""
 
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
 
     async def check(self, request: health_pb2.HealthCheckRequest, context: _Context) -> health_pb2.HealthCheckResponse:
-        """Return SERVING until the worker drains."""
+        """Return SERVING while the worker grants leases."""
         if request.service not in {"", WORKER.name}:
             await context.abort(_Code.NOT_FOUND, f"unknown service: {request.service!r}")
         status = health_pb2.HealthCheckResponse
-        return status(status=status.NOT_SERVING if self._leases.draining else status.SERVING)
+        return status(status=status.NOT_SERVING if self._leases.refusal else status.SERVING)
 
     async def watch(self, _: health_pb2.HealthCheckRequest, context: _Context) -> None:
         """Refuse the call: probes call ``Check`` repeatedly."""

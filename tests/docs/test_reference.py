@@ -48,6 +48,7 @@ PAGES = [
     *sorted(DOCS.glob("*.md")),
     *ROOT.glob("plugins/*/README.md"),
     *ROOT.glob("integrations/*/README.md"),
+    ROOT / "helm" / "README.md",
 ]
 
 ERRORS = {name: getattr(errors, name) for name in errors.__all__}

@@ -19,6 +19,7 @@ sys.modules["modelexpress"] = bare
 from modelexpress import p2p_pb2 as theirs  # type: ignore[import-not-found]  # noqa: E402 - see above
 from modelexpress.client import MxClient  # type: ignore[import-not-found]  # noqa: E402
 from modelexpress.metadata import worker_server  # type: ignore[import-not-found]  # noqa: E402
+from modelexpress.metadata.k8s_service_client import MxK8sServiceClient  # type: ignore[import-not-found]  # noqa: E402
 
 from modelexpress_core.contracts.identity import Engine, SourceIdentity  # noqa: E402 - both in one process
 from modelexpress_core.sources.client import ServerClient  # noqa: E402 - both in one process
@@ -78,6 +79,13 @@ lease, _ = worker_server.prepare_tensor_read(endpoint, source_id, worker_id="w-1
 answers["read from a worker"] = [tensor.name for tensor in lease.manifest.tensors]
 lease.release()
 answers["manifest"] = len(worker_server.fetch_tensor_manifest(endpoint, source_id)[0])
+behind_service = MxK8sServiceClient(worker_rank=0, service_pattern=endpoint, max_retries=0)
+[instance] = behind_service.list_sources(identity).instances
+through_service = behind_service.get_metadata(instance.mx_source_id, instance.worker_id)
+answers["through a service"] = [
+    through_service.mx_source_id,
+    [tensor.name for tensor in through_service.worker.tensor_source.tensors],
+]
 try:
     worker_server.fetch_tensor_manifest(endpoint, "0" * 16)
 except grpc.RpcError as exc:

@@ -102,6 +102,7 @@ def test_it_publishes_lists_gets_and_updates(python: str, start: Callable[..., A
         "seen by them": ["w-1", "w-2"],  # and not what ``offer`` published
         "read from a worker": ["a", "b"],
         "manifest": 2,
+        "through a service": [_SOURCE_ID, ["a", "b"]],
         "another source": "FAILED_PRECONDITION",
     } == json.loads(done.stdout)
     ours, *others = [place for place in found.places if place.worker_id]

@@ -72,7 +72,7 @@ def test_checking(mx: Command, config: Callable[[str], str]) -> None:
     environ = {"MX_METADATA_BACKEND": "redis", "REDIS_URL": f"redis://:{_SECRET}@redis", "MX_DRAIN_SECONDS": "3"}
 
     done = mx("--log-level", "debug", "serve", "--check", "--config", path, "--host", "127.0.0.1", environ=environ)
-    unknown = mx("serve", "--check", environ={"MX_METADATA_BACKEND": "kubernetes"})
+    unknown = mx("serve", "--check", environ={"MX_METADATA_URI": "etcd://host"})
     wrong = mx("serve", "--check", environ={"MX_METADATA_BACKEND": "server"})
     no_uri = mx("serve", "--check", environ={"MX_METADATA_URI": f"redis:/:{_SECRET}@h"})
 
@@ -85,7 +85,7 @@ def test_checking(mx: Command, config: Callable[[str], str]) -> None:
     assert "drain_seconds = 3.0 (from MX_DRAIN_SECONDS)" in shown
     assert "log.level = debug (from --log-level)" in shown
     assert _SECRET not in done.stdout + done.stderr
-    assert (1, True) == (unknown.returncode, "metadata store scheme 'kubernetes'" in unknown.stderr)
+    assert (1, True) == (unknown.returncode, "metadata store scheme 'etcd'" in unknown.stderr)
     assert (1, True) == (no_uri.returncode, "metadata (from MX_METADATA_URI): the URI has fewer than" in no_uri.stderr)
     assert _SECRET not in no_uri.stderr
     assert (1, True) == (wrong.returncode, "there are memory, redis, kubernetes" in wrong.stderr)
@@ -159,7 +159,7 @@ def test_an_unknown_mode_of_authentication(mx: Command, config: Callable[[str], 
         assert (1, "") == (done.returncode, done.stdout)
         said = " ".join(done.stderr.split())
         assert "MX_AUTH_MODE is 'kerberos': no usable plugin offers the authenticator 'kerberos'" in said
-        assert "installed: mtls, token" in said
+        assert "installed: kubernetes, mtls, token" in said
 
 
 def test_tokens_without_a_mode_are_no_setting(mx: Command, config: Callable[[str], str]) -> None:
@@ -355,3 +355,17 @@ def test_checking_serves_nothing_and_changes_nothing(mx: Command, start: Start) 
 
         assert (0, "") == (done.returncode, done.stderr)
         assert 1 == len(client.list_sources())
+
+
+def test_a_security_mode_that_contradicts_ours(mx: Command) -> None:
+    """Nobody is let in who was to be kept out: the server does not start."""
+    enforce = {"MODEL_EXPRESS_SECURITY_MODE": "enforce"}
+
+    contradicted = mx("serve", "--check", environ={**enforce, "MX_AUTH_MODE": "off"})
+    unfinished = mx("serve", "--check", environ=enforce)
+    unknown = mx("serve", "--check", environ={"MODEL_EXPRESS_SECURITY_MODE": "permissive"})
+
+    said = "auth.mode is off (from MX_AUTH_MODE), and MODEL_EXPRESS_SECURITY_MODE is enforce, which means kubernetes"
+    assert (1, True) == (contradicted.returncode, said in " ".join(contradicted.stderr.split()))
+    assert (1, True) == (unfinished.returncode, "MODEL_EXPRESS_SECURITY_TOKEN_AUDIENCES" in unfinished.stderr)
+    assert (1, True) == (unknown.returncode, "MODEL_EXPRESS_SECURITY_MODE" in unknown.stderr)

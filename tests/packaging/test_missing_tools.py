@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from devtools import azurite
+from devtools import azurite, helm, kube_apiserver
 from devtools.missing import ToolMissingError
 from devtools.packages import ROOT
 from devtools.redis_server import binary
@@ -71,6 +71,13 @@ def test_where_all_tools_are_required_they_fail(tmp_path: Path) -> None:
     assert "1 failed, 1 error" in printed, printed
 
 
+def test_a_tool_may_be_optional_where_all_others_are_required(tmp_path: Path) -> None:
+    """As one that neither pip nor a distribution has."""
+    printed = run_tests(tmp_path, "--require-tools", "--optional-tool=redis-server", path=tmp_path)
+
+    assert "2 skipped" in printed, printed
+
+
 def test_a_redis_of_this_machine_will_do(tmp_path: Path) -> None:
     """It is found on the path."""
     programs = tmp_path / "bin"
@@ -93,3 +100,35 @@ def test_without_azurite_the_reason_is_how_to_install_it(tmp_path: Path, monkeyp
     for name in ("azurite-blob", "node"):
         (tmp_path / name).touch(mode=0o755)
     assert str(tmp_path / "azurite-blob") == azurite.binary()
+
+
+def test_without_an_api_server_the_reason_is_where_it_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the folder that other projects use, too; both programs are needed."""
+    reason = "^kube-apiserver: set KUBEBUILDER_ASSETS"
+    monkeypatch.delenv("KUBEBUILDER_ASSETS", raising=False)
+    with pytest.raises(ToolMissingError, match=reason):
+        kube_apiserver.binaries()
+    monkeypatch.setenv("KUBEBUILDER_ASSETS", str(tmp_path))
+    with pytest.raises(ToolMissingError, match=reason):
+        kube_apiserver.binaries()
+    (tmp_path / "kube-apiserver").touch(mode=0o755)
+    with pytest.raises(ToolMissingError, match=r"^etcd: set KUBEBUILDER_ASSETS"):
+        kube_apiserver.binaries()
+
+    (tmp_path / "etcd").touch(mode=0o755)
+
+    assert (tmp_path / "kube-apiserver", tmp_path / "etcd") == kube_apiserver.binaries()
+
+
+def test_without_helm_the_reason_is_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the checkout alone is used: messages differ between versions."""
+    monkeypatch.setattr(helm, "_ROOT", tmp_path)
+    with pytest.raises(ToolMissingError, match=r"^helm: run python -m devtools\.helm"):
+        helm.binary()
+
+    (tmp_path / ".tools" / "helm").mkdir(parents=True)
+    (tmp_path / ".tools" / "helm" / "helm").touch(mode=0o755)
+
+    assert str(tmp_path / ".tools" / "helm" / "helm") == helm.binary()

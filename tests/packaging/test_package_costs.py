@@ -26,6 +26,7 @@ _ALLOWED: Mapping[str, tuple[set[str], float]] = {
     "mx-azure": ({"azure"}, 25),
     "mx-hf": ({"hf"}, 35),
     "mx-grpc-stream": (set(), 50),
+    "mx-kubernetes": (set(), 50),
     "mx-nixl": (set(), 95),
     "mx-streamer": (set(), 75),
     "mx-streamer[s3]": ({"s3"}, 125),

@@ -49,7 +49,21 @@ def test_there_are_members() -> None:
 
 def test_the_extras_are_the_ones_that_are_documented() -> None:
     """Each backend, the server and its spans, the integration, the contract kit, and the two that collect."""
-    expected = {"azure", "gcs", "grpc", "hf", "nixl", "s3", "server", "otel", "vllm", "testing", "dev", "all"}
+    expected = {
+        "azure",
+        "gcs",
+        "grpc",
+        "hf",
+        "kubernetes",
+        "nixl",
+        "s3",
+        "server",
+        "otel",
+        "vllm",
+        "testing",
+        "dev",
+        "all",
+    }
 
     assert expected == set(_EXTRAS)
 

@@ -188,9 +188,9 @@ def test_a_discovery_that_fails_to_close_keeps_its_candidates(caplog: pytest.Log
 
 def test_an_unknown_discovery_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
     """The warning lists the installed ones and the next step."""
-    assert ["memory://host/model"] == found(Discovering(lambda _: ()), MX_METADATA_BACKEND="k8s-service")
+    assert ["memory://host/model"] == found(Discovering(lambda _: ()), MX_DISCOVERY="dns://workers")
 
-    assert "no usable plugin handles the discovery scheme 'k8s-service'" in caplog.text
+    assert "no usable plugin handles the discovery scheme 'dns'" in caplog.text
     assert "server, static" in caplog.text
 
 

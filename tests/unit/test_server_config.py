@@ -237,3 +237,21 @@ def test_a_password_in_a_url_is_not_shown() -> None:
     variables = StoreVariables(backend="redis", redis_url=f"redis://:{_SECRET}@r")
 
     assert _SECRET not in repr(variables) + repr(variables.metadata())
+
+
+@pytest.mark.parametrize(
+    ("environ", "shown"),
+    [
+        ({"MODEL_EXPRESS_SECURITY_MODE": "enforce"}, "auth.mode = kubernetes (from MODEL_EXPRESS_SECURITY_MODE)"),
+        ({"MODEL_EXPRESS_SECURITY_MODE": "off"}, "auth.mode = off"),
+    ],
+)
+def test_the_security_mode_of_existing_deployments(environ: dict[str, str], shown: str) -> None:
+    """It stands for a mode of ours."""
+    from modelexpress_core.server.settings import SecurityVariables
+    from modelexpress_core.settings import from_env
+
+    mode = from_env(SecurityVariables, environ).auth_mode()
+
+    said = "auth.mode = off" if mode is None else f"auth.mode = {mode.value} (from {mode.source})"
+    assert shown == said

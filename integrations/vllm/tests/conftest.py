@@ -8,14 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from devtools.fake_hub import FakeHub
-from integrations.vllm.tests.workers import Server
+from devtools.seaweedfs import SeaweedFS
+from integrations.vllm.tests.workers import Engine, Server, Start
 
 _MODELS = Path(__file__).with_name("models.py")
 _SECONDS = 1700
@@ -23,6 +25,8 @@ _SECONDS = 1700
 #: `make test-vllm` runs these, in an environment that has vLLM.
 _WITH_VLLM = [
     "test_failures.py",
+    "test_peer_failures.py",
+    "test_peer_models.py",
     "test_peers.py",
     "test_register.py",
     "test_reload.py",
@@ -104,6 +108,44 @@ def faulty_plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: faulty-plugin\nVersion: 1.0\n")
     (information / "entry_points.txt").write_text("[modelexpress.plugins]\nfaulty-plugin = faulty_plugin\n")
     return os.pathsep.join([str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def start(server: Server, s3_server: SeaweedFS) -> Iterator[Start]:
+    """A function that starts an engine whose MX_MODEL_URI is in the object store; all end with the test."""
+    with ExitStack() as engines:
+
+        def start(
+            model: Path, uri: str, environ: Mapping[str, str] | None = None, *, packed: bool = False, **options: Any
+        ) -> Engine:
+            variables = {
+                "MODEL_EXPRESS_URL": server.url,
+                **({"MX_MODEL_URI": uri} if uri else {}),
+                **s3_server.environ(),
+                **(environ or {}),
+            }
+            given = {"model": str(model), "load_format": "mx", **options}
+            return engines.enter_context(Engine(given, variables, packed=packed))
+
+        yield start
+
+
+@pytest.fixture
+def changed(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    """The checkpoint with other values in some tensors."""
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(checkpoint("llama"), tmp_path / "changed")
+    for file in copy.glob("*.safetensors"):
+        tensors = load_file(file)
+        save_file({name: -each if "o_proj" in name else each for name, each in tensors.items()}, file, {"format": "pt"})
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A plugin that makes loads fail, and kills the worker that is read; tests install it by PYTHONPATH."""
+"""A plugin that makes loads fail, and kills or stops the worker that is read; tests install it by PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from modelexpress_core.errors import AccessDeniedError
-from modelexpress_core.events import LoadStarted
+from modelexpress_core.events import LoadFinished, LoadStarted
 from modelexpress_core.hooks import hookimpl
 from modelexpress_core.loads.destination import Destination
 from modelexpress_core.providers import StorageProvider
@@ -64,18 +66,29 @@ def mx_load_started(event: LoadStarted) -> None:
     client.upload_file(replacement, bucket, key)
 
 
-def _kill_worker_that_is_read() -> None:
-    """Kill the process group TEST_KILL when a load from it has begun to write, and nothing has arrived yet."""
-    if not os.environ.get("TEST_KILL"):
+def _signal_worker_that_is_read() -> None:
+    """Send TEST_SIGNAL to the process group TEST_SIGNALLED when a load from it begins to write, before bytes arrive."""
+    if not os.environ.get("TEST_SIGNALLED"):
         return
     touch = Destination.touch
 
-    def touch_and_kill(self: Destination) -> None:
+    def touch_and_signal(self: Destination) -> None:
         touch(self)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(int(os.environ["TEST_KILL"]), signal.SIGKILL)
+        if not signalled:
+            signalled.append(time.monotonic())
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(os.environ["TEST_SIGNALLED"]), signal.Signals[os.environ["TEST_SIGNAL"]])
 
-    Destination.touch = touch_and_kill  # type: ignore[method-assign]
+    Destination.touch = touch_and_signal  # type: ignore[method-assign]
 
 
-_kill_worker_that_is_read()
+signalled: list[float] = []
+_signal_worker_that_is_read()
+
+
+@hookimpl
+def mx_load_finished(event: LoadFinished) -> None:
+    """Say how long a load took from the signal on."""
+    if signalled:
+        sys.stderr.write(f"\nSECONDS AFTER THE SIGNAL {time.monotonic() - signalled[0]}\n")
+        sys.stderr.flush()

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from engines import new_engine, shut_down, tokens_of
 from unpacked_plugin import keep_parameters
 
@@ -25,6 +26,16 @@ def replace(source: str, directory: str) -> None:
         shutil.copy(file, directory)
 
 
+def damage(model: Any) -> None:
+    """Flip one bit in each weight, which nobody notices who does not compare bytes."""
+    for parameter in model.parameters():
+        parameter.data.view(-1)[:1].view(dtype=torch.uint8)[0] ^= 1
+
+
+#: What steps do with the model. Requests of a refused ``tokens`` would stay in an engine of this process.
+_OF_MODEL = {"forward": lambda model: str(model()), "damage": damage}
+
+
 def run(llm: Any, step: list[Any]) -> Any:
     what, *arguments = step
     if what == "tokens":
@@ -35,9 +46,8 @@ def run(llm: Any, step: list[Any]) -> Any:
         return llm.collective_rpc(method, kwargs=options[0] if options else {})
     if what == "replace":
         return replace(*arguments)
-    if what == "forward":
-        # Requests of a refused ``tokens`` would stay in an engine of this process.
-        return llm.apply_model(lambda model: str(model()))
+    if what in _OF_MODEL:
+        return llm.apply_model(_OF_MODEL[what])
     if what == "write":
         return Path(*arguments).touch()
     if what == "environ":

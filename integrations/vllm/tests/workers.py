@@ -12,13 +12,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelexpress_core.uri import ModelURI
 from tests.support.waiting import eventually
 
-__all__ = ["Engine", "Server", "install_unpacked_plugin"]
+__all__ = ["NIXL", "NO_NIXL", "Engine", "Server", "Start", "install_unpacked_plugin", "scheme"]
+
+#: Variables of an engine that offers its weights over NIXL too, and of one that reads over gRPC alone.
+NIXL = {"MX_NIXL_OFFER": "1", "NIXL_LOG_LEVEL": "WARN"}
+NO_NIXL = {"MX_DISABLED_PLUGINS": "mx-nixl"}
 
 _SECONDS = 600
 
@@ -31,8 +36,13 @@ def install_unpacked_plugin(directory: Path) -> None:
     information = directory / "unpacked_plugin-1.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: unpacked-plugin\nVersion: 1.0\n")
-    entry_point = "[vllm.general_plugins]\nunpacked = unpacked_plugin:keep_parameters\n"
+    entry_point = "[vllm.general_plugins]\nunpacked = unpacked_plugin:keep_parameters_and_experts\n"
     (information / "entry_points.txt").write_text(entry_point)
+
+
+def scheme(uri: str) -> str:
+    """Return the scheme of a place that an engine loaded from."""
+    return ModelURI.parse(uri).scheme
 
 
 class Server:
@@ -122,7 +132,7 @@ class Engine:
                 "VLLM_PLUGINS": "modelexpress" if packed else "modelexpress,unpacked",
                 "VLLM_CPU_KVCACHE_SPACE": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if options.get("tensor_parallel_size", 1) > 1 else "0",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if "distributed_executor_backend" in options else "0",
                 "VLLM_NO_USAGE_STATS": "1",
                 "HF_HUB_OFFLINE": "1",
                 "MX_WORKER_HOST": "127.0.0.1",
@@ -197,3 +207,7 @@ class Engine:
     def loaded_from(self) -> Sequence[str]:
         """Return where its loads read from, in order."""
         return re.findall(r"ModelExpress loaded (\S+):", self.log)
+
+
+#: Starts an engine: ``start(model, uri, environ, packed=False, **options)``.
+Start = Callable[..., Engine]

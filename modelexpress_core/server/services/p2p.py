@@ -21,6 +21,7 @@ from modelexpress_core.contracts.identity import SourceIdentity
 from modelexpress_core.contracts.metadata_store import (
     MetadataStore,
     NotPublisherError,
+    PodReference,
     SourceQuery,
     SourceRecord,
     SourceStatus,
@@ -157,7 +158,11 @@ class P2pService:
         worker.ClearField("updated_at")
         grant_key = new_grant_key() if publisher else b""
         source = StoredSource(
-            record, request.identity.SerializeToString(), worker.SerializeToString(), grant_key=grant_key
+            record,
+            request.identity.SerializeToString(),
+            worker.SerializeToString(),
+            grant_key=grant_key,
+            pod=PodReference(request.pod_name, request.pod_uid, request.pod_namespace) if request.pod_uid else None,
         )
         if problem := await self._publish(source, context):
             return p2p_pb2.PublishMetadataResponse(success=False, message=problem)

@@ -41,6 +41,8 @@ from mx_vllm._vllm import (
     discard_reload,
     finish_reload,
     forgotten_layers,
+    has_own_files,
+    is_draft,
     is_first_rank,
     layers_with_packed_copies,
     must_be_loaded,
@@ -96,7 +98,7 @@ class MxModelLoader(BaseModelLoader):
         self._content_version = ""
         self._why_no_worker = ""
         self._processed = contextlib.ExitStack()
-        self._is_draft_model = False
+        self._is_draft_model = self._has_own_files = False
         self._may_fall_back = False
         self._destination = Destination()
         self._uses_cache = True
@@ -114,15 +116,13 @@ class MxModelLoader(BaseModelLoader):
         """Return the model with its weights. If ModelExpress fails on any rank, vLLM's own loader may load all ranks.
 
         MX_FALLBACK says whether it may; by default it may not if MX_MODEL_URI is set, since its weights may be others.
-        There is no fallback for a draft model on several ranks.
 
         Raises:
             ModelExpressError: The weights cannot be read, and there is no fallback.
         """
-        # A draft model of speculative decoding has separate files, and not every rank loads it.
-        self._is_draft_model = model_config is not vllm_config.model_config
-        ranks_agree = not self._is_draft_model or vllm_config.parallel_config.world_size == 1
-        self._may_fall_back = ranks_agree and self._reads_storage and self._is_fallback_allowed(model_config)
+        self._is_draft_model = is_draft(vllm_config, model_config)
+        self._has_own_files = self._is_draft_model and has_own_files(vllm_config, model_config)
+        self._may_fall_back = self._reads_storage and self._is_fallback_allowed(model_config)
         self._vllm_config = vllm_config
 
         def build() -> nn.Module:
@@ -186,7 +186,9 @@ class MxModelLoader(BaseModelLoader):
             self._reason = str(exc) if isinstance(exc, ModelExpressError) else headline_of(exc)
         # All ranks must use the same source and the same steps.
         lost_cache = failure is not None and self._read_from_cache
-        failed, touched, lost_cache = any_rank([failure is not None, self._destination.touched, lost_cache])
+        failed, touched, lost_cache = any_rank(
+            [failure is not None, self._destination.touched, lost_cache], of_draft=self._is_draft_model
+        )
         if not failed:
             return
         if has_other_source and lost_cache:
@@ -275,8 +277,8 @@ class MxModelLoader(BaseModelLoader):
     def _is_fallback_allowed(self, model_config: ModelConfig) -> bool:
         if streamed_uri(model_config.model) is not None and self._settings.fallback is None:
             return False  # the files of vLLM's model are all but the weights
-        # MX_MODEL_URI is not the address of a draft model.
-        return self._settings.may_fall_back or (self._is_draft_model and self._settings.fallback is None)
+        # MX_MODEL_URI is not the address of a draft model with files of its own.
+        return self._settings.may_fall_back or (self._has_own_files and self._settings.fallback is None)
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> PendingWeights:
         """Prepare a reload of ``model`` in place, which vLLM's ``reload_weights`` performs with the result.
@@ -428,7 +430,7 @@ class MxModelLoader(BaseModelLoader):
         if source.primary and self._explicit_path is not None:
             watch.why = "reload_weights names it"
             return self._explicit_path if "://" in self._explicit_path else safetensors_of(self._own, source)
-        if source.primary and self._settings.model_uri is not None and not self._is_draft_model:
+        if source.primary and self._settings.model_uri is not None and not self._has_own_files:
             watch.why = "MX_MODEL_URI names it" + self._no_worker() + self._no_cache(self._settings.model_uri)
             return self._settings.model_uri
         streamed = streamed_uri(source.model) if source.primary else None
@@ -452,7 +454,7 @@ class MxModelLoader(BaseModelLoader):
 
     def _has_source_besides_cache(self) -> bool:
         """Whether MX_MODEL_URI can be read if the cache of the server fails; the same on all ranks."""
-        if self._is_draft_model or self._settings.model_uri is None or not self._uses_cache:
+        if self._has_own_files or self._settings.model_uri is None or not self._uses_cache:
             return False
         return is_cache_used(os.environ) and not why_in_cache(self._settings.model_uri, os.environ)
 

@@ -32,7 +32,9 @@ __all__ = [
     "discard_reload",
     "finish_reload",
     "forgotten_layers",
+    "has_own_files",
     "identity_fields",
+    "is_draft",
     "is_first_rank",
     "layers_with_packed_copies",
     "must_be_loaded",
@@ -404,12 +406,33 @@ def is_first_rank() -> bool:
     return bool(get_world_group().is_first_rank)
 
 
-def any_rank(flags: Sequence[bool]) -> list[bool]:
-    """Return for each of ``flags`` whether it is set on any rank. Waits until every rank has called this."""
-    import torch
-    from vllm.distributed.parallel_state import get_world_group
+def is_draft(vllm_config: Any, model_config: Any) -> bool:
+    """Return whether ``model_config`` is that of a draft model of speculative decoding.
 
-    group = get_world_group()
+    Some methods load it with a configuration of its own, in which it is the model.
+    """
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    return model_config is not vllm_config.model_config or (draft is not None and model_config is draft)
+
+
+def has_own_files(vllm_config: Any, model_config: Any) -> bool:
+    """Return whether a draft model is in other files than its target; layers that predict tokens are in the same."""
+    target = getattr(getattr(vllm_config, "speculative_config", None), "target_model_config", None)
+    return target is None or model_config.model != target.model
+
+
+def any_rank(flags: Sequence[bool], *, of_draft: bool = False) -> list[bool]:
+    """Return for each of ``flags`` whether it is set on any rank. Waits until every rank has called this.
+
+    Args:
+        flags: What is set on this rank.
+        of_draft: Whether only ranks take part that load a draft model: those of the last pipeline stage.
+    """
+    import torch
+    from vllm.distributed.parallel_state import get_tp_group, get_world_group
+
+    group = get_tp_group() if of_draft else get_world_group()
     if group.world_size == 1:
         return list(flags)
     # On the CPU, because the default device may be another.

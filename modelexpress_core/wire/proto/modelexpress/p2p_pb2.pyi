@@ -325,7 +325,14 @@ class GetTensorManifestRequest(_message.Message):
     def __init__(self, mx_source_id: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
 
 class GetTensorManifestResponse(_message.Message):
-    __slots__ = ("tensors", "mx_source_id", "metadata_endpoint", "agent_name", "worker_rank", "accelerator", "worker_id")
+    __slots__ = ("tensors", "mx_source_id", "metadata_endpoint", "agent_name", "worker_rank", "accelerator", "worker_id", "topology")
+    class TopologyEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     MX_SOURCE_ID_FIELD_NUMBER: _ClassVar[int]
     METADATA_ENDPOINT_FIELD_NUMBER: _ClassVar[int]
@@ -333,6 +340,7 @@ class GetTensorManifestResponse(_message.Message):
     WORKER_RANK_FIELD_NUMBER: _ClassVar[int]
     ACCELERATOR_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorDescriptor]
     mx_source_id: str
     metadata_endpoint: str
@@ -340,7 +348,8 @@ class GetTensorManifestResponse(_message.Message):
     worker_rank: int
     accelerator: str
     worker_id: str
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorDescriptor, _Mapping]]] = ..., mx_source_id: _Optional[str] = ..., metadata_endpoint: _Optional[str] = ..., agent_name: _Optional[str] = ..., worker_rank: _Optional[int] = ..., accelerator: _Optional[str] = ..., worker_id: _Optional[str] = ...) -> None: ...
+    topology: _containers.ScalarMap[str, str]
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorDescriptor, _Mapping]]] = ..., mx_source_id: _Optional[str] = ..., metadata_endpoint: _Optional[str] = ..., agent_name: _Optional[str] = ..., worker_rank: _Optional[int] = ..., accelerator: _Optional[str] = ..., worker_id: _Optional[str] = ..., topology: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class PrepareTensorReadRequest(_message.Message):
     __slots__ = ("mx_source_id", "worker_id", "renews")
