@@ -19,7 +19,7 @@ from attrs import frozen
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.sources.settings import TrustSettings
 
-__all__ = ["Claim", "reason_to_distrust"]
+__all__ = ["Claim", "is_no_host", "reason_to_distrust"]
 
 _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -49,7 +49,7 @@ def reason_to_distrust(claim: Claim, caller: str, settings: TrustSettings) -> st
     """
     host = claim.endpoint.host
     address = _address(host)
-    if address is not None and (address.is_link_local or address.is_unspecified or address.is_multicast):
+    if is_no_host(host):
         return f"{host} is an address where no worker can be"
     if not caller:
         return ""
@@ -60,6 +60,12 @@ def reason_to_distrust(claim: Claim, caller: str, settings: TrustSettings) -> st
     if not _is_allowed(host.lower(), address, settings.hosts):
         return f"{host} is neither the address that it was published from nor in MX_PEER_HOSTS"
     return ""
+
+
+def is_no_host(host: str) -> bool:
+    """Return whether ``host`` is an address where no program of ours can be, such as a cloud's metadata server."""
+    address = _address(host)
+    return address is not None and (address.is_link_local or address.is_unspecified or address.is_multicast)
 
 
 def _address(host: str) -> _Address | None:
