@@ -23,6 +23,9 @@ from tests.support.waiting import eventually
 _MODELS = Path(__file__).with_name("models.py")
 _SECONDS = 1700
 
+#: Ports of the engines of one process of tests; below those that the system gives to connections.
+_FIRST_PORT, _PORTS = 20_000, 1000
+
 #: `make test-vllm` runs these, in an environment that has vLLM.
 _WITH_VLLM = [
     "test_failures.py",
@@ -54,6 +57,9 @@ def vllm_cache(shared: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _nothing_configured(nothing_configured: None, vllm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(vllm_cache))
+    # vLLM looks for free ports and takes them later: engines that start at the same time must look elsewhere.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    monkeypatch.setenv("VLLM_PORT", str(_FIRST_PORT + _PORTS * int(worker)))
 
 
 @pytest.fixture(scope="session")
