@@ -90,7 +90,7 @@ class Loader(LoadContext):
             ResolveError: A plugin dropped them all.
             SettingsError: A variable that configures discoveries is not valid.
         """
-        ranked = find_candidates(self.plugins, self.environ, self._with_content_version(request))
+        ranked = find_candidates(self.plugins, self.environ, self.with_content_version(request))
         if not ranked:
             message = f"no candidate is left for {request.uri}: a plugin's mx_rank_candidates dropped them all"
             raise ResolveError(message, hint="disable the plugin with MX_DISABLED_PLUGINS")
@@ -151,8 +151,14 @@ class Loader(LoadContext):
         if request.identity is None or not names_checkpoint or from_env(FollowSettings, self.environ).seconds is None:
             yield None
             return
-        from modelexpress_core.sources.following import in_turn  # needs gRPC, which loads of files do without
-
+        try:
+            from modelexpress_core.sources.following import in_turn  # needs gRPC, which loads of files do without
+        except ModuleNotFoundError as exc:
+            _log.warning(
+                "MX_FOLLOW has no effect, because %s is not installed: install modelexpress-core[grpc]", exc.name
+            )
+            yield None
+            return
         with in_turn(self.environ, request) as turn:
             yield turn
 
@@ -183,7 +189,8 @@ class Loader(LoadContext):
         with contextlib.closing(storage):
             return self.read_headers(candidate.uri, registered, storage, self.new_budget())
 
-    def _with_content_version(self, request: LoadRequest) -> LoadRequest:
+    def with_content_version(self, request: LoadRequest) -> LoadRequest:
+        """Return ``request`` with the version of the checkpoint in its identity; without identity if it is unknown."""
         return self._identified(request)[0]
 
     def _identified(self, request: LoadRequest) -> tuple[LoadRequest, Headers | None]:
