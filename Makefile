@@ -92,7 +92,7 @@ $(VLLM_STAMP): pyproject.toml $(MEMBERS:%=%/pyproject.toml) integrations/vllm/te
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest integrations/vllm/tests $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal integrations/vllm/tests $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -72,7 +72,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # noqa: ANN401 - types of xdist
-    """With ``--dist loadgroup``, keep the tests of a file that is marked ``xdist_group`` in one worker."""
+    """With ``--dist loadgroup``, keep the tests of files that are marked with one ``xdist_group`` in one worker."""
     if config.getvalue("dist") != "loadgroup":
         return None
     from tests.support.scheduling import GroupScheduling

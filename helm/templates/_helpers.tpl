@@ -103,11 +103,12 @@ $(POD_NAME).{{ include "mx.pods" . }}.{{ .Release.Namespace }}.svc.{{ .Values.cl
 {{- end -}}
 
 {{/*
-"true" if models are also sent as raw bytes. A ticket is of one replica, so that a Service that leads to another one cannot
-be used; the Service of a daemonset leads to the replica of the caller's node.
+"true" if models are also sent as raw bytes. A ticket is of one replica: each of several tells readers its own address, or the
+Service of a daemonset leads to the replica of the caller's node. Replicas without an address, which are those of a deployment
+with TLS, send none.
 */}}
 {{- define "mx.bulk" -}}
-{{- if and .Values.cache.enabled (or (eq .Values.workload.kind "daemonset") (eq (int .Values.workload.replicas) 1)) }}true{{ end -}}
+{{- if and .Values.cache.enabled (or (eq .Values.workload.kind "daemonset") (eq (int .Values.workload.replicas) 1) (include "mx.replicaEndpoint" .)) }}true{{ end -}}
 {{- end -}}
 
 {{/* "true" if replicas read from each other with a token of their service account. */}}

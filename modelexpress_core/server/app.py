@@ -15,6 +15,7 @@ from modelexpress_core.contracts.authenticator import Authenticator
 from modelexpress_core.contracts.metadata_store import MetadataStore, StoreUnavailableError
 from modelexpress_core.contracts.service import ServiceContext
 from modelexpress_core.contracts.storage import Storage
+from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.plugins import SERVER_SERVICE, STORAGE, PluginManager
 from modelexpress_core.server.calls import LoggingInterceptor
@@ -150,6 +151,7 @@ class Server:
                     metrics,
                     host=self._settings.host,
                     port=self._cache.bulk_port,
+                    replica_host=Endpoint.parse(self._cache.endpoint).host if self._cache.endpoint else "",
                     plaintext=self._cache.bulk_plaintext,
                     tls=self._tls,
                     auth=self._auth,

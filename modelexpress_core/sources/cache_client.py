@@ -29,6 +29,7 @@ from modelexpress_core.errors import (
 from modelexpress_core.messages import printable
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.settings import DiscoverySettings, ServerAddress
+from modelexpress_core.sources.trust import is_no_host
 from modelexpress_core.storage.http.requests import Origin
 from modelexpress_core.uri import ModelURI
 from modelexpress_core.wire.client import Client, Security
@@ -64,6 +65,7 @@ _MAX_FILE_BYTES = (1 << 63) - 1
 #: Parts that one call has the server compare.
 _PARTS_AT_ONCE = 4096
 
+_HOST = re.compile(r"[0-9A-Za-z._:%-]{1,253}")
 _VERSION = re.compile(r"[0-9A-Za-z._-]{1,128}")
 
 #: How much of the model has arrived, in the status of a call that came too early.
@@ -432,8 +434,25 @@ class CacheClient(Client):
         if answer.version != model.version:
             reason = f"the bulk channel is for the version {printable(answer.version)[:128]}, not {model.version}"
             raise SourceChangedError(reason, uri=self.url, operation="open the bulk channel")
-        origin = Origin(self._endpoint.host, answer.port, self._endpoint.tls)
+        origin = Origin(self._bulk_host(answer.host), answer.port, self._endpoint.tls)
         return BulkOffer(origin, answer.ticket, answer.content), float(answer.valid_for_seconds)
+
+    def _bulk_host(self, host: str) -> str:
+        """Where the replica is reached that answered, which may be one of several behind one name.
+
+        Only a server that the variables name may lead this program to another host.
+        """
+        if not host or not self.is_named:
+            return self._endpoint.host
+        if not _HOST.fullmatch(host) or is_no_host(host):
+            reason = f"the server answered with the host {printable(host)[:100]!r}"
+            raise BackendError(reason, uri=self.url, operation="open the bulk channel")
+        return host
+
+    @property
+    def certified_name(self) -> str:
+        """The name that the certificates of the server and of its replicas have."""
+        return self._security.tls_name or self._endpoint.host
 
     # -- answers -------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from attrs import frozen
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.sources.settings import TrustSettings
 
-__all__ = ["Claim", "reason_to_distrust", "reason_to_distrust_publisher"]
+__all__ = ["Claim", "is_no_host", "reason_to_distrust", "reason_to_distrust_publisher"]
 
 _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -49,7 +49,7 @@ def reason_to_distrust(claim: Claim, caller: str, settings: TrustSettings) -> st
     """
     host = claim.endpoint.host
     address = _address(host)
-    if address is not None and (address.is_link_local or address.is_unspecified or address.is_multicast):
+    if is_no_host(host):
         return f"{host} is an address where no worker can be"
     if not caller:
         return ""
@@ -67,6 +67,12 @@ def reason_to_distrust_publisher(publisher: str, caller: str, settings: TrustSet
     if not caller or publisher == caller or _matches(publisher, settings.publishers):
         return ""
     return f"it was published by {publisher!r}, which MX_TRUSTED_PUBLISHERS does not list"
+
+
+def is_no_host(host: str) -> bool:
+    """Return whether ``host`` is an address where no program of ours can be, such as a cloud's metadata server."""
+    address = _address(host)
+    return address is not None and (address.is_link_local or address.is_unspecified or address.is_multicast)
 
 
 def _address(host: str) -> _Address | None:

@@ -87,3 +87,11 @@ def test_public_names_are_documented() -> None:
     """Every exported function and class has its own docstring."""
     assert [name for name in mx.__all__ if not (getattr(mx, name).__doc__ or callable(getattr(mx, name)))] == []
     assert [name for name in mx.__all__ if name != "hookimpl" and not getattr(mx, name).__doc__] == []
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_headings_have_lines_of_their_own(path: Path) -> None:
+    """Text that is wrapped anew may swallow them."""
+    prose = re.sub(r"(?s)```.*?```|`[^`\n]*`", "", path.read_text())
+
+    assert [] == re.findall(r"(?m)^.*\S #{2,4} \S.*$", prose)

@@ -330,6 +330,20 @@ def test_damage_in_frames_is_repaired_or_found(
     assert good
 
 
+def test_the_bulk_channel_is_that_of_the_replica_that_answered(
+    start: Callable[..., Serving], sharded: Path, tmp_path: Path
+) -> None:
+    """A name may lead to several replicas, and a ticket is of one. Only one that variables name leads elsewhere."""
+    serving = start(*cache_of(tmp_path / "cache"), **ALLOWED, MX_CACHE_ENDPOINT="127.0.0.1:8001")
+    with TcpProxy("127.0.0.1", port_of(serving.url), listen="127.0.0.2") as service:
+        uri = f"mx://127.0.0.2:{service.port}/file{sharded}"
+        _, named = state_of(uri, MODEL_EXPRESS_URL=f"http://127.0.0.2:{service.port}")
+        _, unnamed = state_of(uri)
+
+    assert named.channel.startswith("bulk channel on port")
+    assert unnamed.channel.startswith("gRPC, since")
+
+
 # -- arriving, restarted -----------------------------------------------------------------------------------------------
 
 

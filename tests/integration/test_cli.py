@@ -145,7 +145,7 @@ def test_plugins_lists_the_installed_ones(mx: Run) -> None:
     assert listed["modelexpress-core"]["schemes"] == {
         "storage": ["file", "memory"],
         "transport": ["inproc"],
-        "discovery": ["server", "static"],
+        "discovery": ["k8s-service", "server", "static"],
         "metadata store": ["memory", "redis", "rediss"],
         "authenticator": ["token", "mtls"],
         "server service": [

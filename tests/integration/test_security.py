@@ -406,7 +406,7 @@ def test_settings_that_make_no_sense_stop_the_server(files: Files, mx: Command) 
         ({**pair, "MX_TLS_CERT_PATH": "/no/such"}, ("MX_TLS_CERT_PATH", "/no/such", "No such file")),
         ({**pair, "MX_TLS_CA_PATH": nothing}, ("MX_TLS_CA_PATH", "no certificates")),
         ({"MX_AUTH_MODE": "mtls"}, ("MX_TLS_CA_PATH and MX_TLS_CERT_PATH are not set",)),
-        ({"MX_AUTH_MODE": "password"}, ("MX_AUTH_MODE is 'password'", "installed: mtls, token", "or to off")),
+        ({"MX_AUTH_MODE": "password"}, ("is 'password'", "installed: kubernetes, mtls, token", "or to off")),
         (token, ("MX_AUTH_TOKENS_PATH",)),
         ({**token, "MX_AUTH_TOKENS_PATH": "/no/such"}, ("MX_AUTH_TOKENS_PATH", "No such file")),
         ({**token, "MX_AUTH_TOKENS_PATH": nothing}, ("no tokens in it",)),

@@ -331,14 +331,15 @@ def test_replicas_may_read_from_each_other(manifests: Any) -> None:
     assert plain["MX_AUTH_TOKEN_PLAINTEXT"] == "1"
 
 
-def test_the_bulk_channel_is_there_where_a_service_leads_to_one_replica(case: Manifests) -> None:
-    """A ticket is of one replica. A daemonset's Service leads to the one of the node."""
+def test_the_bulk_channel_is_there_where_readers_find_the_replica_of_their_ticket(case: Manifests) -> None:
+    """Each of several tells its address, if it has one. A daemonset's Service leads to the one of the node."""
     several = case.workload["kind"] != "DaemonSet" and case.workload["spec"]["replicas"] > 1
     service = next(each for each in case.of("Service") if each["spec"].get("clusterIP") != "None")
     bulk = 8002 in {port["port"] for port in service["spec"]["ports"]}
     environ = case.environ(_ANY)
 
-    assert bulk == ("MODEL_EXPRESS_CACHE_DIRECTORY" in environ and not several)
+    found = not several or "MX_CACHE_ENDPOINT" in environ
+    assert bulk == ("MODEL_EXPRESS_CACHE_DIRECTORY" in environ and found)
     assert environ.get("MX_SERVER_BULK_PORT", "0") == ("8002" if bulk else "0")
     assert ("internalTrafficPolicy" in service["spec"]) == (case.workload["kind"] == "DaemonSet")
 

@@ -33,7 +33,7 @@ from tests.support.chart_cases import APIS, CASES
 from tests.support.charts import NAMESPACE, RefusedError, render, run_helm
 from tests.support.waiting import eventually
 
-pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.xdist_group("chart_install")]
+pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.xdist_group("kubernetes outages")]
 
 NAME = "model-express"
 SERVER = f"{NAME}-server"

@@ -1,7 +1,8 @@
-"""Which tests share a worker of pytest-xdist: those of one file, where the file is marked ``xdist_group``."""
+"""Which tests share a worker of pytest-xdist: those of files that are marked with one ``xdist_group``."""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -9,11 +10,11 @@ from xdist.scheduler import LoadScopeScheduling
 
 __all__ = ["GroupScheduling"]
 
-_MARK = "pytest.mark.xdist_group("
+_MARK = re.compile(r"pytest\.mark\.xdist_group\(\"([^\"]+)\"\)")
 
 
 class GroupScheduling(LoadScopeScheduling):
-    """Sends each test to the next free worker, and the tests of a marked file to one.
+    """Sends each test to the next free worker, and all tests of files with the same mark to one.
 
     It stands for xdist's own scheduler for groups, which appends the group to the ids of tests; since pytest 9.2 these
     cannot be changed. The scheduler sees ids alone, so it looks for the mark in the file.
@@ -21,9 +22,10 @@ class GroupScheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         name = nodeid.partition("::")[0]
-        return name if _is_marked(Path(self.config.rootpath, name)) else nodeid
+        return _group_of(Path(self.config.rootpath, name)) or nodeid
 
 
 @cache
-def _is_marked(path: Path) -> bool:
-    return path.is_file() and _MARK in path.read_text(encoding="utf-8")
+def _group_of(path: Path) -> str:
+    found = _MARK.search(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return "" if found is None else found[1]

@@ -18,6 +18,7 @@ import pytest
 from devtools.fake_hub import FakeHub
 from devtools.seaweedfs import SeaweedFS
 from integrations.vllm.tests.workers import Engine, Server, Start
+from tests.support.waiting import eventually
 
 _MODELS = Path(__file__).with_name("models.py")
 _SECONDS = 1700
@@ -38,9 +39,16 @@ collect_ignore = [] if importlib.util.find_spec("vllm") else _WITH_VLLM
 
 
 @pytest.fixture(scope="session")
-def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of all processes that run these tests side by side."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+
+
+@pytest.fixture(scope="session")
+def vllm_cache(shared: Path) -> Path:
     """Where vLLM keeps what it found out about its classes of models: to find it out takes ten seconds for each."""
-    return tmp_path_factory.mktemp("vllm-cache")
+    return shared / "vllm-cache"
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +57,18 @@ def _nothing_configured(nothing_configured: None, vllm_cache: Path, monkeypatch:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function that returns the directory with a checkpoint of ``models.py``. All are written once per session."""
-    directory = tmp_path_factory.mktemp("models")
-    subprocess.run([sys.executable, str(_MODELS), str(directory)], check=True, timeout=_SECONDS)
+def checkpoint(shared: Path) -> Callable[[str], Path]:
+    """A function that returns the directory with a checkpoint of ``models.py``. One process writes them all."""
+    directory, done = shared / "models", shared / "models.done"
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        eventually(done.exists, seconds=_SECONDS)
+    else:
+        try:
+            subprocess.run([sys.executable, str(_MODELS), str(directory)], check=True, timeout=_SECONDS)
+        finally:
+            done.touch()
     return lambda name: directory / name
 
 

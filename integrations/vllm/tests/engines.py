@@ -21,14 +21,21 @@ def new_engine(**options: Any) -> Any:
     return LLM(**small, **options)
 
 
-def tokens_of(llm: Any) -> list[list[tuple[int, float]]]:
-    """Return the tokens after each prompt, each with its log probability, which depends on every weight."""
+def tokens_of(llm: Any, adapter: str = "") -> list[list[tuple[int, float]]]:
+    """Return the tokens after each prompt, each with its log probability, which depends on every weight.
+
+    Args:
+        llm: The engine.
+        adapter: Directory of a LoRA adapter to use; empty for none.
+    """
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in PROMPTS],
         SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1),
         use_tqdm=False,
+        lora_request=LoRARequest("adapter", 1, adapter) if adapter else None,
     )
     found = []
     for output in outputs:

@@ -40,7 +40,7 @@ def run(llm: Any, step: list[Any]) -> Any:
     what, *arguments = step
     if what == "tokens":
         llm.reset_prefix_cache()
-        return tokens_of(llm)
+        return tokens_of(llm, *arguments)
     if what == "call":
         method, *options = arguments
         return llm.collective_rpc(method, kwargs=options[0] if options else {})

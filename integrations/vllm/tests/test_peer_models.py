@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,46 @@ def test_a_quantisation_that_repacks_weights_is_not_offered(
     assert own.do("tokens") == first.do("tokens")
     assert "does not take weights that are processed already" in first.log
     assert [] == server.sources()
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A LoRA adapter of the small Llama."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{name}.weight": torch.randn(
+            shape, generator=generator
+        ).to(torch.bfloat16)
+        for layer in range(2)
+        for name, shape in (("A", (8, 256)), ("B", (256, 8)))
+    }
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.timeout(1800)
+def test_workers_with_adapters_share_the_weights_of_their_base(
+    checkpoint: Callable[[str], Path], s3_server: SeaweedFS, server: Server, start: Start, adapter: Path
+) -> None:
+    """vLLM wraps layers for adapters after it has loaded them; the weights inside are those of the checkpoint."""
+    directory = checkpoint("llama")
+    uri = s3_server.upload(directory, "models", "vllm/peer-adapters")
+    options = {"enable_lora": True, "max_lora_rank": 8}
+    first = start(directory, uri, NO_NIXL, **options)
+    base, adapted = first.do("tokens"), first.do("tokens", str(adapter))
+    server.wait_for(1)
+    second = start(directory, uri, NO_NIXL, **options)
+
+    assert (adapted, base) == (second.do("tokens", str(adapter)), second.do("tokens"))
+    assert base != adapted
+    assert ["grpc"] == [scheme(place) for place in second.loaded_from()]
 
 
 _TWO = {"distributed_executor_backend": "mp"}

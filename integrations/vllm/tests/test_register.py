@@ -114,3 +114,21 @@ def test_a_name_that_neither_the_server_nor_the_hub_has() -> None:
     assert "RAISED LocalEntryNotFoundError" in own, done.stderr
     assert "RAISED ModelExpressError configuration and tokenizer of org/tiny do not come from the server" in ours
     assert "127.0.0.1:9" in ours
+
+
+def test_a_command_line_of_a_program_around_vllm_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo's worker hands its other options to this parser; version 1.6 was tried with ``--load-format mx``."""
+    monkeypatch.setenv("VLLM_PLUGINS", "modelexpress")
+    done = _python(
+        "from vllm.engine.arg_utils import AsyncEngineArgs\n"
+        "from vllm.model_executor.model_loader import get_model_loader\n"
+        "from vllm.plugins import load_general_plugins\n"
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+        "parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False), async_args_only=False)\n"
+        "known, others = parser.parse_known_args(['--model', 'org/model', '--load-format', 'mx', '--is-worker'])\n"
+        "load_general_plugins()\n"
+        "config = AsyncEngineArgs.from_cli_args(known).create_load_config()\n"
+        "print(others, type(get_model_loader(config)).__module__)"
+    )
+
+    assert done.stdout.splitlines()[-1] == "['--is-worker'] mx_vllm._loader", done.stderr

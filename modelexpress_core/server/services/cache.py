@@ -153,6 +153,7 @@ class CacheService:
         names = certificate_names(context.auth_context())
         return cache_pb2.OpenBulkResponse(
             port=bulk.port,
+            host=bulk.host,
             ticket=bulk.ticket(place.name, snapshot.version, names[0] if names else ""),
             content=place.name,
             version=snapshot.version,

@@ -96,9 +96,14 @@ class CacheBulk:
         server: Its server.
         tickets: Issues its tickets.
         this_host_alone: Whether it listens on loopback.
+        host: Where readers reach this replica; empty if they reach it where they called it.
+
+    Attributes:
+        host: As above.
     """
 
-    def __init__(self, server: BulkServer, tickets: Tickets, *, this_host_alone: bool) -> None:
+    def __init__(self, server: BulkServer, tickets: Tickets, *, this_host_alone: bool, host: str = "") -> None:
+        self.host = host
         self._server = server
         self._tickets = tickets
         self._this_host_alone = this_host_alone
@@ -128,6 +133,7 @@ def open_bulk(
     *,
     host: str,
     port: int,
+    replica_host: str,
     plaintext: bool,
     tls: TlsSettings,
     auth: AuthSettings,
@@ -139,6 +145,7 @@ def open_bulk(
         metrics: Counts them.
         host: Address that the server listens on.
         port: Port to listen on; any free one if it is in use.
+        replica_host: Where readers reach this replica of several; empty if it is the only one.
         plaintext: Whether it is for other hosts also where callers are authenticated and there is no TLS.
         tls: Files of TLS.
         auth: How callers are authenticated.
@@ -163,4 +170,4 @@ def open_bulk(
     except ModelExpressError as exc:
         _log.warning("models are sent over gRPC alone: %s", exc)
         return None
-    return CacheBulk(server, tickets, this_host_alone=secret)
+    return CacheBulk(server, tickets, this_host_alone=secret, host="" if secret else replica_host)

@@ -27,7 +27,7 @@ from mx_kubernetes._client import Kubernetes
 from mx_kubernetes._objects import name_of
 from mx_kubernetes._store import KubernetesStore
 
-pytestmark = [pytest.mark.xdist_group("kubernetes-outages"), pytest.mark.slow, pytest.mark.server]
+pytestmark = [pytest.mark.xdist_group("kubernetes outages"), pytest.mark.slow, pytest.mark.server]
 
 InThread = Callable[..., Awaitable[object]]
 _READY = SourceStatus.READY

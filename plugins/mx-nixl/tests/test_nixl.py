@@ -369,7 +369,10 @@ def test_a_description_that_cannot_be_true_is_refused(
 def test_memory_that_the_worker_has_not_registered_is_not_read(
     lane: str, altered: Callable[[Callable[[bytes], bytes]], mx.LoadReport], distance: int
 ) -> None:
-    """Where a description points beyond it, NIXL refuses the read before a byte moves."""
+    """Where a description points beyond it, NIXL refuses the read before a byte moves.
+
+    Right behind a tensor there may be another one that is registered: its bytes have other digests.
+    """
 
     def shifted(description: bytes) -> bytes:
         found = AgentDescription.from_bytes(description)
@@ -377,7 +380,8 @@ def test_memory_that_the_worker_has_not_registered_is_not_read(
         moved = {**found.tensors, "large": attrs.evolve(place, address=place.address + distance)}
         return attrs.evolve(found, tensors=moved).to_bytes()
 
-    with pytest.raises(NotFoundError, match="its memory is not registered") as caught:
+    errors = (NotFoundError, IntegrityError) if distance == 1 << 20 else NotFoundError
+    with pytest.raises(errors, match=r"its memory is not registered|arrived twice with other bytes") as caught:
         altered(shifted)
 
     assert caught.value.peer_at_fault

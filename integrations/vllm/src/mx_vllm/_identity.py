@@ -17,6 +17,9 @@ from mx_vllm._vllm import identity_fields, rank_of, version
 
 __all__ = ["Worker", "number_of", "tensors_of"]
 
+#: Where a layer of the model is inside one that adds adapters.
+_WRAPPED = ".base_layer."
+
 
 @frozen
 class Worker:
@@ -51,9 +54,13 @@ class Worker:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Any]:
-    """Return parameters and buffers of ``model``, also those that no checkpoint holds, under each of their names."""
+    """Return parameters and buffers of ``model``, also those that no checkpoint holds, under each of their names.
+
+    They are the names that it was built with: where adapters (LoRA) may be loaded, vLLM wraps layers later, and never
+    changes the weights inside.
+    """
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach() for name, tensor in named}
+    return {name.replace(_WRAPPED, "."): tensor.detach() for name, tensor in named}
 
 
 def _identity(

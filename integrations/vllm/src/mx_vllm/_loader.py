@@ -210,6 +210,7 @@ class MxModelLoader(BaseModelLoader):
             raise _SourceFailedError(f"the server's cache failed: {self._why_no_cache}")
         if not self._may_fall_back:
             raise failure or self._other_rank_error()
+        failure = None  # as above
         self._warn_of_failure(touched=touched)
         if touched:
             self._destination.touch()  # also if only another rank's was touched: all ranks create their models again

@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n5modelexpress_core/wire/proto/modelexpress/cache.proto\x12\x12modelexpress.cache\"X\n\x10OpenModelRequest\x12\r\n\x05place\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nno_weights\x18\x04 \x01(\x08\"\xf4\x01\n\x11OpenModelResponse\x12\r\n\x05place\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12-\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x1e.modelexpress.cache.CachedFile\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x15\n\rpresent_bytes\x18\x07 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x08 \x01(\x08\x12\x17\n\x0fmanifest_digest\x18\t \x01(\t\x12\x11\n\tdirectory\x18\n \x01(\t\"\xa7\x01\n\nCachedFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\t\x12<\n\x07\x64igests\x18\x04 \x03(\x0b\x32+.modelexpress.cache.CachedFile.DigestsEntry\x1a.\n\x0c\x44igestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\x0cModelVersion\x12\r\n\x05place\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"W\n\x10ListFilesRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x11ListFilesResponse\x12-\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x1e.modelexpress.cache.CachedFile\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x92\x01\n\x0fReadFileRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\x12\x0c\n\x04path\x18\x02 \x01(\t\x12-\n\x06ranges\x18\x03 \x03(\x0b\x32\x1d.modelexpress.cache.FileRange\x12\x11\n\tchecksums\x18\x04 \x01(\x08\"J\n\tFileRange\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x0e\n\x06stride\x18\x03 \x01(\x04\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\"B\n\x0fOpenBulkRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\"m\n\x10OpenBulkResponse\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x19\n\x11valid_for_seconds\x18\x05 \x01(\r\"u\n\x13ReadManifestRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\x12\r\n\x05table\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"$\n\x14ReadManifestResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"s\n\x13\x43omparePartsRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\x12+\n\x05parts\x18\x02 \x03(\x0b\x32\x1c.modelexpress.cache.FilePart\"j\n\x08\x46ilePart\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x11\n\tcrc64nvme\x18\x04 \x01(\x06\x12\x0e\n\x06stride\x18\x05 \x01(\x04\x12\r\n\x05\x63ount\x18\x06 \x01(\x04\":\n\x14\x43omparePartsResponse\x12\x11\n\tdifferent\x18\x01 \x03(\r\x12\x0f\n\x07\x64\x61maged\x18\x02 \x03(\r\"\x13\n\x11ListModelsRequest\"E\n\x12ListModelsResponse\x12/\n\x06models\x18\x01 \x03(\x0b\x32\x1f.modelexpress.cache.CachedModel\"\xe1\x01\n\x0b\x43\x61\x63hedModel\x12\r\n\x05place\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\r\n\x05\x66iles\x18\x05 \x01(\r\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x15\n\rpresent_bytes\x18\x07 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x08 \x01(\x08\x12\x0f\n\x07weights\x18\t \x01(\x08\x12\x14\n\x0cidle_seconds\x18\n \x01(\x01\x12\x0e\n\x06in_use\x18\x0b \x01(\x08\x12\r\n\x05\x65rror\x18\x0c \x01(\t\"G\n\x14ValidateModelRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\"\x83\x01\n\x15ValidateModelResponse\x12\x16\n\x0e\x63ompared_bytes\x18\x01 \x01(\x04\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x30\n\x07\x64\x61maged\x18\x03 \x03(\x0b\x32\x1f.modelexpress.cache.DamagedFile\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\"+\n\x0b\x44\x61magedFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"E\n\x12RemoveModelRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\";\n\x13RemoveModelResponse\x12\x0f\n\x07removed\x18\x01 \x01(\r\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\"\x16\n\x14GetCacheStatsRequest\"\xe5\x01\n\x15GetCacheStatsResponse\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x0e\n\x06models\x18\x02 \x01(\r\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x0c\n\x04hits\x18\x06 \x01(\x04\x12\x0e\n\x06misses\x18\x07 \x01(\x04\x12\x14\n\x0corigin_bytes\x18\x08 \x01(\x04\x12\x12\n\nsent_bytes\x18\t \x01(\x04\x12\x11\n\tevictions\x18\n \x01(\x04\x12\x11\n\tdownloads\x18\x0b \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n5modelexpress_core/wire/proto/modelexpress/cache.proto\x12\x12modelexpress.cache\"X\n\x10OpenModelRequest\x12\r\n\x05place\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x12\n\nno_weights\x18\x04 \x01(\x08\"\xf4\x01\n\x11OpenModelResponse\x12\r\n\x05place\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12-\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x1e.modelexpress.cache.CachedFile\x12\x17\n\x0fnext_page_token\x18\x05 \x01(\t\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x15\n\rpresent_bytes\x18\x07 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x08 \x01(\x08\x12\x17\n\x0fmanifest_digest\x18\t \x01(\t\x12\x11\n\tdirectory\x18\n \x01(\t\"\xa7\x01\n\nCachedFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0f\n\x07version\x18\x03 \x01(\t\x12<\n\x07\x64igests\x18\x04 \x03(\x0b\x32+.modelexpress.cache.CachedFile.DigestsEntry\x1a.\n\x0c\x44igestsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\".\n\x0cModelVersion\x12\r\n\x05place\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"W\n\x10ListFilesRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\x12\x12\n\npage_token\x18\x02 \x01(\t\"[\n\x11ListFilesResponse\x12-\n\x05\x66iles\x18\x01 \x03(\x0b\x32\x1e.modelexpress.cache.CachedFile\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x92\x01\n\x0fReadFileRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\x12\x0c\n\x04path\x18\x02 \x01(\t\x12-\n\x06ranges\x18\x03 \x03(\x0b\x32\x1d.modelexpress.cache.FileRange\x12\x11\n\tchecksums\x18\x04 \x01(\x08\"J\n\tFileRange\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\x12\x0e\n\x06stride\x18\x03 \x01(\x04\x12\r\n\x05\x63ount\x18\x04 \x01(\x04\"B\n\x0fOpenBulkRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\"{\n\x10OpenBulkResponse\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x19\n\x11valid_for_seconds\x18\x05 \x01(\r\x12\x0c\n\x04host\x18\x06 \x01(\t\"u\n\x13ReadManifestRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\x12\r\n\x05table\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"$\n\x14ReadManifestResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"s\n\x13\x43omparePartsRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\x12+\n\x05parts\x18\x02 \x03(\x0b\x32\x1c.modelexpress.cache.FilePart\"j\n\x08\x46ilePart\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x11\n\tcrc64nvme\x18\x04 \x01(\x06\x12\x0e\n\x06stride\x18\x05 \x01(\x04\x12\r\n\x05\x63ount\x18\x06 \x01(\x04\":\n\x14\x43omparePartsResponse\x12\x11\n\tdifferent\x18\x01 \x03(\r\x12\x0f\n\x07\x64\x61maged\x18\x02 \x03(\r\"\x13\n\x11ListModelsRequest\"E\n\x12ListModelsResponse\x12/\n\x06models\x18\x01 \x03(\x0b\x32\x1f.modelexpress.cache.CachedModel\"\xe1\x01\n\x0b\x43\x61\x63hedModel\x12\r\n\x05place\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\r\n\x05\x66iles\x18\x05 \x01(\r\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x15\n\rpresent_bytes\x18\x07 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x08 \x01(\x08\x12\x0f\n\x07weights\x18\t \x01(\x08\x12\x14\n\x0cidle_seconds\x18\n \x01(\x01\x12\x0e\n\x06in_use\x18\x0b \x01(\x08\x12\r\n\x05\x65rror\x18\x0c \x01(\t\"G\n\x14ValidateModelRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\"\x83\x01\n\x15ValidateModelResponse\x12\x16\n\x0e\x63ompared_bytes\x18\x01 \x01(\x04\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x30\n\x07\x64\x61maged\x18\x03 \x03(\x0b\x32\x1f.modelexpress.cache.DamagedFile\x12\x0c\n\x04\x64one\x18\x04 \x01(\x08\"+\n\x0b\x44\x61magedFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"E\n\x12RemoveModelRequest\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .modelexpress.cache.ModelVersion\";\n\x13RemoveModelResponse\x12\x0f\n\x07removed\x18\x01 \x01(\r\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x04\"\x16\n\x14GetCacheStatsRequest\"\xe5\x01\n\x15GetCacheStatsResponse\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x0e\n\x06models\x18\x02 \x01(\r\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x13\n\x0blimit_bytes\x18\x04 \x01(\x04\x12\x12\n\nfree_bytes\x18\x05 \x01(\x04\x12\x0c\n\x04hits\x18\x06 \x01(\x04\x12\x0e\n\x06misses\x18\x07 \x01(\x04\x12\x14\n\x0corigin_bytes\x18\x08 \x01(\x04\x12\x12\n\nsent_bytes\x18\t \x01(\x04\x12\x11\n\tevictions\x18\n \x01(\x04\x12\x11\n\tdownloads\x18\x0b \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,35 +45,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENBULKREQUEST']._serialized_start=1039
   _globals['_OPENBULKREQUEST']._serialized_end=1105
   _globals['_OPENBULKRESPONSE']._serialized_start=1107
-  _globals['_OPENBULKRESPONSE']._serialized_end=1216
-  _globals['_READMANIFESTREQUEST']._serialized_start=1218
-  _globals['_READMANIFESTREQUEST']._serialized_end=1335
-  _globals['_READMANIFESTRESPONSE']._serialized_start=1337
-  _globals['_READMANIFESTRESPONSE']._serialized_end=1373
-  _globals['_COMPAREPARTSREQUEST']._serialized_start=1375
-  _globals['_COMPAREPARTSREQUEST']._serialized_end=1490
-  _globals['_FILEPART']._serialized_start=1492
-  _globals['_FILEPART']._serialized_end=1598
-  _globals['_COMPAREPARTSRESPONSE']._serialized_start=1600
-  _globals['_COMPAREPARTSRESPONSE']._serialized_end=1658
-  _globals['_LISTMODELSREQUEST']._serialized_start=1660
-  _globals['_LISTMODELSREQUEST']._serialized_end=1679
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1681
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1750
-  _globals['_CACHEDMODEL']._serialized_start=1753
-  _globals['_CACHEDMODEL']._serialized_end=1978
-  _globals['_VALIDATEMODELREQUEST']._serialized_start=1980
-  _globals['_VALIDATEMODELREQUEST']._serialized_end=2051
-  _globals['_VALIDATEMODELRESPONSE']._serialized_start=2054
-  _globals['_VALIDATEMODELRESPONSE']._serialized_end=2185
-  _globals['_DAMAGEDFILE']._serialized_start=2187
-  _globals['_DAMAGEDFILE']._serialized_end=2230
-  _globals['_REMOVEMODELREQUEST']._serialized_start=2232
-  _globals['_REMOVEMODELREQUEST']._serialized_end=2301
-  _globals['_REMOVEMODELRESPONSE']._serialized_start=2303
-  _globals['_REMOVEMODELRESPONSE']._serialized_end=2362
-  _globals['_GETCACHESTATSREQUEST']._serialized_start=2364
-  _globals['_GETCACHESTATSREQUEST']._serialized_end=2386
-  _globals['_GETCACHESTATSRESPONSE']._serialized_start=2389
-  _globals['_GETCACHESTATSRESPONSE']._serialized_end=2618
+  _globals['_OPENBULKRESPONSE']._serialized_end=1230
+  _globals['_READMANIFESTREQUEST']._serialized_start=1232
+  _globals['_READMANIFESTREQUEST']._serialized_end=1349
+  _globals['_READMANIFESTRESPONSE']._serialized_start=1351
+  _globals['_READMANIFESTRESPONSE']._serialized_end=1387
+  _globals['_COMPAREPARTSREQUEST']._serialized_start=1389
+  _globals['_COMPAREPARTSREQUEST']._serialized_end=1504
+  _globals['_FILEPART']._serialized_start=1506
+  _globals['_FILEPART']._serialized_end=1612
+  _globals['_COMPAREPARTSRESPONSE']._serialized_start=1614
+  _globals['_COMPAREPARTSRESPONSE']._serialized_end=1672
+  _globals['_LISTMODELSREQUEST']._serialized_start=1674
+  _globals['_LISTMODELSREQUEST']._serialized_end=1693
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1695
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1764
+  _globals['_CACHEDMODEL']._serialized_start=1767
+  _globals['_CACHEDMODEL']._serialized_end=1992
+  _globals['_VALIDATEMODELREQUEST']._serialized_start=1994
+  _globals['_VALIDATEMODELREQUEST']._serialized_end=2065
+  _globals['_VALIDATEMODELRESPONSE']._serialized_start=2068
+  _globals['_VALIDATEMODELRESPONSE']._serialized_end=2199
+  _globals['_DAMAGEDFILE']._serialized_start=2201
+  _globals['_DAMAGEDFILE']._serialized_end=2244
+  _globals['_REMOVEMODELREQUEST']._serialized_start=2246
+  _globals['_REMOVEMODELREQUEST']._serialized_end=2315
+  _globals['_REMOVEMODELRESPONSE']._serialized_start=2317
+  _globals['_REMOVEMODELRESPONSE']._serialized_end=2376
+  _globals['_GETCACHESTATSREQUEST']._serialized_start=2378
+  _globals['_GETCACHESTATSREQUEST']._serialized_end=2400
+  _globals['_GETCACHESTATSRESPONSE']._serialized_start=2403
+  _globals['_GETCACHESTATSRESPONSE']._serialized_end=2632
 # @@protoc_insertion_point(module_scope)

@@ -115,18 +115,20 @@ class OpenBulkRequest(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelVersion, _Mapping]] = ...) -> None: ...
 
 class OpenBulkResponse(_message.Message):
-    __slots__ = ("port", "ticket", "content", "version", "valid_for_seconds")
+    __slots__ = ("port", "ticket", "content", "version", "valid_for_seconds", "host")
     PORT_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     VALID_FOR_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     port: int
     ticket: str
     content: str
     version: str
     valid_for_seconds: int
-    def __init__(self, port: _Optional[int] = ..., ticket: _Optional[str] = ..., content: _Optional[str] = ..., version: _Optional[str] = ..., valid_for_seconds: _Optional[int] = ...) -> None: ...
+    host: str
+    def __init__(self, port: _Optional[int] = ..., ticket: _Optional[str] = ..., content: _Optional[str] = ..., version: _Optional[str] = ..., valid_for_seconds: _Optional[int] = ..., host: _Optional[str] = ...) -> None: ...
 
 class ReadManifestRequest(_message.Message):
     __slots__ = ("model", "table", "offset", "length")

@@ -184,7 +184,7 @@ class CacheChannel:
                 connect_timeout_seconds=_CONNECT_SECONDS,
                 patience_seconds=self._patience_seconds,
                 tls_context=client_contexts(self._client.security.tls) if offer.origin.tls else None,
-                tls_name=self._client.security.tls_name,
+                tls_name=self._client.certified_name,
             )
             self._replace(bulk)
             self._renew_at = time.monotonic() + seconds * _TICKET_SHARE
