@@ -32,7 +32,7 @@ BENCHMARKS = (
     "errors",
 )
 #: Benchmarks that run only if named: they take long, or need another environment, or root.
-_NAMED = ("p2p_sources", "peer_faults", "vllm", "vllm_peers")
+_NAMED = ("following", "p2p_sources", "peer_faults", "vllm", "vllm_peers")
 
 _RESULTS = Path(__file__).parent / "results"
 

@@ -185,7 +185,7 @@ class _Examiner(Loader):
         if request.identity is None:
             hint = "pass identity=own_identity(...); `mx explain --model NAME` lists the workers of a model"
             request.skip("other workers", "the load has no identity to find them by", hint)
-        resolved = self._with_content_version(request)
+        resolved = self.with_content_version(request)
         if partial and resolved.identity is None:  # its workers are shown, and none of them is read
             resolved = attrs.evolve(resolved, identity=request.identity)
         places: list[Place] = []

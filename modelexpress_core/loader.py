@@ -3,6 +3,7 @@
 1. **Candidates.** ``mx_rewrite_uri`` may replace the requested URI. If the request has an identity, discoveries find
    workers that hold the model. ``mx_rank_candidates`` ranks all candidates, best first. The scheme of each selects the
    plugin.
+   Where workers that start together read storage once (``MX_FOLLOW``), the load first waits for its turn.
 2. **Open.** A checkpoint: headers only, in parallel. A peer: the layouts of its tensors, and a lease. The load compares
    either with the destination. No weight byte has moved.
 3. **Fetch.** From here on the destination is *touched*. Bytes go straight into place. A load from a peer takes more
@@ -20,8 +21,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
@@ -36,9 +37,14 @@ from modelexpress_core.loads.destination import Destination, DestinationTouchedE
 from modelexpress_core.loads.load import Load
 from modelexpress_core.plugins import STORAGE
 from modelexpress_core.report import LoadReport
+from modelexpress_core.settings import from_env
 from modelexpress_core.sources.discovery import find_candidates
 from modelexpress_core.sources.server_cache import streamed_candidate
+from modelexpress_core.sources.settings import FollowSettings
 from modelexpress_core.uri import ModelURI
+
+if TYPE_CHECKING:
+    from modelexpress_core.sources.following import Turn
 
 __all__ = ["Loader"]
 
@@ -84,7 +90,7 @@ class Loader(LoadContext):
             ResolveError: A plugin dropped them all.
             SettingsError: A variable that configures discoveries is not valid.
         """
-        ranked = find_candidates(self.plugins, self.environ, self._with_content_version(request))
+        ranked = find_candidates(self.plugins, self.environ, self.with_content_version(request))
         if not ranked:
             message = f"no candidate is left for {request.uri}: a plugin's mx_rank_candidates dropped them all"
             raise ResolveError(message, hint="disable the plugin with MX_DISABLED_PLUGINS")
@@ -131,7 +137,32 @@ class Loader(LoadContext):
     def load(self, request: LoadRequest, destination: Destination) -> LoadReport:
         """Load into ``destination`` from the first candidate that succeeds."""
         request, headers = self._identified(request)
+        with self.in_turn(request):
+            return self._load(request, headers, destination)
 
+    @contextlib.contextmanager
+    def in_turn(self, request: LoadRequest) -> Iterator[Turn | None]:
+        """Wait for the turn of ``request`` among the workers that load the same, if MX_FOLLOW is set.
+
+        Yields:
+            How the wait ended; None if the load waits for nobody.
+        """
+        names_checkpoint = request.uri.scheme in self.plugins.table(STORAGE).schemes
+        if request.identity is None or not names_checkpoint or from_env(FollowSettings, self.environ).seconds is None:
+            yield None
+            return
+        try:
+            from modelexpress_core.sources.following import in_turn  # needs gRPC, which loads of files do without
+        except ModuleNotFoundError as exc:
+            _log.warning(
+                "MX_FOLLOW has no effect, because %s is not installed: install modelexpress-core[grpc]", exc.name
+            )
+            yield None
+            return
+        with in_turn(self.environ, request) as turn:
+            yield turn
+
+    def _load(self, request: LoadRequest, headers: Headers | None, destination: Destination) -> LoadReport:
         def attempt(candidate: Candidate, left: CandidateQueue) -> LoadReport:
             with self._new_load(candidate, request, destination, left, headers) as load:
                 load.open()
@@ -158,7 +189,8 @@ class Loader(LoadContext):
         with contextlib.closing(storage):
             return self.read_headers(candidate.uri, registered, storage, self.new_budget())
 
-    def _with_content_version(self, request: LoadRequest) -> LoadRequest:
+    def with_content_version(self, request: LoadRequest) -> LoadRequest:
+        """Return ``request`` with the version of the checkpoint in its identity; without identity if it is unknown."""
         return self._identified(request)[0]
 
     def _identified(self, request: LoadRequest) -> tuple[LoadRequest, Headers | None]:

@@ -32,6 +32,7 @@ from modelexpress_core.settings import from_env
 from modelexpress_core.sources.ranking import rank
 from modelexpress_core.sources.settings import (
     DiscoverySettings,
+    FollowSettings,
     PodSettings,
     PublishingSettings,
     ServerAddress,
@@ -232,6 +233,7 @@ def mx_register_discoveries() -> list[DiscoveryProvider]:
             install_hint="modelexpress-core[server]",
             settings=(
                 DiscoverySettings,
+                FollowSettings,
                 SharedCacheSettings,
                 TrustSettings,
                 PublishingSettings,

@@ -23,6 +23,7 @@ from modelexpress_core.resources import start_thread
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.client import ServerClient
 from modelexpress_core.sources.discovery.server import ENDPOINT_KEY, TRANSPORTS_KEY
+from modelexpress_core.sources.following import FOLLOW_KEY, take_announcement
 from modelexpress_core.sources.offered_tensors import OfferedTensors
 from modelexpress_core.sources.publishing import Publisher, PublishingState, withdraw_on_exit
 from modelexpress_core.sources.settings import (
@@ -130,44 +131,46 @@ class Offer:
         settings = from_env(WorkerSettings, environ)
         tls, auth = from_env(TlsSettings, environ), from_env(AuthSettings, environ)
         self._drain_seconds = settings.drain_seconds
-        self.worker_id = worker_id or uuid.uuid4().hex
-        # Readers send their token to the server alone. To workers they show a grant that it signed, or a certificate.
-        grants = GrantAuthenticator(identity.source_id, self.worker_id, required=auth.mode != "off")
-        authenticator: Authenticator = grants
-        if auth.mode not in {"off", "token"}:
-            chosen = open_authenticator(auth, plugins, environ)
-            if chosen is not None and chosen.by_certificate:
-                authenticator = chosen
-        manifest = p2p_pb2.GetTensorManifestResponse(
-            tensors=tensor_descriptors(tensors),
-            mx_source_id=identity.source_id,
-            worker_id=self.worker_id,
-            worker_rank=worker_rank,
-            accelerator=identity.gpu_arch,
-        )
         # Without a server, nobody learns from a record that the worker is ready: it answers no reader before.
         without_server = from_env(DiscoverySettings, environ).without_server
-        if without_server and auth.mode not in {"off", "mtls"}:
-            message = f"MX_AUTH_MODE is {auth.mode}, and the discovery k8s-service:// has no server that signs grants"
-            raise SettingsError(message, hint="set MX_AUTH_MODE to mtls or off, or use a server")
-        leases = Leases(settings.lease_seconds, opened=not without_server)
-        self._offered = OfferedTensors(tensors)
-
-        def table_for(scheme: str) -> TensorTable:
-            return TensorTable(
-                identity.source_id,
-                self.worker_id,
-                self._offered.memory,
-                leases.holds,
-                device,
-                functools.partial(leases.readers.count_sent, scheme),
-            )
-
-        self._digesting = threading.Thread(target=self._digest, name="mx-digests", daemon=True)
-        self._digest_error: BaseException | None = None
-        self._ready = threading.Event()
-        self._pid = os.getpid()
+        # The record under which this process waited for its turn to load becomes that of the offer.
+        announced = None if worker_id or without_server else take_announcement(environ, identity, worker_rank)
+        self._announced = announced
+        self.worker_id = worker_id or (announced.worker_id if announced is not None else uuid.uuid4().hex)
         with contextlib.ExitStack() as opened:
+            if announced is not None:
+                opened.callback(announced.withdraw)
+            grants = GrantAuthenticator(identity.source_id, self.worker_id, required=auth.mode != "off")
+            authenticator = _authenticator(grants, auth, plugins, environ)
+            manifest = p2p_pb2.GetTensorManifestResponse(
+                tensors=tensor_descriptors(tensors),
+                mx_source_id=identity.source_id,
+                worker_id=self.worker_id,
+                worker_rank=worker_rank,
+                accelerator=identity.gpu_arch,
+            )
+            if without_server and auth.mode not in {"off", "mtls"}:
+                message = (
+                    f"MX_AUTH_MODE is {auth.mode}, and the discovery k8s-service:// has no server that signs grants"
+                )
+                raise SettingsError(message, hint="set MX_AUTH_MODE to mtls or off, or use a server")
+            leases = Leases(settings.lease_seconds, opened=not without_server)
+            self._offered = OfferedTensors(tensors)
+
+            def table_for(scheme: str) -> TensorTable:
+                return TensorTable(
+                    identity.source_id,
+                    self.worker_id,
+                    self._offered.memory,
+                    leases.holds,
+                    device,
+                    functools.partial(leases.readers.count_sent, scheme),
+                )
+
+            self._digesting = threading.Thread(target=self._digest, name="mx-digests", daemon=True)
+            self._digest_error: BaseException | None = None
+            self._ready = threading.Event()
+            self._pid = os.getpid()
             served = _serve(table_for, _schemes(plugins, transports, environ), plugins, environ, opened)
             for each in served.values():
                 manifest.topology.update(each.topology)
@@ -183,6 +186,7 @@ class Offer:
                     offered=self._offered,
                     descriptions={scheme: each.description for scheme, each in served.items()},
                     services={service: each for one in served.values() for service, each in one.services.items()},
+                    is_ready=lambda: without_server or self._is_published(),
                 )
             )
             host = settings.host or _own_host(environ, without_server=without_server)
@@ -202,6 +206,8 @@ class Offer:
             published.accelerator = identity.gpu_arch
             published.topology.update(manifest.topology)
             published.topology[ENDPOINT_KEY] = self.endpoint
+            if announced is not None:
+                published.topology[FOLLOW_KEY] = str(announced.number)
             self._publisher = Publisher(
                 client,
                 identity,
@@ -229,6 +235,8 @@ class Offer:
         """
         if isinstance(self._publisher, Publisher):
             withdraw_on_exit(self._publisher)
+        if self._announced is not None:
+            self._announced.release()
         self._publisher.start()
         if self._digesting.ident is None:
             start_thread(self._digesting, "take the digests of the tensors")
@@ -263,6 +271,10 @@ class Offer:
     def state(self) -> PublishingState:
         """What the publisher has done so far."""
         return self._publisher.state
+
+    def _is_published(self) -> bool:
+        """Whether readers can find the worker; until ``ready`` was called, there may be no publisher yet."""
+        return self._ready.is_set() and self._publisher.state.status == "ready"
 
     @property
     def leases(self) -> Leases:
@@ -315,6 +327,20 @@ class _Unlisted:
         """Return True: the worker drains, and nobody else knows of it."""
         self.state = PublishingState(status="stale")
         return True
+
+
+def _authenticator(
+    grants: GrantAuthenticator, auth: AuthSettings, plugins: PluginManager, environ: Mapping[str, str]
+) -> Authenticator:
+    """Return what authenticates readers.
+
+    They send their token to the server alone. To workers they show a grant that it signed, or a certificate.
+    """
+    if auth.mode not in {"off", "token"}:
+        chosen = open_authenticator(auth, plugins, environ)
+        if chosen is not None and chosen.by_certificate:
+            return chosen
+    return grants
 
 
 def _own_host(environ: Mapping[str, str], *, without_server: bool) -> str:

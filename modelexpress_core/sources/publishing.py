@@ -104,6 +104,7 @@ class Publisher:
             heartbeat: it must be quick, and must take no lock, because a thread that SIGTERM interrupts may hold it.
         grants: Verifies read grants; gets the key and the time that the server answers with.
         pod: The worker's pod.
+        published: Whether the caller has published the record already, as initializing.
 
     Raises:
         ValueError: The interval is not above zero.
@@ -121,6 +122,7 @@ class Publisher:
         load: Callable[[], float | None] | None = None,
         grants: GrantAuthenticator | None = None,
         pod: PodReference | None = None,
+        published: bool = False,
     ) -> None:
         if not 0 < interval_seconds < math.inf:
             message = f"interval_seconds must be above zero and finite: {interval_seconds!r}"
@@ -144,9 +146,11 @@ class Publisher:
         self._thread = threading.Thread(target=self._run, name=f"mx-publisher-{worker_id}", daemon=True)
         self._ready = False
         self._withdraw_by: float | None = None  # monotonic
+        self._expires_at: float | None = None  # monotonic
+        self._released = False
         self._ended = False
-        self._publish_attempted = False
-        self._state = PublishingState()
+        self._publish_attempted = published
+        self._state = PublishingState("initializing", published=1) if published else PublishingState()
         self._succeeded_at: float | None = None  # monotonic
         self._logged: set[str] = set()  # failures that were logged since the last success
 
@@ -172,6 +176,30 @@ class Publisher:
         if not self._ready:
             self._ready = True
             self._wake.put(None)
+
+    def expire_after(self, seconds: float | None) -> None:
+        """Withdraw the record by itself after ``seconds``; None to keep it."""
+        self._expires_at = None if seconds is None else time.monotonic() + seconds
+        self._wake.put(None)
+
+    def release(self, seconds: float = _WITHDRAWAL_SECONDS) -> bool:
+        """Stop, and leave the record as it is to another publisher of this process.
+
+        Returns:
+            True if no message about the worker follows. False if one is still under way after ``seconds``, or if the
+            record was withdrawn before.
+        """
+        if os.getpid() != self._pid or self._withdraw_by is not None:
+            return False
+        self._released = True
+        self._begin_withdrawal(seconds)
+        self._wait_for_withdrawal(time.monotonic() + seconds)
+        return self._ended
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it keeps the record alive: it was started, and neither withdrawn nor released."""
+        return self._thread.ident is not None and self._withdraw_by is None and not self._ended
 
     @property
     def state(self) -> PublishingState:
@@ -226,9 +254,18 @@ class Publisher:
                 beat_at += self._interval_seconds
             pause = beat_at - time.monotonic()
             self._pause(pause if retry_seconds is None else min(pause, retry_seconds))
-        self._mark_stale(self._withdraw_by)
+            if self._has_expired():
+                self._begin_withdrawal(_WITHDRAWAL_SECONDS)
+        if not self._released:
+            self._mark_stale(self._withdraw_by)
+
+    def _has_expired(self) -> bool:
+        expires_at = self._expires_at
+        return expires_at is not None and expires_at <= time.monotonic()
 
     def _pause(self, seconds: float) -> None:
+        if self._expires_at is not None:
+            seconds = min(seconds, self._expires_at - time.monotonic())
         with contextlib.suppress(Empty):
             self._wake.get(timeout=max(0.0, seconds))
         with contextlib.suppress(Empty):  # one update handles all wake-ups

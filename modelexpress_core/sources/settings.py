@@ -17,6 +17,7 @@ from modelexpress_core.uri import redacted
 __all__ = [
     "SELECTORS",
     "DiscoverySettings",
+    "FollowSettings",
     "PodSettings",
     "PublishingSettings",
     "ServerAddress",
@@ -120,6 +121,24 @@ class PublishingSettings:
         default=30.0,
         converter=seconds,
         help="Time between two heartbeats of a worker; well below MX_HEARTBEAT_TIMEOUT_SECS of the server.",
+    )
+
+
+def _seconds_or_none(text: str) -> float | None:
+    """A number of seconds; None for 0."""
+    return None if re.fullmatch(r"0+(\.0*)?s?", text.strip()) else seconds(text)
+
+
+@frozen
+class FollowSettings:
+    """Whether workers that start at the same time wait for the first of them."""
+
+    seconds: float | None = env(
+        "MX_FOLLOW",
+        default=None,
+        converter=_seconds_or_none,
+        help="How many seconds a worker waits at most for another one that loads the same tensors from storage, to "
+        "read them from that worker. Unset or 0: it does not wait.",
     )
 
 

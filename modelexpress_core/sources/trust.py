@@ -19,7 +19,7 @@ from attrs import frozen
 from modelexpress_core.endpoint import Endpoint
 from modelexpress_core.sources.settings import TrustSettings
 
-__all__ = ["Claim", "is_no_host", "reason_to_distrust"]
+__all__ = ["Claim", "is_no_host", "reason_to_distrust", "reason_to_distrust_publisher"]
 
 _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -53,13 +53,20 @@ def reason_to_distrust(claim: Claim, caller: str, settings: TrustSettings) -> st
         return f"{host} is an address where no worker can be"
     if not caller:
         return ""
-    if claim.publisher != caller and not _matches(claim.publisher, settings.publishers):
-        return f"it was published by {claim.publisher!r}, which MX_TRUSTED_PUBLISHERS does not list"
+    if reason := reason_to_distrust_publisher(claim.publisher, caller, settings):
+        return reason
     if address is not None and str(address) == claim.publisher_address:
         return ""
     if not _is_allowed(host.lower(), address, settings.hosts):
         return f"{host} is neither the address that it was published from nor in MX_PEER_HOSTS"
     return ""
+
+
+def reason_to_distrust_publisher(publisher: str, caller: str, settings: TrustSettings) -> str:
+    """Return why a reader should not believe what ``publisher`` published; empty if it may. See above."""
+    if not caller or publisher == caller or _matches(publisher, settings.publishers):
+        return ""
+    return f"it was published by {publisher!r}, which MX_TRUSTED_PUBLISHERS does not list"
 
 
 def is_no_host(host: str) -> bool:

@@ -429,17 +429,19 @@ class _CountedRefusals:
 
 
 class _WorkerHealth:
-    """``grpc.health.v1.Health`` of a worker: it serves while it grants leases."""
+    """``grpc.health.v1.Health`` of a worker: it serves while it is ready and grants leases."""
 
-    def __init__(self, leases: Leases) -> None:
+    def __init__(self, leases: Leases, is_ready: Callable[[], bool]) -> None:
         self._leases = leases
+        self._is_ready = is_ready
 
     async def check(self, request: health_pb2.HealthCheckRequest, context: _Context) -> health_pb2.HealthCheckResponse:
-        """Return SERVING while the worker grants leases."""
+        """Return SERVING while the worker is ready and grants leases."""
         if request.service not in {"", WORKER.name}:
             await context.abort(_Code.NOT_FOUND, f"unknown service: {request.service!r}")
         status = health_pb2.HealthCheckResponse
-        return status(status=status.NOT_SERVING if self._leases.refusal else status.SERVING)
+        serves = not self._leases.refusal and self._is_ready()
+        return status(status=status.SERVING if serves else status.NOT_SERVING)
 
     async def watch(self, _: health_pb2.HealthCheckRequest, context: _Context) -> None:
         """Refuse the call: probes call ``Check`` repeatedly."""
@@ -458,6 +460,7 @@ class WorkerServer:
         offered: The tensors, for readers of our own; None offers the manifest alone.
         descriptions: What each transport tells readers, by scheme.
         services: gRPC services of transports, and what implements them.
+        is_ready: Returns whether readers can find the worker, for its health checks; by default it is.
 
     Attributes:
         port: The port it listens on.
@@ -480,7 +483,9 @@ class WorkerServer:
         offered: OfferedTensors | None = None,
         descriptions: Mapping[str, bytes] | None = None,
         services: Mapping[Service, object] | None = None,
+        is_ready: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._is_ready = is_ready
         self.leases = leases or Leases(_LEASE_SECONDS)
         self._services: dict[Service, object] = dict(services or {})
         self._by_lease = [*_BY_LEASE, *(service.path(each) for service in self._services for each in service.methods)]
@@ -526,7 +531,7 @@ class WorkerServer:
             **self._services,
             WORKER: _WorkerService(self._manifest, self.leases),
             LEASE: _LeaseService(self.leases),
-            STANDARD_HEALTH: _WorkerHealth(self.leases),
+            STANDARD_HEALTH: _WorkerHealth(self.leases, self._is_ready),
         }
         handlers = {service.name: handler(service, implementation) for service, implementation in services.items()}
         manifest_bytes = self._manifest.ByteSize()

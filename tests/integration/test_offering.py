@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 
@@ -29,7 +30,8 @@ from modelexpress_core.sources.identity import own_identity
 from modelexpress_core.sources.offering import Offer, tensor_descriptors
 from modelexpress_core.sources.worker_client import WorkerClient
 from modelexpress_core.wire.identities import identity_to_message
-from modelexpress_core.wire.proto.modelexpress import p2p_pb2
+from modelexpress_core.wire.proto.modelexpress import health_pb2, p2p_pb2
+from modelexpress_core.wire.rpc import STANDARD_HEALTH, stub
 from tests.support.serving import Serving
 from tests.support.waiting import eventually
 
@@ -66,6 +68,39 @@ def test_descriptors_say_where_the_bytes_are() -> None:
         assert str(tensor.dtype) == f"torch.{descriptor.dtype}"
     with pytest.raises(PlacementError, match="no memory"):
         tensor_descriptors({"w": torch.empty(2, device="meta")})
+
+
+def health_of(offer: Offer) -> int:
+    """What a readinessProbe of Kubernetes gets; it sends no token."""
+    with grpc.insecure_channel(f"127.0.0.1:{offer.endpoint.rpartition(':')[2]}") as channel:
+        answer = stub(STANDARD_HEALTH, channel)["Check"](health_pb2.HealthCheckRequest(), timeout=30)
+    return int(answer.status)
+
+
+def test_a_probe_waits_for_the_publication(start: Start) -> None:
+    """A worker is not serving before its tensors are ready and the server lists them, nor once it drains."""
+    serving = start()
+    with (
+        ServerClient(serving.url) as client,
+        Offer(_IDENTITY, _WEIGHTS, transports=["grpc"], environ=environ(serving)) as offer,
+    ):
+        assert eventually(lambda: status(client, offer.worker_id) == p2p_pb2.SOURCE_STATUS_INITIALIZING)
+        assert health_pb2.HealthCheckResponse.NOT_SERVING == health_of(offer)
+        offer.ready()
+        assert eventually(lambda: health_of(offer) == health_pb2.HealthCheckResponse.SERVING)
+        assert READY == status(client, offer.worker_id)
+        offer.drain()
+        assert health_pb2.HealthCheckResponse.NOT_SERVING == health_of(offer)
+
+
+def test_a_probe_fails_where_no_server_accepts_the_worker() -> None:
+    """Nobody would find it."""
+    settings = {"MODEL_EXPRESS_URL": "127.0.0.1:1", "MX_WORKER_GRPC_PORT": "0"}
+    with Offer(_IDENTITY, _WEIGHTS, transports=["grpc"], environ=settings) as offer:
+        offer.ready()
+        assert eventually(lambda: offer.state.failures)
+
+        assert health_pb2.HealthCheckResponse.NOT_SERVING == health_of(offer)
 
 
 def test_from_the_offer_to_the_lease(start: Start) -> None:

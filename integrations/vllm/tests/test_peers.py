@@ -133,3 +133,24 @@ def test_two_ranks_read_from_the_same_ranks(
     assert results[0] == results[1]
     assert 2 == len(results[0][1])
     assert ["grpc", "grpc"] == [scheme(place) for place in second.loaded_from()], second.log
+
+
+@pytest.mark.timeout(1800)
+def test_engines_that_start_together_read_storage_once(
+    checkpoint: Callable[[str], Path], s3_server: SeaweedFS, server: Server, start: Start
+) -> None:
+    """Of two engines of two ranks, the first rank of one waits for that of the other; then each rank reads its own."""
+    directory = checkpoint("llama")
+    uri = s3_server.upload(directory, "models", "vllm/together")
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    engines = [start(directory, uri, {**NO_NIXL, "MX_FOLLOW": "900"}, **two) for _ in range(2)]
+    results = [(engine.do("tokens"), engine.do(*_CHECKSUMS)) for engine in engines]
+    logs = [engine.log for engine in engines]
+
+    assert results[0] == results[1]
+    places = sorted([scheme(place) for place in engine.loaded_from()] for engine in engines)
+    assert [["grpc", "grpc"], ["s3", "s3"]] == places, "\n".join(logs)
+    # How long the second one waited depends on how far apart the starts of vLLM were.
+    for told in ("loading without other workers after a wait of", "reading from other workers after a wait of"):
+        assert [1] == [count for log in logs if (count := log.count(told))], "\n".join(logs)
+    assert 4 == len(server.wait_for(4))

@@ -21,7 +21,7 @@ from modelexpress_core.sources.server_cache import SERVER_VARIABLES, cache_candi
 from modelexpress_core.sources.settings import DiscoverySettings
 from modelexpress_core.uri import ModelURI
 
-__all__ = ["find_candidates", "finds_workers"]
+__all__ = ["asks_server", "find_candidates", "finds_workers"]
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +92,19 @@ def finds_workers(environ: Mapping[str, str]) -> bool:
     settings = from_env(DiscoverySettings, environ)
     named = any(environ.get(name, "").strip() for name in SERVER_VARIABLES)
     return bool(settings.uris) or settings.backend is not None or named
+
+
+def asks_server(environ: Mapping[str, str]) -> bool:
+    """Return whether a server is one of the discoveries that the variables ``environ`` name.
+
+    Raises:
+        SettingsError: One of them is not valid.
+    """
+    settings = from_env(DiscoverySettings, environ)
+    uris = settings.uris or ((settings.backend,) if settings.backend is not None else ())
+    if not uris:
+        return any(environ.get(name, "").strip() for name in SERVER_VARIABLES)
+    return any(uri.strip().lower().startswith("server:") for uri in uris)
 
 
 def _discovery_uris(settings: DiscoverySettings, environ: Mapping[str, str], request: LoadRequest) -> Sequence[str]:

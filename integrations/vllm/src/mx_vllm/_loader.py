@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
+from attrs import frozen
 from torch import nn
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 import modelexpress_core as mx
 from modelexpress_core.errors import IncompleteLoadError, ModelExpressError, PlacementError, SourceChangedError
+from modelexpress_core.loader import Loader
 from modelexpress_core.loads.destination import Destination, DestinationTouchedError
 from modelexpress_core.messages import listed
 from modelexpress_core.settings import from_env
 from modelexpress_core.sources.discovery.finding import finds_workers
+from modelexpress_core.sources.settings import FollowSettings
 from mx_vllm._hub_models import is_cache_used, streamed_uri, why_in_cache, why_not_in_cache, without_cache
 from mx_vllm._identity import Worker, number_of, tensors_of
 from mx_vllm._names import content_of_snapshot, name_of
@@ -53,6 +56,7 @@ from mx_vllm._vllm import (
     safetensors_of,
     same_on_all_ranks,
     share_log_handlers,
+    share_log_level,
     sources_of,
     why_weights_do_not_travel,
 )
@@ -64,10 +68,15 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.config.load import LoadConfig
 
+    from modelexpress_core.sources.following import Turn
+
 __all__ = ["MxModelLoader"]
 
 # A child of vLLM's logger, so that vLLM's log settings apply.
 _log = logging.getLogger("vllm.modelexpress")
+
+#: How long a rank looks for a worker of its own rank once the first rank has found one.
+_RANKS_SECONDS = 60.0
 
 
 class MxModelLoader(BaseModelLoader):
@@ -98,6 +107,8 @@ class MxModelLoader(BaseModelLoader):
         self._content_version = ""
         self._why_no_worker = ""
         self._processed = contextlib.ExitStack()
+        self._waiting = contextlib.ExitStack()
+        self._turn: Turn | None = None
         self._is_draft_model = self._has_own_files = False
         self._may_fall_back = False
         self._destination = Destination()
@@ -134,7 +145,7 @@ class MxModelLoader(BaseModelLoader):
             self._publish(built)
             return built
 
-        with forgotten_layers(vllm_config) as forget:
+        with contextlib.ExitStack() as self._waiting, forgotten_layers(vllm_config) as forget:
             try:
                 while True:  # once without workers, once without the cache of the server
                     try:
@@ -149,6 +160,7 @@ class MxModelLoader(BaseModelLoader):
             finally:
                 self._may_fall_back = False
             forget()
+            self._leave_queue()
         with self._both_reasons(model_config):
             own: nn.Module = self._own.load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         self._names[own] = model_config.model
@@ -203,6 +215,7 @@ class MxModelLoader(BaseModelLoader):
         if touched:
             self._destination.touch()  # also if only another rank's was touched: all ranks create their models again
         self._destination.prepare_for_next()
+        self._leave_queue()
         with self._both_reasons(model_config):
             self._own.load_weights(model, model_config)
 
@@ -224,7 +237,10 @@ class MxModelLoader(BaseModelLoader):
             _SourceFailedError: The load failed on some rank after it had begun to write on one, so that all ranks must
                 create their models again.
         """
-        result = self._read_workers(model, model_config)
+        wanted = self._wanted_of_workers(model, model_config)
+        followed = self._wait_for_turn(wanted) if is_first_rank() and not isinstance(wanted, PeerResult) else False
+        [followed] = any_rank([followed])
+        result = wanted if isinstance(wanted, PeerResult) else self._read_workers(model, wanted, followed=followed)
         wanting, touched = any_rank([result.report is None, result.touched or result.report is not None])
         version = "" if result.report is None else result.report.content_version
         if not wanting and not same_on_all_ranks(number_of(version)):
@@ -241,7 +257,8 @@ class MxModelLoader(BaseModelLoader):
             raise _SourceFailedError(self._why_no_worker)
         return False
 
-    def _read_workers(self, model: nn.Module, model_config: ModelConfig) -> PeerResult:
+    def _wanted_of_workers(self, model: nn.Module, model_config: ModelConfig) -> _Wanted | PeerResult:
+        """Return what this rank would read from a worker, or why it reads from none."""
         if self._worker is None:
             return PeerResult(reason=self._why_no_worker)
         reason = why_weights_do_not_travel(model)
@@ -258,13 +275,43 @@ class MxModelLoader(BaseModelLoader):
         watch, plugins = self._observed(model_config)
         watch.why = "it holds the same tensors of the same version of the checkpoint"
         path = sources[0].model if streamed else uri
+        version = "" if "://" in uri and uri != streamed else content_of_snapshot(path)
+        return _Wanted(uri, self._worker.identity(model, version), self._worker.rank, plugins)
+
+    def _wait_for_turn(self, wanted: _Wanted) -> bool:
+        """Wait for the first engine of a rollout, if MX_FOLLOW is set; return whether it is ready.
+
+        One rank waits for all: if each waited for its own rank, two engines could each be the first on one rank, and
+        wait for the other.
+        """
+        if not self._reads_storage or self._turn is not None:
+            return False
+        share_log_level(logging.getLogger("modelexpress_core.sources.following"))  # a wait of minutes is not silent
+        try:
+            loader = Loader(None, wanted.plugins)
+            request = loader.request(wanted.uri, identity=wanted.identity, worker_rank=wanted.rank)
+            if from_env(FollowSettings, os.environ).seconds is not None:
+                request = loader.with_content_version(request)
+            self._turn = self._waiting.enter_context(loader.in_turn(request))
+        except Exception as exc:  # noqa: BLE001 - storage needs no other worker
+            _log.warning("ModelExpress does not wait for other workers (MX_FOLLOW): %s", headline_of(exc))
+        return self._turn is not None and self._turn.waited is not None and self._turn.waited.followed
+
+    def _leave_queue(self) -> None:
+        """Let no other worker wait for this one, whose weights come from vLLM's own loader."""
+        if self._turn is not None:
+            self._turn.withdraw()
+
+    def _read_workers(self, model: nn.Module, wanted: _Wanted, *, followed: bool) -> PeerResult:
+        """Read from workers of this rank; where the first rank of another engine is ready, the others are so soon."""
+        wait_seconds = _RANKS_SECONDS if followed and not is_first_rank() else 0.0
         return load_from_peers(
             tensors_of(model),
-            uri,
-            self._worker.identity(model, "" if "://" in uri and uri != streamed else content_of_snapshot(path)),
-            worker_rank=self._worker.rank,
-            plugins=plugins,
-            wait_seconds=0.0 if self._reads_storage else self._settings.query_timeout_seconds,
+            wanted.uri,
+            wanted.identity,
+            worker_rank=wanted.rank,
+            plugins=wanted.plugins,
+            wait_seconds=wait_seconds if self._reads_storage else self._settings.query_timeout_seconds,
         )
 
     def _no_worker_error(self) -> ModelExpressError:
@@ -485,6 +532,23 @@ class MxModelLoader(BaseModelLoader):
             cause = f"the error of vLLM's loader is: {exc}"
             hint = "fix the first error; MX_FALLBACK=0 shows it alone"
             raise IncompleteLoadError(message, cause=cause, hint=hint) from exc
+
+
+@frozen
+class _Wanted:
+    """What a rank reads from other workers.
+
+    Attributes:
+        uri: The checkpoint with the same weights.
+        identity: Identity of the tensors.
+        rank: Rank of the part of the model.
+        plugins: Plugins to use.
+    """
+
+    uri: str
+    identity: mx.SourceIdentity
+    rank: int
+    plugins: mx.PluginManager
 
 
 class _SourceFailedError(ModelExpressError):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -56,7 +57,12 @@ class NoWorkerError(ResolveError):
 
 
 class _OnlyWorkers(Loader):
-    """A loader that reads from workers alone."""
+    """A loader that reads from workers alone, when its turn has come."""
+
+    @contextmanager
+    def in_turn(self, request: LoadRequest) -> Iterator[None]:  # noqa: ARG002 - the loader's signature
+        """Wait for nobody: all ranks have waited together."""
+        yield
 
     def candidates(self, request: LoadRequest) -> tuple[Candidate, ...]:
         """Return the workers that rank before the checkpoint."""

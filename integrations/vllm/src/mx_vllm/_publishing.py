@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
@@ -16,6 +17,8 @@ from torch import nn
 import modelexpress_core as mx
 from modelexpress_core.errors import ModelExpressError
 from modelexpress_core.messages import listed
+from modelexpress_core.settings import from_env
+from modelexpress_core.sources.settings import FollowSettings
 from mx_vllm._identity import Worker, tensors_of
 from mx_vllm._vllm import READY, watch_workers, why_weights_do_not_travel
 
@@ -83,11 +86,13 @@ class Publication:
             reason = self._why_not(model)
             if reason:
                 _log.info("ModelExpress does not offer the weights of this worker: %s", reason)
+                _leave_queue()
                 return
             self._publish(model)
         except Exception as exc:  # noqa: BLE001 - the engine serves without it
             cause = str(exc) if isinstance(exc, ModelExpressError) else f"{type(exc).__name__}: {exc}"
             _log.warning("ModelExpress cannot offer the weights of this worker: %s", cause)
+            _leave_queue()
             self._withdraw()
 
     def _publish(self, model: nn.Module) -> None:
@@ -129,6 +134,16 @@ class Publication:
             self._offer.close()
         except Exception:  # noqa: BLE001 - as above
             _log.exception("ModelExpress could not withdraw the weights in order")
+
+
+def _leave_queue() -> None:
+    """Let no other worker wait for this one, which offers nothing."""
+    if from_env(FollowSettings, os.environ).seconds is not None:
+        from modelexpress_core.sources.following import (
+            withdraw_announcements,
+        )  # needs gRPC, which a load may do without
+
+        withdraw_announcements()
 
 
 def watch_changes() -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "safetensors_of",
     "same_on_all_ranks",
     "share_log_handlers",
+    "share_log_level",
     "sources_of",
     "watch_workers",
     "why_weights_do_not_travel",
@@ -458,6 +459,12 @@ def share_log_handlers(logger: logging.Logger) -> None:
     """Give ``logger`` the handlers of vLLM's logger, unless it is configured already."""
     if not logger.hasHandlers():
         logger.handlers = list(logging.getLogger("vllm").handlers)
+
+
+def share_log_level(logger: logging.Logger) -> None:
+    """Give ``logger`` the level of vLLM's logger, unless it or the package's logger has one."""
+    if not logger.level and not logging.getLogger("modelexpress_core").level:
+        logger.setLevel(logging.getLogger("vllm").getEffectiveLevel())
 
 
 # -- weights in run-time format: identity, gate, and what changes them ------------------------------------------------
