@@ -182,7 +182,8 @@ def test_eight_workers_read_storage_once(fleet: Callable[..., Fleet], caplog: py
     assert sum(tensor.nbytes for tensor in tensors_of(_MIB).values()) == made.storage.bytes - header_bytes
     assert eventually(lambda: len(made.listed(_READY)) == _WORKERS)
     assert _WORKERS == len(made.client.list_sources())
-    assert 7 == len([line for line in told(caplog) if line.startswith("waiting up to ")]), told(caplog)
+    # A worker says it again if another one gets before the one that it waits for: both took a number at the same time.
+    assert len([line for line in told(caplog) if line.startswith("waiting up to ")]) >= 7, told(caplog)
     assert 7 == len([line for line in told(caplog) if line.endswith(" is ready")]), told(caplog)
 
 
