@@ -37,7 +37,7 @@ _SOURCES: Mapping[str, Mapping[str, str]] = {
 }
 _WORKERS = [source for source in _SOURCES if source.startswith("worker")]
 
-_LOCAL = {"MX_WORKER_HOST": "127.0.0.1", "MX_WORKER_GRPC_PORT": "0", "MX_BULK_PORT": "0", "NIXL_LOG_LEVEL": "ERROR"}
+_LOCAL = {"MX_WORKER_HOST": "127.0.0.1", "MX_WORKER_GRPC_PORT": "0", "NIXL_LOG_LEVEL": "ERROR"}
 _OFFER_SECONDS = 300.0
 
 
@@ -124,7 +124,7 @@ def _serving(scratch: Path, directory: Path) -> Iterator[tuple[str, str]]:
         place = ["--revision", _COMMIT, "--cache-dir", str(cache)]
         subprocess.run([*command, "models", "import", str(directory), _MODEL, *place], check=True)
     here = ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", "--cache-dir", str(cache)]
-    environ = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1", "MX_SERVER_BULK_PORT": "0"}
+    environ = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1"}
     with subprocess.Popen([*command, "serve", *here], env=environ, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
