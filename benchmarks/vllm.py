@@ -12,12 +12,11 @@ import re
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.contenders import Contender
@@ -26,7 +25,7 @@ from benchmarks.workers import Entry, measure, started
 from devtools.seaweedfs import SeaweedFS
 from devtools.tcp_proxy import TcpProxy
 
-__all__ = ["ENVIRON", "ROOT", "Start", "drained", "forget", "generated_checkpoint", "python_of_vllm", "run"]
+__all__ = ["ENVIRON", "ROOT", "Start", "forget", "generated_checkpoint", "python_of_vllm", "run"]
 
 ROOT = Path(__file__).resolve().parents[1]
 _BUCKET, _PREFIX = "models", "llama"
@@ -279,13 +278,6 @@ class Start(Contender):
             "begun_seconds": min(rank["begun"] for rank in ranks) - begun,
             "ranks": ranks,
         }
-
-
-@contextlib.contextmanager
-def drained(output: IO[str]) -> Iterator[None]:
-    """Read and drop ``output`` during the ``with`` block, so that its writer never waits."""
-    threading.Thread(target=lambda: [None for _ in output], daemon=True).start()
-    yield
 
 
 @contextlib.contextmanager

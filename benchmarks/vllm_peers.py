@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -53,13 +54,8 @@ class PeerStart(vllm.Start):
     def run(self, *, source: str) -> Mapping[str, Any]:  # type: ignore[override]
         if source == "disk":
             vllm.forget(self.directory)
-        environ = {**self.environs[source]}
-        if source in _WORKERS:
-            self.options = {**self.options, "load_format": "mx-target"}
-        try:
-            return self.start(str(self.directory), **environ)
-        finally:
-            self.options = {**self.options, "load_format": "mx"}
+        self.options = {**self.options, "load_format": "mx-target" if source in _WORKERS else "mx"}
+        return self.start(str(self.directory), **self.environs[source])
 
 
 def run(plan: Plan) -> Report:
@@ -166,8 +162,9 @@ def _offering(python: str, options: Mapping[str, Any], environ: Mapping[str, str
             if offered < options["tensor_parallel_size"]:
                 message = f"no worker offered the model: {''.join(lines)[-600:]}"
                 raise RuntimeError(message)
-            with vllm.drained(process.stdout):
-                yield
+            # The rest is read and dropped, so that the worker never waits for a reader.
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            yield
         finally:
             process.kill()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from modelexpress_core.bulk.requests import MAX_PIECES, Run
 from modelexpress_core.errors import SourceChangedError
-from modelexpress_core.storage.file_runs import fill, fill_runs
+from modelexpress_core.storage.file_runs import fill_runs
 from modelexpress_core.wire.proto.modelexpress import cache_pb2
 
 __all__ = ["MAX_RANGES", "cut", "read", "run_of", "wrong_with"]
@@ -60,20 +60,24 @@ def read(descriptor: int, run: Run) -> memoryview:
     Raises:
         SourceChangedError: The file is shorter.
     """
+    content: bytes | bytearray
     if run.count == 1:
-        # Its bytes object is not filled with zeros first, as memory of our own would be.
+        # It makes bytes, which are not filled with zeros first.
         content = os.pread(descriptor, run.length, run.offset)
-        if len(content) == run.length:
-            return memoryview(content)
-    gathered = memoryview(bytearray(run.nbytes))
-    if run.count == 1:
-        done = fill(descriptor, gathered, run.offset)
+        while len(content) < run.length and (rest := _rest(descriptor, run, len(content))):
+            content += rest
+        done = len(content)
     else:
-        done = fill_runs(descriptor, gathered, run.offset, run.length, run.stride)
-    if done != len(gathered):
+        content = bytearray(run.nbytes)
+        done = fill_runs(descriptor, memoryview(content), run.offset, run.length, run.stride)
+    if done != run.nbytes:
         raise SourceChangedError(
             f"{run.name!r} ends before byte {run.end} in the cache",
             cause="another program writes to the directory of the cache",
             hint="ask again: it is downloaded again",
         )
-    return gathered
+    return memoryview(content)
+
+
+def _rest(descriptor: int, run: Run, done: int) -> bytes:
+    return os.pread(descriptor, run.length - done, run.offset + done)

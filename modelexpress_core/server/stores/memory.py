@@ -22,15 +22,13 @@ from modelexpress_core.contracts.metadata_store import (
     StoredSource,
     StoreFullError,
 )
+from modelexpress_core.server.clock import Clock
 from modelexpress_core.server.pacing import Pacer
 
 __all__ = ["MemoryStore"]
 
 _Key = tuple[str, str]
 _N = TypeVar("_N", int, str)
-
-#: The wall clock was set if it differs from the steady clock by more; a smaller difference is drift.
-_CLOCK_STEP_MS = 1000.0
 
 
 @define(eq=False)
@@ -86,9 +84,8 @@ class MemoryStore:
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
     ) -> None:
-        self._clock = clock
+        self._clock = Clock(clock, wall_clock)
         self._wall_clock = wall_clock
-        self._wall_offset_ms = (wall_clock() - clock()) * 1000
         self._owner_bytes: Counter[str] = Counter()
         self._total_bytes = 0
         self._sources: dict[_Key, _Kept] = {}
@@ -109,7 +106,7 @@ class MemoryStore:
             self._check_quota(quota, size_bytes, before)
         if before is not None:
             self._remove(key)
-        self._sources[key] = _Kept(source, record.status, self._now_ms(), record.source_load, owner, size_bytes)
+        self._sources[key] = _Kept(source, record.status, self._clock.now_ms(), record.source_load, owner, size_bytes)
         self._owner_bytes[owner] += size_bytes
         self._total_bytes += size_bytes
         self._by_source[record.source_id].add(key)
@@ -121,12 +118,12 @@ class MemoryStore:
         kept = self._sources.get((source_id, worker_id))
         if kept is None:
             return None
-        offset = self._offset_ms()
-        return attrs.evolve(kept.published, record=kept.record(offset), as_of_ms=int(self._now_ms() + offset))
+        offset = self._clock.offset_ms()
+        return attrs.evolve(kept.published, record=kept.record(offset), as_of_ms=int(self._clock.now_ms() + offset))
 
     async def list(self, query: SourceQuery) -> Listing:
         """The sources that match ``query``."""
-        offset = self._offset_ms()
+        offset = self._clock.offset_ms()
         records = []
         pacer = Pacer()
         for key in self._keys(query):
@@ -138,7 +135,7 @@ class MemoryStore:
                 and (query.status is None or kept.status == query.status)
             ):
                 records.append(kept.record(offset))
-        return Listing(records, int(self._now_ms() + offset))
+        return Listing(records, int(self._clock.now_ms() + offset))
 
     async def update(
         self, source_id: str, worker_id: str, status: int, source_load: float | None, publisher: str
@@ -150,7 +147,7 @@ class MemoryStore:
             return False
         _check_publisher(kept, publisher)
         self._set_status(key, kept, status)
-        kept.spoke_at_ms = self._now_ms()
+        kept.spoke_at_ms = self._clock.now_ms()
         if source_load is not None:
             kept.source_load = source_load
         kept.changed()
@@ -158,7 +155,7 @@ class MemoryStore:
 
     async def reap(self, stale_after_seconds: float, removed_after_seconds: float) -> Reaped:
         """Mark silent sources as stale, and remove stale sources that have been silent for longer."""
-        now = self._now_ms()
+        now = self._clock.now_ms()
         stale = removed = 0
         pacer = Pacer()
         for key in [*self._by_status.get(SourceStatus.STALE, ())]:
@@ -189,7 +186,7 @@ class MemoryStore:
 
         Tokens begin with the wall clock's time in milliseconds, so that they also grow from one process to the next.
         """
-        now = self._now_ms()
+        now = self._clock.now_ms()
         last = self._roles.get(role)
         lease = None if last is None else last.lease
         if last is None or lease is None or lease.holder != holder:
@@ -204,23 +201,13 @@ class MemoryStore:
     async def leader(self, role: str) -> LeaderLease | None:
         """The lease of the one that has ``role`` now; None if nobody has it."""
         last = self._roles.get(role)
-        return None if last is None or self._now_ms() >= last.until_ms else last.lease
+        return None if last is None or self._clock.now_ms() >= last.until_ms else last.lease
 
     async def check(self) -> None:
         """Return: it always answers."""
 
     async def close(self) -> None:
         """Return: there is nothing to close."""
-
-    def _now_ms(self) -> float:
-        return self._clock() * 1000
-
-    def _offset_ms(self) -> float:
-        """What to add to times of the steady clock, so that they are times of the wall clock as it is set now."""
-        offset = (self._wall_clock() - self._clock()) * 1000
-        if abs(offset - self._wall_offset_ms) > _CLOCK_STEP_MS:
-            self._wall_offset_ms = offset
-        return self._wall_offset_ms
 
     def _check_quota(self, quota: Quota, size_bytes: int, before: _Kept | None) -> None:
         """Raise if a record of this size, in place of ``before``, exceeds the quota."""

@@ -8,7 +8,8 @@ import attrs
 import pytest
 
 from modelexpress_core.contracts.metadata_store import SourceQuery, SourceRecord, SourceStatus, StoredSource
-from mx_kubernetes._index import Clock, Entry, Index
+from modelexpress_core.server.clock import Clock
+from mx_kubernetes._index import Entry, Index
 from mx_kubernetes._objects import (
     UNREADABLE,
     Content,

@@ -30,9 +30,9 @@ from modelexpress_core.contracts.metadata_store import (
     UnreadableRecordError,
 )
 from modelexpress_core.errors import InvalidURIError, SettingsError
+from modelexpress_core.server.clock import Clock
 from modelexpress_core.uri import ModelURI
 from mx_kubernetes._client import Kubernetes
-from mx_kubernetes._index import Clock
 from mx_kubernetes._objects import name_of
 from mx_kubernetes._store import KubernetesStore, open_kubernetes
 

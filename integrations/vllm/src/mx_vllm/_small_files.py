@@ -12,13 +12,13 @@ from modelexpress_core import ModelURI, PluginManager, pull
 from modelexpress_core.report import PullReport
 from mx_vllm._directories import locked
 
-__all__ = ["CONFIGURATIONS", "WEIGHT_SUFFIXES", "copy_small_files", "has_all_weights"]
+__all__ = ["CONFIGURATIONS", "copy_small_files", "has_all_weights"]
 
 #: Files that tell vLLM the architecture; the second is Mistral's format.
 CONFIGURATIONS = ("config.json", "params.json")
 
 #: Suffixes of the files of weights that vLLM reads.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+_READ_SUFFIXES = (".safetensors", ".bin", ".pt")
 
 #: Lists the modules of a model of sentence-transformers.
 _MODULES = "modules.json"
@@ -67,7 +67,7 @@ def has_all_weights(directory: str) -> bool:
         return False
     if any(indexes):
         return any(files and all(os.path.exists(os.path.join(directory, file)) for file in files) for files in indexes)
-    return any(name.endswith(WEIGHT_SUFFIXES) for name in names)
+    return any(name.endswith(_READ_SUFFIXES) for name in names)
 
 
 def _files_in(index: Path) -> Iterable[str]:

@@ -7,62 +7,24 @@ arrive.
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import attrs
 from attrs import define
 
 from modelexpress_core.contracts.metadata_store import SourceQuery, SourceRecord
+from modelexpress_core.server.clock import Clock
 from mx_kubernetes._objects import SourceObject
 
-__all__ = ["Clock", "Entry", "Index", "version_number"]
+__all__ = ["Entry", "Index", "version_number"]
 
 _K = TypeVar("_K", int, str)
-
-#: The wall clock was set if it differs from the steady clock by more; a smaller difference is drift.
-_CLOCK_STEP_MS = 1000.0
 
 #: How long heartbeats are kept of sources that are not known yet, and how many.
 _EARLY_MS = 600_000.0
 _MAX_EARLY = 100_000
-
-
-class Clock:
-    """The steady clock, and how its times show on the wall clock.
-
-    Args:
-        clock: Steady clock in seconds.
-        wall_clock: Seconds since 1970.
-    """
-
-    def __init__(
-        self, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
-    ) -> None:
-        self._clock = clock
-        self._wall_clock = wall_clock
-        self._offset_ms = (wall_clock() - clock()) * 1000
-
-    def now_ms(self) -> float:
-        """The present time of the steady clock."""
-        return self._clock() * 1000
-
-    def offset_ms(self) -> float:
-        """What to add to times of the steady clock, so that they are times of the wall clock as it is set now."""
-        offset = (self._wall_clock() - self._clock()) * 1000
-        if abs(offset - self._offset_ms) > _CLOCK_STEP_MS:
-            self._offset_ms = offset
-        return self._offset_ms
-
-    def wall_ms(self) -> int:
-        """The present time of the wall clock."""
-        return int(self.now_ms() + self.offset_ms())
-
-    def steady_ms(self, wall_ms: float) -> float:
-        """A time of a wall clock on the steady clock, and no later than now: clocks of servers differ a little."""
-        return min(self.now_ms(), wall_ms - self.offset_ms())
 
 
 @define(eq=False)

@@ -37,13 +37,14 @@ from modelexpress_core.contracts.metadata_store import (
     UnreadableRecordError,
 )
 from modelexpress_core.errors import InvalidURIError
+from modelexpress_core.server.clock import Clock
 from modelexpress_core.server.deadlines import time_out
 from modelexpress_core.server.pacing import Pacer
 from modelexpress_core.settings import from_env
 from mx_kubernetes._client import APPLY, MERGE, Kubernetes, Object, in_background
 from mx_kubernetes._errors import ApiError
 from mx_kubernetes._heartbeats import HeartbeatWriter
-from mx_kubernetes._index import Clock, Entry, Index
+from mx_kubernetes._index import Entry, Index
 from mx_kubernetes._leases import Leases
 from mx_kubernetes._objects import (
     MANAGER,
@@ -433,7 +434,7 @@ class KubernetesStore:
             except ApiError as exc:
                 if exc.status not in {404, 409}:
                     raise
-                found = await self._read(opened, name)
+                found = await self._read(opened, "modelsources", name)
                 uid, version, before = "", "", None
                 if found is not None:
                     metadata = found["metadata"]
@@ -494,12 +495,13 @@ class KubernetesStore:
         self._index.put(read_source(changed))
         return True
 
-    async def _read(self, opened: _Opened, name: str) -> Object | None:
+    async def _read(self, opened: _Opened, plural: str, name: str) -> Object | None:
+        """An object; None if there is none of that name."""
         try:
             return await self._api.request(
                 "GET",
-                path_of(opened.namespace, "modelsources", name),
-                operation=f"get modelsources in the namespace {opened.namespace}",
+                path_of(opened.namespace, plural, name),
+                operation=f"get {plural} in the namespace {opened.namespace}",
             )
         except ApiError as exc:
             if exc.status != 404:
@@ -517,7 +519,7 @@ class KubernetesStore:
 
     async def _look_again(self, opened: _Opened, name: str) -> Entry | None:
         """What the API server has under ``name`` now."""
-        found = await self._read(opened, name)
+        found = await self._read(opened, "modelsources", name)
         if found is None:
             entry = self._index.get(name)
             if entry is not None:
@@ -548,16 +550,10 @@ class KubernetesStore:
         return fields
 
     async def _part(self, opened: _Opened, name: str) -> Object:
-        try:
-            return await self._api.request(
-                "GET",
-                path_of(opened.namespace, "modelsourcecontents", name),
-                operation=f"get modelsourcecontents in the namespace {opened.namespace}",
-            )
-        except ApiError as exc:
-            if exc.status != 404:
-                raise
-            raise LookupError(name) from exc
+        part = await self._read(opened, "modelsourcecontents", name)
+        if part is None:
+            raise LookupError(name)
+        return part
 
     async def _delete_parts(self, opened: _Opened, content: Content) -> None:
         for name in content.parts:
